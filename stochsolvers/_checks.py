@@ -1,0 +1,93 @@
+"""Trace-time errors in one wording: what was expected, what was got.
+
+Structure (shapes, dtypes, counts, names) is always checked. Values are checked only where they are
+concrete numbers: a traced value cannot raise, and is reported in the result instead.
+"""
+
+import numbers
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def fail(what: str, expected: str, got: object) -> None:
+    """Raise ValueError in the library's one wording."""
+    raise ValueError(f"{what}: expected {expected}, got {got}.")
+
+
+def _concrete(value: Any) -> np.ndarray | None:
+    """The value as a numpy array if it is a known number, else None (traced, or no number)."""
+    if isinstance(value, jax.core.Tracer) or not isinstance(
+        value, numbers.Real | np.ndarray | np.generic | jax.Array
+    ):
+        return None
+    return np.asarray(value)
+
+
+def positive(what: str, value: Any) -> None:
+    """Require value > 0 wherever it is concrete."""
+    known = _concrete(value)
+    if known is not None and not np.all(known > 0):
+        fail(what, "a number > 0", value)
+
+
+def non_negative(what: str, value: Any) -> None:
+    """Require value >= 0 wherever it is concrete."""
+    known = _concrete(value)
+    if known is not None and not np.all(known >= 0):
+        fail(what, "a number >= 0", value)
+
+
+def ordered(what: str, lower: Any, upper: Any) -> None:
+    """Require lower <= upper wherever both are concrete."""
+    lo, hi = _concrete(lower), _concrete(upper)
+    if lo is not None and hi is not None and not np.all(lo <= hi):
+        fail(what, "lower <= upper", f"{lower} and {upper}")
+
+
+def member(what: str, value: Any, allowed: Collection[Any]) -> None:
+    """Require one of a few names."""
+    if value not in allowed:
+        fail(what, "one of " + ", ".join(repr(a) for a in allowed), repr(value))
+
+
+def count(what: str, value: Any, *, minimum: int = 1, maximum: int | None = None) -> int:
+    """Require a Python or numpy integer (no bool) within minimum..maximum, and return it as int."""
+    wanted = f"an integer >= {minimum}" if maximum is None else f"an integer in {minimum}..{maximum}"
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        fail(what, wanted, f"{value!r} of type {type(value).__name__}")
+    if value < minimum or (maximum is not None and value > maximum):
+        fail(what, wanted, value)
+    return int(value)
+
+
+def floating(what: str, array: Any) -> None:
+    """Require a real floating-point dtype."""
+    dtype = jnp.result_type(array)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        fail(f"dtype of {what}", "a real floating-point dtype", dtype)
+
+
+def rank_at_least(what: str, array: Any, minimum: int) -> None:
+    """Require at least `minimum` axes."""
+    if jnp.ndim(array) < minimum:
+        fail(f"shape of {what}", f"at least {minimum} axes", jnp.shape(array))
+
+
+def trailing(what: str, array: Any, shape: tuple[int, ...]) -> None:
+    """Require that the array's last axes have exactly this shape (leading batch axes are free)."""
+    if jnp.shape(array)[max(jnp.ndim(array) - len(shape), 0) :] != shape:
+        fail(f"shape of {what}", "(..., " + ", ".join(map(str, shape)) + ")", jnp.shape(array))
+
+
+def broadcastable(what: str, array: Any, shape: tuple[int, ...]) -> None:
+    """Require that the array broadcasts to `shape` without changing it."""
+    try:
+        fits = np.broadcast_shapes(jnp.shape(array), shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        fail(f"shape of {what}", f"one that broadcasts to {shape}", jnp.shape(array))
