@@ -6,14 +6,14 @@ concrete numbers: a traced value cannot raise, and is reported in the result ins
 
 import numbers
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def fail(what: str, expected: str, got: object) -> None:
+def fail(what: str, expected: str, got: object) -> NoReturn:
     """Raise ValueError in the library's one wording."""
     raise ValueError(f"{what}: expected {expected}, got {got}.")
 
@@ -69,6 +69,20 @@ def floating(what: str, array: Any) -> None:
     dtype = jnp.result_type(array)
     if not jnp.issubdtype(dtype, jnp.floating):
         fail(f"dtype of {what}", "a real floating-point dtype", dtype)
+
+
+def rank(what: str, array: Any, expected: int) -> None:
+    """Require exactly `expected` axes."""
+    if jnp.ndim(array) != expected:
+        fail(f"shape of {what}", f"{expected} axes", jnp.shape(array))
+
+
+def pair_of_counts(what: str, value: Any) -> tuple[int, int]:
+    """Require two integers >= 1; a single integer stands for both."""
+    pair = (value, value) if isinstance(value, int | np.integer) else tuple(value)
+    if len(pair) != 2:
+        fail(what, "two integers >= 1", repr(value))
+    return count(what, pair[0]), count(what, pair[1])
 
 
 def rank_at_least(what: str, array: Any, minimum: int) -> None:

@@ -18,35 +18,69 @@ _T = TypeVar("_T")
 
 def static_field(**kwargs: Any) -> Any:
     """Mark a field of a value object as structure: hashed, compared, never traced."""
-    return dataclasses.field(metadata={"static": True}, **kwargs)
+    return dataclasses.field(metadata={"role": "static"}, **kwargs)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static_field))
+def count_field(**kwargs: Any) -> Any:
+    """Mark a field that is structure as a Python number, and traced as an array."""
+    return dataclasses.field(metadata={"role": "count"}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static_field, count_field))
 def value_object(cls: type[_T]) -> type[_T]:
     """Make `cls` a frozen dataclass and a JAX pytree.
 
-    Fields are traced unless declared with `static_field`. The class's own `__post_init__` checks
-    run when a user constructs the object and not when JAX rebuilds it with tracers, axis numbers
-    or placeholders for leaves, so that `jit`, `vmap(in_axes=...)` and `eval_shape` pass through.
+    Fields are traced unless declared with `static_field` or `count_field`. The class's own
+    `__post_init__` checks run when a user constructs the object and not when JAX rebuilds it with
+    tracers, axis numbers or placeholders for leaves, so that `jit`, `vmap(in_axes=...)` and
+    `eval_shape` pass through.
+
+    Two objects are equal if their fields are, types included: a count 1 is not a fraction 1.0.
     """
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-    data = tuple(f.name for f in fields if not f.metadata.get("static", False))
-    static = tuple(f.name for f in fields if f.metadata.get("static", False))
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    roles = {
+        field.name: field.metadata.get("role", "data")
+        for field in dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    }
+
+    def is_data(name, value):
+        role = roles[name]
+        return role == "data" or (role == "count" and isinstance(value, jax.Array | np.ndarray))
 
     def flatten_with_keys(obj):
-        children = tuple((jax.tree_util.GetAttrKey(name), getattr(obj, name)) for name in data)
-        return children, tuple(getattr(obj, name) for name in static)
+        values = [(name, getattr(obj, name)) for name in roles]
+        data = [(name, value) for name, value in values if is_data(name, value)]
+        static = [(name, type(v), v) for name, v in values if not is_data(name, v)]
+        children = tuple((jax.tree_util.GetAttrKey(name), value) for name, value in data)
+        return children, (tuple(name for name, _ in data), tuple(static))
 
     def flatten(obj):
-        children = tuple(getattr(obj, name) for name in data)
-        return children, tuple(getattr(obj, name) for name in static)
+        children, structure = flatten_with_keys(obj)
+        return tuple(value for _, value in children), structure
 
-    def unflatten(aux, children):
+    def unflatten(structure, children):
+        names, static = structure
         obj = object.__new__(cls)
-        for name, value in zip(data + static, (*children, *aux), strict=True):
+        for name, value in zip(names, children, strict=True):
+            object.__setattr__(obj, name, value)
+        for name, _, value in static:
             object.__setattr__(obj, name, value)
         return obj
 
+    def fields_of(obj):
+        return tuple((type(value), value) for value in (getattr(obj, name) for name in roles))
+
+    def equal(self, other):
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(
+            mine is theirs or (kind is other_kind and bool(np.all(mine == theirs)))
+            for (kind, mine), (other_kind, theirs) in zip(
+                fields_of(self), fields_of(other), strict=True
+            )
+        )
+
+    cls.__eq__ = equal  # pyright: ignore[reportAttributeAccessIssue]
+    cls.__hash__ = lambda self: hash((cls, fields_of(self)))  # pyright: ignore
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls

@@ -1,0 +1,40 @@
+"""Deep layers as stochastic solvers: a block of a network is a convex problem and an algorithm.
+
+    linear map A × proximable prior g × gradient estimator × step sizes
+
+One iteration of the composition is a familiar layer (dropout → linear → activation); several are a
+better one, and because the problem is convex the layer can say how well it solved it.
+
+References:
+  Bibi, Ghanem, Koltun and Ranftl, Deep Layers as Stochastic Solvers, ICLR 2019.
+"""
+
+from stochsolvers import estimators as estimators
+from stochsolvers import lipschitz as lipschitz
+from stochsolvers import prox as prox
+from stochsolvers import sampling as sampling
+from stochsolvers import tensor_product as tensor_product
+from stochsolvers.linear_maps import Conv as Conv
+from stochsolvers.linear_maps import Dense as Dense
+from stochsolvers.linear_maps import LinearMap as LinearMap
+from stochsolvers.lipschitz import feature_lipschitz_constants as feature_lipschitz_constants
+from stochsolvers.lipschitz import lipschitz_constant as lipschitz_constant
+from stochsolvers.lipschitz import output_lipschitz_constants as output_lipschitz_constants
+from stochsolvers.problems import LayerProblem as LayerProblem
+from stochsolvers.prox import Prior as Prior
+from stochsolvers.solvers import MS2GD as MS2GD
+from stochsolvers.solvers import InverseExpectedSmoothness as InverseExpectedSmoothness
+from stochsolvers.solvers import InverseLipschitz as InverseLipschitz
+from stochsolvers.solvers import InverseSeparable as InverseSeparable
+from stochsolvers.solvers import NSync as NSync
+from stochsolvers.solvers import ProxGD as ProxGD
+from stochsolvers.solvers import ProxSG as ProxSG
+from stochsolvers.solvers import Solution as Solution
+from stochsolvers.solvers import Solver as Solver
+from stochsolvers.solvers import exponential_decay as exponential_decay
+from stochsolvers.solvers import ms2gd as ms2gd
+from stochsolvers.solvers import nsync as nsync
+from stochsolvers.solvers import prox_gd as prox_gd
+from stochsolvers.solvers import prox_sg as prox_sg
+
+__version__ = "0.1.0"

@@ -1,0 +1,150 @@
+r"""Random subsets of features: τ-nice, Bernoulli, serial and fixed-size importance samplings.
+
+A sampling S is a random subset of {0, …, n−1} with inclusion probabilities p_i = P(i ∈ S); its mask m
+has m_i = 1[i ∈ S]. Every function takes the key first, and draws independently for every entry of
+`batch_shape`. Masks are boolean; none of them scales anything.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, Scalar
+
+
+def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int | Array:
+    """τ as a count in 1..n: an integer is the count itself, a float the fraction τ / n.
+
+    A fraction is rounded to the nearest count, so that dropout at rate p is τ = 1.0 − p (Bibi et al.
+    2019, proposition 1 and table 5). A traced integer passes through unchecked.
+
+    Raises:
+      ValueError: if the count falls outside 1..n.
+    """
+    if isinstance(tau, jax.core.Tracer):
+        if not jnp.issubdtype(tau.dtype, jnp.integer):
+            _checks.fail(what, "an integer count where it is traced", tau.dtype)
+        return tau
+    if isinstance(tau, float | np.floating):
+        if not 0.0 < tau <= 1.0:
+            _checks.fail(what, "a fraction in (0, 1] or a count", tau)
+        rounded = round(float(tau) * n)
+        if rounded < 1:
+            _checks.fail(what, f"a fraction that leaves at least 1 of {n} features", tau)
+        return rounded
+    if isinstance(tau, jax.Array | np.ndarray) and tau.ndim == 0:
+        tau = tau.item()
+    return _checks.count(what, tau, maximum=n)
+
+
+def tau_nice_mask(key: Array, tau: int | Array, n: int, batch_shape: tuple[int, ...] = ()) -> Array:
+    r"""Mask of a τ-nice sampling: exactly τ ones, all subsets of size τ equally likely.
+
+    The τ smallest of n independent random integers are kept. Their threshold is found by bisection on
+    the integers, 32 counting passes without a sort. Integers are made distinct by their low
+    ⌈log₂ n⌉ bits, which leaves a deviation from uniformity below n 2^{⌈log₂ n⌉ − 32}.
+
+    Args:
+      key: random key.
+      tau: τ in 1..n, may be traced.
+      n: number of features.
+      batch_shape: shape of independent draws.
+
+    Returns:
+      boolean array, shape (*batch_shape, n).
+
+    References:
+      Bibi et al. 2019, definition 3.1.
+    """
+    tau = num_sampled(tau, n)
+    shape = (*batch_shape, n)
+    low_bits = max(n - 1, 1).bit_length()
+    bits = jax.random.bits(key, shape, jnp.uint32)
+    position = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    scores = (bits >> low_bits << low_bits) | position
+
+    def halve(_, bracket):
+        low, high = bracket  # count(scores <= high) >= tau always
+        middle = low + (high - low) // 2
+        enough = jnp.sum(scores <= middle, axis=-1, keepdims=True, dtype=jnp.int32) >= tau
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    edge = (*batch_shape, 1)
+    bracket = jnp.zeros(edge, jnp.uint32), jnp.full(edge, 2**32 - 1, jnp.uint32)
+    _, threshold = lax.fori_loop(0, 32, halve, bracket)
+    return scores <= threshold
+
+
+def tau_nice_indices(key: Array, tau: int, n: int) -> Array:
+    """Indices (τ,) of one τ-nice sampling, for a subset shared by a whole batch."""
+    return jax.random.choice(key, n, (_checks.count("tau", tau, maximum=n),), replace=False)
+
+
+def bernoulli_mask(
+    key: Array, keep_probability: Scalar, n: int, batch_shape: tuple[int, ...] = ()
+) -> Array:
+    """Mask of independent coins, p_i = `keep_probability`: ordinary dropout's mask."""
+    return jax.random.bernoulli(key, keep_probability, (*batch_shape, n))
+
+
+def serial_mask(key: Array, probabilities: Array) -> Array:
+    """Mask of a serial sampling: exactly one feature, i with probability p_i (shape (..., n))."""
+    index = jax.random.categorical(key, jnp.log(probabilities), axis=-1)
+    return index[..., None] == jnp.arange(probabilities.shape[-1])
+
+
+def inclusion_probabilities(scores: Array, tau: int | Array) -> Array:
+    r"""Inclusion probabilities of size τ proportional to scores: p_i = min(1, c s_i), Σ p_i = τ.
+
+    Exact after one sort: with the k largest scores at their cap of 1, c = (τ − k) / Σ_{others} s.
+    Scores below 1e-6 of their mean are raised to it, so that no feature is lost for ever.
+
+    Args:
+      scores: non-negative, shape (..., n).
+      tau: τ in 1..n.
+    """
+    n = scores.shape[-1]
+    floor = 1e-6 * jnp.mean(scores, axis=-1, keepdims=True)
+    tiny = jnp.finfo(scores.dtype).tiny
+    scores = jnp.maximum(scores, jnp.maximum(floor, tiny * n))
+    scores = scores / jnp.max(scores, axis=-1, keepdims=True)
+    descending = -jnp.sort(-scores, axis=-1)
+    tails = jnp.flip(jnp.cumsum(jnp.flip(descending, -1), axis=-1), -1)
+    capped = jnp.arange(n)
+    scale = (tau - capped) / tails  # c if exactly k = 0, 1, … scores are capped
+    too_large = (scale * descending > 1.0) & (capped < tau)
+    # the capped set is the longest prefix in which every member exceeds its share
+    num_capped = jnp.sum(jnp.cumprod(too_large, axis=-1), axis=-1, keepdims=True)
+    num_capped = jnp.minimum(num_capped, n - 1)
+    chosen = jnp.take_along_axis(scale, num_capped, axis=-1)
+    return jnp.clip(chosen * scores, 0.0, 1.0)
+
+
+def systematic_mask(offset: Array, probabilities: Array) -> Array:
+    r"""Systematic sampling: i ∈ S iff an integer lies in [c_{i−1} − u, c_i − u), c = cumsum(p).
+
+    For u uniform on [0, 1) the inclusion probabilities are exactly p_i, and |S| = Σ p_i whenever
+    that sum is an integer (Madow 1949).
+
+    Args:
+      offset: u, shape (...,).
+      probabilities: p, shape (..., n), entries in [0, 1].
+    """
+    total = jnp.round(jnp.sum(probabilities, axis=-1, keepdims=True))
+    ends = jnp.cumsum(probabilities, axis=-1)
+    # the last edge is an integer in exact arithmetic: make it one, so that |S| is exact as well
+    ends = jnp.minimum(ends, total).at[..., -1].set(total[..., 0])
+    counts = jnp.ceil(ends - offset[..., None])
+    return jnp.diff(counts, axis=-1, prepend=0.0) > 0.5
+
+
+def fixed_size_mask(key: Array, probabilities: Array) -> Array:
+    """Mask with |S| = Σ p_i and inclusion probabilities p_i: systematic in a random order."""
+    order_key, offset_key = jax.random.split(key)
+    shape = probabilities.shape
+    order = jnp.argsort(jax.random.bits(order_key, shape, jnp.uint32), axis=-1)
+    offset = jax.random.uniform(offset_key, shape[:-1], probabilities.dtype)
+    mask = systematic_mask(offset, jnp.take_along_axis(probabilities, order, axis=-1))
+    return jnp.take_along_axis(mask, jnp.argsort(order, axis=-1), axis=-1)

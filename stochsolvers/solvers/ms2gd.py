@@ -1,0 +1,97 @@
+"""Mini-batch semi-stochastic gradient descent; S2GD and SVRG are its settings."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array
+from stochsolvers.estimators import FeatureEstimator, VarianceReduced
+from stochsolvers.problems import LayerProblem
+from stochsolvers.solvers import _loop
+from stochsolvers.solvers._loop import Diagnostics, Solution, Step
+from stochsolvers.solvers.prox_sg import as_sampling
+from stochsolvers.solvers.step_sizes import StepSizeLike, as_schedule
+
+
+def ms2gd(
+    key: Array,
+    problem: LayerProblem,
+    *,
+    tau: int | float | Array | None = None,
+    step_size: StepSizeLike = None,
+    num_outer: int,
+    num_inner: int,
+    init: Array | None = None,
+    random_inner: bool = False,
+    sampling: FeatureEstimator | None = None,
+    trace_objective: bool = False,
+) -> Solution:
+    r"""mS2GD: y ← z, μ ← ∇F(y), then M inner steps z ← prox_{ηg}(z − η[μ + ∇Ψ_S(z) − ∇Ψ_S(y)]).
+
+    From y = 0 with η = 1 an inner step is prox_g(A x + b + (I − (n1/τ) Σ_{i∈S} A_i A_i*) z): the plain layer
+    plus additive dropout (proposition 2). The first inner step starts at z = y = 0 and carries no
+    noise; the second is the first that does. τ = 1 is S2GD; with a fixed inner length it is SVRG.
+
+    Args:
+      key: random key; inner step j of the whole run uses `fold_in(key, j)`.
+      problem: the layer's problem.
+      tau: τ of a τ-nice sampling: a count (int, may be traced) or a fraction of n1 (float).
+      step_size: a number, j -> η_j over all inner steps, a rule, or None for 1/L.
+      num_outer: number of full gradients, static, ≥ 1.
+      num_inner: M, inner steps for each, static, ≥ 1; the largest of them for `random_inner`.
+      init: z_0, zero by default.
+      random_inner: draw the inner length t in 1..M with P(t) ∝ (1 − λη)^{M − t} (Konečný et al. 2016,
+        algorithm 1; uniform without a ridge), once for each outer iteration and the whole batch.
+      sampling: any feature estimator in place of `tau`.
+      trace_objective: also return P for every inner step.
+
+    Returns:
+      `Solution` with K = num_outer · num_inner inner steps; steps beyond a random inner length are
+      idle and have residual 0.
+
+    Raises:
+      ValueError: as `prox_sg`.
+
+    References:
+      Konečný, Liu, Richtárik and Takáč 2016; Johnson and Zhang 2013; Bibi et al. 2019, eq. 28–31.
+    """
+    num_outer = _checks.count("num_outer", num_outer)
+    num_inner = _checks.count("num_inner", num_inner)
+    base = as_sampling(tau, sampling)
+    if not isinstance(base, FeatureEstimator):
+        _checks.fail("sampling", "an estimator that samples input features", type(base).__name__)
+    schedule = as_schedule(step_size, problem, base)
+
+    def outer(z, epoch):
+        estimator = VarianceReduced.at(problem, z, base)
+        first = epoch * num_inner
+        length_key = jax.random.fold_in(jax.random.fold_in(key, first), 0)
+        length = num_inner
+        if random_inner:
+            length = _random_length(length_key, problem.ridge * schedule(first), num_inner)
+
+        def inner(j, z, memory):
+            step = schedule(j)
+            point = z - step * estimator(jax.random.fold_in(key, j), problem, z)
+            value = problem.prior.prox(point, step)
+            if random_inner:
+                active = j - first < length
+                value, point = jnp.where(active, value, z), jnp.where(active, point, z)
+            return Step(value, memory, point)
+
+        return _loop.iterate(
+            problem, inner, z, num_inner, first=first, trace_objective=trace_objective
+        )
+
+    z0 = _loop.starting_point(problem, init)
+    z, diagnostics = lax.scan(outer, z0, jnp.arange(num_outer))
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), diagnostics)
+    return _loop.solution(z, Diagnostics(*flat))
+
+
+def _random_length(key: Array, contraction: Array, num_inner: int) -> Array:
+    """t in 1..M with P(t) ∝ (1 − λη)^{M − t}."""
+    lengths = jnp.arange(1, num_inner + 1)
+    shrink = jnp.log1p(-jnp.minimum(jnp.asarray(contraction), 0.999))
+    return 1 + jax.random.categorical(key, (num_inner - lengths) * shrink)

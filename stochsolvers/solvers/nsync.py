@@ -1,0 +1,91 @@
+"""NSync: randomised proximal coordinate descent over the output features."""
+
+import jax
+import jax.numpy as jnp
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers.estimators import Estimator, OutputCoordinates, feature_axis
+from stochsolvers.problems import LayerProblem
+from stochsolvers.solvers import _loop
+from stochsolvers.solvers._loop import Solution, Step
+from stochsolvers.solvers.step_sizes import StepSizeLike, StepSizeRule, as_schedule
+
+
+@value_object
+class InverseSeparable(StepSizeRule):
+    r"""Step sizes scale / v_j for each output j, with v of the sampling's ESO.
+
+    v_j = β L + (1 − β) ||(A A*)_jj|| + λ, β = (τ−1)/(n2−1), on the padded grid.
+
+    References:
+      Richtárik and Takáč 2016, On optimal probabilities in stochastic coordinate descent methods.
+    """
+
+    scale: Scalar = 1.0
+
+    def schedule(self, problem: LayerProblem, estimator: Estimator, lipschitz: Array | None):
+        """k -> 1/v, shape (n2,), the same for every k."""
+        if not isinstance(estimator, OutputCoordinates):
+            _checks.fail("InverseSeparable", "OutputCoordinates", type(estimator).__name__)
+        v = estimator.separable_constants(problem)
+        steps = jnp.where(v > 0, self.scale / jnp.where(v > 0, v, 1.0), 1.0)
+        return lambda k: steps
+
+
+def nsync(
+    key: Array,
+    problem: LayerProblem,
+    *,
+    tau: int | float | Array,
+    num_iters: int,
+    step_size: StepSizeLike = 1.0,
+    init: Array | None = None,
+    trace_objective: bool = False,
+) -> Solution:
+    r"""Proximal coordinate descent, z_j ← prox_{g/v_j}(z_j − ∇_j F(z)/v_j) for j in a τ-nice S.
+
+    Coordinates outside S stay. From z = 0 with v = 1, one iteration is prox_g(m ⊙ (A x + b)): the linear
+    map, then dropout of exactly n2 − τ outputs without rescaling, then the activation (proposition
+    6). As printed, the proposition applies the prox to all coordinates at every iteration, which
+    moves the fixed point; here only the first iteration from the default start does, so that the
+    start enters the domain of g.
+
+    Args:
+      key: random key; iteration k uses `fold_in(key, k)`.
+      problem: the layer's problem; its prior must be separable.
+      tau: τ of n2: a count (int, may be traced) or a fraction of n2 (float).
+      num_iters: number of iterations, static, ≥ 1.
+      step_size: 1/v_j: a number, one for each output (n2,), k -> step, or a rule;
+        `InverseSeparable()` is the step that theory supports.
+      init: z_0, zero by default.
+      trace_objective: also return P(z_k) for every iteration.
+
+    Raises:
+      ValueError: at trace time, for a prior that is not separable, τ outside 1..n2, and as in
+        `prox_gd`.
+
+    References:
+      Richtárik and Takáč 2016; Bibi et al. 2019, proposition 6, eq. 32.
+    """
+    num_iters = _checks.count("num_iters", num_iters)
+    if not problem.prior.separable:
+        _checks.fail("prior of nsync", "a separable prior", type(problem.prior).__name__)
+    coordinates = OutputCoordinates(tau)
+    schedule = as_schedule(step_size, problem, coordinates)
+
+    def update(k, z, memory):
+        step = schedule(k)
+        if step.ndim:
+            _checks.trailing("step_size", step, (problem.linear_map.out_features,))
+        mask = feature_axis(coordinates.draw(jax.random.fold_in(key, k), problem, z), problem)
+        point = z - step * jnp.where(mask, problem.gradient(z), 0.0)
+        touched = mask | (k == 0) if init is None else mask
+        value = jnp.where(touched, problem.prior.prox(point, step), z)
+        return Step(value, memory, point)
+
+    z0 = _loop.starting_point(problem, init)
+    z, diagnostics = _loop.iterate(
+        problem, update, z0, num_iters, trace_objective=trace_objective
+    )
+    return _loop.solution(z, diagnostics)

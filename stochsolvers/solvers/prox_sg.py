@@ -1,0 +1,71 @@
+"""Proximal stochastic gradient descent with any sampling of the input features."""
+
+import jax
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array
+from stochsolvers.estimators import Estimator, TauNice
+from stochsolvers.problems import LayerProblem
+from stochsolvers.solvers import _loop
+from stochsolvers.solvers._loop import Solution, Step
+from stochsolvers.solvers.step_sizes import StepSizeLike, as_schedule
+
+
+def prox_sg(
+    key: Array,
+    problem: LayerProblem,
+    *,
+    tau: int | float | Array | None = None,
+    step_size: StepSizeLike = None,
+    num_iters: int,
+    init: Array | None = None,
+    sampling: Estimator | None = None,
+    trace_objective: bool = False,
+) -> Solution:
+    r"""Proximal stochastic gradient, z ← prox_{η_k g}(z − η_k ∇Ψ_{S_k}(z)).
+
+    With τ-nice sampling, ∇Ψ_S(z) = (n1/τ) Σ_{i∈S} A_i (A_i* z − x_i) − b + λ z. From z = 0 with η = 1, one
+    iteration is prox_g((n1/τ) A (m ⊙ x) + b): dropout of exactly n1 − τ input features (whole feature
+    maps for a convolution), then the plain layer (proposition 1).
+
+    Args:
+      key: random key; iteration k uses `fold_in(key, k)`.
+      problem: the layer's problem.
+      tau: τ of a τ-nice sampling: a count (int, may be traced) or a fraction of n1 (float).
+      step_size: a number, k -> η_k (`exponential_decay`), a rule, or None for 1/L.
+      num_iters: number of iterations, static, ≥ 1.
+      init: z_0, zero by default.
+      sampling: any member of `stochsolvers.estimators` in place of `tau`.
+      trace_objective: also return P(z_k) for every iteration.
+
+    Returns:
+      `Solution`; `finite` is False for an example whose iterates overflowed.
+
+    Raises:
+      ValueError: at trace time, for τ outside 1..n1, both or neither of `tau` and `sampling`, and
+        as in `prox_gd`.
+
+    References:
+      Bibi et al. 2019, proposition 1; Xiao and Zhang 2014.
+    """
+    num_iters = _checks.count("num_iters", num_iters)
+    estimator = as_sampling(tau, sampling)
+    schedule = as_schedule(step_size, problem, estimator)
+
+    def update(k, z, memory):
+        step = schedule(k)
+        point = z - step * estimator(jax.random.fold_in(key, k), problem, z)
+        return Step(problem.prior.prox(point, step), memory, point)
+
+    z0 = _loop.starting_point(problem, init)
+    z, diagnostics = _loop.iterate(
+        problem, update, z0, num_iters, trace_objective=trace_objective
+    )
+    return _loop.solution(z, diagnostics)
+
+
+def as_sampling(tau: int | float | Array | None, sampling: Estimator | None) -> Estimator:
+    """The estimator that `tau` or `sampling` names; exactly one of them is given."""
+    if (tau is None) == (sampling is None):
+        _checks.fail("tau, sampling", "exactly one of the two", f"{tau!r}, {sampling!r}")
+    return TauNice(tau) if sampling is None else sampling  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,143 @@
+r"""Step sizes: numbers, schedules k -> η_k, and rules that read them off a problem.
+
+Every solver takes any of these as `step_size`. A rule names a constant of the problem; a layer that
+has a Lipschitz constant at hand passes it to the rule, which then computes nothing.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, Scalar, static_field, value_object
+from stochsolvers.estimators import Estimator, Full
+from stochsolvers.lipschitz import Grid, lipschitz_constant
+from stochsolvers.problems import LayerProblem
+
+
+@value_object
+class ExponentialDecay:
+    """η_k = initial · rate^k, callable with the iteration k = 0, 1, …."""
+
+    initial: Scalar
+    rate: Scalar
+
+    def __post_init__(self):
+        _checks.positive("initial step size", self.initial)
+        _checks.positive("rate of exponential_decay", self.rate)
+
+    def __call__(self, k: Array | int) -> Array:
+        """The step size of iteration k."""
+        return self.initial * jnp.asarray(self.rate) ** k
+
+
+def exponential_decay(initial: Scalar, rate: Scalar) -> ExponentialDecay:
+    r"""The paper's schedule η_k = η_0 ρ^k.
+
+    Args:
+      initial: η_0 > 0, 1/L in the paper. May be traced.
+      rate: ρ > 0, at most 1 for a decay. May be traced.
+
+    References:
+      Bibi et al. 2019, section 4; Bottou 2012.
+    """
+    return ExponentialDecay(initial, rate)
+
+
+class StepSizeRule(abc.ABC):
+    """A step size that is read off a problem and an estimator."""
+
+    @abc.abstractmethod
+    def schedule(
+        self, problem: LayerProblem, estimator: Estimator, lipschitz: Array | None
+    ) -> Callable[[Array], ArrayLike]:
+        """k -> η_k; `lipschitz` is λ_max(A A*) where the caller knows it."""
+
+
+@value_object
+class InverseLipschitz(StepSizeRule):
+    r"""η_k = scale · decay^k / (L + λ), with L of lemma 2: the paper's choice.
+
+    Safe for the full gradient. For a small τ/n1 it is far too long, and the iterates can grow before
+    the decay tames them; `InverseExpectedSmoothness` is the step that theory supports there.
+
+    Args:
+      scale: a factor on the step, traced.
+      decay: a factor for each iteration, traced.
+      grid: the grid on which L is computed, see `lipschitz_constant`.
+    """
+
+    scale: Scalar = 1.0
+    decay: Scalar = 1.0
+    grid: Grid = static_field(default="layer", kw_only=True)
+
+    def __post_init__(self):
+        _checks.positive("scale", self.scale)
+        _checks.positive("decay", self.decay)
+
+    def schedule(
+        self, problem: LayerProblem, estimator: Estimator, lipschitz: Array | None
+    ) -> Callable[[Array], ArrayLike]:
+        """k -> η_k."""
+        if lipschitz is None:
+            lipschitz = lipschitz_constant(problem.linear_map, grid=self.grid)
+        return _inverse(lipschitz + problem.ridge, self.scale, self.decay, problem)
+
+
+@value_object
+class InverseExpectedSmoothness(StepSizeRule):
+    r"""η_k = scale · decay^k / 𝓛 with the estimator's expected smoothness 𝓛, on the padded grid.
+
+    Args:
+      scale: a factor on the step; ½ is the theorem's.
+      decay: a factor for each iteration.
+
+    References:
+      Gower et al. 2019, SGD: general analysis and improved rates, theorem 3.1.
+    """
+
+    scale: Scalar = 0.5
+    decay: Scalar = 1.0
+
+    def __post_init__(self):
+        _checks.positive("scale", self.scale)
+        _checks.positive("decay", self.decay)
+
+    def schedule(
+        self, problem: LayerProblem, estimator: Estimator, lipschitz: Array | None
+    ) -> Callable[[Array], ArrayLike]:
+        """k -> η_k."""
+        return _inverse(estimator.expected_smoothness(problem), self.scale, self.decay, problem)
+
+
+StepSizeLike: TypeAlias = ArrayLike | Callable[[Array], ArrayLike] | StepSizeRule | None
+
+
+def as_schedule(
+    step_size: StepSizeLike,
+    problem: LayerProblem,
+    estimator: Estimator | None = None,
+    *,
+    lipschitz: Array | None = None,
+) -> Callable[[Array], Array]:
+    """Any step size as k -> η_k in the problem's dtype; None is `InverseLipschitz()`."""
+    if step_size is None:
+        step_size = InverseLipschitz()
+    if isinstance(step_size, StepSizeRule):
+        step_size = step_size.schedule(problem, estimator or Full(), lipschitz)
+    if callable(step_size):
+        schedule = step_size
+        return lambda k: jnp.asarray(schedule(k), problem.dtype)
+    _checks.positive("step_size", step_size)
+    constant = jnp.asarray(step_size, problem.dtype)
+    return lambda k: constant
+
+
+def _inverse(constant, scale, decay, problem: LayerProblem) -> ExponentialDecay:
+    # a map that is zero has no curvature to set a step: any will do, and 1 keeps it finite
+    constant = jnp.asarray(constant, problem.dtype)
+    initial = jnp.where(constant > 0, scale / jnp.where(constant > 0, constant, 1.0), 1.0)
+    return ExponentialDecay(initial, decay)
