@@ -9,8 +9,11 @@ References:
   Bibi, Ghanem, Koltun and Ranftl, Deep Layers as Stochastic Solvers, ICLR 2019.
 """
 
+from stochsolvers import dropout as dropout
 from stochsolvers import estimators as estimators
+from stochsolvers import linen as linen
 from stochsolvers import lipschitz as lipschitz
+from stochsolvers import nnx as nnx
 from stochsolvers import prox as prox
 from stochsolvers import sampling as sampling
 from stochsolvers import tensor_product as tensor_product

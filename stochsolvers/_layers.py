@@ -1,0 +1,105 @@
+"""What the Flax skins share: from a layer's arrays and options to a problem and its solution."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, Scalar
+from stochsolvers.linear_maps import Conv, LinearMap
+from stochsolvers.lipschitz import lipschitz_constant
+from stochsolvers.problems import LayerProblem
+from stochsolvers.prox import Prior
+from stochsolvers.solvers import Solution, Solver
+from stochsolvers.solvers.step_sizes import InverseLipschitz
+
+
+def conv_map(
+    kernel: Array,
+    spatial_shape: tuple[int, int],
+    *,
+    strides: Any,
+    padding: Any,
+    kernel_dilation: Any,
+    input_dilation: Any,
+    feature_group_count: int,
+    mask: Array | None,
+) -> Conv:
+    """A `Conv` from the options of a Flax convolution, or an error for those it has no equal for."""
+    if kernel.ndim != 4:
+        _checks.fail("kernel of a solver convolution", "4 axes (two spatial)", kernel.shape)
+    if tuple(np.broadcast_to(1 if input_dilation is None else input_dilation, (2,))) != (1, 1):
+        _checks.fail("input_dilation of a solver convolution", "1", input_dilation)
+    if mask is not None:
+        _checks.fail("mask of a solver convolution", "None", f"an array of shape {mask.shape}")
+    if isinstance(padding, int):
+        padding = ((padding, padding),) * 2
+    elif not isinstance(padding, str):
+        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+    return Conv(
+        kernel,
+        spatial_shape,
+        strides=1 if strides is None else strides,
+        padding=padding,
+        kernel_dilation=1 if kernel_dilation is None else kernel_dilation,
+        feature_group_count=feature_group_count,
+    )
+
+
+def step_constant(
+    solver: Solver, linear_map: LinearMap, cached: Array | None = None
+) -> Array | None:
+    """L on the grid that the solver's step size asks for; None where it asks for none."""
+    if cached is not None or not solver.uses_lipschitz:
+        return cached
+    rule = getattr(solver, "step_size", None)
+    grid = rule.grid if isinstance(rule, InverseLipschitz) else "layer"
+    return lax.stop_gradient(lipschitz_constant(linear_map, grid=grid))
+
+
+def make_problem(
+    linear_map: LinearMap,
+    inputs: Array,
+    bias: Array | None,
+    skip: Array | None,
+    *,
+    prior: Prior,
+    ridge: Scalar,
+) -> LayerProblem:
+    """The layer's problem; `skip` joins the bias, as in a residual block."""
+    if skip is not None:
+        bias = skip if bias is None else bias + skip
+    return LayerProblem(linear_map, inputs, bias=bias, prior=prior, ridge=ridge)
+
+
+def precision_context(precision: Any) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products at a layer's `precision`; None is JAX's default."""
+    if precision is None:
+        return contextlib.nullcontext()
+    if not isinstance(precision, str | jax.lax.Precision):
+        _checks.fail("precision of a solver layer", "a name or a jax.lax.Precision", precision)
+    name = precision if isinstance(precision, str) else precision.name.lower()
+    return jax.default_matmul_precision(name)
+
+
+def run(
+    solver: Solver,
+    key: Array | None,
+    problem: LayerProblem,
+    *,
+    lipschitz: Array | None,
+    deterministic: bool,
+    precision: Any,
+    dtype: Any,
+) -> Solution:
+    """Solve, and give the value the dtype that the plain layer's output would have."""
+    with precision_context(precision):
+        solution = solver.solve(
+            key, problem, lipschitz=lipschitz, deterministic=deterministic
+        )
+    return dataclasses.replace(solution, value=jnp.asarray(solution.value, dtype))

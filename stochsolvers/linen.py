@@ -1,0 +1,137 @@
+"""Solver layers for Flax Linen: the parameter trees of `nn.Dense` and `nn.Conv`.
+
+The random stream is `rng_collection` ("dropout" by default). The Lipschitz constant is cached in the
+collection "solver_state", beside the parameters: `init` creates it, `apply` reads it, and
+`apply(..., mutable=["solver_state"])` recomputes it, which the paper does once an epoch. Where the
+collection is not given the constant is computed at every call.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from stochsolvers import _checks, _layers
+from stochsolvers._typing import Array, Scalar
+from stochsolvers.linear_maps import Dense, LinearMap
+from stochsolvers.prox import NonNegative, Prior
+from stochsolvers.solvers import Solution, Solver
+
+_STATE = "solver_state"
+
+
+class _SolverLayer(nn.Module):
+    """The part of the two layers that is the same."""
+
+    def _solve(
+        self,
+        linear_map: LinearMap,
+        inputs: Array,
+        bias: Array | None,
+        skip: Array | None,
+        deterministic: bool | None,
+    ) -> Solution:
+        layer: Any = self
+        if deterministic is None:
+            deterministic = layer.deterministic
+        sampled = layer.solver.stochastic and not deterministic
+        problem = _layers.make_problem(
+            linear_map, inputs, bias, skip, prior=layer.prior, ridge=layer.ridge
+        )
+        return _layers.run(
+            layer.solver,
+            self.make_rng(layer.rng_collection) if sampled else None,
+            problem,
+            lipschitz=self._lipschitz(problem.linear_map),
+            deterministic=bool(deterministic),
+            precision=layer.precision,
+            dtype=inputs.dtype,
+        )
+
+    def _lipschitz(self, linear_map: LinearMap) -> Array | None:
+        solver: Solver = self.solver  # pyright: ignore[reportAttributeAccessIssue]
+        refresh = self.is_mutable_collection(_STATE)
+        if not solver.uses_lipschitz or not (refresh or self.has_variable(_STATE, "lipschitz")):
+            return _layers.step_constant(solver, linear_map)
+        cache = self.variable(_STATE, "lipschitz", _layers.step_constant, solver, linear_map)
+        if refresh and not self.is_initializing():
+            cache.value = _layers.step_constant(solver, linear_map)
+        return cache.value
+
+
+class SolverDense(_SolverLayer, nn.Dense, kw_only=True):
+    """`nn.Dense` and its activation, as a solver; see `stochsolvers.nnx.SolverLinear`.
+
+    Attributes:
+      solver: a configuration such as `ProxSG(tau=0.5, num_iters=10)`.
+      prior: g, whose prox is the activation; ReLU by default.
+      ridge: λ.
+      deterministic: use the full gradient.
+      rng_collection: name of the random stream.
+    """
+
+    solver: Solver
+    prior: Prior = NonNegative()
+    ridge: Scalar = 0.0
+    deterministic: bool = False
+    rng_collection: str = "dropout"
+
+    @nn.compact
+    def __call__(
+        self, inputs: Array, *, skip: Array | None = None, deterministic: bool | None = None
+    ) -> Array:
+        """prox_g of the solver's last iterate."""
+        shape = (jnp.shape(inputs)[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        return self._solve(Dense(kernel), inputs, bias, skip, deterministic).value
+
+
+class SolverConv(_SolverLayer, nn.Conv, kw_only=True):
+    """`nn.Conv` (two-dimensional) and its activation, as a solver; see `stochsolvers.nnx.SolverConv`.
+
+    Attributes:
+      solver: a configuration such as `ProxGD(num_iters=10)`.
+      prior: g, whose prox is the activation; ReLU by default.
+      ridge: λ.
+      deterministic: use the full gradient.
+      rng_collection: name of the random stream.
+    """
+
+    solver: Solver
+    prior: Prior = NonNegative()
+    ridge: Scalar = 0.0
+    deterministic: bool = False
+    rng_collection: str = "dropout"
+
+    @nn.compact
+    def __call__(
+        self, inputs: Array, *, skip: Array | None = None, deterministic: bool | None = None
+    ) -> Array:
+        """prox_g of the solver's last iterate."""
+        if jnp.ndim(inputs) < 3:
+            _checks.fail(
+                "shape of SolverConv's inputs", "(..., H, W, features)", jnp.shape(inputs)
+            )
+        size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        n1 = jnp.shape(inputs)[-1]
+        shape = (*size, n1 // self.feature_group_count, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        linear_map = _layers.conv_map(
+            kernel,
+            inputs.shape[-3:-1],
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            input_dilation=self.input_dilation,
+            feature_group_count=self.feature_group_count,
+            mask=self.mask,
+        )
+        return self._solve(linear_map, inputs, bias, skip, deterministic).value
