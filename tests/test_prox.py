@@ -1,0 +1,613 @@
+"""Proximal operators against brute force in numpy that shares no code with the library."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stochsolvers import prox
+
+INF = np.inf
+
+# The priors by their definitions, on one entry: g(u), an interval containing the domain.
+ELEMENTWISE = {
+    "zero": (prox.Zero(), lambda u: 0 * u, (-INF, INF)),
+    "relu": (prox.NonNegative(), lambda u: np.where(u >= 0, 0.0, INF), (0, INF)),
+    "hinge": (
+        prox.SquaredHinge(0.7, 0.3),
+        lambda u: 0.35 * np.maximum(-u - 0.3, 0) ** 2,
+        (-INF, INF),
+    ),
+    "log": (prox.LogBarrier(0.8), lambda u: -0.8 * np.log(u), (0, INF)),
+    "symmetric": (prox.SymmetricLogBarrier(0.1), lambda u: -0.1 * np.log(1 - u**2), (-1, 1)),
+    "interval": (
+        prox.IntervalLogBarrier(0.3),
+        lambda u: -0.3 * (np.log(u) + np.log(1 - u)),
+        (0, 1),
+    ),
+    "l1": (prox.L1(0.6), lambda u: 0.6 * np.abs(u), (-INF, INF)),
+    "box": (
+        prox.Box(-0.5, 2.0),
+        lambda u: np.where((u >= -0.5) & (u <= 2), 0.0, INF),
+        (-0.5, 2),
+    ),
+}
+SMOOTH = {"log", "symmetric", "interval"}
+GROUPED = {
+    "group": prox.GroupL2(0.7, axis=-1),
+    "nuclear": prox.NuclearNorm(0.7),
+    "psd": prox.PositiveSemidefinite(),
+}
+ALL = {**{name: entry[0] for name, entry in ELEMENTWISE.items()}, **GROUPED}
+names = pytest.mark.parametrize("name", list(ALL))
+elementwise_names = pytest.mark.parametrize("name", list(ELEMENTWISE))
+reals = st.floats(-20, 20, allow_nan=False)
+steps = st.floats(1e-3, 10)
+
+
+def _argmin(objective, lower, upper, rounds=40):
+    """Minimiser of a convex function on an interval: grids around the best point, refined."""
+    for _ in range(rounds):
+        grid = np.linspace(lower, upper, 41)
+        with np.errstate(all="ignore"):
+            values = objective(grid)
+        best = int(np.nanargmin(np.where(np.isnan(values), INF, values)))
+        lower, upper = grid[max(best - 1, 0)], grid[min(best + 1, 40)]
+    return 0.5 * (lower + upper)
+
+
+def _matrix(rng, *shape):
+    return rng.normal(size=shape)
+
+
+# --- values, against minimisation -----------------------------------------------------------------
+
+
+@elementwise_names
+@given(v=reals, step=steps)
+def test_elementwise_prox_minimises(name, v, step):
+    prior, g, (lower, upper) = ELEMENTWISE[name]
+    u = float(prior.prox(jnp.asarray(v), step))
+
+    def objective(x):
+        return 0.5 * (x - v) ** 2 + step * g(x)
+
+    best = _argmin(objective, max(lower, -40.0), min(upper, 40.0))
+    assert u == pytest.approx(best, abs=3e-7)  # the square root of round-off: values were compared
+    assert objective(np.float64(u)) <= objective(np.float64(best)) + 1e-13 * (1 + v * v)
+
+
+@elementwise_names
+def test_value_is_the_sum_of_its_definition(name, rng):
+    prior, g, (lower, upper) = ELEMENTWISE[name]
+    u = rng.uniform(max(lower, -3), min(upper, 3), size=(3, 4))
+    np.testing.assert_allclose(prior.value(jnp.asarray(u)), np.sum(g(u)), rtol=1e-13)
+    for outside in (lower - 0.1, upper + 0.1):
+        if np.isfinite(outside):
+            assert prior.value(jnp.asarray([0.5, outside])) == INF
+
+
+def test_barriers_are_infinite_on_their_walls():
+    assert prox.LogBarrier().value(jnp.zeros(2)) == INF
+    assert prox.SymmetricLogBarrier().value(jnp.ones(2)) == INF
+    assert prox.IntervalLogBarrier().value(jnp.asarray([0.5, 1.0])) == INF
+    assert prox.Box(-1.0, 1.0).value(jnp.ones(2)) == 0
+    assert prox.NonNegative().value(jnp.zeros(2)) == 0
+
+
+def test_group_prox_minimises(rng):
+    v, step = _matrix(rng, 3, 4), 0.9
+    u = np.asarray(GROUPED["group"].prox(jnp.asarray(v), step))
+    for row in range(3):
+
+        def objective(x, v=v[row]):
+            return 0.5 * np.sum((x - v) ** 2) + step * 0.7 * np.linalg.norm(x)
+
+        found = scipy.optimize.minimize(objective, np.ones(4), method="BFGS", tol=1e-10)
+        np.testing.assert_allclose(u[row], found.x, atol=1e-6)
+    small = 0.1 * v
+    assert np.all(np.asarray(GROUPED["group"].prox(jnp.asarray(small), 3.0)) == 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (4, 2), (2, 4)])
+def test_nuclear_prox_minimises(shape, rng):
+    v, weight = 2 * _matrix(rng, *shape), 0.45
+    u = np.asarray(prox.NuclearNorm(0.9).prox(jnp.asarray(v), 0.5))
+
+    # 2||U||_* = min ||P||² + ||Q||² over U = PQᵀ: smooth, without any singular value.
+    def objective(flat):
+        p, q = flat[: shape[0] * 5].reshape(-1, 5), flat[shape[0] * 5 :].reshape(-1, 5)
+        gap = p @ q.T - v
+        grad = np.concatenate([(gap @ q + weight * p).ravel(), (gap.T @ p + weight * q).ravel()])
+        return 0.5 * np.sum(gap**2) + 0.5 * weight * np.sum(flat**2), grad
+
+    start = _matrix(rng, sum(shape) * 5)
+    options = {"maxiter": 5000, "ftol": 1e-16, "gtol": 1e-10}
+    flat = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x
+    p, q = flat[: shape[0] * 5].reshape(-1, 5), flat[shape[0] * 5 :].reshape(-1, 5)
+    np.testing.assert_allclose(u, p @ q.T, atol=2e-5)
+
+
+def test_semidefinite_prox_minimises(rng):
+    v = _matrix(rng, 3, 3)
+    u = np.asarray(GROUPED["psd"].prox(jnp.asarray(v), 0.3))
+
+    def objective(flat):
+        factor = flat.reshape(3, 3)
+        gap = factor @ factor.T - v
+        return 0.5 * np.sum(gap**2), ((gap + gap.T) @ factor).ravel()
+
+    options = {"maxiter": 5000, "ftol": 1e-16, "gtol": 1e-11}
+    flat = scipy.optimize.minimize(
+        objective, _matrix(rng, 9), jac=True, method="L-BFGS-B", options=options
+    ).x
+    np.testing.assert_allclose(u, flat.reshape(3, 3) @ flat.reshape(3, 3).T, atol=2e-5)
+    np.testing.assert_array_equal(u, u.T)
+    assert GROUPED["psd"].value(jnp.asarray(u)) == 0
+    assert GROUPED["psd"].value(jnp.asarray(v)) == INF
+    assert GROUPED["psd"].value(-jnp.eye(3)) == INF
+
+
+def test_values_of_group_and_nuclear(rng):
+    u = _matrix(rng, 2, 3, 4)
+    np.testing.assert_allclose(
+        GROUPED["group"].value(jnp.asarray(u)), 0.7 * np.sum(np.sqrt(np.sum(u**2, -1)))
+    )
+    np.testing.assert_allclose(
+        GROUPED["nuclear"].value(jnp.asarray(u)),
+        0.7 * sum(np.sum(np.sqrt(np.maximum(np.linalg.eigvalsh(m @ m.T), 0))) for m in u),
+    )
+
+
+# --- theory ---------------------------------------------------------------------------------------
+
+
+@names
+def test_firmly_non_expansive(name, rng):
+    prior = ALL[name]
+    v, w = jnp.asarray(3 * _matrix(rng, 20, 3, 3)), jnp.asarray(3 * _matrix(rng, 20, 3, 3))
+    du, dv = prior.prox(v, 0.7) - prior.prox(w, 0.7), v - w
+    assert np.all(jnp.sum(du * du, (1, 2)) <= jnp.sum(du * dv, (1, 2)) + 1e-12)
+
+
+@names
+@pytest.mark.parametrize("step", [0.05, 1.0, 7.0])
+def test_fenchel_young_holds_with_equality(name, step, rng):
+    # v − u = ηs with s a subgradient at u: this is Moreau's identity, v = u + ηs.
+    prior = ALL[name]
+    v = jnp.asarray(2 * _matrix(rng, 3, 3))
+    u = prior.prox(v, step)
+    s = prior.dual_projection((v - u) / step)  # removes round-off
+    np.testing.assert_allclose(s, (v - u) / step, atol=1e-13)
+    np.testing.assert_allclose(prior.value(u) + prior.conjugate(s), jnp.sum(u * s), atol=1e-11)
+
+
+@names
+def test_fenchel_young_inequality(name, rng):
+    prior = ALL[name]
+    for _ in range(5):
+        u = prior.prox(jnp.asarray(2 * _matrix(rng, 3, 3)), 0.8)
+        w = prior.dual_projection(jnp.asarray(2 * _matrix(rng, 3, 3)), 1e-3)
+        bound = prior.value(u) + prior.conjugate(w)
+        assert np.isfinite(bound)
+        assert bound >= jnp.sum(u * w) - 1e-10
+
+
+@elementwise_names
+def test_conjugate_is_the_supremum(name):
+    prior, g, (lower, upper) = ELEMENTWISE[name]
+    for w in (-2.3, -0.6, -0.01, 0.0, 0.01, 0.6, 2.3):
+        lo, hi = max(lower, -1e3), min(upper, 1e3)
+        best = _argmin(lambda u, w=w: g(u) - w * u, lo, hi)
+        with np.errstate(all="ignore"):
+            supremum = w * best - g(np.float64(best))
+        conjugate = float(prior.conjugate(jnp.asarray(w)))
+        if np.isinf(conjugate):  # the supremum grows with the search interval
+            assert abs(best) > 999
+            if w == 0:
+                assert name == "log"
+        else:
+            assert conjugate == pytest.approx(supremum, abs=1e-6)
+
+
+@names
+@pytest.mark.parametrize("margin", [0.0, 0.2, 5.0])
+def test_dual_projection_is_the_nearest_point(name, margin, rng):
+    prior = ALL[name]
+    w = jnp.asarray(2 * _matrix(rng, 3, 3))
+    z = prior.dual_projection(w, margin)
+    assert np.isfinite(prior.conjugate(z))
+    np.testing.assert_allclose(prior.dual_projection(z, margin), z, atol=1e-13)
+    # Nearest: <w − z, y − z> ≤ 0 for every y of the set, here for projections of other points.
+    for _ in range(10):
+        y = prior.dual_projection(jnp.asarray(3 * _matrix(rng, 3, 3)), margin)
+        assert jnp.sum((w - z) * (y - z)) <= 1e-11
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@names
+def test_projected_points_are_feasible_in_any_precision(name, dtype, rng):
+    prior = ALL[name]
+    w = jnp.asarray(100 * _matrix(rng, 8, 6, 6), dtype)
+    assert np.isfinite(prior.conjugate(prior.dual_projection(w)))
+    assert np.isfinite(prior.value(prior.prox(w, 0.3)))
+
+
+def test_margin_keeps_a_distance():
+    w = jnp.asarray([-3.0, -0.1, 0.0, 4.0])
+    np.testing.assert_allclose(prox.NonNegative().dual_projection(w, 0.5), [-3, -0.5, -0.5, -0.5])
+    np.testing.assert_allclose(prox.L1(1.0).dual_projection(w, 0.25), [-0.75, -0.1, 0, 0.75])
+    np.testing.assert_allclose(prox.Box(-INF, 1.0).dual_projection(w, 0.5), [0.5, 0.5, 0.5, 4])
+    np.testing.assert_allclose(prox.Box(0.0, INF).dual_projection(w, 0.5), [-3, -0.5, -0.5, -0.5])
+    np.testing.assert_allclose(prox.Box(-INF, INF).dual_projection(w, 0.5), np.zeros(4))
+    assert prox.Box(0.0, INF).conjugate(w) == INF
+    assert prox.Box(0.0, INF).conjugate(-jnp.abs(w)) == 0
+    projected = prox.PositiveSemidefinite().dual_projection(jnp.diag(jnp.asarray([1.0, -2.0])), 0.5)
+    np.testing.assert_allclose(projected, np.diag([-0.5, -2.0]), atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "minimiser"),
+    [("relu", 1.3), ("hinge", -0.2), ("symmetric", 0.0), ("interval", 0.5), ("l1", 0.0)],
+)
+def test_minimisers_are_fixed_points(name, minimiser):
+    for step in (0.01, 1.0, 30.0):
+        assert float(ALL[name].prox(jnp.asarray(minimiser), step)) == pytest.approx(minimiser)
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+def test_familiar_activations(rng):
+    v = jnp.concatenate(
+        [jnp.asarray([0.0, -0.0, 1.0, -1.0, 6.0]), jnp.asarray(5 * rng.normal(size=50))]
+    )
+    pairs = [
+        (prox.Zero(), lambda x: x),
+        (prox.NonNegative(), jax.nn.relu),
+        (prox.leaky_relu_prior(0.2), lambda x: jax.nn.leaky_relu(x, 0.2)),
+        (prox.Box(-1.0, 1.0), jax.nn.hard_tanh),
+        (prox.Box(0.0, 6.0), jax.nn.relu6),
+    ]
+    for prior, activation in pairs:
+        np.testing.assert_allclose(prior.prox(v, 1.0), activation(v), rtol=1e-15)
+        inner = v[5:]
+        np.testing.assert_allclose(
+            jax.vmap(jax.grad(lambda x, p=prior: p.prox(x, 1.0)))(inner),
+            jax.vmap(jax.grad(activation))(inner),
+            rtol=1e-15,
+        )
+    for prior, activation in pairs[:4]:  # at the kinks too
+        np.testing.assert_allclose(
+            jax.vmap(jax.grad(lambda x, p=prior: p.prox(x, 1.0)))(v),
+            jax.vmap(jax.grad(activation))(v),
+        )
+
+
+def test_smooth_activations_stay_as_close_as_documented():
+    v = jnp.linspace(-10, 10, 2001)
+    softplus = jnp.abs(prox.LogBarrier(1.0).prox(v, 1.0) - jax.nn.softplus(v))
+    tanh = jnp.abs(prox.SymmetricLogBarrier(0.1).prox(v, 1.0) - jnp.tanh(v))
+    sigmoid = jnp.abs(prox.IntervalLogBarrier(0.25).prox(v + 0.5, 1.0) - jax.nn.sigmoid(v))
+    assert jnp.max(softplus) < 0.31
+    assert jnp.max(tanh) < 0.061
+    assert jnp.max(sigmoid) < 0.05
+
+
+def test_the_step_changes_the_shape_of_all_but_indicators():
+    v = jnp.asarray([-1.5, 0.3, 2.0])
+    for prior in (prox.Zero(), prox.NonNegative(), prox.Box(-1.0, 1.0)):
+        np.testing.assert_array_equal(prior.prox(v, 1.0), prior.prox(v, 0.25))
+    np.testing.assert_allclose(prox.SquaredHinge(1.0).prox(v, 0.25), [-1.5 / 1.25, 0.3, 2.0])
+    np.testing.assert_allclose(prox.L1(2.0).prox(v, 0.25), prox.L1(0.5).prox(v, 1.0))
+
+
+# --- precision ------------------------------------------------------------------------------------
+
+
+def _bisect(derivative, lower, upper):
+    """The root of an increasing function, on a logarithmic scale, in extended precision."""
+    lower, upper = np.log(lower), np.log(upper)
+    for _ in range(90):
+        middle = 0.5 * (lower + upper)
+        below = derivative(np.exp(middle)) < 0
+        lower, upper = np.where(below, middle, lower), np.where(below, upper, middle)
+    return np.exp(0.5 * (lower + upper))
+
+
+def _oracle(name, v, c):
+    """(u, distance to the nearest wall) in long double, each accurate in itself."""
+    v, c = v.astype(np.longdouble), c.astype(np.longdouble)
+    tiny, big = np.full_like(v, 1e-60), np.full_like(v, 1e8)
+    if name == "log":
+        u = _bisect(lambda x: x - v - c / x, tiny, big)
+        return u, u
+    if name == "symmetric":
+        a = np.abs(v)
+        small = _bisect(lambda x: x - a + 2 * c * x / (1 - x * x), tiny, 0 * v + 0.9)
+        wall = _bisect(lambda d: d + (a - 1) - 2 * c * (1 - d) / (d * (2 - d)), tiny, 0 * v + 0.9)
+        near = small < 0.5
+        return np.sign(v) * np.where(near, small, 1 - wall), np.where(near, 1 - small, wall)
+    low = _bisect(lambda x: x - v - c / x + c / (1 - x), tiny, 0 * v + 0.9)
+    high = _bisect(lambda d: d - (1 - v) - c / d + c / (1 - d), tiny, 0 * v + 0.9)
+    return np.where(low < 0.5, low, 1 - high), np.where(low < 0.5, low, high)
+
+
+BARRIERS = {
+    "log": prox.LogBarrier,
+    "symmetric": prox.SymmetricLogBarrier,
+    "interval": prox.IntervalLogBarrier,
+}
+
+
+def _sweep(dtype):
+    size = np.logspace(-6, 6, 61)
+    v = np.concatenate([-size, size, 1 + size[:30], 1 - size[:30], [0.0, 0.5, 1.0, -1.0]])
+    v, c = np.meshgrid(v.astype(dtype), np.logspace(-8, 3, 23).astype(dtype))
+    return v.ravel(), c.ravel()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", list(BARRIERS))
+def test_barriers_keep_their_digits(name, dtype):
+    v, c = _sweep(dtype)
+    u = np.asarray(BARRIERS[name](jnp.asarray(c)).prox(jnp.asarray(v), 1.0))
+    assert u.dtype == dtype
+    exact, _ = _oracle(name, v, c)
+    nonzero = exact != 0
+    error = np.abs(u[nonzero] - exact[nonzero]) / np.abs(exact[nonzero])
+    assert np.max(error) < 4 * np.finfo(dtype).eps
+    value = jax.vmap(lambda x, w: BARRIERS[name](w).value(x))(jnp.asarray(u), jnp.asarray(c))
+    assert np.all(np.isfinite(value))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", list(BARRIERS))
+def test_barrier_derivatives_keep_their_digits(name, dtype):
+    v, c = _sweep(dtype)
+    u, wall = _oracle(name, v, c)
+    wide = c.astype(np.longdouble)
+    if name == "log":
+        curvature, slope = 1 / u**2, -1 / u
+    else:
+        low = name == "interval"
+        other = 1 - wall if low else 2 - wall
+        curvature = 1 / wall**2 + 1 / other**2
+        near_zero = u < 0.5 if low else u < 0
+        # In the symmetric case a difference of the terms would cancel for small u.
+        slope = (1 / wall - 1 / other) * np.where(near_zero, -1, 1) if low else 2 * u / wall / other
+
+    def scalar(x, w):
+        return BARRIERS[name](w).prox(x, 1.0)
+
+    v, c = jnp.asarray(v), jnp.asarray(c)
+    du, dc = jax.jit(jax.vmap(jax.grad(scalar, (0, 1))))(v, c)
+    scale = 1 + wide * curvature
+    np.testing.assert_allclose(du, 1 / scale, rtol=30 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        dc, -slope / scale, rtol=30 * np.finfo(dtype).eps, atol=float(np.finfo(dtype).tiny)
+    )
+    _, forward = jax.jvp(scalar, (v, c), (jnp.ones_like(v), jnp.zeros_like(c)))
+    np.testing.assert_allclose(forward, du, rtol=1e-6)
+    second = jax.jit(jax.vmap(jax.grad(jax.grad(scalar))))(v, c)
+    assert np.all(np.isfinite(second))
+
+
+@names
+def test_values_and_derivatives_are_finite_in_single_precision(name):
+    prior = ALL[name]
+    size = np.logspace(-6, 6, 25, dtype=np.float32)
+    v = np.concatenate([-size, size, np.zeros(1, np.float32)])
+    v = jnp.asarray(v[:, None, None] * np.array([[1, 2], [2, -1]], np.float32))
+
+    def total(v, step):
+        return jnp.sum(prior.prox(v, step) * jnp.arange(4.0, dtype=v.dtype).reshape(2, 2))
+
+    gradients = jax.jit(jax.vmap(jax.value_and_grad(total, (0, 1)), in_axes=(0, None)))
+    for step in (1e-8, 1e-3, 1.0, 1e3):
+        value, (dv, dstep) = gradients(v, jnp.float32(step))
+        assert value.dtype == dv.dtype == np.float32
+        assert np.all(np.isfinite(value))
+        assert np.all(np.isfinite(dv))
+        assert np.all(np.isfinite(dstep))
+
+
+def test_distances_below_the_spacing_of_floats_stay_inside():
+    v = jnp.asarray([-1e6, 1e6, -1e30, 1e15], jnp.float32)
+    for prior in (prox.SymmetricLogBarrier(1e-8), prox.IntervalLogBarrier(1e-8)):
+        u = prior.prox(v[:2], 1.0)
+        assert np.isfinite(prior.value(u))
+        assert np.all(jax.vmap(jax.grad(lambda x, p=prior: p.prox(x, 1.0)))(v[:2]) > 0)
+    assert np.isfinite(prox.LogBarrier(1e-8).value(prox.LogBarrier(1e-8).prox(v[:2], 1.0)))
+
+
+# --- derivatives ----------------------------------------------------------------------------------
+
+
+def _finite_difference(function, point, direction, h=1e-6):
+    return (np.asarray(function(point + h * direction)) - function(point - h * direction)) / (2 * h)
+
+
+@names
+def test_derivatives_are_those_of_finite_differences(name, rng):
+    prior = ALL[name]
+    shape = (2, 3, 3)
+    function = jax.jit(prior.prox)
+    v, dv = jnp.asarray(2 * _matrix(rng, *shape)), jnp.asarray(_matrix(rng, *shape))
+    _, tangent = jax.jvp(lambda x: function(x, 0.4), (v,), (dv,))
+    expected = _finite_difference(lambda x: function(x, 0.4), v, dv)
+    np.testing.assert_allclose(tangent, expected, atol=1e-7)
+    _, dstep = jax.jvp(lambda s: function(v, s), (0.4,), (1.0,))
+    expected = _finite_difference(lambda s: function(v, s), 0.4, 1.0)
+    np.testing.assert_allclose(dstep, expected, atol=1e-7)
+    cotangent = jnp.asarray(_matrix(rng, *shape))
+    _, pull = jax.vjp(lambda x: function(x, 0.4), v)
+    np.testing.assert_allclose(jnp.sum(pull(cotangent)[0] * dv), jnp.sum(cotangent * tangent))
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (2, 5)])
+def test_nuclear_derivative_of_oblong_matrices(shape, rng):
+    prior = prox.NuclearNorm(0.5)
+    v, dv = jnp.asarray(2 * _matrix(rng, *shape)), jnp.asarray(_matrix(rng, *shape))
+    tangent = jax.jvp(lambda x: prior.prox(x, 1.0), (v,), (dv,))[1]
+    expected = _finite_difference(lambda x: prior.prox(x, 1.0), v, dv)
+    np.testing.assert_allclose(tangent, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(SMOOTH))
+def test_second_derivatives(name):
+    prior = ALL[name]
+    slope = jax.grad(lambda x: prior.prox(x, 0.7))
+    first, second = jax.jit(jax.vmap(slope)), jax.jit(jax.vmap(jax.grad(slope)))
+    third = jax.jit(jax.vmap(jax.jacfwd(jax.grad(slope))))
+    v = jnp.asarray([-3.1, -0.4, 0.0, 0.49, 0.5, 0.7, 2.2])
+    np.testing.assert_allclose(second(v), _finite_difference(first, v, 1.0), atol=1e-8)
+    np.testing.assert_allclose(third(v), _finite_difference(second, v, 1.0), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "v", [np.zeros((3, 3)), np.eye(3), -np.eye(3), 5 * np.eye(3), np.ones((3, 3))]
+)
+@pytest.mark.parametrize("name", list(GROUPED))
+def test_degenerate_matrices_have_finite_derivatives(name, v, rng):
+    prior, v = GROUPED[name], jnp.asarray(v)
+    gradient = jax.jit(jax.grad(lambda x, s: jnp.sum(jnp.sin(prior.prox(x, s))), (0, 1)))
+    for step in (1e-6, 1.0, 50.0):
+        assert all(np.all(np.isfinite(g)) for g in gradient(v, step))
+    if name == "nuclear":  # 5 I is a smooth point, with all singular values equal
+        direction = jnp.asarray(_matrix(rng, 3, 3))
+        point = 5 * jnp.eye(3)
+        tangent = jax.jvp(lambda x: prior.prox(x, 1.0), (point,), (direction,))[1]
+        expected = _finite_difference(lambda x: prior.prox(x, 1.0), point, direction)
+        np.testing.assert_allclose(tangent, expected, atol=1e-8)
+
+
+def test_weights_differentiate(rng):
+    v = jnp.asarray(2 * _matrix(rng, 3, 3))
+    for make in (
+        prox.SquaredHinge,
+        prox.LogBarrier,
+        prox.SymmetricLogBarrier,
+        prox.IntervalLogBarrier,
+        prox.L1,
+        prox.GroupL2,
+        prox.NuclearNorm,
+    ):
+        tangent = jax.jvp(lambda w, make=make: make(w).prox(v, 0.8), (0.6,), (1.0,))[1]
+        expected = _finite_difference(lambda w, make=make: make(w).prox(v, 0.8), 0.6, 1.0)
+        np.testing.assert_allclose(tangent, expected, atol=1e-8)
+    tangent = jax.jvp(lambda lo: prox.Box(lo, 1.5).prox(v, 1.0), (-0.5,), (1.0,))[1]
+    np.testing.assert_array_equal(tangent, v < -0.5)
+
+
+# --- shapes, transformations, dtypes, errors ------------------------------------------------------
+
+
+@names
+def test_batches_jit_and_vmap_agree(name, rng):
+    prior = ALL[name]
+    v = jnp.asarray(2 * _matrix(rng, 5, 3, 3))
+    together = prior.prox(v, 0.6)
+    apart = jnp.stack([prior.prox(row, 0.6) for row in v])
+    np.testing.assert_allclose(together, apart, atol=1e-13)
+    np.testing.assert_allclose(jax.vmap(prior.prox, (0, None))(v, 0.6), apart, atol=1e-13)
+    np.testing.assert_allclose(jax.jit(lambda p, x: p.prox(x, 0.6))(prior, v), apart, atol=1e-13)
+    assert jax.vmap(prior.value)(together).shape == (5,)
+    assert jax.vmap(prior.conjugate)(v).shape == (5,)
+
+
+def test_arrays_of_weights_and_steps(rng):
+    v = jnp.asarray(2 * _matrix(rng, 4, 3, 3))
+    weights = jnp.asarray([0.1, 0.5, 1.0, 2.0])
+    for make in (prox.GroupL2, prox.NuclearNorm, prox.LogBarrier, prox.L1):
+        shape = (4, 1, 1)
+        together = make(weights.reshape(shape)).prox(v, 0.5)
+        apart = jnp.stack([make(w).prox(x, 0.5) for w, x in zip(weights, v, strict=True)])
+        np.testing.assert_allclose(together, apart, atol=1e-13)
+        np.testing.assert_allclose(make(0.5).prox(v, weights.reshape(shape)), apart, atol=1e-13)
+        total = sum(make(w).value(jnp.abs(x)) for w, x in zip(weights, v, strict=True))
+        np.testing.assert_allclose(make(weights.reshape(shape)).value(jnp.abs(v)), total)
+
+
+def test_a_path_of_weights_compiles_once():
+    traces = 0
+
+    @jax.jit
+    def run(prior, v):
+        nonlocal traces
+        traces += 1
+        return prior.prox(v, 1.0)
+
+    for gamma in (0.1, 0.2, 0.4):
+        run(prox.SymmetricLogBarrier(gamma), jnp.ones(3))
+    assert traces == 1
+
+
+def test_axes(rng):
+    v = _matrix(rng, 3, 5, 3)
+    for make in (lambda axes: prox.NuclearNorm(0.7, axes), prox.PositiveSemidefinite):
+        moved = make((0, 2)).prox(jnp.asarray(v), 0.5)
+        last = make((-2, -1)).prox(jnp.asarray(np.moveaxis(v, 1, 0)), 0.5)
+        np.testing.assert_allclose(moved, np.moveaxis(last, 0, 1), atol=1e-14)
+    both = prox.GroupL2(0.7, axis=(0, 2)).prox(jnp.asarray(v), 0.5)
+    flat = prox.GroupL2(0.7).prox(jnp.asarray(np.moveaxis(v, 1, 0).reshape(5, 9)), 0.5)
+    np.testing.assert_allclose(both, np.moveaxis(np.reshape(flat, (5, 3, 3)), 0, 1), atol=1e-14)
+    assert prox.GroupL2(1.0, axis=0) != prox.GroupL2(1.0, axis=1)
+
+
+@names
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_computed_in_single(name, dtype, rng):
+    prior = ALL[name]
+    v = jnp.asarray(_matrix(rng, 3, 3), dtype)
+    u = prior.prox(v, 0.5)
+    assert u.dtype == np.float32
+    np.testing.assert_array_equal(u, prior.prox(v.astype(jnp.float32), 0.5))
+    assert prior.value(v).dtype == prior.conjugate(v).dtype == np.float32
+
+
+@names
+def test_nan_propagates(name):
+    assert np.all(np.isnan(ALL[name].prox(jnp.full((3, 3), jnp.nan), 0.5)))
+
+
+def test_separable():
+    assert all(entry[0].separable for entry in ELEMENTWISE.values())
+    assert not any(prior.separable for prior in GROUPED.values())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: prox.LogBarrier(0.0), "gamma: expected a number > 0"),
+        (lambda: prox.SymmetricLogBarrier(-1.0), "gamma"),
+        (lambda: prox.IntervalLogBarrier(np.array([1.0, -1.0])), "gamma"),
+        (lambda: prox.SquaredHinge(0), "gamma"),
+        (lambda: prox.L1(-0.1), "gamma"),
+        (lambda: prox.GroupL2(-0.1), "gamma"),
+        (lambda: prox.NuclearNorm(jnp.nan), "gamma"),
+        (lambda: prox.Box(1.0, 0.0), "bounds of Box: expected lower <= upper"),
+        (lambda: prox.NuclearNorm(1.0, (1, 1)), "axes: expected two different integers"),
+        (lambda: prox.PositiveSemidefinite((0, 1, 2)), "axes"),
+        (lambda: prox.GroupL2(1.0, axis=0.5), "axis"),
+        (lambda: prox.leaky_relu_prior(1.0), "negative_slope"),
+        (lambda: prox.leaky_relu_prior(0.0), "negative_slope"),
+        (lambda: prox.L1().prox(jnp.ones(2), 0.0), "step_size: expected a number > 0"),
+        (lambda: prox.L1().prox(jnp.ones(2), jnp.ones(3)), "step_size"),
+        (lambda: prox.L1(jnp.ones(3)).prox(jnp.ones(2), 1.0), "gamma"),
+        (lambda: prox.GroupL2(jnp.ones(2)).prox(jnp.ones((3, 2)), 1.0), "gamma"),
+        (lambda: prox.GroupL2(axis=2).prox(jnp.ones((3, 2)), 1.0), "axes"),
+        (lambda: prox.NuclearNorm(axes=(-1, 1)).prox(jnp.ones((3, 2)), 1.0), "axes"),
+        (lambda: prox.PositiveSemidefinite().prox(jnp.ones((3, 2)), 1.0), "square"),
+        (lambda: prox.L1().dual_projection(jnp.ones(2), -1.0), "margin"),
+        (lambda: prox.Zero().prox(jnp.ones(2, int), 1.0), "dtype of v: expected a real floating"),
+        (lambda: prox.Zero().value(jnp.ones(2, complex)), "dtype"),
+        (lambda: prox.Zero().conjugate(1), "dtype"),
+    ],
+)
+def test_errors(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
