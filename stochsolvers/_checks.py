@@ -56,7 +56,9 @@ def member(what: str, value: Any, allowed: Collection[Any]) -> None:
 
 def count(what: str, value: Any, *, minimum: int = 1, maximum: int | None = None) -> int:
     """Require a Python or numpy integer (no bool) within minimum..maximum, and return it as int."""
-    wanted = f"an integer >= {minimum}" if maximum is None else f"an integer in {minimum}..{maximum}"
+    wanted = (
+        f"an integer >= {minimum}" if maximum is None else f"an integer in {minimum}..{maximum}"
+    )
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         fail(what, wanted, f"{value!r} of type {type(value).__name__}")
     if value < minimum or (maximum is not None and value > maximum):

@@ -99,7 +99,5 @@ def run(
 ) -> Solution:
     """Solve, and give the value the dtype that the plain layer's output would have."""
     with precision_context(precision):
-        solution = solver.solve(
-            key, problem, lipschitz=lipschitz, deterministic=deterministic
-        )
+        solution = solver.solve(key, problem, lipschitz=lipschitz, deterministic=deterministic)
     return dataclasses.replace(solution, value=jnp.asarray(solution.value, dtype))

@@ -83,9 +83,7 @@ class Full(FeatureEstimator):
     def draw(self, key: Array, problem: LayerProblem, z: Array) -> None:
         """Nothing is drawn."""
 
-    def data_gradient(
-        self, problem: LayerProblem, z: Array, draw: None, *, linear: bool
-    ) -> Array:
+    def data_gradient(self, problem: LayerProblem, z: Array, draw: None, *, linear: bool) -> Array:
         """A(A* z − x), or A A* z."""
         residual = problem.linear_map.adjoint(z) if linear else problem.residual(z)
         return problem.linear_map(residual)
@@ -120,9 +118,7 @@ class TauNice(FeatureEstimator):
         mask = sampling.tau_nice_mask(key, tau, n1, problem.batch_shape)
         return mask.astype(problem.dtype) * (n1 / tau)
 
-    def data_gradient(
-        self, problem: LayerProblem, z: Array, draw: Array, *, linear: bool
-    ) -> Array:
+    def data_gradient(self, problem: LayerProblem, z: Array, draw: Array, *, linear: bool) -> Array:
         """(n1/τ) Σ_{i∈S} A_i (A_i* z − x_i), or its linear part."""
         if not self.shared:
             return super().data_gradient(problem, z, draw, linear=linear)

@@ -113,9 +113,7 @@ class SolverConv(_SolverLayer, nn.Conv, kw_only=True):
     ) -> Array:
         """prox_g of the solver's last iterate."""
         if jnp.ndim(inputs) < 3:
-            _checks.fail(
-                "shape of SolverConv's inputs", "(..., H, W, features)", jnp.shape(inputs)
-            )
+            _checks.fail("shape of SolverConv's inputs", "(..., H, W, features)", jnp.shape(inputs))
         size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         n1 = jnp.shape(inputs)[-1]
         shape = (*size, n1 // self.feature_group_count, self.features)

@@ -210,9 +210,9 @@ def _fenchel_gap(
     A, prior = problem.linear_map, problem.prior
     extra_axes = tuple(range(len(problem.batch_shape), z.ndim))
     tolerance = jnp.expand_dims(noise, extra_axes)
-    violation = problem.norm(gradient + prior.dual_projection(-gradient, tolerance))
+    violation = problem.norm(gradient + prior.dual_projection(-gradient, 2.0 * tolerance))
     # aim a little inside the domain, in proportion to how far outside the point is
-    margin = tolerance + _REPAIR_MARGIN * jnp.expand_dims(violation, extra_axes)
+    margin = 2.0 * tolerance + _REPAIR_MARGIN * jnp.expand_dims(violation, extra_axes)
     step = 1.0 / jnp.maximum(lipschitz.lipschitz_constant(A, grid="padded"), 1e-30)
 
     def dual_point(d):
@@ -220,7 +220,7 @@ def _fenchel_gap(
 
     def inside(d):
         w = dual_point(d)
-        return problem.norm(w - prior.dual_projection(w, tolerance)) == 0
+        return problem.norm(w - prior.dual_projection(w, 2.0 * tolerance)) <= noise
 
     def unfinished(carry):
         k, _, _, _, done = carry

@@ -96,4 +96,3 @@ def starting_point(problem: LayerProblem, init: Array | None) -> Array:
     if jnp.shape(init) != problem.shape:
         _checks.fail("shape of init", f"{problem.shape}", jnp.shape(init))
     return jnp.asarray(init, problem.dtype)
-

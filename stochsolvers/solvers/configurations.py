@@ -184,9 +184,7 @@ class MS2GD(_LipschitzStep):
         sampling = as_sampling(self.tau, self.sampling)
         step_size = as_schedule(self.step_size, problem, sampling, lipschitz=lipschitz)
         if deterministic:
-            return prox_gd(
-                problem, step_size=step_size, num_iters=self.num_outer * self.num_inner
-            )
+            return prox_gd(problem, step_size=step_size, num_iters=self.num_outer * self.num_inner)
         return ms2gd(
             _required(key),
             problem,

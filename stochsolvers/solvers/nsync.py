@@ -85,7 +85,5 @@ def nsync(
         return Step(value, memory, point)
 
     z0 = _loop.starting_point(problem, init)
-    z, diagnostics = _loop.iterate(
-        problem, update, z0, num_iters, trace_objective=trace_objective
-    )
+    z, diagnostics = _loop.iterate(problem, update, z0, num_iters, trace_objective=trace_objective)
     return _loop.solution(z, diagnostics)

@@ -38,8 +38,8 @@ def prox_gd(
       `Solution`; a path of steps, weights or inputs compiles once.
 
     Raises:
-      ValueError: at trace time, for an iteration count below 1, a non-positive number as step size, or an init of
-        another shape.
+      ValueError: at trace time, for an iteration count below 1, a non-positive number as step size,
+        or an init of another shape.
 
     References:
       Bibi et al. 2019, eq. 3; Beck and Teboulle 2009.

@@ -1,0 +1,19 @@
+"""Solver layers for Flax NNX: the parameters of the plain layers, the forward pass of a solver.
+
+`SolverLinear` and `SolverConv` subclass `nnx.Linear` and `nnx.Conv` and add no parameters, so a plain
+network's parameter state loads into its solver twin unchanged. Beside the parameters they hold a
+random stream and, where the step size is read off it, the layer's Lipschitz constant as
+non-trainable `SolverState`, which `refresh_lipschitz` recomputes.
+"""
+
+from stochsolvers.nnx._blocks import SolverResNetBlock as SolverResNetBlock
+from stochsolvers.nnx._blocks import fold_batch_norm as fold_batch_norm
+from stochsolvers.nnx._dropout import AdditiveDropout as AdditiveDropout
+from stochsolvers.nnx._dropout import ImportanceDropout as ImportanceDropout
+from stochsolvers.nnx._dropout import OutputDropout as OutputDropout
+from stochsolvers.nnx._dropout import TauNiceDropout as TauNiceDropout
+from stochsolvers.nnx._dropout import linear_map_of as linear_map_of
+from stochsolvers.nnx._layers import SolverConv as SolverConv
+from stochsolvers.nnx._layers import SolverLinear as SolverLinear
+from stochsolvers.nnx._layers import SolverState as SolverState
+from stochsolvers.nnx._layers import refresh_lipschitz as refresh_lipschitz

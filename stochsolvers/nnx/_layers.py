@@ -1,0 +1,291 @@
+"""Solver layers: the parameters of `nnx.Linear` and `nnx.Conv`, the forward pass of a solver."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from stochsolvers import _checks, _layers
+from stochsolvers._typing import Array, Scalar
+from stochsolvers.linear_maps import Conv, Dense, LinearMap
+from stochsolvers.nnx._stochastic import Stochastic
+from stochsolvers.problems import LayerProblem
+from stochsolvers.prox import NonNegative, Prior
+from stochsolvers.solvers import Solution, Solver
+
+
+class SolverState(nnx.Variable):
+    """Non-trainable state of a solver layer: its cached Lipschitz constant λ_max(A A*)."""
+
+
+class SolverLayer(Stochastic):
+    """What the two solver layers share; not for use on its own."""
+
+    prior: Prior
+    solver: Solver
+    ridge: Scalar
+    lipschitz: SolverState | None
+
+    def _init_solver(self, prior: Prior, solver: Solver, ridge: Scalar) -> None:
+        _checks.non_negative("ridge", ridge)
+        self.prior, self.solver, self.ridge = prior, solver, ridge
+        constant = self._lipschitz_constant()
+        self.lipschitz = nnx.data(None) if constant is None else SolverState(constant)
+
+    def _lipschitz_constant(self) -> Array | None:
+        raise TypeError("a solver layer defines _lipschitz_constant")
+
+    def _linear_map(self, kernel: Array, inputs: Array) -> LinearMap:
+        raise TypeError("a solver layer defines _linear_map")
+
+    def refresh_lipschitz(self) -> None:
+        """Recompute the cached Lipschitz constant from the current kernel."""
+        if self.lipschitz is not None:
+            self.lipschitz[...] = self._lipschitz_constant()
+
+    def problem(self, inputs: Array, *, skip: Array | None = None) -> LayerProblem:
+        """The convex problem that the layer solves at these inputs, for objectives and certificates."""
+        inputs, kernel, bias = self.promote_dtype(
+            (inputs, self.kernel[...], None if self.bias is None else self.bias[...]),
+            dtype=self.dtype,
+        )
+        return _layers.make_problem(
+            self._linear_map(kernel, inputs),
+            inputs,
+            bias,
+            skip,
+            prior=self.prior,
+            ridge=self.ridge,
+        )
+
+    def solve(
+        self,
+        inputs: Array,
+        *,
+        skip: Array | None = None,
+        deterministic: bool | None = None,
+        rngs: Any = None,
+    ) -> Solution:
+        """The layer's output with the solver's residuals, as a `Solution`.
+
+        Args:
+          inputs: x, features last.
+          skip: added to the bias; the residual connection of a ResNet block.
+          deterministic: full gradient instead of sampling; default, the attribute's value.
+          rngs: key, stream or `nnx.Rngs` in place of the layer's own.
+        """
+        problem = self.problem(inputs, skip=skip)
+        deterministic = self.is_deterministic(deterministic)
+        sampled = self.solver.stochastic and not deterministic
+        cached = None if self.lipschitz is None else self.lipschitz[...]
+        output, _ = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
+        return _layers.run(
+            self.solver,
+            self.key(rngs) if sampled else None,
+            problem,
+            lipschitz=_layers.step_constant(self.solver, problem.linear_map, cached),
+            deterministic=deterministic,
+            precision=self.precision,
+            dtype=output.dtype,
+        )
+
+    def __call__(self, inputs: Array, **kwargs: Any) -> Array:
+        """prox_g of the solver's last iterate; keyword arguments as in `solve`."""
+        return self.solve(inputs, **kwargs).value
+
+
+class SolverLinear(SolverLayer, nnx.Linear):
+    r"""`nnx.Linear` and its activation, as a solver of minimise ½||Wz − x||² − <b, z> + (λ/2)||z||² + g(z).
+
+    With `ProxGD(1, step_size=1.0)` it is activation(x W + b); with `ProxSG` of one iteration, the same
+    after dropout. More iterations use the same parameters.
+
+    Args:
+      in_features: n1.
+      out_features: n2.
+      prior: g, whose prox is the activation; ReLU by default.
+      solver: a configuration such as `ProxSG(tau=0.5, num_iters=10)`.
+      ridge: λ; the paper uses 1e-3 with stochastic solvers.
+      deterministic: use the full gradient; flipped by `train()` and `eval()`.
+      rng_collection: name of the random stream.
+      rngs: random streams for initialisation and sampling.
+      **options: those of `nnx.Linear`.
+
+    References:
+      Bibi et al. 2019, section 3.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        solver: Solver,
+        prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
+        ridge: Scalar = 0.0,
+        deterministic: bool = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **options)
+        self.init_stochastic(deterministic, rng_collection, rngs)
+        self._init_solver(prior, solver, ridge)
+
+    @classmethod
+    def from_layer(
+        cls,
+        layer: nnx.Linear,
+        *,
+        solver: Solver,
+        prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
+        ridge: Scalar = 0.0,
+        deterministic: bool = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> "SolverLinear":
+        """The solver twin of a trained layer; it holds the very same parameter variables."""
+        twin = cls(
+            layer.in_features,
+            layer.out_features,
+            solver=solver,
+            prior=prior,
+            ridge=ridge,
+            rngs=_placeholder_rngs(rng_collection),
+            kernel_init=jax.nn.initializers.zeros,
+            **_options(layer, "dot_general"),
+        )
+        return _adopt(twin, layer, deterministic, rng_collection, rngs)
+
+    def _lipschitz_constant(self) -> Array | None:
+        return _layers.step_constant(self.solver, Dense(self.kernel[...]))
+
+    def _linear_map(self, kernel: Array, inputs: Array) -> Dense:
+        return Dense(kernel)
+
+
+class SolverConv(SolverLayer, nnx.Conv):
+    """`nnx.Conv` (two-dimensional) and its activation, as a solver; whole feature maps are sampled.
+
+    Args:
+      in_features: n1.
+      out_features: n2.
+      kernel_size: (kh, kw).
+      strides: as in `nnx.Conv`.
+      spatial_shape: (H, W) of the inputs, on which the Lipschitz constant depends. With it the
+        constant is cached, as in the paper; without, it is computed at every call.
+      prior: g, whose prox is the activation; ReLU by default.
+      solver: a configuration such as `ProxGD(num_iters=10)`.
+      ridge: λ.
+      deterministic: use the full gradient; flipped by `train()` and `eval()`.
+      rng_collection: name of the random stream.
+      rngs: random streams for initialisation and sampling.
+      **options: those of `nnx.Conv`; `mask` and `input_dilation` are refused.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Any,
+        strides: Any = 1,
+        *,
+        solver: Solver,
+        spatial_shape: tuple[int, int] | None = None,
+        prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
+        ridge: Scalar = 0.0,
+        deterministic: bool = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        nnx.Conv.__init__(
+            self, in_features, out_features, kernel_size, strides, rngs=rngs, **options
+        )
+        self.spatial_shape = spatial_shape
+        self.init_stochastic(deterministic, rng_collection, rngs)
+        self._init_solver(prior, solver, ridge)
+
+    @classmethod
+    def from_layer(
+        cls,
+        layer: nnx.Conv,
+        *,
+        solver: Solver,
+        spatial_shape: tuple[int, int] | None = None,
+        prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
+        ridge: Scalar = 0.0,
+        deterministic: bool = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> "SolverConv":
+        """The solver twin of a trained layer; it holds the very same parameter variables."""
+        shape_options = (
+            "padding",
+            "input_dilation",
+            "kernel_dilation",
+            "feature_group_count",
+            "mask",
+        )
+        twin = cls(
+            layer.in_features,
+            layer.out_features,
+            layer.kernel_size,
+            layer.strides,
+            solver=solver,
+            spatial_shape=spatial_shape,
+            prior=prior,
+            ridge=ridge,
+            rngs=_placeholder_rngs(rng_collection),
+            kernel_init=jax.nn.initializers.zeros,
+            **_options(layer, *shape_options, "conv_general_dilated"),
+        )
+        return _adopt(twin, layer, deterministic, rng_collection, rngs)
+
+    def _lipschitz_constant(self) -> Array | None:
+        if self.spatial_shape is None:
+            return None
+        return _layers.step_constant(self.solver, self._conv(self.kernel[...], self.spatial_shape))
+
+    def _linear_map(self, kernel: Array, inputs: Array) -> Conv:
+        if inputs.ndim < 3:
+            _checks.fail("shape of SolverConv's inputs", "(..., H, W, features)", inputs.shape)
+        if self.spatial_shape not in (None, inputs.shape[-3:-1]):
+            _checks.fail("spatial shape of the inputs", self.spatial_shape, inputs.shape[-3:-1])
+        return self._conv(kernel, inputs.shape[-3:-1])
+
+    def _conv(self, kernel: Array, spatial_shape: tuple[int, int]) -> Conv:
+        return _layers.conv_map(
+            kernel,
+            spatial_shape,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            input_dilation=self.input_dilation,
+            feature_group_count=self.feature_group_count,
+            mask=self.mask,
+        )
+
+
+def refresh_lipschitz(model: nnx.Module) -> None:
+    """Recompute every cached Lipschitz constant of a model, in place (the paper: once an epoch)."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, SolverLayer):
+            module.refresh_lipschitz()
+
+
+def _placeholder_rngs(rng_collection: str) -> nnx.Rngs:
+    """Streams for a twin's constructor, whose draws `_adopt` then replaces."""
+    return nnx.Rngs(0, **{rng_collection: 0})
+
+
+def _options(layer: nnx.Linear | nnx.Conv, *names: str) -> dict[str, Any]:
+    common = ("use_bias", "dtype", "param_dtype", "precision", "promote_dtype")
+    return {name: getattr(layer, name) for name in (*common, "preferred_element_type", *names)}
+
+
+def _adopt(twin: Any, layer: Any, deterministic: bool, rng_collection: str, rngs: Any) -> Any:
+    twin.kernel, twin.bias = layer.kernel, layer.bias if layer.use_bias else nnx.data(None)
+    twin.init_stochastic(deterministic, rng_collection, rngs)
+    twin.refresh_lipschitz()
+    return twin
