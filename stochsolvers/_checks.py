@@ -9,11 +9,12 @@ from collections.abc import Collection
 from typing import Any, NoReturn
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 
-def fail(what: str, expected: str, got: object) -> NoReturn:
+def fail(what: str, expected: object, got: object) -> NoReturn:
     """Raise ValueError in the library's one wording."""
     raise ValueError(f"{what}: expected {expected}, got {got}.")
 

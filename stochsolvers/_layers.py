@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import Conv, LinearMap
+from stochsolvers.linear_maps import Conv, LinearMap, Padding
 from stochsolvers.lipschitz import lipschitz_constant
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import Prior
@@ -44,9 +44,9 @@ def conv_map(
     return Conv(
         kernel,
         spatial_shape,
-        strides=1 if strides is None else strides,
-        padding=padding,
-        kernel_dilation=1 if kernel_dilation is None else kernel_dilation,
+        strides=_checks.pair_of_counts("strides", strides or 1),
+        padding=cast(Padding, padding),
+        kernel_dilation=_checks.pair_of_counts("kernel_dilation", kernel_dilation or 1),
         feature_group_count=feature_group_count,
     )
 

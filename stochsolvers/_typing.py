@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 Array = jax.Array
-Scalar = float | Array | np.ndarray | np.generic
+Scalar = float | Array
 StepSize = ArrayLike | Callable[[Array], ArrayLike]
 """A number, or k -> step size of iteration k = 0, 1, ... (k is a traced integer)."""
 

@@ -86,7 +86,8 @@ class SolverDense(_SolverLayer, nn.Dense, kw_only=True):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        inputs, kernel, bias = promoted
         return self._solve(Dense(kernel), inputs, bias, skip, deterministic).value
 
 
@@ -121,10 +122,11 @@ class SolverConv(_SolverLayer, nn.Conv, kw_only=True):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        inputs, kernel, bias = promoted
         linear_map = _layers.conv_map(
             kernel,
-            inputs.shape[-3:-1],
+            (inputs.shape[-3], inputs.shape[-2]),
             strides=self.strides,
             padding=self.padding,
             kernel_dilation=self.kernel_dilation,

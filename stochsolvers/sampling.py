@@ -6,6 +6,7 @@ has m_i = 1[i ∈ S]. Every function takes the key first, and draws independentl
 """
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -23,7 +24,7 @@ def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int |
     Raises:
       ValueError: if the count falls outside 1..n.
     """
-    if isinstance(tau, jax.core.Tracer):
+    if isinstance(tau, jax.Array) and isinstance(tau, jax.core.Tracer):
         if not jnp.issubdtype(tau.dtype, jnp.integer):
             _checks.fail(what, "an integer count where it is traced", tau.dtype)
         return tau

@@ -115,7 +115,8 @@ class ImportanceDropout(Stochastic):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ):
         _checks.member("by", by, ("gradient", "lipschitz"))
-        self.layer, self.tau, self.by = layer, tau, by
+        self.layer, self.tau = layer, tau
+        self.by: ImportanceScore = by
         self.init_stochastic(deterministic, rng_collection, rngs)
 
     def __call__(

@@ -25,6 +25,11 @@ class SolverLayer(Stochastic):
     solver: Solver
     ridge: Scalar
     lipschitz: SolverState | None
+    kernel: Any
+    bias: Any
+    dtype: Any
+    precision: Any
+    promote_dtype: Any
 
     def _init_solver(self, prior: Prior, solver: Solver, ridge: Scalar) -> None:
         _checks.non_negative("ridge", ridge)
@@ -252,7 +257,7 @@ class SolverConv(SolverLayer, nnx.Conv):
             _checks.fail("shape of SolverConv's inputs", "(..., H, W, features)", inputs.shape)
         if self.spatial_shape not in (None, inputs.shape[-3:-1]):
             _checks.fail("spatial shape of the inputs", self.spatial_shape, inputs.shape[-3:-1])
-        return self._conv(kernel, inputs.shape[-3:-1])
+        return self._conv(kernel, (inputs.shape[-3], inputs.shape[-2]))
 
     def _conv(self, kernel: Array, spatial_shape: tuple[int, int]) -> Conv:
         return _layers.conv_map(

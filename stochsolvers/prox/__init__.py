@@ -1,0 +1,41 @@
+r"""Priors g and their proximal operators: the activation functions of a layer read as a solver.
+
+    prox_{ηg}(v) = argmin_u ½||u − v||² + η g(u)          (Bibi et al. 2019, table 1)
+
+| activation                   | prior g(u)                | class                         |
+|------------------------------|---------------------------|-------------------------------|
+| identity                     | 0                         | `Zero()`                      |
+| ReLU                         | 0 if u ≥ 0, else ∞        | `NonNegative()`               |
+| leaky ReLU, slope α, at η = 1| (γ/2) Σ max(−u − s, 0)²   | `SquaredHinge(1/α − 1)`       |
+| ≈ softplus (within 0.31)     | −γ Σ log u                | `LogBarrier(1.0)`             |
+| ≈ tanh (within 0.06)         | −γ Σ log(1 − u²)          | `SymmetricLogBarrier(0.1)`    |
+| ≈ sigmoid(v − ½), within 0.05| −γ Σ log u + log(1 − u)   | `IntervalLogBarrier(0.25)`    |
+| hard tanh, ReLU6             | 0 if lo ≤ u ≤ hi, else ∞  | `Box(-1, 1)`, `Box(0, 6)`     |
+| soft threshold               | γ ||u||₁                  | `L1(gamma)`                   |
+| group lasso                  | γ Σ_G ||u_G||₂            | `GroupL2(gamma, axis)`        |
+| low rank                     | γ ||U||_*                 | `NuclearNorm(gamma, axes)`    |
+| positive semi-definite       | 0 if U = Uᵀ ⪰ 0, else ∞   | `PositiveSemidefinite(axes)`  |
+
+A solver with step η = 1/L applies prox_{g/L}. Indicators (ReLU, box, semi-definite) do not notice;
+every other activation changes its shape with η, for instance the leaky slope is 1/(1 + ηγ).
+
+Errata: in table 1 and proposition 3 the branch below the threshold must read (v − γλ)/(1 + γ), as
+continuity at v = −λ shows; appendix C is written for γ = 1 only.
+
+Values, derivatives of first order (and, for the barriers, of any order) are finite for |v| up to
+1e6 in float32 and ηγ from 1e-8 to 1e3. float16 and bfloat16 are computed and returned in float32.
+"""
+
+from stochsolvers.prox._base import Prior as Prior
+from stochsolvers.prox._elementwise import L1 as L1
+from stochsolvers.prox._elementwise import Box as Box
+from stochsolvers.prox._elementwise import IntervalLogBarrier as IntervalLogBarrier
+from stochsolvers.prox._elementwise import LogBarrier as LogBarrier
+from stochsolvers.prox._elementwise import NonNegative as NonNegative
+from stochsolvers.prox._elementwise import SquaredHinge as SquaredHinge
+from stochsolvers.prox._elementwise import SymmetricLogBarrier as SymmetricLogBarrier
+from stochsolvers.prox._elementwise import Zero as Zero
+from stochsolvers.prox._elementwise import leaky_relu_prior as leaky_relu_prior
+from stochsolvers.prox._grouped import GroupL2 as GroupL2
+from stochsolvers.prox._grouped import NuclearNorm as NuclearNorm
+from stochsolvers.prox._grouped import PositiveSemidefinite as PositiveSemidefinite

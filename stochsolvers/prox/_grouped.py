@@ -1,0 +1,194 @@
+"""Priors on groups and matrices of activations: group lasso, low rank, positive semi-definite."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, static_field, value_object
+from stochsolvers.prox import _spectra
+from stochsolvers.prox._base import Prior, Weighted, finite_where
+
+
+@value_object
+class GroupL2(Weighted):
+    r"""g(u) = γ Σ_G ||u_G||₂: prox(v)_G = max(1 − ηγ/||v_G||₂, 0) v_G, the block soft threshold.
+
+    g* is the indicator of ||w_G||₂ ≤ γ.
+
+    Args:
+      gamma: γ > 0; an array has size 1 in the axes of a group.
+      axis: the axis, or axes, along which the entries of one group lie.
+    """
+
+    axis: int | tuple[int, ...] = static_field(default=-1)
+    separable: ClassVar[bool] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        for axis in axes:
+            _checks.count("axis", axis, minimum=-(2**31))
+
+    def _weight_shape(self, like):
+        return _reduced_shape(like, self.axis)
+
+    def _norms(self, u):
+        """||u_G||₂ with kept axes; u is scaled, so that no square overflows or underflows."""
+        axes = _canonical_axes(self.axis, u.ndim)
+        scale = jax.lax.stop_gradient(jnp.max(jnp.abs(u), axes, keepdims=True, initial=0))
+        scale = jnp.where(scale == 0, 1, scale)
+        squares = jnp.sum((u / scale) ** 2, axes, keepdims=True)
+        return jnp.where(squares == 0, 0, scale * jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+
+    def _value(self, u):
+        return jnp.sum(self._gamma(u) * self._norms(u))
+
+    def _prox(self, v, step):
+        weight, norms = step * self._gamma(v), self._norms(v)
+        zero = norms <= weight
+        return jnp.where(zero, 0, v * ((norms - weight) / jnp.where(zero, 1, norms)))
+
+    def _conjugate(self, w):
+        slack = 1 + 8 * jnp.finfo(w.dtype).eps
+        return finite_where(self._norms(w) <= slack * self._gamma(w), 0, w)
+
+    def _dual_projection(self, w, margin):
+        radius, norms = jax.nn.relu(self._gamma(w) - margin), self._norms(w)
+        outside = norms > radius
+        return jnp.where(outside, w * (radius / jnp.where(outside, norms, 1)), w)
+
+
+def _canonical_axes(axes: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """Axes counted from the front, all different and within the array."""
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    front = tuple(axis + ndim if axis < 0 else axis for axis in axes)
+    if len(set(front)) != len(front) or not all(0 <= axis < ndim for axis in front):
+        _checks.fail("axes", f"different axes of an array with {ndim} axes", axes)
+    return front
+
+
+def _reduced_shape(like: Array, axes: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with 1 in the named axes."""
+    front = _canonical_axes(axes, like.ndim)
+    return tuple(1 if i in front else n for i, n in enumerate(like.shape))
+
+
+def _pair_of_axes(axes: tuple[int, int]) -> tuple[int, int]:
+    pair = tuple(axes)
+    if len(pair) != 2 or pair[0] == pair[1]:
+        _checks.fail("axes", "two different integers", axes)
+    return _checks.count("axes", pair[0], minimum=-99), _checks.count("axes", pair[1], minimum=-99)
+
+
+def _round_off(like: Array, axes: tuple[int, int]) -> float:
+    """Relative round-off of a spectrum."""
+    sizes = [like.shape[axis] for axis in axes]
+    return 8 * max(*sizes, 1) * float(jnp.finfo(like.dtype).eps)
+
+
+@value_object
+class NuclearNorm(Weighted):
+    r"""g(U) = γ ||U||_*, the sum of singular values: prox(V) = P max(Σ − ηγ, 0) Qᵀ for V = PΣQᵀ.
+
+    g* is the indicator of spectral norm ≤ γ. The derivative of prox is finite at repeated and
+    vanishing singular values (Daleckii–Krein formula); `dual_projection`'s there is not.
+
+    Args:
+      gamma: γ > 0; an array has size 1 in the axes of a matrix.
+      axes: the two axes of a matrix.
+    """
+
+    axes: tuple[int, int] = static_field(default=(-2, -1))
+    separable: ClassVar[bool] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "axes", _pair_of_axes(self.axes))
+
+    def _weight_shape(self, like):
+        return _reduced_shape(like, self.axes)
+
+    def _matrices(self, array):
+        """Matrices on the last two axes; weights of fewer axes broadcast first."""
+        return jnp.moveaxis(array, self.axes, (-2, -1))
+
+    def _threshold(self, weight, like):
+        """A weight for each matrix, aligned with its vector of singular values."""
+        return self._matrices(jnp.broadcast_to(weight, self._weight_shape(like)))[..., 0]
+
+    def _singular_values(self, u):
+        return jnp.linalg.svd(self._matrices(u), compute_uv=False)
+
+    def _value(self, u):
+        return jnp.sum(self._threshold(self._gamma(u), u) * self._singular_values(u))
+
+    def _prox(self, v, step):
+        threshold = self._threshold(step * self._gamma(v), v)
+        return jnp.moveaxis(_spectra.shrink(self._matrices(v), threshold), (-2, -1), self.axes)
+
+    def _conjugate(self, w):
+        radius = self._threshold(self._gamma(w), w) * (1 + _round_off(w, self.axes))
+        return finite_where(self._singular_values(w) <= radius, 0, w)
+
+    def _dual_projection(self, w, margin):
+        radius = self._threshold(jax.nn.relu(self._gamma(w) - margin), w)
+        left, sigma, right = jnp.linalg.svd(self._matrices(w), full_matrices=False)
+        clipped = _spectra.product(left * jnp.minimum(sigma, radius)[..., None, :], right)
+        return jnp.moveaxis(clipped, (-2, -1), self.axes)
+
+
+@value_object
+class PositiveSemidefinite(Prior):
+    r"""g(U) = 0 if U = Uᵀ ⪰ 0, else ∞: prox(V) = Q max(Λ, 0) Qᵀ for (V + Vᵀ)/2 = QΛQᵀ.
+
+    g* is the indicator of (W + Wᵀ)/2 ⪯ 0; the skew part is free. The derivative of prox is finite
+    at repeated and vanishing eigenvalues (Daleckii–Krein formula). `value` accepts round-off.
+
+    Args:
+      axes: the two axes of a square matrix.
+    """
+
+    axes: tuple[int, int] = static_field(default=(-2, -1))
+    separable: ClassVar[bool] = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "axes", _pair_of_axes(self.axes))
+
+    def _weight_shape(self, like):
+        return _reduced_shape(like, self.axes)
+
+    def _matrices(self, array):
+        _canonical_axes(self.axes, array.ndim)
+        matrices = jnp.moveaxis(array, self.axes, (-2, -1))
+        if matrices.shape[-2] != matrices.shape[-1]:
+            _checks.fail(f"axes {self.axes}", "a square matrix", matrices.shape[-2:])
+        return matrices
+
+    def _semidefinite(self, matrices, sign):
+        """Whether sign · (symmetric part) ⪰ 0, up to round-off."""
+        values = sign * jnp.linalg.eigvalsh(_spectra.symmetric(matrices), symmetrize_input=False)
+        scale = jnp.max(jnp.abs(values), -1, keepdims=True, initial=0)
+        return values >= -_round_off(matrices, (-2, -1)) * scale
+
+    def _value(self, u):
+        u = self._matrices(u)
+        symmetric = u == jnp.swapaxes(u, -1, -2)
+        return finite_where(jnp.all(symmetric) & jnp.all(self._semidefinite(u, 1)), 0, u)
+
+    def _prox(self, v, step):
+        return jnp.moveaxis(
+            _spectra.clip_eigenvalues(_spectra.symmetric(self._matrices(v))), (-2, -1), self.axes
+        )
+
+    def _conjugate(self, w):
+        return finite_where(self._semidefinite(self._matrices(w), -1), 0, w)
+
+    def _dual_projection(self, w, margin):
+        w, margin = self._matrices(w), jnp.broadcast_to(margin, self._weight_shape(w))
+        symmetric = _spectra.symmetric(w)
+        values, vectors = jnp.linalg.eigh(symmetric, symmetrize_input=False)
+        values = jnp.minimum(values, -self._matrices(margin)[..., 0])
+        z = _spectra.product(vectors * values[..., None, :], jnp.swapaxes(vectors, -1, -2))
+        return jnp.moveaxis(_spectra.symmetric(z) + (w - symmetric), (-2, -1), self.axes)
