@@ -8,6 +8,7 @@ features come last, and spatial axes stand just before them, as in Flax. For eve
 `Dense` is the case of a 1 × 1 grid (Bibi et al. 2019, lemma 1).
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -231,7 +232,7 @@ def _canonical_padding(padding: Padding) -> str | tuple[tuple[int, int], ...]:
         _checks.member("padding", padding, ("SAME", "VALID", "CIRCULAR"))
         return padding
     try:
-        pairs = tuple((int(low), int(high)) for low, high in padding)
+        pairs = tuple((operator.index(low), operator.index(high)) for low, high in padding)
     except (TypeError, ValueError):
         pairs = ()
     if len(pairs) != 2 or min(min(pair) for pair in pairs) < 0:
