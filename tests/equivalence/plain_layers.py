@@ -1,0 +1,63 @@
+"""Plain Flax layers as oracles: their forward pass, and the dense matrix it makes of the identity.
+
+Nothing here imports the library.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The structure of one convolution, in Flax's words."""
+
+    spatial_shape: tuple[int, int]
+    kernel_size: tuple[int, int]
+    in_features: int
+    out_features: int
+    padding: str | tuple[tuple[int, int], ...] = "SAME"
+    strides: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def in_shape(self):
+        return (*self.spatial_shape, self.in_features)
+
+    @property
+    def options(self):
+        return {
+            "strides": self.strides,
+            "padding": self.padding,
+            "kernel_dilation": self.dilation,
+            "feature_group_count": self.groups,
+        }
+
+    def kernel(self, rng):
+        shape = (*self.kernel_size, self.in_features // self.groups, self.out_features)
+        return rng.normal(size=shape)
+
+
+@functools.cache
+def forward(geometry):
+    """(kernel, x) -> `nn.Conv` without a bias, any batch shape; compiled once for each shape."""
+    layer = nn.Conv(
+        geometry.out_features,
+        geometry.kernel_size,
+        use_bias=False,
+        param_dtype=jnp.float64,
+        **geometry.options,
+    )
+    return jax.jit(lambda kernel, x: layer.apply({"params": {"kernel": kernel}}, x))
+
+
+def dense_matrix(geometry, kernel):
+    """The matrix (outputs, inputs) of `nn.Conv`: the images of the unit vectors, flattened."""
+    size = int(np.prod(geometry.in_shape))
+    units = np.eye(size).reshape(size, *geometry.in_shape)
+    return np.asarray(forward(geometry)(kernel, units)).reshape(size, -1).T
