@@ -137,7 +137,7 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 def _read(builder: CifarArchive, layout: archive.ArchiveFormat, prepared: Path) -> archive.Contents:
     lengths = _metadata(builder)["lengths"]
-    source = builder.as_data_source()
+    source: Any = builder.as_data_source()
     found = {split: len(source[split]) for split in layout.splits}
     if found != lengths:
         raise archive.DataError(

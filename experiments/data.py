@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def digits() -> tuple[Split, Split, tuple[str, ...]]:
     """
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     images = np.asarray(bunch["images"], np.uint8)  # whole numbers 0..16
     images = images.repeat(4, axis=1).repeat(4, axis=2)[..., None]
     labels = np.asarray(bunch["target"], np.int32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 from tqdm import tqdm
 
 import stochsolvers as ss
@@ -74,9 +75,9 @@ def optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransforma
     )
 
 
-def normalise(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+def normalise(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
     """Stored pixels as float32 of zero mean and unit variance."""
-    return (images.astype(jnp.float32) - mean) / std
+    return (jnp.asarray(images, jnp.float32) - mean) / std
 
 
 def train(
@@ -111,9 +112,7 @@ def train(
             losses = []
             for k in range(steps):
                 batch = order[k * config.batch_size : (k + 1) * config.batch_size]
-                params, rest, opt_state, loss = step(
-                    params, rest, opt_state, images, labels, batch
-                )
+                params, rest, opt_state, loss = step(params, rest, opt_state, images, labels, batch)
                 losses.append(loss)
                 bar.update()
             train_loss = _finite_mean(losses, label, epoch * steps)
@@ -231,3 +230,8 @@ def _count_correct(graph, params, rest, images, labels, mean, std, trials):
 
     rest, correct = jax.lax.scan(trial, rest, length=trials)
     return correct, rest
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """Numbers that training changes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
