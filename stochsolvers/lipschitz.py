@@ -14,9 +14,11 @@ linear convolution, H + kh − 1 by W + kw − 1 rounded up to the strides; the 
 torus' map, so the value is an upper bound whatever the padding.
 """
 
+import functools
 import math
 from typing import Literal, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,6 +29,7 @@ from stochsolvers.linear_maps import Conv, Dense, LinearMap
 Grid: TypeAlias = Literal["layer", "padded"]
 
 
+@functools.partial(jax.jit, static_argnames="grid")
 def lipschitz_constant(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
     r"""L = λ_max(A A*), the squared spectral norm of a layer.
 
@@ -45,6 +48,7 @@ def lipschitz_constant(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
     return jnp.maximum(jnp.max(jnp.linalg.eigvalsh(_smaller_gram(blocks))), 0.0)
 
 
+@functools.partial(jax.jit, static_argnames="grid")
 def feature_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
     r"""L_i of the n1 terms f_i of objective (5): L_i = n1 ||A_i||², shape (n1,).
 
@@ -64,6 +68,7 @@ def feature_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") 
     return linear_map.in_features * norms
 
 
+@functools.partial(jax.jit, static_argnames="grid")
 def output_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
     r"""Blockwise constants of the outputs, M_j = ||(A A*)_{jj}|| = max_f ||Â(f)_{j, :}||², (n2,).
 
@@ -73,6 +78,7 @@ def output_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -
     return jnp.max(jnp.sum(jnp.abs(blocks) ** 2, axis=(-2, -1)), axis=0).reshape(-1)
 
 
+@jax.jit
 def strong_convexity(linear_map: LinearMap) -> Array:
     r"""A certified lower bound on λ_min(A A*): 0 unless the structure gives better.
 

@@ -150,11 +150,7 @@ class LayerProblem:
         References:
           Nesterov 2018, theorem 2.1.10 (first bound); Rockafellar 1970, section 31 (second).
         """
-        problem, z = jax.tree.map(lax.stop_gradient, (self, self._variable(z)))
-        gradient, noise = problem.gradient(z), problem._gradient_round_off(z)
-        curved, mu = _curvature_gap(problem, z, gradient, noise)
-        flat = _fenchel_gap(problem, z, gradient, noise, wanted=~(mu > 0))
-        return jnp.fmin(curved, flat)
+        return _certificate(*jax.tree.map(lax.stop_gradient, (self, self._variable(z))))
 
     def _check_prior_axes(self) -> None:
         named = getattr(self.prior, "axes", getattr(self.prior, "axis", ()))
@@ -184,6 +180,14 @@ class LayerProblem:
         if jnp.shape(z) != self.shape:
             _checks.fail("shape of the variable z", f"{self.shape}", jnp.shape(z))
         return jnp.asarray(z, self.dtype)
+
+
+@jax.jit
+def _certificate(problem: LayerProblem, z: Array) -> Array:
+    gradient, noise = problem.gradient(z), problem._gradient_round_off(z)
+    curved, mu = _curvature_gap(problem, z, gradient, noise)
+    flat = _fenchel_gap(problem, z, gradient, noise, wanted=~(mu > 0))
+    return jnp.fmin(curved, flat)
 
 
 def _curvature_gap(

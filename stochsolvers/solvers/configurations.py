@@ -16,7 +16,7 @@ from stochsolvers.solvers.ms2gd import ms2gd
 from stochsolvers.solvers.nsync import nsync
 from stochsolvers.solvers.prox_gd import prox_gd
 from stochsolvers.solvers.prox_sg import as_sampling, prox_sg
-from stochsolvers.solvers.step_sizes import InverseLipschitz, StepSizeLike, as_schedule
+from stochsolvers.solvers.step_sizes import InverseLipschitz, StepSizeLike, StepSizeRule, as_steps
 
 
 class Solver(Protocol):
@@ -84,7 +84,7 @@ class ProxGD(_LipschitzStep):
         deterministic: bool = False,
     ) -> Solution:
         """Run `prox_gd`."""
-        step_size = as_schedule(self.step_size, problem, lipschitz=lipschitz)
+        step_size = _known(self.step_size, problem, Full(), lipschitz)
         return prox_gd(
             problem, step_size=step_size, num_iters=self.num_iters, momentum=self.momentum
         )
@@ -130,7 +130,7 @@ class ProxSG(_LipschitzStep):
         """Run `prox_sg`; deterministic, with the same steps along the full gradient."""
         sampling = as_sampling(self.tau, self.sampling)
         step_size = InverseLipschitz(decay=self.decay) if self.step_size is None else self.step_size
-        step_size = as_schedule(step_size, problem, sampling, lipschitz=lipschitz)
+        step_size = _known(step_size, problem, sampling, lipschitz)
         if deterministic:
             return prox_gd(problem, step_size=step_size, num_iters=self.num_iters)
         return prox_sg(
@@ -182,7 +182,7 @@ class MS2GD(_LipschitzStep):
     ) -> Solution:
         """Run `ms2gd`; deterministic, as many full-gradient steps of the same length."""
         sampling = as_sampling(self.tau, self.sampling)
-        step_size = as_schedule(self.step_size, problem, sampling, lipschitz=lipschitz)
+        step_size = _known(self.step_size, problem, sampling, lipschitz)
         if deterministic:
             return prox_gd(problem, step_size=step_size, num_iters=self.num_outer * self.num_inner)
         return ms2gd(
@@ -228,12 +228,22 @@ class NSync(_LipschitzStep):
     ) -> Solution:
         """Run `nsync`; deterministic, with all coordinates in every iteration."""
         estimator = OutputCoordinates(1.0 if deterministic else self.tau)
-        step_size = as_schedule(self.step_size, problem, estimator, lipschitz=lipschitz)
+        step_size = _known(self.step_size, problem, estimator, lipschitz)
         if deterministic:
             return prox_gd(problem, step_size=step_size, num_iters=self.num_iters)
         return nsync(
             _required(key), problem, tau=self.tau, num_iters=self.num_iters, step_size=step_size
         )
+
+
+def _known(
+    step_size: StepSizeLike, problem: LayerProblem, estimator: Estimator, lipschitz: Array | None
+) -> StepSizeLike:
+    """The step size, with its rule already read off the problem and the configuration's sampling."""
+    steps = as_steps(step_size)
+    return (
+        steps.schedule(problem, estimator, lipschitz) if isinstance(steps, StepSizeRule) else steps
+    )
 
 
 def _required(key: Array | None) -> Array:

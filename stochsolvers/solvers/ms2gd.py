@@ -1,5 +1,8 @@
 """Mini-batch semi-stochastic gradient descent; S2GD and SVRG are its settings."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +14,7 @@ from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Diagnostics, Solution, Step
 from stochsolvers.solvers.prox_sg import as_sampling
-from stochsolvers.solvers.step_sizes import StepSizeLike, as_schedule
+from stochsolvers.solvers.step_sizes import StepSizeLike, as_schedule, as_steps
 
 
 def ms2gd(
@@ -61,7 +64,35 @@ def ms2gd(
     base = as_sampling(tau, sampling)
     if not isinstance(base, FeatureEstimator):
         _checks.fail("sampling", "an estimator that samples input features", type(base).__name__)
-    schedule = as_schedule(step_size, problem, base)
+    return _ms2gd(
+        key,
+        problem,
+        base,
+        as_steps(step_size),
+        _loop.starting_point(problem, init),
+        num_outer=num_outer,
+        num_inner=num_inner,
+        random_inner=random_inner,
+        trace_objective=trace_objective,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("num_outer", "num_inner", "random_inner", "trace_objective")
+)
+def _ms2gd(
+    key: Array,
+    problem: LayerProblem,
+    base: FeatureEstimator,
+    steps: Any,
+    z0: Array,
+    *,
+    num_outer: int,
+    num_inner: int,
+    random_inner: bool,
+    trace_objective: bool,
+) -> Solution:
+    schedule = as_schedule(steps, problem, base)
 
     def outer(z, epoch):
         estimator = VarianceReduced.at(problem, z, base)
@@ -84,7 +115,6 @@ def ms2gd(
             problem, inner, z, num_inner, first=first, trace_objective=trace_objective
         )
 
-    z0 = _loop.starting_point(problem, init)
     z, diagnostics = lax.scan(outer, z0, jnp.arange(num_outer))
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), diagnostics)
     return _loop.solution(z, Diagnostics(*flat))

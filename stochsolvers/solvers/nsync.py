@@ -1,5 +1,8 @@
 """NSync: randomised proximal coordinate descent over the output features."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +12,13 @@ from stochsolvers.estimators import Estimator, OutputCoordinates, feature_axis
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Solution, Step
-from stochsolvers.solvers.step_sizes import StepSizeLike, StepSizeRule, as_schedule
+from stochsolvers.solvers.step_sizes import (
+    Constant,
+    StepSizeLike,
+    StepSizeRule,
+    as_schedule,
+    as_steps,
+)
 
 
 @value_object
@@ -30,7 +39,7 @@ class InverseSeparable(StepSizeRule):
             _checks.fail("InverseSeparable", "OutputCoordinates", type(estimator).__name__)
         v = estimator.separable_constants(problem)
         steps = jnp.where(v > 0, self.scale / jnp.where(v > 0, v, 1.0), 1.0)
-        return lambda k: steps
+        return Constant(steps)
 
 
 def nsync(
@@ -72,7 +81,31 @@ def nsync(
     if not problem.prior.separable:
         _checks.fail("prior of nsync", "a separable prior", type(problem.prior).__name__)
     coordinates = OutputCoordinates(tau)
-    schedule = as_schedule(step_size, problem, coordinates)
+    return _nsync(
+        key,
+        problem,
+        coordinates,
+        as_steps(step_size),
+        _loop.starting_point(problem, init),
+        num_iters=num_iters,
+        enter_domain=init is None,
+        trace_objective=trace_objective,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("num_iters", "enter_domain", "trace_objective"))
+def _nsync(
+    key: Array,
+    problem: LayerProblem,
+    coordinates: OutputCoordinates,
+    steps: Any,
+    z0: Array,
+    *,
+    num_iters: int,
+    enter_domain: bool,
+    trace_objective: bool,
+) -> Solution:
+    schedule = as_schedule(steps, problem, coordinates)
 
     def update(k, z, memory):
         step = schedule(k)
@@ -80,10 +113,9 @@ def nsync(
             _checks.trailing("step_size", step, (problem.linear_map.out_features,))
         mask = feature_axis(coordinates.draw(jax.random.fold_in(key, k), problem, z), problem)
         point = z - step * jnp.where(mask, problem.gradient(z), 0.0)
-        touched = mask | (k == 0) if init is None else mask
+        touched = mask | (k == 0) if enter_domain else mask
         value = jnp.where(touched, problem.prior.prox(point, step), z)
         return Step(value, memory, point)
 
-    z0 = _loop.starting_point(problem, init)
     z, diagnostics = _loop.iterate(problem, update, z0, num_iters, trace_objective=trace_objective)
     return _loop.solution(z, diagnostics)

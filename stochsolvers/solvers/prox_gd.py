@@ -1,13 +1,18 @@
 """Proximal gradient descent, with Nesterov momentum as an option."""
 
+import functools
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array
+from stochsolvers.estimators import Full
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Solution, Step
-from stochsolvers.solvers.step_sizes import StepSizeLike, as_schedule
+from stochsolvers.solvers.step_sizes import StepSizeLike, as_schedule, as_steps
 
 
 def prox_gd(
@@ -45,8 +50,27 @@ def prox_gd(
       Bibi et al. 2019, eq. 3; Beck and Teboulle 2009.
     """
     num_iters = _checks.count("num_iters", num_iters)
-    schedule = as_schedule(step_size, problem)
-    z0 = _loop.starting_point(problem, init)
+    return _prox_gd(
+        problem,
+        as_steps(step_size),
+        _loop.starting_point(problem, init),
+        num_iters=num_iters,
+        momentum=momentum,
+        trace_objective=trace_objective,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("num_iters", "momentum", "trace_objective"))
+def _prox_gd(
+    problem: LayerProblem,
+    steps: Any,
+    z0: Array,
+    *,
+    num_iters: int,
+    momentum: bool,
+    trace_objective: bool,
+) -> Solution:
+    schedule = as_schedule(steps, problem, Full())
 
     def descend(k, y):
         step = schedule(k)

@@ -1,5 +1,8 @@
 """Proximal stochastic gradient descent with any sampling of the input features."""
 
+import functools
+from typing import Any
+
 import jax
 
 from stochsolvers import _checks
@@ -8,7 +11,7 @@ from stochsolvers.estimators import Estimator, TauNice
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Solution, Step
-from stochsolvers.solvers.step_sizes import StepSizeLike, as_schedule
+from stochsolvers.solvers.step_sizes import StepSizeLike, as_schedule, as_steps
 
 
 def prox_sg(
@@ -49,15 +52,35 @@ def prox_sg(
       Bibi et al. 2019, proposition 1; Xiao and Zhang 2014.
     """
     num_iters = _checks.count("num_iters", num_iters)
-    estimator = as_sampling(tau, sampling)
-    schedule = as_schedule(step_size, problem, estimator)
+    return _prox_sg(
+        key,
+        problem,
+        as_sampling(tau, sampling),
+        as_steps(step_size),
+        _loop.starting_point(problem, init),
+        num_iters=num_iters,
+        trace_objective=trace_objective,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("num_iters", "trace_objective"))
+def _prox_sg(
+    key: Array,
+    problem: LayerProblem,
+    estimator: Estimator,
+    steps: Any,
+    z0: Array,
+    *,
+    num_iters: int,
+    trace_objective: bool,
+) -> Solution:
+    schedule = as_schedule(steps, problem, estimator)
 
     def update(k, z, memory):
         step = schedule(k)
         point = z - step * estimator(jax.random.fold_in(key, k), problem, z)
         return Step(problem.prior.prox(point, step), memory, point)
 
-    z0 = _loop.starting_point(problem, init)
     z, diagnostics = _loop.iterate(problem, update, z0, num_iters, trace_objective=trace_objective)
     return _loop.solution(z, diagnostics)
 

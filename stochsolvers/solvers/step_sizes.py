@@ -6,16 +6,28 @@ has a Lipschitz constant at hand passes it to the rule, which then computes noth
 
 import abc
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
-from stochsolvers.estimators import Estimator, Full
+from stochsolvers.estimators import Estimator
 from stochsolvers.lipschitz import Grid, lipschitz_constant
 from stochsolvers.problems import LayerProblem
+
+
+@value_object
+class Constant:
+    """η_k = value for every k; a number, or one for each output feature."""
+
+    value: Array
+
+    def __call__(self, k: Array | int) -> Array:
+        """The step size of iteration k."""
+        return self.value
 
 
 @value_object
@@ -84,7 +96,7 @@ class InverseLipschitz(StepSizeRule):
         """k -> η_k."""
         if lipschitz is None:
             lipschitz = lipschitz_constant(problem.linear_map, grid=self.grid)
-        return _inverse(lipschitz + problem.ridge, self.scale, self.decay, problem)
+        return _inverse(problem.ridge + lipschitz, self.scale, self.decay, problem)
 
 
 @value_object
@@ -116,24 +128,28 @@ class InverseExpectedSmoothness(StepSizeRule):
 StepSizeLike: TypeAlias = ArrayLike | Callable[[Array], ArrayLike] | StepSizeRule | None
 
 
-def as_schedule(
-    step_size: StepSizeLike,
-    problem: LayerProblem,
-    estimator: Estimator | None = None,
-    *,
-    lipschitz: Array | None = None,
-) -> Callable[[Array], Array]:
-    """Any step size as k -> η_k in the problem's dtype; None is `InverseLipschitz()`."""
+def as_steps(step_size: StepSizeLike) -> Any:
+    """Any step size as a pytree: a rule, or a callable k -> η_k. None is `InverseLipschitz()`.
+
+    Numbers are checked here, where they may still be concrete.
+    """
     if step_size is None:
-        step_size = InverseLipschitz()
-    if isinstance(step_size, StepSizeRule):
-        step_size = step_size.schedule(problem, estimator or Full(), lipschitz)
+        return InverseLipschitz()
+    if isinstance(step_size, StepSizeRule | Constant | ExponentialDecay):
+        return step_size
     if callable(step_size):
-        schedule = step_size
-        return lambda k: jnp.asarray(schedule(k), problem.dtype)
+        return jax.tree_util.Partial(step_size)
     _checks.positive("step_size", step_size)
-    constant = jnp.asarray(step_size, problem.dtype)
-    return lambda k: constant
+    return Constant(jnp.asarray(step_size))
+
+
+def as_schedule(
+    steps: Any, problem: LayerProblem, estimator: Estimator
+) -> Callable[[Array], Array]:
+    """What `as_steps` returned as k -> η_k in the problem's dtype."""
+    if isinstance(steps, StepSizeRule):
+        steps = steps.schedule(problem, estimator, None)
+    return lambda k: jnp.asarray(steps(k), problem.dtype)
 
 
 def _inverse(constant, scale, decay, problem: LayerProblem) -> ExponentialDecay:

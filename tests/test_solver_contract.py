@@ -1,0 +1,266 @@
+"""What holds for every algorithm alike: one test, all of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import stochsolvers as ss
+
+KEY = jax.random.key(3)
+ITERATIONS = 4
+
+SOLVERS = {
+    "prox_gd": lambda key, p, s, **kw: ss.prox_gd(p, step_size=s, num_iters=4, **kw),
+    "fista": lambda key, p, s, **kw: ss.prox_gd(p, step_size=s, num_iters=4, momentum=True, **kw),
+    "prox_sg": lambda key, p, s, **kw: ss.prox_sg(key, p, tau=2, step_size=s, num_iters=4, **kw),
+    "prox_sg importance": lambda key, p, s, **kw: ss.prox_sg(
+        key, p, sampling=ss.estimators.Importance(2), step_size=s, num_iters=4, **kw
+    ),
+    "ms2gd": lambda key, p, s, **kw: ss.ms2gd(
+        key, p, tau=2, step_size=s, num_outer=2, num_inner=2, **kw
+    ),
+    "ms2gd random": lambda key, p, s, **kw: ss.ms2gd(
+        key, p, tau=2, step_size=s, num_outer=2, num_inner=2, random_inner=True, **kw
+    ),
+    "nsync": lambda key, p, s, **kw: ss.nsync(key, p, tau=2, step_size=s, num_iters=4, **kw),
+}
+CONFIGURATIONS = {
+    "ProxGD": ss.ProxGD(4),
+    "ProxSG": ss.ProxSG(0.5, 4),
+    "MS2GD": ss.MS2GD(0.5, 2, 2),
+    "NSync": ss.NSync(0.5, 4, step_size=0.1),
+}
+every_solver = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS.keys())
+every_configuration = pytest.mark.parametrize(
+    "configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys()
+)
+
+
+def build(kernel, x, bias):
+    return ss.LayerProblem(ss.Dense(kernel), x, bias=bias, prior=ss.prox.L1(0.1), ridge=0.01)
+
+
+@pytest.fixture
+def arrays(rng):
+    return tuple(jnp.asarray(rng.normal(size=shape)) for shape in ((4, 3), (5, 4), (3,)))
+
+
+@every_solver
+def test_solution_has_the_stated_shapes(solve, arrays):
+    problem = build(*arrays)
+    solution = solve(KEY, problem, 0.05, trace_objective=True)
+    assert solution.value.shape == (5, 3)
+    assert solution.residuals.shape == solution.objectives.shape == (ITERATIONS, 5)
+    assert solution.finite.shape == (5,)
+    assert solution.finite.dtype == bool
+    assert np.all(solution.finite)
+    assert solve(KEY, problem, 0.05).objectives is None
+    np.testing.assert_allclose(solution.objectives[-1], problem.objective(solution.value))
+
+
+@every_solver
+def test_traces_once_for_a_path_of_steps_weights_inputs_and_keys(solve, arrays):
+    traces = 0
+
+    @jax.jit
+    def run(key, step, kernel, x, bias, gamma, ridge):
+        nonlocal traces
+        traces += 1
+        prior = ss.prox.L1(gamma)
+        problem = ss.LayerProblem(ss.Dense(kernel), x, bias=bias, prior=prior, ridge=ridge)
+        return solve(key, problem, step).value
+
+    kernel, x, bias = arrays
+    for i in range(3):
+        scale = 1.0 + i
+        run(
+            jax.random.key(i), 0.05 * scale, kernel * scale, x * scale, bias * scale, 0.1 * scale,
+            0.01 * scale,
+        )  # fmt: skip
+    assert traces == 1
+
+
+@every_solver
+def test_problems_pass_through_jit_as_arguments(solve, arrays):
+    traces = 0
+
+    @jax.jit
+    def run(key, problem, step):
+        nonlocal traces
+        traces += 1
+        return solve(key, problem, step)
+
+    first = run(KEY, build(*arrays), ss.exponential_decay(0.05, 0.9))
+    run(KEY, build(*(2 * a for a in arrays)), ss.exponential_decay(0.01, 0.5))
+    assert traces == 1
+    eager = solve(KEY, build(*arrays), ss.exponential_decay(0.05, 0.9))
+    np.testing.assert_allclose(first.value, eager.value, rtol=1e-12)
+
+
+@every_solver
+def test_derivatives_against_finite_differences(solve, arrays):
+    def loss(*arrays):
+        return jnp.sum(jnp.sin(solve(KEY, build(*arrays), 0.05).value))
+
+    # away from the kinks of the prior and, for importance, of the sampled set
+    check_grads(loss, arrays, order=1, modes=["rev"], eps=1e-6, rtol=1e-5)
+
+
+@every_solver
+def test_vmap_over_problems_equals_a_loop(solve, arrays):
+    kernel, x, bias = arrays
+    keys = jax.random.split(KEY, 3)
+    kernels = jnp.stack([kernel, 2 * kernel, -kernel])
+
+    def one(key, kernel):
+        return solve(key, build(kernel, x, bias), 0.02).value
+
+    batched = jax.vmap(one)(keys, kernels)
+    looped = jnp.stack([one(k, w) for k, w in zip(keys, kernels, strict=True)])
+    np.testing.assert_allclose(batched, looped, rtol=1e-12)
+
+
+@every_solver
+def test_init_is_the_starting_point_and_is_checked(solve, arrays):
+    problem = build(*arrays)
+    zero = jnp.zeros((5, 3))
+    same = solve(KEY, problem, 0.05, init=zero).value
+    np.testing.assert_allclose(same, solve(KEY, problem, 0.05).value, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"shape of init: expected \(5, 3\), got \(3,\)"):
+        solve(KEY, problem, 0.05, init=jnp.zeros(3))
+
+
+@every_solver
+@pytest.mark.parametrize("step", [0.0, -1.0])
+def test_non_positive_steps_raise(solve, arrays, step):
+    with pytest.raises(ValueError, match="step_size: expected a number > 0"):
+        solve(KEY, build(*arrays), step)
+
+
+@every_solver
+def test_bfloat16_inputs_and_float32(solve, arrays):
+    low = build(*(a.astype(jnp.bfloat16) for a in arrays))
+    single = build(*(a.astype(jnp.float32) for a in arrays))
+    assert solve(KEY, low, 0.05).value.dtype == jnp.float32
+    assert solve(KEY, single, 0.05).value.dtype == jnp.float32
+    assert solve(KEY, build(*arrays), 0.05).value.dtype == jnp.float64
+
+
+@every_solver
+def test_same_key_same_result_other_key_other_draws(solve, arrays):
+    problem = build(*arrays)
+    first, again, other = (solve(jax.random.key(k), problem, 0.05).value for k in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    if "gd" not in str(solve) and solve not in (SOLVERS["prox_gd"], SOLVERS["fista"]):
+        assert not np.array_equal(first, other)
+
+
+def test_diagnostics_cost_nothing_when_they_are_not_used(arrays):
+    """Compiled with residuals dropped, the solver does the work of a bare loop."""
+    kernel, x, bias = arrays
+
+    def library(kernel, x, bias):
+        return ss.prox_gd(build(kernel, x, bias), step_size=0.05, num_iters=50).value
+
+    def bare(kernel, x, bias):
+        def body(z, _):
+            v = z - 0.05 * ((z @ kernel.T - x) @ kernel - bias + 0.01 * z)
+            return jax.nn.relu(v - 0.005) - jax.nn.relu(-v - 0.005), None
+
+        return jax.lax.scan(body, jnp.zeros((5, 3)), None, length=50)[0]
+
+    cost = [jax.jit(f).lower(kernel, x, bias).compile().cost_analysis() for f in (library, bare)]
+    assert cost[0]["flops"] <= cost[1]["flops"] * 1.1
+
+
+@every_configuration
+def test_configurations_are_hashable_values(configuration):
+    assert hash(configuration) == hash(configuration)
+    assert configuration == type(configuration)(*vars(configuration).values())
+
+
+def test_a_count_is_not_a_fraction():
+    assert ss.ProxSG(1, 4) != ss.ProxSG(1.0, 4)
+    assert ss.estimators.TauNice(1) != ss.estimators.TauNice(1.0)
+    structures = [jax.tree.structure(ss.estimators.TauNice(tau)) for tau in (1, 1.0)]
+    assert structures[0] != structures[1]
+
+
+@every_configuration
+def test_configurations_run_the_functions(configuration, arrays):
+    problem = build(*arrays)
+    solution = configuration.solve(KEY, problem)
+    assert solution.value.shape == (5, 3)
+    deterministic = configuration.solve(None, problem, deterministic=True)
+    full = ss.prox_gd(problem, num_iters=4, step_size=_deterministic_step(configuration))
+    np.testing.assert_allclose(deterministic.value, full.value, rtol=1e-10)
+
+
+def _deterministic_step(configuration):
+    if isinstance(configuration, ss.ProxSG):
+        return ss.InverseLipschitz(decay=configuration.decay)
+    return configuration.step_size
+
+
+def test_cached_lipschitz_constant_sets_the_step(arrays):
+    problem = build(*arrays)
+    cached = ss.ProxGD(4).solve(None, problem, lipschitz=jnp.asarray(10.0))
+    plain = ss.prox_gd(problem, step_size=1 / 10.01, num_iters=4)
+    np.testing.assert_allclose(cached.value, plain.value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("tau", [0, 5, -1, 0.0, 1.5, True, "half"])
+def test_tau_outside_1_to_n1_raises(arrays, tau):
+    with pytest.raises(ValueError, match="tau: expected"):
+        ss.prox_sg(KEY, build(*arrays), tau=tau, step_size=0.1, num_iters=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: ss.prox_gd(p, num_iters=0), "num_iters: expected an integer >= 1, got 0"),
+        (lambda p: ss.prox_gd(p, num_iters=2.0), "num_iters: expected an integer"),
+        (lambda p: ss.prox_sg(KEY, p, num_iters=2), "tau, sampling: expected exactly one"),
+        (
+            lambda p: ss.ms2gd(
+                KEY, p, sampling=ss.estimators.OutputCoordinates(1), num_outer=1, num_inner=1
+            ),
+            "sampling: expected an estimator that samples input features",
+        ),
+        (
+            lambda p: ss.prox_gd(p, step_size=ss.InverseSeparable(), num_iters=1),
+            "InverseSeparable: expected OutputCoordinates",
+        ),
+        (lambda p: ss.exponential_decay(0.0, 0.5), "initial step size: expected a number > 0"),
+        (lambda p: ss.ProxSG(0.5, 4).solve(None, p), "key: expected a random key"),
+        (lambda p: ss.ProxSG(0.5, 0), "num_iters: expected an integer >= 1"),
+        (lambda p: ss.nsync(KEY, p, tau=2, step_size=jnp.ones(2), num_iters=1), "shape of step"),
+        (
+            lambda p: ss.nsync(
+                KEY,
+                ss.LayerProblem(p.linear_map, p.inputs, prior=ss.prox.GroupL2(1.0)),
+                tau=1,
+                num_iters=1,
+            ),
+            "prior of nsync: expected a separable prior, got GroupL2",
+        ),
+    ],
+)
+def test_errors_say_what_was_expected(arrays, call, message):
+    problem = build(*arrays)
+    with pytest.raises(ValueError, match=message):
+        call(problem)
+
+
+def test_masks_are_the_same_when_the_batch_is_sharded(arrays):
+    """Placement must not change the draws; the whole check on several devices is elsewhere."""
+    kernel, x, bias = arrays
+    run = functools.partial(ss.prox_sg, KEY, tau=2, step_size=0.05, num_iters=4)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    sharded = jax.jit(lambda k, x, b: run(build(k, x, b)).value)(kernel, placed, bias)
+    np.testing.assert_allclose(sharded, run(build(*arrays)).value, rtol=1e-12)
