@@ -137,7 +137,9 @@ def systematic_mask(offset: Array, probabilities: Array) -> Array:
     ends = jnp.cumsum(probabilities, axis=-1)
     # the last edge is an integer in exact arithmetic: make it one, so that |S| is exact as well
     ends = jnp.minimum(ends, total).at[..., -1].set(total[..., 0])
-    counts = jnp.ceil(ends - offset[..., None])
+    # ⌈c − u⌉ without the subtraction, which for u next to 1 would round to the integer below
+    whole = jnp.floor(ends)
+    counts = whole + (ends - whole > offset[..., None])
     return jnp.diff(counts, axis=-1, prepend=0.0) > 0.5
 
 
