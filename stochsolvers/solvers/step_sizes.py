@@ -96,7 +96,8 @@ class InverseLipschitz(StepSizeRule):
         """k -> η_k."""
         if lipschitz is None:
             lipschitz = lipschitz_constant(problem.linear_map, grid=self.grid)
-        return _inverse(problem.ridge + lipschitz, self.scale, self.decay, problem)
+        constant: Array = jnp.asarray(lipschitz)
+        return _inverse(constant + jnp.asarray(problem.ridge), self.scale, self.decay, problem)
 
 
 @value_object
