@@ -46,6 +46,10 @@ class DivergenceError(RuntimeError):
     """The loss stopped being finite."""
 
 
+class ConfigurationError(ValueError):
+    """A configuration that does not fit the data."""
+
+
 class Trained(NamedTuple):
     """A trained model, one record for each epoch, and the seconds that training took."""
 
@@ -93,7 +97,7 @@ def train(
 
     Raises:
       DivergenceError: the loss is not finite; names the step.
-      ValueError: the batch is larger than the training split, or there is nothing to do.
+      ConfigurationError: the batch is larger than the training split, or there is nothing to do.
     """
     steps = _steps_per_epoch(data, config)
     model = build(nnx.Rngs(params=config.seed, dropout=config.seed + 1))
@@ -134,9 +138,9 @@ def train(
 
 def _steps_per_epoch(data: Dataset, config: TrainConfig) -> int:
     if config.epochs < 1:
-        raise ValueError(f"epochs: expected at least 1, got {config.epochs}")
+        raise ConfigurationError(f"epochs: expected at least 1, got {config.epochs}")
     if not 1 <= config.batch_size <= len(data.train):
-        raise ValueError(
+        raise ConfigurationError(
             f"batch_size: expected 1 to {len(data.train)}, the training images of {data.name}, "
             f"got {config.batch_size}"
         )
