@@ -1,0 +1,28 @@
+"""README's Python blocks run, and print what the README says they print."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(), re.DOTALL)
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]\d+)?")
+
+
+def test_there_are_examples_with_output():
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.parametrize(("code", "printed"), BLOCKS)
+def test_examples_print_what_readme_shows(code, printed):
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    for ours, theirs in zip(run.stdout.splitlines(), printed.splitlines(), strict=True):
+        assert NUMBER.sub("#", ours) == NUMBER.sub("#", theirs)
+        for a, b in zip(NUMBER.findall(ours), NUMBER.findall(theirs), strict=True):
+            # gaps at the round-off of float32 may differ between machines
+            assert float(a) == pytest.approx(float(b), rel=0.02, abs=2e-6)
