@@ -243,7 +243,7 @@ def table(config: Config, finals: list[dict[str, Any]]) -> str:
     optimiser = config.train_config()
     lines = [
         results.format_table(header, rows),
-        f"{optimiser.epochs} epochs here, 300 in the paper; seed {config.seed}; "
+        f"Epochs: {optimiser.epochs} here, 300 in the paper; seed {config.seed}; "
         f"± is over {config.trials} trials of the sampling.",
     ]
     if config.dataset != "cifar10":

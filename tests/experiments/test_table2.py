@@ -100,7 +100,7 @@ def test_bad_options(options, message, capsys):
 
 
 def test_impossible_batch_is_one_clear_line(tiny_cifar, tmp_path):
-    with pytest.raises(SystemExit, match="error: batch_size: expected 1 to 90, .* got 91"):
+    with pytest.raises(SystemExit, match=r"error: batch_size: expected 1 to 90, .* got 91"):
         run(tiny_cifar, tmp_path / "out", "--batch-size", "91")
     assert files_under(tmp_path / "out") == set()
 
