@@ -82,11 +82,13 @@ def test_a_dropped_feature_is_zero_whatever_it_was(name):
 
 
 def test_dtype_is_that_of_the_input():
-    x = jnp.ones((2, 4), jnp.bfloat16)
-    assert dropout.tau_nice_dropout(KEY, x, 3).dtype == jnp.bfloat16
-    assert dropout.output_dropout(KEY, x, 3).dtype == jnp.bfloat16
-    A = ss.Dense(jnp.ones((4, 3), jnp.float32))
-    assert dropout.importance_dropout(KEY, A, x, 3).dtype == jnp.bfloat16
+    x, A = jnp.ones((2, 4), jnp.bfloat16), ss.Dense(jnp.ones((4, 3), jnp.float32))
+    for drop in (
+        lambda x: dropout.tau_nice_dropout(KEY, x, 3),
+        lambda x: dropout.output_dropout(KEY, x, 3),
+        lambda x: dropout.importance_dropout(KEY, A, x, 3),
+    ):
+        assert jax.eval_shape(drop, x).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("tau", [1, 2, 4, 0.5])
@@ -133,7 +135,8 @@ def inclusion(scores, tau):
 def test_importance_dropout_dense(by, rng):
     kernel, x = rng.normal(size=(5, 3)), rng.normal(size=(8, 5))
     A = ss.Dense(jnp.asarray(kernel))
-    dropped = np.asarray(dropout.importance_dropout(KEY, A, jnp.asarray(x), 2, by=by))
+    drop = jax.jit(lambda x: dropout.importance_dropout(KEY, A, x, 2, by=by))
+    dropped = np.asarray(drop(x))
     np.testing.assert_array_equal((dropped != 0).sum(axis=-1), 2)
     norms = np.linalg.norm(kernel, axis=1)
     for row, point in zip(dropped, x, strict=True):
@@ -144,7 +147,7 @@ def test_importance_dropout_dense(by, rng):
 def test_importance_dropout_drops_whole_feature_maps(rng):
     kernel, x = CONV.kernel(rng), rng.uniform(1, 2, size=(6, 3, 4, 4))
     conv = ss.Conv(jnp.asarray(kernel), CONV.spatial_shape)
-    dropped = np.asarray(dropout.importance_dropout(KEY, conv, jnp.asarray(x), 2))
+    dropped = np.asarray(jax.jit(lambda x: dropout.importance_dropout(KEY, conv, x, 2))(x))
     ratio = (dropped / x).reshape(6, 12, 4)
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1], ratio.shape), rtol=1e-12)
     np.testing.assert_array_equal((ratio[:, 0] != 0).sum(axis=-1), 2)

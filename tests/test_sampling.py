@@ -271,5 +271,5 @@ def test_fixed_size_sampling():
 
 def test_fixed_size_sampling_counts_in_single_precision(rng):
     raw = jnp.asarray(rng.exponential(size=(500, 120)) ** 3, jnp.float32)
-    masks = sampling.fixed_size_mask(KEY, sampling.inclusion_probabilities(raw, 60))
+    masks = jax.jit(sampling.fixed_size_mask)(KEY, inclusion(raw, 60))
     np.testing.assert_array_equal(np.sum(masks, axis=-1), 60)

@@ -56,6 +56,13 @@ def forward(geometry):
     return jax.jit(lambda kernel, x: layer.apply({"params": {"kernel": kernel}}, x))
 
 
+@functools.cache
+def transposed(geometry):
+    """(kernel, x, z) -> the transpose of `nn.Conv` at z, by differentiation; x only for its shape."""
+    apply = forward(geometry)
+    return jax.jit(lambda kernel, x, z: jax.vjp(lambda x: apply(kernel, x), x)[1](z)[0])
+
+
 def dense_matrix(geometry, kernel):
     """The matrix (outputs, inputs) of `nn.Conv`: the images of the unit vectors, flattened."""
     size = int(np.prod(geometry.in_shape))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equivalence.plain_layers import Geometry, forward
+from equivalence.plain_layers import Geometry, forward, transposed
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,13 +40,16 @@ ROUND_OFF = {"rtol": 1e-11, "atol": 1e-11}
 seeds = st.integers(0, 2**31 - 1)
 activations = st.sampled_from(list(ACTIVATIONS))
 dense_shapes, geometries = st.sampled_from(DENSE), st.sampled_from(CONVOLUTIONS)
-batches = st.sampled_from([(), (3,), (2, 3)])
+batches = st.sampled_from([(), (2, 3)])
 fractions = st.floats(0, 1)
-few = settings(max_examples=10)
+few = settings(max_examples=8)  # compilation is what takes the time
 
 
 class Layer:
-    """Random weights and inputs, once for the library and once for a plain Flax layer."""
+    """Random weights and inputs, once for the library and once for a plain Flax layer.
+
+    Only the layers and activations of the reference are JAX; the rest of it is numpy.
+    """
 
     def __init__(self, shape, batch, seed):
         rng = np.random.default_rng(seed)
@@ -55,33 +58,45 @@ class Layer:
             self.n1, self.n2, self.spatial = shape.in_features, shape.out_features, (1, 1)
             kernel, in_shape = jnp.asarray(shape.kernel(rng)), shape.in_shape
             self.linear_map = ss.Conv(kernel, shape.spatial_shape, **shape.options)
-            self.forward = functools.partial(forward(shape), kernel)
+            self.layer = functools.partial(forward(shape), kernel)
         else:
             (self.n1, self.n2), self.spatial, in_shape = shape, (), shape[:1]
             kernel = jnp.asarray(rng.normal(size=shape))
             self.linear_map = ss.Dense(kernel)
-            self.forward = nnx.Linear(
+            self.layer = nnx.Linear(
                 *shape, use_bias=False, kernel_init=lambda *_: kernel, rngs=nnx.Rngs(0)
             )
-        self.x = jnp.asarray(rng.normal(size=(*batch, *in_shape)))
-        self.bias = jnp.asarray(rng.normal(size=self.n2))
+        self.shape, self.kernel = shape, kernel
+        self.x = rng.normal(size=(*batch, *in_shape))
+        self.bias = rng.normal(size=self.n2)
+
+    def forward(self, x):
+        """The plain layer without its bias."""
+        return np.asarray(self.layer(jnp.asarray(x)))
+
+    def transposed(self, z):
+        """The plain layer's transpose."""
+        if isinstance(self.shape, Geometry):
+            return np.asarray(transposed(self.shape)(self.kernel, self.x, z))
+        return z @ np.asarray(self.kernel).T
 
     def problem(self, prior, **kwargs):
-        return ss.LayerProblem(self.linear_map, self.x, bias=self.bias, prior=prior, **kwargs)
-
-    def tau(self, fraction, n):
-        """A count in 1..n; traced, so that all counts of a shape share a compilation."""
-        return jnp.asarray(1 + min(int(fraction * n), n - 1))
+        x, bias = jnp.asarray(self.x), jnp.asarray(self.bias)
+        return ss.LayerProblem(self.linear_map, x, bias=bias, prior=prior, **kwargs)
 
     def mask(self, iteration, tau, n):
         """The τ-nice mask of one iteration, broadcast over whole feature maps."""
-        mask = tau_nice_mask(jax.random.fold_in(self.key, iteration), tau, n, self.batch)
+        mask = np.asarray(draw(jax.random.fold_in(self.key, iteration), tau, n, self.batch))
         assert np.all(np.sum(mask, axis=-1) == tau)
         return mask.reshape(*self.batch, *self.spatial, n)
 
-    def transposed(self, z):
-        """The plain layer's transpose, by differentiation."""
-        return jax.vjp(self.forward, self.x)[1](z)[0]
+
+draw = jax.jit(tau_nice_mask, static_argnames=("n", "batch_shape"))
+
+
+def count(fraction, n):
+    """τ in 1..n, traced by the solvers below, so that all counts of a shape compile once."""
+    return 1 + min(int(fraction * n), n - 1)
 
 
 @functools.partial(jax.jit, static_argnames="num_iters")
@@ -106,32 +121,33 @@ def prox_gd(problem, step_size, num_iters=1):
     return ss.prox_gd(problem, step_size=step_size, num_iters=num_iters).value
 
 
-def check_plain_layer(layer, name):
-    prior, activation = ACTIVATIONS[name]
-    plain = activation(layer.forward(layer.x) + layer.bias)
-    problem = layer.problem(prior)
-    chex.assert_trees_all_close(prox_gd(problem, 1.0), plain, **ROUND_OFF)
-    # nothing is drawn in the first inner step of mS2GD, nor by a sampling of everything
+shape_kinds = pytest.mark.parametrize("shape", [DENSE[0], CONVOLUTIONS[0]], ids=["dense", "conv"])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@shape_kinds
+def test_one_iteration_of_prox_gd_is_the_plain_layer(shape, name):
+    layer, (prior, activation) = Layer(shape, (2, 3), 1), ACTIVATIONS[name]
+    plain = np.asarray(activation(layer.forward(layer.x) + layer.bias))
+    chex.assert_trees_all_close(prox_gd(layer.problem(prior), 1.0), plain, **ROUND_OFF)
+
+
+@shape_kinds
+def test_one_iteration_without_noise_is_the_plain_layer(shape):
+    """Sampling everything is no sampling, and the first inner step of mS2GD has no noise."""
+    layer = Layer(shape, (2, 3), 1)
+    plain = np.maximum(layer.forward(layer.x) + layer.bias, 0)
+    problem = layer.problem(prox.NonNegative())
     chex.assert_trees_all_close(ms2gd(layer.key, problem, 1, num_inner=1), plain, **ROUND_OFF)
     chex.assert_trees_all_close(prox_sg(layer.key, problem, layer.n1), plain, **ROUND_OFF)
     chex.assert_trees_all_close(nsync(layer.key, problem, layer.n2), plain, **ROUND_OFF)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_one_iteration_is_the_plain_layer_dense(name):
-    check_plain_layer(Layer(DENSE[0], (3,), 1), name)
-
-
-@pytest.mark.parametrize("name", ["relu", "squareplus"])
-def test_one_iteration_is_the_plain_layer_conv(name):
-    check_plain_layer(Layer(CONVOLUTIONS[0], (3,), 1), name)
-
-
 def check_proposition_1(layer, name, fraction):
     """Prox-SG from 0 with unit step: dropout of exactly n1 − τ inputs → linear → activation."""
     prior, activation = ACTIVATIONS[name]
-    tau = layer.tau(fraction, layer.n1)
-    dropped = jnp.where(layer.mask(0, tau, layer.n1), layer.x / (tau / layer.n1), 0)
+    tau = count(fraction, layer.n1)
+    dropped = np.where(layer.mask(0, tau, layer.n1), layer.x / (tau / layer.n1), 0)
     chex.assert_trees_all_close(
         prox_sg(layer.key, layer.problem(prior), tau),
         activation(layer.forward(dropped) + layer.bias),
@@ -166,33 +182,33 @@ def check_proposition_2(layer, name, tau, num_inner):
     """mS2GD's first epoch: z ← σ(A x + b + (I − (n1/τ) Σ_{i∈S} A_i A_i*) z), eq. 31, each step."""
     prior, activation = ACTIVATIONS[name]
     plain = layer.forward(layer.x) + layer.bias
-    z = jnp.zeros_like(plain)
+    z = np.zeros_like(plain)
     for j in range(num_inner):
         kept = layer.mask(j, tau, layer.n1) * layer.transposed(z)
-        z = activation(plain + z - (layer.n1 / tau) * layer.forward(kept))
+        z = np.asarray(activation(plain + z - (layer.n1 / tau) * layer.forward(kept)))
     value = ms2gd(layer.key, layer.problem(prior), tau, num_inner=num_inner)
     # unit steps may amplify: round-off is relative to the largest entry
-    scale = jnp.max(jnp.abs(z)) + 1.0
-    chex.assert_trees_all_close(value / scale, z / scale, **ROUND_OFF)
+    scale = np.max(np.abs(z)) + 1.0
+    chex.assert_trees_all_close(np.asarray(value) / scale, z / scale, **ROUND_OFF)
 
 
 @few
 @given(dense_shapes, batches, activations, fractions, seeds)
 def test_proposition_2_dense(shape, batch, name, fraction, seed):
     layer = Layer(shape, batch, seed)
-    check_proposition_2(layer, name, layer.tau(fraction, layer.n1), 3)
+    check_proposition_2(layer, name, count(fraction, layer.n1), 3)
 
 
 @few
 @given(geometries, batches, activations, fractions, seeds)
 def test_proposition_2_conv(geometry, batch, name, fraction, seed):
     layer = Layer(geometry, batch, seed)
-    check_proposition_2(layer, name, layer.tau(fraction, layer.n1), 3)
+    check_proposition_2(layer, name, count(fraction, layer.n1), 3)
 
 
-@pytest.mark.parametrize("shape", [DENSE[0], CONVOLUTIONS[0]], ids=["dense", "conv"])
+@shape_kinds
 def test_proposition_2_with_one_sample_is_s2gd(shape):
-    check_proposition_2(Layer(shape, (3,), 2), "relu", jnp.asarray(1), 4)
+    check_proposition_2(Layer(shape, (2, 3), 2), "relu", 1, 3)
 
 
 def test_proposition_2_needs_the_random_term():
@@ -202,7 +218,7 @@ def test_proposition_2_needs_the_random_term():
     first = ms2gd(layer.key, problem, 2, num_inner=1)
     chex.assert_trees_all_close(first, ms2gd(other, problem, 2, num_inner=1), **ROUND_OFF)
     second = ms2gd(layer.key, problem, 2, num_inner=2)
-    assert jnp.max(jnp.abs(second - ms2gd(other, problem, 2, num_inner=2))) > 0.1
+    assert np.max(np.abs(second - ms2gd(other, problem, 2, num_inner=2))) > 0.1
 
 
 def test_ms2gd_over_two_epochs_is_its_definition():
@@ -214,13 +230,13 @@ def test_ms2gd_over_two_epochs_is_its_definition():
         residual = weights * (layer.transposed(z) - layer.x)
         return layer.forward(residual) - layer.bias + ridge * z
 
-    z = jnp.zeros((3, layer.n2))
+    z = np.zeros((3, layer.n2))
     for epoch in range(2):
         y = z
         for j in (3 * epoch, 3 * epoch + 1, 3 * epoch + 2):
             weights = layer.mask(j, tau, layer.n1) * (layer.n1 / tau)
             estimate = gradient(y, 1.0) + gradient(z, weights) - gradient(y, weights)
-            z = jax.nn.relu(z - step * estimate)
+            z = np.maximum(z - step * estimate, 0)
     value = ms2gd(layer.key, problem, tau, step, num_outer=2, num_inner=3)
     chex.assert_trees_all_close(value, z, **ROUND_OFF)
 
@@ -228,11 +244,11 @@ def test_ms2gd_over_two_epochs_is_its_definition():
 def check_proposition_6(layer, name, fraction):
     """NSync from 0 with v = 1: linear → dropout of exactly n2 − τ outputs, unscaled → activation."""
     prior, activation = ACTIVATIONS[name]
-    tau = layer.tau(fraction, layer.n2)
+    tau = count(fraction, layer.n2)
     plain = layer.forward(layer.x) + layer.bias
     chex.assert_trees_all_close(
         nsync(layer.key, layer.problem(prior), tau),
-        activation(jnp.where(layer.mask(0, tau, layer.n2), plain, 0)),
+        activation(np.where(layer.mask(0, tau, layer.n2), plain, 0)),
         **ROUND_OFF,
     )
 
@@ -258,17 +274,16 @@ NUMPY_PROX = {
 
 
 @pytest.mark.parametrize("name", NUMPY_PROX)
-@pytest.mark.parametrize("shape", [DENSE[0], CONVOLUTIONS[0]], ids=["dense", "conv"])
+@shape_kinds
 def test_iterations_of_prox_gd_are_equation_3(shape, name):
     """z ← prox_{ηg}(z − η(A(A* z − x) − b)), K times, in numpy with the plain layer's matrix."""
     layer, step, num_iters = Layer(shape, (2,), 8), 0.05, 7
     size = layer.x[0].size
-    units = jnp.eye(size).reshape(size, *layer.x.shape[1:])
-    matrix = np.asarray(layer.forward(units)).reshape(size, -1).T
-    x = np.asarray(layer.x).reshape(2, size)
+    units = np.eye(size).reshape(size, *layer.x.shape[1:])
+    matrix, x = layer.forward(units).reshape(size, -1).T, layer.x.reshape(2, size)
     bias = np.tile(layer.bias, len(matrix) // layer.n2)
     z = np.zeros((2, len(matrix)))
     for _ in range(num_iters):
         z = NUMPY_PROX[name](z - step * ((z @ matrix - x) @ matrix.T - bias), step)
     value = prox_gd(layer.problem(ACTIVATIONS[name][0]), step, num_iters=num_iters)
-    chex.assert_trees_all_close(value.reshape(2, -1), jnp.asarray(z), **ROUND_OFF)
+    chex.assert_trees_all_close(np.asarray(value).reshape(2, -1), z, **ROUND_OFF)
