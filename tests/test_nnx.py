@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
@@ -113,6 +114,30 @@ def test_streams_train_and_eval(rng):
     key = jax.random.key(5)
     one, two = (layer(x, deterministic=False, rngs=key) for _ in range(2))
     np.testing.assert_array_equal(one, two)
+
+
+def test_view_and_clone(rng):
+    layer = ss.nnx.SolverLinear(8, 5, solver=ss.ProxSG(0.5, 3), rngs=nnx.Rngs(0, dropout=1))
+    x = jnp.asarray(rng.normal(size=(2, 8)), jnp.float32)
+    view = nnx.view(layer, deterministic=True)
+    np.testing.assert_array_equal(view(x), layer(x, deterministic=True))
+    np.testing.assert_array_equal(nnx.clone(layer)(x), layer(x))
+    assert not layer.deterministic
+
+
+def test_training_with_nnx_transforms_and_optimizer(images):
+    model = Twin(ss.ProxGD(3), ss.ProxSG(0.5, 4), nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.02), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean(m(images) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(40)]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    assert model.dense.rngs.count[...] == 40
 
 
 def test_missing_stream_says_so(rng):

@@ -84,6 +84,33 @@ def test_traces_once_for_a_path_of_steps_weights_inputs_and_keys(solve, arrays):
     assert traces == 1
 
 
+def test_traces_once_for_a_path_of_dropout_rates(arrays):
+    traces = 0
+
+    @jax.jit
+    def run(tau):
+        nonlocal traces
+        traces += 1
+        problem = build(*arrays)
+        solutions = (
+            ss.prox_sg(KEY, problem, tau=tau, step_size=0.05, num_iters=4),
+            ss.ms2gd(KEY, problem, tau=tau, step_size=0.05, num_outer=2, num_inner=2),
+            ss.nsync(KEY, problem, tau=tau, step_size=0.05, num_iters=4),
+        )
+        return [solution.value for solution in solutions]
+
+    problem = build(*arrays)
+    for tau in (1, 2, 3):
+        sg, vr, cd = run(jnp.asarray(tau))
+        fixed = ss.prox_sg(KEY, problem, tau=tau, step_size=0.05, num_iters=4)
+        np.testing.assert_allclose(sg, fixed.value, rtol=1e-12)
+        fixed = ss.ms2gd(KEY, problem, tau=tau, step_size=0.05, num_outer=2, num_inner=2)
+        np.testing.assert_allclose(vr, fixed.value, rtol=1e-12)
+        fixed = ss.nsync(KEY, problem, tau=tau, step_size=0.05, num_iters=4)
+        np.testing.assert_allclose(cd, fixed.value, rtol=1e-12)
+    assert traces == 1
+
+
 @every_solver
 def test_problems_pass_through_jit_as_arguments(solve, arrays):
     traces = 0
@@ -213,7 +240,7 @@ def test_cached_lipschitz_constant_sets_the_step(arrays):
     np.testing.assert_allclose(cached.value, plain.value, rtol=1e-12)
 
 
-@pytest.mark.parametrize("tau", [0, 5, -1, 0.0, 1.5, True, "half"])
+@pytest.mark.parametrize("tau", [0, 5, -1, 0.0, 1.5, True, "half", np.int64(9)])
 def test_tau_outside_1_to_n1_raises(arrays, tau):
     with pytest.raises(ValueError, match="tau: expected"):
         ss.prox_sg(KEY, build(*arrays), tau=tau, step_size=0.1, num_iters=2)

@@ -24,6 +24,15 @@ class Stochastic(nnx.Module):
         else:
             _checks.fail("rngs", "an nnx.Rngs, an nnx.RngStream or None", type(rngs).__name__)
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` may set.
+
+        Args:
+          deterministic: no sampling.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
     def is_deterministic(self, deterministic: bool | None) -> bool:
         """The flag of a call, or the module's own."""
         return self.deterministic if deterministic is None else deterministic

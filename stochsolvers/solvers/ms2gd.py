@@ -61,7 +61,7 @@ def ms2gd(
     """
     num_outer = _checks.count("num_outer", num_outer)
     num_inner = _checks.count("num_inner", num_inner)
-    base = as_sampling(tau, sampling)
+    base = as_sampling(tau, sampling, problem)
     if not isinstance(base, FeatureEstimator):
         _checks.fail("sampling", "an estimator that samples input features", type(base).__name__)
     return _ms2gd(

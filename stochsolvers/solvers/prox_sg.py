@@ -1,7 +1,7 @@
 """Proximal stochastic gradient descent with any sampling of the input features."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -9,6 +9,7 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array
 from stochsolvers.estimators import Estimator, TauNice
 from stochsolvers.problems import LayerProblem
+from stochsolvers.sampling import num_sampled
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Solution, Step
 from stochsolvers.solvers.step_sizes import StepSizeLike, as_schedule, as_steps
@@ -55,7 +56,7 @@ def prox_sg(
     return _prox_sg(
         key,
         problem,
-        as_sampling(tau, sampling),
+        as_sampling(tau, sampling, problem),
         as_steps(step_size),
         _loop.starting_point(problem, init),
         num_iters=num_iters,
@@ -85,8 +86,16 @@ def _prox_sg(
     return _loop.solution(z, diagnostics)
 
 
-def as_sampling(tau: int | float | Array | None, sampling: Estimator | None) -> Estimator:
+def as_sampling(
+    tau: int | float | Array | None,
+    sampling: Estimator | None,
+    problem: LayerProblem | None = None,
+) -> Estimator:
     """The estimator that `tau` or `sampling` names; exactly one of them is given."""
     if (tau is None) == (sampling is None):
         _checks.fail("tau, sampling", "exactly one of the two", f"{tau!r}, {sampling!r}")
-    return TauNice(tau) if sampling is None else sampling  # pyright: ignore[reportArgumentType]
+    if tau is None:
+        return cast(Estimator, sampling)
+    if problem is not None:
+        num_sampled(tau, problem.linear_map.in_features)
+    return TauNice(tau)
