@@ -169,8 +169,8 @@ def test_draws_follow_the_enumerated_law(kind, rng):
         if name == "full":
             assert estimator.draw(KEY, case.problem, z) is None
             continue
-        if name in ("tau-nice 1", "tau-nice 3"):
-            continue
+        if name in ("tau-nice 1", "tau-nice 3") or (kind == "conv" and "gradient" not in name):
+            continue  # the same code as another
         draw = jax.jit(jax.vmap(lambda key, e=estimator: e.draw(key, case.problem, z)))
         drawn = np.asarray(draw(keys))
         distance = np.abs(drawn[:, None] - weights).max(axis=-1)
@@ -242,11 +242,11 @@ def test_every_example_has_its_own_draw(rng):
         es.SerialImportance(),
         es.Importance(2, by="gradient"),
     ):
-        weights = np.asarray(jax.jit(estimator.draw)(KEY, problem, z))
+        both = jax.jit(lambda z, e=estimator: (e.draw(KEY, problem, z), e(KEY, problem, z)))
+        weights, whole = map(np.asarray, both(z))
         assert weights.shape == (2, 8, 4)
         assert len(np.unique((weights > 0).reshape(16, 4), axis=0)) > 1
         # row by row, the gradient is that of the example alone
-        whole = jax.jit(estimator)(KEY, problem, z)
         alone = ss.LayerProblem(ss.Dense(kernel), problem.inputs[1, 3])
         row = estimator.gradient(alone, z[1, 3], jnp.asarray(weights[1, 3]))
         np.testing.assert_allclose(whole[1, 3], row, rtol=1e-12, atol=1e-12)
