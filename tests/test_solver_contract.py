@@ -264,6 +264,7 @@ def test_tau_outside_1_to_n1_raises(arrays, tau):
         ),
         (lambda p: ss.exponential_decay(0.0, 0.5), "initial step size: expected a number > 0"),
         (lambda p: ss.ProxSG(0.5, 4).solve(None, p), "key: expected a random key"),
+        (lambda p: ss.ProxSG(0, 4), "tau: expected a number > 0, got 0"),
         (lambda p: ss.ProxSG(0.5, 0), "num_iters: expected an integer >= 1"),
         (lambda p: ss.nsync(KEY, p, tau=2, step_size=jnp.ones(2), num_iters=1), "shape of step"),
         (

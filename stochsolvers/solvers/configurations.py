@@ -5,7 +5,8 @@ deterministic=False)`. `deterministic` replaces the sampling by the full gradien
 for dropout. A configuration of numbers is hashable, and so can be a module's static attribute.
 """
 
-from typing import Protocol
+import abc
+from typing import Any, ClassVar, Protocol
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
@@ -44,7 +45,10 @@ class Solver(Protocol):
         ...
 
 
-class _LipschitzStep:
+class _Configuration(abc.ABC):
+    """One way to `solve`; subclasses say what to sample and which algorithm to run."""
+
+    stochastic: ClassVar[bool] = True
     step_size: StepSizeLike
 
     @property
@@ -52,9 +56,52 @@ class _LipschitzStep:
         """Whether the step size is read off the Lipschitz constant."""
         return self.step_size is None or isinstance(self.step_size, InverseLipschitz)
 
+    def solve(
+        self,
+        key: Array | None,
+        problem: LayerProblem,
+        *,
+        lipschitz: Array | None = None,
+        deterministic: bool = False,
+    ) -> Solution:
+        """Run the algorithm; deterministic, as many steps of the same sizes along the full gradient.
+
+        Args:
+          key: random key; None where nothing is sampled.
+          problem: the layer's problem.
+          lipschitz: λ_max(A A*), where the caller keeps it.
+          deterministic: sample nothing.
+        """
+        estimator = self._estimator(deterministic)
+        steps = as_steps(self._step_size())
+        if isinstance(steps, StepSizeRule):
+            steps = steps.schedule(problem, estimator, lipschitz)
+        if self.stochastic and not deterministic:
+            if key is None:
+                _checks.fail("key", "a random key for a stochastic solver", None)
+            return self._run(key, problem, estimator, steps)
+        return prox_gd(
+            problem,
+            step_size=steps,
+            num_iters=self._iterations(),
+            momentum=getattr(self, "momentum", False),
+        )
+
+    def _step_size(self) -> StepSizeLike:
+        return self.step_size
+
+    @abc.abstractmethod
+    def _iterations(self) -> int: ...
+
+    @abc.abstractmethod
+    def _estimator(self, deterministic: bool) -> Estimator: ...
+
+    @abc.abstractmethod
+    def _run(self, key: Array, problem: LayerProblem, estimator: Any, steps: Any) -> Solution: ...
+
 
 @value_object
-class ProxGD(_LipschitzStep):
+class ProxGD(_Configuration):
     """`prox_gd` with `num_iters` iterations.
 
     Args:
@@ -66,32 +113,23 @@ class ProxGD(_LipschitzStep):
     num_iters: int = static_field()
     step_size: StepSizeLike = None
     momentum: bool = static_field(default=False)
+    stochastic: ClassVar[bool] = False
 
     def __post_init__(self):
         _checks.count("num_iters", self.num_iters)
 
-    @property
-    def stochastic(self) -> bool:
-        """No key is needed."""
-        return False
+    def _iterations(self):
+        return self.num_iters
 
-    def solve(
-        self,
-        key: Array | None,
-        problem: LayerProblem,
-        *,
-        lipschitz: Array | None = None,
-        deterministic: bool = False,
-    ) -> Solution:
-        """Run `prox_gd`."""
-        step_size = _known(self.step_size, problem, Full(), lipschitz)
-        return prox_gd(
-            problem, step_size=step_size, num_iters=self.num_iters, momentum=self.momentum
-        )
+    def _estimator(self, deterministic):
+        return Full()
+
+    def _run(self, key, problem, estimator, steps):
+        return prox_gd(problem, step_size=steps, num_iters=self.num_iters, momentum=self.momentum)
 
 
 @value_object
-class ProxSG(_LipschitzStep):
+class ProxSG(_Configuration):
     """`prox_sg` with `num_iters` iterations.
 
     Args:
@@ -114,36 +152,21 @@ class ProxSG(_LipschitzStep):
         _checks.positive("decay", self.decay)
         as_sampling(self.tau, self.sampling)
 
-    @property
-    def stochastic(self) -> bool:
-        """A key is needed."""
-        return True
+    def _step_size(self):
+        return InverseLipschitz(decay=self.decay) if self.step_size is None else self.step_size
 
-    def solve(
-        self,
-        key: Array | None,
-        problem: LayerProblem,
-        *,
-        lipschitz: Array | None = None,
-        deterministic: bool = False,
-    ) -> Solution:
-        """Run `prox_sg`; deterministic, with the same steps along the full gradient."""
-        sampling = as_sampling(self.tau, self.sampling)
-        step_size = InverseLipschitz(decay=self.decay) if self.step_size is None else self.step_size
-        step_size = _known(step_size, problem, sampling, lipschitz)
-        if deterministic:
-            return prox_gd(problem, step_size=step_size, num_iters=self.num_iters)
-        return prox_sg(
-            _required(key),
-            problem,
-            step_size=step_size,
-            num_iters=self.num_iters,
-            sampling=sampling,
-        )
+    def _iterations(self):
+        return self.num_iters
+
+    def _estimator(self, deterministic):
+        return as_sampling(self.tau, self.sampling)
+
+    def _run(self, key, problem, estimator, steps):
+        return prox_sg(key, problem, step_size=steps, num_iters=self.num_iters, sampling=estimator)
 
 
 @value_object
-class MS2GD(_LipschitzStep):
+class MS2GD(_Configuration):
     """`ms2gd` with `num_outer` full gradients and `num_inner` inner steps for each.
 
     Args:
@@ -167,37 +190,26 @@ class MS2GD(_LipschitzStep):
         _checks.count("num_inner", self.num_inner)
         as_sampling(self.tau, self.sampling)
 
-    @property
-    def stochastic(self) -> bool:
-        """A key is needed."""
-        return True
+    def _iterations(self):
+        return self.num_outer * self.num_inner
 
-    def solve(
-        self,
-        key: Array | None,
-        problem: LayerProblem,
-        *,
-        lipschitz: Array | None = None,
-        deterministic: bool = False,
-    ) -> Solution:
-        """Run `ms2gd`; deterministic, as many full-gradient steps of the same length."""
-        sampling = as_sampling(self.tau, self.sampling)
-        step_size = _known(self.step_size, problem, sampling, lipschitz)
-        if deterministic:
-            return prox_gd(problem, step_size=step_size, num_iters=self.num_outer * self.num_inner)
+    def _estimator(self, deterministic):
+        return as_sampling(self.tau, self.sampling)
+
+    def _run(self, key, problem, estimator, steps):
         return ms2gd(
-            _required(key),
+            key,
             problem,
-            step_size=step_size,
+            step_size=steps,
             num_outer=self.num_outer,
             num_inner=self.num_inner,
             random_inner=self.random_inner,
-            sampling=sampling if isinstance(sampling, FeatureEstimator) else Full(),
+            sampling=estimator,
         )
 
 
 @value_object
-class NSync(_LipschitzStep):
+class NSync(_Configuration):
     """`nsync` with `num_iters` iterations.
 
     Args:
@@ -213,40 +225,11 @@ class NSync(_LipschitzStep):
     def __post_init__(self):
         _checks.count("num_iters", self.num_iters)
 
-    @property
-    def stochastic(self) -> bool:
-        """A key is needed."""
-        return True
+    def _iterations(self):
+        return self.num_iters
 
-    def solve(
-        self,
-        key: Array | None,
-        problem: LayerProblem,
-        *,
-        lipschitz: Array | None = None,
-        deterministic: bool = False,
-    ) -> Solution:
-        """Run `nsync`; deterministic, with all coordinates in every iteration."""
-        estimator = OutputCoordinates(1.0 if deterministic else self.tau)
-        step_size = _known(self.step_size, problem, estimator, lipschitz)
-        if deterministic:
-            return prox_gd(problem, step_size=step_size, num_iters=self.num_iters)
-        return nsync(
-            _required(key), problem, tau=self.tau, num_iters=self.num_iters, step_size=step_size
-        )
+    def _estimator(self, deterministic):
+        return OutputCoordinates(1.0 if deterministic else self.tau)
 
-
-def _known(
-    step_size: StepSizeLike, problem: LayerProblem, estimator: Estimator, lipschitz: Array | None
-) -> StepSizeLike:
-    """The step size, with its rule already read off the problem and the configuration's sampling."""
-    steps = as_steps(step_size)
-    return (
-        steps.schedule(problem, estimator, lipschitz) if isinstance(steps, StepSizeRule) else steps
-    )
-
-
-def _required(key: Array | None) -> Array:
-    if key is None:
-        _checks.fail("key", "a random key for a stochastic solver", None)
-    return key
+    def _run(self, key, problem, estimator, steps):
+        return nsync(key, problem, tau=estimator.tau, num_iters=self.num_iters, step_size=steps)

@@ -96,6 +96,8 @@ def as_sampling(
         _checks.fail("tau, sampling", "exactly one of the two", f"{tau!r}, {sampling!r}")
     if tau is None:
         return cast(Estimator, sampling)
-    if problem is not None:
+    if problem is None:
+        _checks.positive("tau", tau)
+    else:
         num_sampled(tau, problem.linear_map.in_features)
     return TauNice(tau)
