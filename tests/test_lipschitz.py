@@ -209,15 +209,17 @@ def test_layer_grid_can_be_too_small_under_zero_padding():
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("features", [(2, 3), (3, 2)])
-def test_zero_padding_is_the_literal_formula(grid, features, rng):
+@pytest.mark.parametrize(("features", "dilation"), [((2, 3), (1, 1)), ((3, 2), (2, 1))])
+def test_zero_padding_is_the_literal_formula(grid, features, dilation, rng):
     """max over all (u, v) of λ_max(Â(:,:,u,v) Â(:,:,u,v)ᴴ) with the flipped kernel, in numpy."""
     kernel = rng.normal(size=(3, 2, *features))
-    shape = (4, 5) if grid == "layer" else (4 + 3 - 1, 5 + 2 - 1)
-    a_hat = np.fft.fft2(kernel[::-1, ::-1], s=shape, axes=(0, 1))
+    filters = np.zeros((2 * dilation[0] + 1, dilation[1] + 1, *features))
+    filters[:: dilation[0], :: dilation[1]] = kernel
+    shape = (5, 5) if grid == "layer" else (5 + len(filters) - 1, 5 + 2 - 1)
+    a_hat = np.fft.fft2(filters[::-1, ::-1], s=shape, axes=(0, 1))
     gram = np.einsum("uvij,uvik->uvjk", a_hat, a_hat.conj())
     literal = np.linalg.eigvalsh(gram)[..., -1].max()
-    conv = ss.Conv(jnp.asarray(kernel), (4, 5), padding="SAME")
+    conv = ss.Conv(jnp.asarray(kernel), (5, 5), padding="SAME", kernel_dilation=dilation)
     np.testing.assert_allclose(lipschitz_constant(conv, grid=grid), literal, rtol=1e-12)
 
 

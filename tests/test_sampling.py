@@ -40,6 +40,14 @@ def test_tau_nice_at_a_wide_layer():
     np.testing.assert_array_equal(np.sum(mask, axis=-1), 2048)
 
 
+@pytest.mark.parametrize("bits", [0, 2**32 - 1])
+@pytest.mark.parametrize("n", [1, 5, 8])
+def test_tau_nice_counts_exactly_even_if_all_random_integers_are_equal(n, bits, monkeypatch):
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.full(shape, bits, dtype))
+    for tau in range(1, n + 1):
+        assert np.sum(sampling.tau_nice_mask(KEY, tau, n)) == tau
+
+
 def subset_codes(masks):
     """The number of each subset among all subsets of its size."""
     masks = np.asarray(masks)
