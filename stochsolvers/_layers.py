@@ -12,11 +12,9 @@ from jax import lax
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Conv, LinearMap, Padding
-from stochsolvers.lipschitz import lipschitz_constant
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solution, Solver
-from stochsolvers.solvers.step_sizes import InverseLipschitz
 
 
 def conv_map(
@@ -51,15 +49,11 @@ def conv_map(
     )
 
 
-def step_constant(
-    solver: Solver, linear_map: LinearMap, cached: Array | None = None
-) -> Array | None:
-    """L on the grid that the solver's step size asks for; None where it asks for none."""
-    if cached is not None or not solver.uses_lipschitz:
-        return cached
-    rule = getattr(solver, "step_size", None)
-    grid = rule.grid if isinstance(rule, InverseLipschitz) else "layer"
-    return lax.stop_gradient(lipschitz_constant(linear_map, grid=grid))
+def step_constant(solver: Solver, linear_map: LinearMap, ridge: Scalar) -> Array | None:
+    """What the solver's step size is read off, for a layer to keep; None where there is nothing."""
+    inputs = jnp.zeros(linear_map.in_shape, linear_map.kernel.dtype)
+    constant = solver.step_constant(LayerProblem(linear_map, inputs, ridge=ridge))
+    return None if constant is None else lax.stop_gradient(constant)
 
 
 def make_problem(
@@ -92,12 +86,14 @@ def run(
     key: Array | None,
     problem: LayerProblem,
     *,
-    lipschitz: Array | None,
+    cached: Array | None,
     deterministic: bool,
     precision: Any,
     dtype: Any,
 ) -> Solution:
     """Solve, and give the value the dtype that the plain layer's output would have."""
     with precision_context(precision):
-        solution = solver.solve(key, problem, lipschitz=lipschitz, deterministic=deterministic)
+        if cached is None:
+            cached = step_constant(solver, problem.linear_map, problem.ridge)
+        solution = solver.solve(key, problem, step_constant=cached, deterministic=deterministic)
     return dataclasses.replace(solution, value=jnp.asarray(solution.value, dtype))

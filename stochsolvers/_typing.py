@@ -1,17 +1,13 @@
 """Shared aliases, and the decorator that makes a class a value object."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 
 Array = jax.Array
 Scalar = float | Array
-StepSize = ArrayLike | Callable[[Array], ArrayLike]
-"""A number, or k -> step size of iteration k = 0, 1, ... (k is a traced integer)."""
 
 _T = TypeVar("_T")
 

@@ -8,6 +8,7 @@ collection is not given the constant is computed at every call.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -42,20 +43,26 @@ class _SolverLayer(nn.Module):
             layer.solver,
             self.make_rng(layer.rng_collection) if sampled else None,
             problem,
-            lipschitz=self._lipschitz(problem.linear_map),
+            cached=self._cached_constant(problem.linear_map),
             deterministic=bool(deterministic),
             precision=layer.precision,
             dtype=inputs.dtype,
         )
 
-    def _lipschitz(self, linear_map: LinearMap) -> Array | None:
-        solver: Solver = self.solver  # pyright: ignore[reportAttributeAccessIssue]
+    def _cached_constant(self, linear_map: LinearMap) -> Array | None:
+        layer: Any = self
+
+        def constant():
+            return _layers.step_constant(layer.solver, linear_map, layer.ridge)
+
         refresh = self.is_mutable_collection(_STATE)
-        if not solver.uses_lipschitz or not (refresh or self.has_variable(_STATE, "lipschitz")):
-            return _layers.step_constant(solver, linear_map)
-        cache = self.variable(_STATE, "lipschitz", _layers.step_constant, solver, linear_map)
+        if not (refresh or self.has_variable(_STATE, "lipschitz")):
+            return None
+        if jax.eval_shape(constant) is None:  # a step size that is read off nothing
+            return None
+        cache = self.variable(_STATE, "lipschitz", constant)
         if refresh and not self.is_initializing():
-            cache.value = _layers.step_constant(solver, linear_map)
+            cache.value = constant()
         return cache.value
 
 

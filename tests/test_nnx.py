@@ -162,6 +162,37 @@ def test_lipschitz_constant_is_cached_outside_the_parameters(images):
     np.testing.assert_allclose(twin.dense.lipschitz[...], 4 * largest, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [
+        ss.ProxSG(0.5, 3, step_size=ss.InverseExpectedSmoothness()),
+        ss.NSync(0.5, 3, step_size=ss.InverseSeparable()),
+        ss.ProxGD(3, step_size=ss.InverseLipschitz(grid="padded")),
+    ],
+)
+def test_whatever_a_rule_is_read_off_is_cached(rng, solver):
+    layer = ss.nnx.SolverLinear(8, 5, solver=solver, ridge=0.1, rngs=nnx.Rngs(0, dropout=1))
+    x, key = jnp.asarray(rng.normal(size=(2, 8)), jnp.float32), jax.random.key(3)
+    np.testing.assert_array_equal(
+        layer.lipschitz[...], solver.step_constant(layer.problem(x)).astype(jnp.float32)
+    )
+    np.testing.assert_allclose(layer(x, rngs=key), solver.solve(key, layer.problem(x)).value)
+    np.testing.assert_allclose(
+        layer(x, deterministic=True),
+        solver.solve(None, layer.problem(x), deterministic=True).value,
+        rtol=1e-6,
+    )
+    before = layer(x, rngs=key)
+    layer.lipschitz[...] = 4 * layer.lipschitz[...]
+    assert not np.allclose(layer(x, rngs=key), before)
+
+
+def test_a_number_as_step_size_needs_no_cache():
+    layer = ss.nnx.SolverLinear(8, 5, solver=ss.ProxGD(3, step_size=0.1), rngs=nnx.Rngs(0))
+    assert layer.lipschitz is None
+    ss.nnx.refresh_lipschitz(layer)
+
+
 def test_convolution_without_a_spatial_shape_computes_its_constant_per_call(rng):
     conv = nnx.Conv(2, 3, (3, 3), rngs=nnx.Rngs(0))
     free = ss.nnx.SolverConv.from_layer(conv, solver=ss.ProxGD(4))

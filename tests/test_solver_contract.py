@@ -235,7 +235,7 @@ def _deterministic_step(configuration):
 
 def test_cached_lipschitz_constant_sets_the_step(arrays):
     problem = build(*arrays)
-    cached = ss.ProxGD(4).solve(None, problem, lipschitz=jnp.asarray(10.0))
+    cached = ss.ProxGD(4).solve(None, problem, step_constant=jnp.asarray(10.0))
     plain = ss.prox_gd(problem, step_size=1 / 10.01, num_iters=4)
     np.testing.assert_allclose(cached.value, plain.value, rtol=1e-12)
 

@@ -15,7 +15,7 @@ from stochsolvers.solvers import Solution, Solver
 
 
 class SolverState(nnx.Variable):
-    """Non-trainable state of a solver layer: its cached Lipschitz constant λ_max(A A*)."""
+    """Non-trainable state of a solver layer: what its step size is read off, λ_max(A A*) for 1/L."""
 
 
 class SolverLayer(Stochastic):
@@ -82,13 +82,12 @@ class SolverLayer(Stochastic):
         problem = self.problem(inputs, skip=skip)
         deterministic = self.is_deterministic(deterministic)
         sampled = self.solver.stochastic and not deterministic
-        cached = None if self.lipschitz is None else self.lipschitz[...]
         output, _ = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
         return _layers.run(
             self.solver,
             self.key(rngs) if sampled else None,
             problem,
-            lipschitz=_layers.step_constant(self.solver, problem.linear_map, cached),
+            cached=None if self.lipschitz is None else self.lipschitz[...],
             deterministic=deterministic,
             precision=self.precision,
             dtype=output.dtype,
@@ -163,7 +162,7 @@ class SolverLinear(SolverLayer, nnx.Linear):
         return _adopt(twin, layer, deterministic, rng_collection, rngs)
 
     def _lipschitz_constant(self) -> Array | None:
-        return _layers.step_constant(self.solver, Dense(self.kernel[...]))
+        return _layers.step_constant(self.solver, Dense(self.kernel[...]), self.ridge)
 
     def _linear_map(self, kernel: Array, inputs: Array) -> Dense:
         return Dense(kernel)
@@ -250,7 +249,8 @@ class SolverConv(SolverLayer, nnx.Conv):
     def _lipschitz_constant(self) -> Array | None:
         if self.spatial_shape is None:
             return None
-        return _layers.step_constant(self.solver, self._conv(self.kernel[...], self.spatial_shape))
+        conv = self._conv(self.kernel[...], self.spatial_shape)
+        return _layers.step_constant(self.solver, conv, self.ridge)
 
     def _linear_map(self, kernel: Array, inputs: Array) -> Conv:
         if inputs.ndim < 3:

@@ -1,8 +1,8 @@
 """The algorithms as frozen configurations, for layers: what to run, without the problem.
 
-Every configuration solves a problem with `configuration.solve(key, problem, lipschitz=None,
-deterministic=False)`. `deterministic` replaces the sampling by the full gradient, as evaluation does
-for dropout. A configuration of numbers is hashable, and so can be a module's static attribute.
+Every configuration has `solve(key, problem, step_constant=None, deterministic=False)`. `deterministic`
+replaces the sampling by the full gradient, as evaluation does for dropout. A configuration made of
+numbers is hashable, and so can be a module's static attribute.
 """
 
 import abc
@@ -28,9 +28,8 @@ class Solver(Protocol):
         """Whether `solve` needs a key unless it is deterministic."""
         ...
 
-    @property
-    def uses_lipschitz(self) -> bool:
-        """Whether the step size is read off the Lipschitz constant that `solve` is given."""
+    def step_constant(self, problem: LayerProblem) -> Array | None:
+        """What the step size is read off, L for 1/L; None where it is read off nothing."""
         ...
 
     def solve(
@@ -38,10 +37,10 @@ class Solver(Protocol):
         key: Array | None,
         problem: LayerProblem,
         *,
-        lipschitz: Array | None = None,
+        step_constant: Array | None = None,
         deterministic: bool = False,
     ) -> Solution:
-        """Run the algorithm; `lipschitz` is λ_max(A A*) where the caller keeps it."""
+        """Run the algorithm; `step_constant` is what the method of that name returned."""
         ...
 
 
@@ -51,17 +50,19 @@ class _Configuration(abc.ABC):
     stochastic: ClassVar[bool] = True
     step_size: StepSizeLike
 
-    @property
-    def uses_lipschitz(self) -> bool:
-        """Whether the step size is read off the Lipschitz constant."""
-        return self.step_size is None or isinstance(self.step_size, InverseLipschitz)
+    def step_constant(self, problem: LayerProblem) -> Array | None:
+        """What the step size is read off, L for 1/L; None where it is read off nothing."""
+        rule = as_steps(self._step_size())
+        if not isinstance(rule, StepSizeRule):
+            return None
+        return rule.constant(problem, self._estimator(False))
 
     def solve(
         self,
         key: Array | None,
         problem: LayerProblem,
         *,
-        lipschitz: Array | None = None,
+        step_constant: Array | None = None,
         deterministic: bool = False,
     ) -> Solution:
         """Run the algorithm; deterministic, as many steps of the same sizes along the full gradient.
@@ -69,13 +70,15 @@ class _Configuration(abc.ABC):
         Args:
           key: random key; None where nothing is sampled.
           problem: the layer's problem.
-          lipschitz: λ_max(A A*), where the caller keeps it.
+          step_constant: the constant of the step size's rule, where the caller keeps it.
           deterministic: sample nothing.
         """
         estimator = self._estimator(deterministic)
         steps = as_steps(self._step_size())
         if isinstance(steps, StepSizeRule):
-            steps = steps.schedule(problem, estimator, lipschitz)
+            if step_constant is None or self._moves(deterministic):
+                step_constant = steps.constant(problem, estimator)
+            steps = steps.schedule(step_constant, problem)
         if self.stochastic and not deterministic:
             if key is None:
                 _checks.fail("key", "a random key for a stochastic solver", None)
@@ -89,6 +92,10 @@ class _Configuration(abc.ABC):
 
     def _step_size(self) -> StepSizeLike:
         return self.step_size
+
+    def _moves(self, deterministic: bool) -> bool:
+        """Whether the constant is another one when nothing is sampled."""
+        return False
 
     @abc.abstractmethod
     def _iterations(self) -> int: ...
@@ -227,6 +234,9 @@ class NSync(_Configuration):
 
     def _iterations(self):
         return self.num_iters
+
+    def _moves(self, deterministic):
+        return deterministic  # all coordinates at once allow shorter steps only
 
     def _estimator(self, deterministic):
         return OutputCoordinates(1.0 if deterministic else self.tau)

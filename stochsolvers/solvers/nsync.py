@@ -33,13 +33,16 @@ class InverseSeparable(StepSizeRule):
 
     scale: Scalar = 1.0
 
-    def schedule(self, problem: LayerProblem, estimator: Estimator, lipschitz: Array | None):
-        """k -> 1/v, shape (n2,), the same for every k."""
+    def constant(self, problem: LayerProblem, estimator: Estimator) -> Array:
+        """The v_j, shape (n2,)."""
         if not isinstance(estimator, OutputCoordinates):
             _checks.fail("InverseSeparable", "OutputCoordinates", type(estimator).__name__)
-        v = estimator.separable_constants(problem)
-        steps = jnp.where(v > 0, self.scale / jnp.where(v > 0, v, 1.0), 1.0)
-        return Constant(steps)
+        return estimator.separable_constants(problem)
+
+    def schedule(self, constant: Array, problem: LayerProblem) -> Constant:
+        """k -> scale / v, shape (n2,), the same for every k."""
+        safe = jnp.where(constant > 0, constant, 1.0)
+        return Constant(jnp.where(constant > 0, self.scale / safe, 1.0))
 
 
 def nsync(

@@ -60,13 +60,18 @@ def exponential_decay(initial: Scalar, rate: Scalar) -> ExponentialDecay:
 
 
 class StepSizeRule(abc.ABC):
-    """A step size that is read off a problem and an estimator."""
+    """A step size that is read off a constant of the problem, which depends on no input.
+
+    A layer computes the constant once for many inputs; a solver, where it is not given.
+    """
 
     @abc.abstractmethod
-    def schedule(
-        self, problem: LayerProblem, estimator: Estimator, lipschitz: Array | None
-    ) -> Callable[[Array], ArrayLike]:
-        """k -> η_k; `lipschitz` is λ_max(A A*) where the caller knows it."""
+    def constant(self, problem: LayerProblem, estimator: Estimator) -> Array:
+        """What the step is read off, from the problem's linear map and ridge alone."""
+
+    @abc.abstractmethod
+    def schedule(self, constant: Array, problem: LayerProblem) -> Callable[[Array], ArrayLike]:
+        """k -> η_k, given the constant."""
 
 
 @value_object
@@ -90,13 +95,12 @@ class InverseLipschitz(StepSizeRule):
         _checks.positive("scale", self.scale)
         _checks.positive("decay", self.decay)
 
-    def schedule(
-        self, problem: LayerProblem, estimator: Estimator, lipschitz: Array | None
-    ) -> Callable[[Array], ArrayLike]:
+    def constant(self, problem: LayerProblem, estimator: Estimator) -> Array:
+        """L = λ_max(A A*)."""
+        return lipschitz_constant(problem.linear_map, grid=self.grid)
+
+    def schedule(self, constant: Array, problem: LayerProblem) -> Callable[[Array], ArrayLike]:
         """k -> η_k."""
-        if lipschitz is None:
-            lipschitz = lipschitz_constant(problem.linear_map, grid=self.grid)
-        constant: Array = jnp.asarray(lipschitz)
         return _inverse(constant + jnp.asarray(problem.ridge), self.scale, self.decay, problem)
 
 
@@ -119,11 +123,13 @@ class InverseExpectedSmoothness(StepSizeRule):
         _checks.positive("scale", self.scale)
         _checks.positive("decay", self.decay)
 
-    def schedule(
-        self, problem: LayerProblem, estimator: Estimator, lipschitz: Array | None
-    ) -> Callable[[Array], ArrayLike]:
+    def constant(self, problem: LayerProblem, estimator: Estimator) -> Array:
+        """𝓛, the ridge included."""
+        return estimator.expected_smoothness(problem)
+
+    def schedule(self, constant: Array, problem: LayerProblem) -> Callable[[Array], ArrayLike]:
         """k -> η_k."""
-        return _inverse(estimator.expected_smoothness(problem), self.scale, self.decay, problem)
+        return _inverse(constant, self.scale, self.decay, problem)
 
 
 StepSizeLike: TypeAlias = ArrayLike | Callable[[Array], ArrayLike] | StepSizeRule | None
@@ -149,7 +155,7 @@ def as_schedule(
 ) -> Callable[[Array], Array]:
     """What `as_steps` returned as k -> η_k in the problem's dtype."""
     if isinstance(steps, StepSizeRule):
-        steps = steps.schedule(problem, estimator, None)
+        steps = steps.schedule(steps.constant(problem, estimator), problem)
     return lambda k: jnp.asarray(steps(k), problem.dtype)
 
 
