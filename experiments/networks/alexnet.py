@@ -1,0 +1,113 @@
+"""The AlexNet of table 3, adapted to small images."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+import stochsolvers as ss
+from experiments.networks.blocks import (
+    BlockConfig,
+    ConvReLU,
+    HiddenLayer,
+    has_stochastic_solver,
+    hidden_layer,
+)
+
+MIN_PIXELS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class AlexNetConfig:
+    """The AlexNet of table 3.
+
+    Attributes:
+      image_shape: height, width, channels.
+      num_classes: outputs.
+      width: factor of the numbers of channels, rounded; 1 is the paper's network.
+      hidden: units of a fully-connected ReLU layer before the classifier, times `width`; None for the
+        paper's network, whose only fully-connected layer is the classifier.
+      block: what the mark D of that layer, "last", means.
+    """
+
+    image_shape: tuple[int, int, int] = (32, 32, 3)
+    num_classes: int = 10
+    width: float = 1.0
+    hidden: int | None = None
+    block: BlockConfig = dataclasses.field(default_factory=lambda: BlockConfig("dropout"))
+
+
+class AlexNet(nnx.Module):
+    """conv 64@11×11 stride 4 padding 5, pool, 192@5×5, pool, 384@3×3, 256@3×3, 256@3×3, pool, classes.
+
+    All pools are of 2×2 and keep the rim of an odd grid, so that images of less than 32×32 pixels
+    fit; on 32×32 pixels there is none. `features` is the deterministic part, `head` the part that
+    may be stochastic.
+    """
+
+    def __init__(self, config: AlexNetConfig, *, rngs: nnx.Rngs):
+        height, width, channels = config.image_shape
+        check_size(config.image_shape, MIN_PIXELS)
+        sizes = [scaled(count, config.width) for count in (64, 192, 384, 256, 256)]
+        self.image_size = (height, width)
+        self.first: ConvReLU | ss.nnx.SolverConv = ConvReLU(
+            channels, sizes[0], (11, 11), strides=4, padding=5, rngs=rngs
+        )
+        kernels = (5, 3, 3, 3)
+        self.convolutions = nnx.List(
+            ConvReLU(n1, n2, (kernel, kernel), rngs=rngs)
+            for n1, n2, kernel in zip(sizes, sizes[1:], kernels, strict=False)
+        )
+        n1 = sizes[-1] * _pooled(height) * _pooled(width)
+        self.last: HiddenLayer | None = nnx.data(None)
+        if config.hidden is not None:
+            n2 = scaled(config.hidden, config.width)
+            self.last = hidden_layer(n1, n2, marked=True, block=config.block, rngs=rngs)
+            n1 = n2
+        self.classifier = nnx.Linear(n1, config.num_classes, rngs=rngs)
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """The convolutional part, flattened: (batch, n1)."""
+        x = pool(self.first(images))
+        for layer, pooled in zip(self.convolutions, (True, False, False, True), strict=True):
+            x = pool(layer(x)) if pooled else layer(x)
+        return x.reshape(len(x), -1)
+
+    def head(self, features: jax.Array) -> jax.Array:
+        """The fully-connected part: logits (batch, classes)."""
+        return self.classifier(features if self.last is None else self.last(features))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits (batch, classes) of normalised images (batch, height, width, channels)."""
+        return self.head(self.features(images))
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether the network is stochastic at test time."""
+        return has_stochastic_solver(self)
+
+
+def pool(images: jax.Array) -> jax.Array:
+    """The maximum of 2×2 pixels; the rim of an odd grid has less."""
+    return nnx.max_pool(images, (2, 2), (2, 2), padding="SAME")
+
+
+def scaled(count: int, width: float) -> int:
+    """A number of channels times the width, at least 1."""
+    if not width > 0:
+        raise ValueError(f"width: expected a positive factor, got {width}")
+    return max(1, round(width * count))
+
+
+def check_size(image_shape: tuple[int, int, int], smallest: int) -> None:
+    """Raise a ValueError for images of fewer pixels than a network takes."""
+    if min(image_shape[:2]) < smallest:
+        raise ValueError(
+            f"image_shape: expected at least {smallest}×{smallest} pixels, got {image_shape}"
+        )
+
+
+def _pooled(size: int) -> int:
+    """Pixels along an axis after the first convolution and three pools."""
+    size = (size - 1) // 4 + 1
+    return -(-size // 8)

@@ -1,0 +1,241 @@
+"""The layers under study: plain, with dropout, or solved."""
+
+import dataclasses
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+from flax import nnx
+
+import stochsolvers as ss
+
+Variant = Literal["D-D", "D-ND", "ND-D"]
+Method = Literal[
+    "dropout", "prox-sg", "ms2gd", "importance", "expected-smoothness", "prox-gd", "fista"
+]
+
+NAMES: dict[Method, str] = {
+    "dropout": "dropout",
+    "prox-sg": "Prox-SG",
+    "ms2gd": "mS2GD",
+    "importance": "importance",
+    "expected-smoothness": "exp. smoothness",
+    "prox-gd": "Prox-GD",
+    "fista": "FISTA",
+}
+"""The methods as tables and pictures name them."""
+
+_DETERMINISTIC: tuple[Method, ...] = ("prox-gd", "fista")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """What stands in a ReLU layer that is marked D.
+
+    Attributes:
+      method: "dropout" drops inputs before the layer. The others solve the layer's problem: "prox-sg",
+        "importance" (p_i ∝ L_i) and "expected-smoothness" (steps 1/(2𝓛)) sample inputs; "ms2gd" does
+        so in two rounds around a full gradient; "prox-gd" and "fista" follow the full gradient, and
+        keep the dropout before it.
+      rate: dropout rate p; a solver that samples takes τ = (1 − p) n1 inputs.
+      num_iters: iterations of the solver; of "ms2gd", the inner ones together.
+      decay: factor of the step size from one iteration to the next; "ms2gd", "prox-gd" and "fista",
+        which converge without, ignore it.
+      ridge: λ of the solver's problem.
+      step_size: a constant in place of 1/L or 1/(2𝓛).
+    """
+
+    method: Method = "prox-sg"
+    rate: float = 0.5
+    num_iters: int = 10
+    decay: float = 0.9
+    ridge: float = 1e-3
+    step_size: float | None = None
+
+    def __post_init__(self):
+        if self.method not in get_args(Method):
+            raise ValueError(
+                f"method: expected one of {', '.join(get_args(Method))}, got {self.method}"
+            )
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"rate: expected a dropout rate in [0, 1), got {self.rate}")
+
+    def solver(self) -> ss.Solver:
+        """The solver's configuration.
+
+        Raises:
+          ValueError: for "dropout", which solves nothing.
+        """
+        tau, count, step = 1.0 - self.rate, self.num_iters, self.step_size
+        if self.method == "prox-sg":
+            return ss.ProxSG(tau=tau, num_iters=count, step_size=step, decay=self.decay)
+        if self.method == "importance":
+            sampling = ss.estimators.Importance(tau, by="lipschitz")
+            return ss.ProxSG(None, count, step_size=step, decay=self.decay, sampling=sampling)
+        if self.method == "expected-smoothness":
+            rule = ss.InverseExpectedSmoothness(decay=self.decay) if step is None else step
+            return ss.ProxSG(tau=tau, num_iters=count, step_size=rule)
+        if self.method == "ms2gd":
+            outer = min(2, count)
+            return ss.MS2GD(tau, num_outer=outer, num_inner=count // outer, step_size=step)
+        if self.method in _DETERMINISTIC:
+            return ss.ProxGD(count, step_size=step, momentum=self.method == "fista")
+        raise ValueError(f"method: expected one that solves, got {self.method}")
+
+
+class DropoutReLU(nnx.Module):
+    """Dropout of the inputs, linear map, ReLU: one iteration of Prox-SG, as a plain layer."""
+
+    def __init__(self, in_features: int, out_features: int, *, rate: float, rngs: nnx.Rngs):
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+        self.linear = nnx.Linear(in_features, out_features, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """ReLU(W dropout(x) + b)."""
+        return nnx.relu(self.linear(self.dropout(inputs)))
+
+
+class DropoutSolver(nnx.Module):
+    """Dropout of the inputs, then a solver that samples nothing itself.
+
+    Args:
+      rate: dropout rate p.
+      linear: the solver layer.
+      rngs: random streams of the dropout.
+    """
+
+    def __init__(self, rate: float, linear: ss.nnx.SolverLinear, *, rngs: nnx.Rngs):
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+        self.linear = linear
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """The solution at dropout(x)."""
+        return self.linear(self.dropout(inputs))
+
+
+HiddenLayer: TypeAlias = DropoutReLU | DropoutSolver | ss.nnx.SolverLinear
+
+
+class ConvReLU(nnx.Module):
+    """Convolution, batch normalisation if wanted, ReLU.
+
+    Args:
+      in_features: channels of the inputs.
+      out_features: channels of the outputs.
+      kernel_size: height and width.
+      batch_norm: normalise before the ReLU.
+      rngs: random streams of the initialisation.
+      **options: those of `nnx.Conv`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: tuple[int, int],
+        *,
+        batch_norm: bool = False,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        # a bias before batch normalisation has no effect
+        self.conv = nnx.Conv(
+            in_features, out_features, kernel_size, use_bias=not batch_norm, rngs=rngs, **options
+        )
+        norm = nnx.BatchNorm(out_features, momentum=0.9, rngs=rngs) if batch_norm else None
+        self.norm = nnx.data(norm)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """ReLU(norm(A x + b))."""
+        x = self.conv(inputs)
+        return nnx.relu(x if self.norm is None else self.norm(x))
+
+
+def hidden_layer(
+    in_features: int, out_features: int, *, marked: bool, block: BlockConfig, rngs: nnx.Rngs
+) -> HiddenLayer:
+    """A fully-connected ReLU layer, with dropout or a solver where it is marked D."""
+    if marked and block.method != "dropout":
+        linear = nnx.Linear(in_features, out_features, rngs=rngs)
+        return _solve(linear, block, rngs)
+    return DropoutReLU(in_features, out_features, rate=block.rate if marked else 0.0, rngs=rngs)
+
+
+def swap_hidden(layer: HiddenLayer, block: BlockConfig, *, rngs: nnx.Rngs) -> HiddenLayer:
+    """A trained layer with its marked part exchanged; the twin shares the layer's parameters."""
+    linear = layer if isinstance(layer, ss.nnx.SolverLinear) else layer.linear
+    if block.method != "dropout":
+        return _solve(linear, block, rngs)
+    plain = DropoutReLU(1, 1, rate=block.rate, rngs=rngs)
+    if isinstance(linear, ss.nnx.SolverLinear):
+        raise ValueError("swap_hidden: expected a plain layer to swap for dropout, got a solver")
+    plain.linear = linear
+    return plain
+
+
+def _solve(linear: nnx.Linear, block: BlockConfig, rngs: nnx.Rngs) -> HiddenLayer:
+    twin = ss.nnx.SolverLinear.from_layer(
+        linear, prior=ss.prox.NonNegative(), solver=block.solver(), ridge=block.ridge, rngs=rngs
+    )
+    if block.method in _DETERMINISTIC:
+        return DropoutSolver(block.rate, twin, rngs=rngs)
+    return twin
+
+
+def swap_conv(
+    layer: ConvReLU, block: BlockConfig, spatial_shape: tuple[int, int]
+) -> ss.nnx.SolverConv:
+    """The solver twin of a trained convolution and its ReLU; it shares the layer's parameters.
+
+    The Lipschitz constant is that of the layer's own, unpadded grid, as in the paper.
+
+    Args:
+      layer: without batch normalisation.
+      block: its method follows the full gradient; its dropout rate is not used.
+      spatial_shape: height and width of the layer's inputs.
+    """
+    if block.method not in _DETERMINISTIC:
+        raise ValueError(
+            f"method of a convolution: expected one of {', '.join(_DETERMINISTIC)}, "
+            f"got {block.method}"
+        )
+    if layer.norm is not None:
+        raise ValueError("swap_conv: expected a layer without batch normalisation")
+    return ss.nnx.SolverConv.from_layer(
+        layer.conv,
+        spatial_shape=spatial_shape,
+        prior=ss.prox.NonNegative(),
+        solver=block.solver(),
+        ridge=block.ridge,
+    )
+
+
+def solver_of(layer: Any) -> ss.nnx.SolverLinear | ss.nnx.SolverConv | None:
+    """The solver in a layer, or None in a plain one."""
+    if isinstance(layer, DropoutSolver):
+        return layer.linear
+    return layer if isinstance(layer, ss.nnx.SolverLinear | ss.nnx.SolverConv) else None
+
+
+def has_stochastic_solver(model: nnx.Module) -> bool:
+    """Whether a network samples at test time: dropout does not, stochastic solvers do."""
+    return any(
+        isinstance(module, ss.nnx.SolverLinear | ss.nnx.SolverConv) and module.solver.stochastic
+        for _, module in nnx.iter_modules(model)
+    )
+
+
+def set_mode(model: nnx.Module, mode: Literal["train", "test", "deterministic"]) -> None:
+    """Switch a model's random layers, in place.
+
+    "train": all random. "test": dropout off, solvers random, as the paper tests. "deterministic":
+    dropout off, solvers follow the full gradient. Batch normalisation learns its statistics in
+    "train" only.
+    """
+    if mode == "train":
+        model.train()
+        return
+    model.eval()
+    if mode == "test":
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, ss.nnx.SolverLinear | ss.nnx.SolverConv):
+                module.deterministic = False

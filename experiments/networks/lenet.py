@@ -1,0 +1,80 @@
+"""The LeNet of table 2."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from experiments.networks.blocks import (
+    BlockConfig,
+    HiddenLayer,
+    Variant,
+    has_stochastic_solver,
+    hidden_layer,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeNetConfig:
+    """The LeNet of table 2.
+
+    Attributes:
+      image_shape: height, width, channels.
+      num_classes: outputs.
+      variant: which of the two hidden layers is marked D: "D-ND" the penultimate, "ND-D" the last.
+      block: what D means.
+    """
+
+    image_shape: tuple[int, int, int] = (32, 32, 3)
+    num_classes: int = 10
+    variant: Variant = "D-D"
+    block: BlockConfig = dataclasses.field(default_factory=BlockConfig)
+
+
+class LeNet(nnx.Module):
+    """conv 6@5×5, pool, conv 16@5×5, pool, 120, 84, classes, with ReLU after each but the last.
+
+    `features` is the deterministic part, `head` the part that may be stochastic.
+    """
+
+    def __init__(self, config: LeNetConfig, *, rngs: nnx.Rngs):
+        height, width, channels = config.image_shape
+        area = _pooled(height) * _pooled(width)
+        if min(_pooled(height), _pooled(width)) < 1:
+            raise ValueError(
+                f"image_shape: expected at least 16×16 pixels, got {config.image_shape}"
+            )
+        mark_penultimate, mark_last = (mark == "D" for mark in config.variant.split("-"))
+        self.conv1 = nnx.Conv(channels, 6, (5, 5), padding="VALID", rngs=rngs)
+        self.conv2 = nnx.Conv(6, 16, (5, 5), padding="VALID", rngs=rngs)
+        self.penultimate: HiddenLayer = hidden_layer(
+            16 * area, 120, marked=mark_penultimate, block=config.block, rngs=rngs
+        )
+        self.last: HiddenLayer = hidden_layer(
+            120, 84, marked=mark_last, block=config.block, rngs=rngs
+        )
+        self.classifier = nnx.Linear(84, config.num_classes, rngs=rngs)
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """The convolutional part, flattened: (batch, n1)."""
+        x = nnx.relu(nnx.max_pool(self.conv1(images), (2, 2), (2, 2)))
+        x = nnx.relu(nnx.max_pool(self.conv2(x), (2, 2), (2, 2)))
+        return x.reshape(len(x), -1)
+
+    def head(self, features: jax.Array) -> jax.Array:
+        """The fully-connected part: logits (batch, classes)."""
+        return self.classifier(self.last(self.penultimate(features)))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits (batch, classes) of normalised images (batch, height, width, channels)."""
+        return self.head(self.features(images))
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether the network is stochastic at test time."""
+        return has_stochastic_solver(self)
+
+
+def _pooled(size: int) -> int:
+    """Pixels along an axis after two rounds of a 5×5 convolution and a 2×2 pool."""
+    return ((size - 4) // 2 - 4) // 2
