@@ -67,6 +67,19 @@ CIFAR10 = ArchiveFormat(
     sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
 )
 
+CIFAR100 = ArchiveFormat(
+    name="CIFAR-100",
+    filename="cifar-100-python.tar.gz",
+    folder="cifar-100-python",
+    splits={"train": ("train",), "test": ("test",)},
+    label_key=b"fine_labels",
+    meta="meta",
+    class_key=b"fine_label_names",
+    num_classes=100,
+    url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+    sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Contents:

@@ -1,15 +1,21 @@
 """Data sets in memory: a training, a validation and a test split, with the pixels' statistics."""
 
 import dataclasses
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from experiments import archive
 
-DatasetName = Literal["digits", "cifar10"]
+DatasetName: TypeAlias = str
+"""One of `NAMES`, or the path of an .npz file."""
+
+NAMES = ("digits", "cifar10", "cifar100")
 VALIDATION_FRACTION = 0.1
+TEST_FRACTION = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,27 +62,115 @@ def load(name: DatasetName, data_dir: Path, *, seed: int) -> Dataset:
     """Load a data set and hold out a tenth of its training images for validation.
 
     Args:
-      name: "digits" is embedded in scikit-learn; "cifar10" is read from `data_dir`.
+      name: "digits" is embedded in scikit-learn; "cifar10" and "cifar100" are read from `data_dir`;
+        FILE.npz is read by `npz`.
       data_dir: folder of archives and of what is prepared from them.
       seed: of the permutation that chooses the validation images.
 
     Raises:
-      archive.DataError: an archive is missing or corrupt.
+      archive.DataError: the name is unknown; an archive or a file is missing or corrupt.
     """
+    check_name(name)
     if name == "digits":
         train, test, classes = digits()
+    elif name in NAMES:
+        train, test, classes = _cifar(name, data_dir)
     else:
-        from experiments import cifar  # imports tensorflow-datasets
-
-        contents = cifar.load(archive.CIFAR10, data_dir)
-        train, test = (
-            Split(images, labels.astype(np.int32))
-            for images, labels in (contents.splits["train"], contents.splits["test"])
-        )
-        classes = contents.classes
+        train, test, classes = npz(Path(name))
+        name = Path(name).stem
     train, validation = hold_out(train, VALIDATION_FRACTION, seed=seed)
     mean, std = pixel_statistics(train.images)
     return Dataset(name, train, validation, test, classes, mean, std)
+
+
+def check_name(name: DatasetName) -> None:
+    """Raise `archive.DataError` for what is neither a known name nor the path of an .npz file."""
+    if name not in NAMES and Path(name).suffix != ".npz":
+        raise archive.DataError(
+            f"dataset: expected {', '.join(NAMES)} or the path of an .npz file, got {name}"
+        )
+
+
+def _cifar(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
+    from experiments import cifar  # imports tensorflow-datasets
+
+    layout = {"cifar10": archive.CIFAR10, "cifar100": archive.CIFAR100}[name]
+    contents = cifar.load(layout, data_dir)
+    train, test = (
+        Split(images, labels.astype(np.int32))
+        for images, labels in (contents.splits["train"], contents.splits["test"])
+    )
+    return train, test, contents.classes
+
+
+def npz(path: Path) -> tuple[Split, Split, tuple[str, ...]]:
+    """One's own images: training split, test split, the names "0", "1", … of the classes.
+
+    The file holds `images`, (n, height, width) or (n, height, width, channels), uint8 or floating,
+    and `labels`, (n,) integers from 0. It may hold `test_images` and `test_labels` as well; without
+    them a fifth of the images, the same whatever the seed of a run, is for the test.
+
+    Raises:
+      archive.DataError: the file is missing, is no .npz, lacks an array, or an array does not fit.
+    """
+    arrays = _npz_arrays(path)
+    train = _npz_split(path, arrays, "images", "labels")
+    if "test_images" in arrays or "test_labels" in arrays:
+        test = _npz_split(path, arrays, "test_images", "test_labels")
+        if test.images.shape[1:] != train.images.shape[1:]:
+            raise _misfit(
+                path, "test_images", f"images of shape {train.images.shape[1:]}", test.images.shape
+            )
+        classes = 1 + int(train.labels.max())
+        if test.labels.max() >= classes:
+            raise _misfit(
+                path, "test_labels", f"0..{classes - 1}, as in labels", int(test.labels.max())
+            )
+    else:
+        train, test = hold_out(train, TEST_FRACTION, seed=0)
+        classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    return train, test, tuple(str(k) for k in range(classes))
+
+
+def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise archive.DataError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+        raise archive.DataError(f"{path} cannot be read as an .npz file ({error})") from error
+
+
+def _npz_split(
+    path: Path, arrays: dict[str, np.ndarray], images_key: str, labels_key: str
+) -> Split:
+    for key in (images_key, labels_key):
+        if key not in arrays:
+            raise archive.DataError(f"{path} lacks {key}; it holds {', '.join(sorted(arrays))}")
+    images, labels = arrays[images_key], arrays[labels_key]
+    if images.ndim not in (3, 4) or 0 in images.shape or len(images) < 3:
+        expected = "(n, height, width) or (n, height, width, channels) with n ≥ 3"
+        raise _misfit(path, images_key, expected, images.shape)
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise _misfit(path, images_key, "uint8 or floating", images.dtype)
+    if not np.all(np.isfinite(images)):
+        raise _misfit(path, images_key, "finite values", "NaN or infinity")
+    if labels.shape != images.shape[:1]:
+        raise _misfit(path, labels_key, f"shape {images.shape[:1]}, one an image", labels.shape)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise _misfit(path, labels_key, "integers", labels.dtype)
+    if labels.min() < 0 or labels.max() >= len(labels):
+        expected = f"0..{len(labels) - 1}, fewer classes than images"
+        raise _misfit(path, labels_key, expected, f"{labels.min()}..{labels.max()}")
+    if images.dtype != np.uint8:
+        images = images.astype(np.float32)
+    images = images[..., None] if images.ndim == 3 else images
+    return Split(images, labels.astype(np.int32))
+
+
+def _misfit(path: Path, what: str, expected: str, got: Any) -> archive.DataError:
+    return archive.DataError(f"{path}, {what}: expected {expected}, got {got}")
 
 
 def digits() -> tuple[Split, Split, tuple[str, ...]]:
@@ -108,11 +202,16 @@ def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Split, Split]
 
 
 def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, from exact sums of the integer pixels."""
-    axes = (0, 1, 2)
-    count = images[..., 0].size
-    total = images.sum(axis=axes, dtype=np.int64)
-    squares = np.sum([np.sum(np.square(image, dtype=np.int64), axis=(0, 1)) for image in images], 0)
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    """Mean and standard deviation of each channel; from exact sums where the pixels are integers."""
+    axes, count = (0, 1, 2), images[..., 0].size
+    if np.issubdtype(images.dtype, np.integer):
+        total = images.sum(axis=axes, dtype=np.int64)
+        each = [np.sum(np.square(image, dtype=np.int64), axis=(0, 1)) for image in images]
+        mean = total / count
+        variance = np.sum(each, axis=0) / count - mean**2
+    else:
+        mean = images.mean(axis=axes, dtype=np.float64)
+        each = [np.sum((image - mean) ** 2, axis=(0, 1)) for image in images]
+        variance = np.sum(each, axis=0) / count
+    std = np.sqrt(np.maximum(variance, 0))
     return mean.astype(np.float32), np.where(std > 0, std, 1.0).astype(np.float32)

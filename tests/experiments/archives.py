@@ -9,6 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from experiments import archive
+
 CLASSES = [f"class {k}".encode() for k in range(10)]
 
 
@@ -50,13 +52,34 @@ def tiny_records(rng: np.random.Generator, *, train: int = 20, test: int = 30) -
     return records
 
 
-def write_archive(data_dir: Path, records: dict, *, dump=python2_pickle) -> Path:
+def tiny_records100(rng: np.random.Generator, *, train: int = 60, test: int = 30) -> dict:
+    """The files of a CIFAR-100 archive: train, test, meta."""
+    records: dict = {}
+    for name, rows in (("train", train), ("test", test)):
+        fine = rng.integers(0, 100, rows)
+        records[name] = {
+            b"filenames": [f"{name}_{k}.png".encode() for k in range(rows)],
+            b"batch_label": f"{name}ing batch 1 of 1".encode(),
+            b"fine_labels": fine.tolist(),
+            b"coarse_labels": (fine // 5).tolist(),
+            b"data": rng.integers(0, 256, (rows, 3072), dtype=np.uint8),
+        }
+    records["meta"] = {
+        b"fine_label_names": [f"fine {k}".encode() for k in range(100)],
+        b"coarse_label_names": [f"coarse {k}".encode() for k in range(20)],
+    }
+    return records
+
+
+def write_archive(
+    data_dir: Path, records: dict, *, dump=python2_pickle, layout=archive.CIFAR10
+) -> Path:
     data_dir.mkdir(parents=True, exist_ok=True)
-    path = data_dir / "cifar-10-python.tar.gz"
+    path = data_dir / layout.filename
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         for name, record in records.items():
             payload = record if isinstance(record, bytes) else dump(record)
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info = tarfile.TarInfo(f"{layout.folder}/{name}")
             info.size = len(payload)
             tar.addfile(info, io.BytesIO(payload))
     return path

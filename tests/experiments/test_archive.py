@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from archives import files_under, python2_pickle, write_archive
+from archives import files_under, python2_pickle, tiny_records100, write_archive
 
 from experiments import archive
 
@@ -120,3 +120,40 @@ def test_corrupt_contents(tmp_path, monkeypatch, records, damage, message):
     with pytest.raises(archive.DataError, match=message):
         archive.read(path, archive.CIFAR10)
     assert files_under(tmp_path) == {"cifar-10-python.tar.gz"}
+
+
+def test_cifar100_takes_the_fine_labels(tmp_path, rng):
+    records = tiny_records100(rng)
+    path = write_archive(tmp_path, records, layout=archive.CIFAR100)
+    contents = archive.read(path, archive.CIFAR100)
+    for split in ("train", "test"):
+        images, labels = contents.splits[split]
+        np.testing.assert_array_equal(labels, records[split][b"fine_labels"])
+        rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+        np.testing.assert_array_equal(rows, records[split][b"data"])
+    assert contents.classes == tuple(f"fine {k}" for k in range(100))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: {k: v for k, v in r.items() if k != "meta"}, "cifar-100-python lacks meta"),
+        (lambda r: damaged(r, "train", fine_labels=[100] * 60), "expected 0..99"),
+        (
+            lambda r: r | {"test": {b"coarse_labels": [0] * 30, b"data": r["test"][b"data"]}},
+            "test does not have one label for each",
+        ),
+        (lambda r: damaged(r, "meta", fine_label_names=[b"one"]), "names 1 classes, expected 100"),
+    ],
+)
+def test_corrupt_cifar100(tmp_path, rng, damage, message):
+    path = write_archive(tmp_path, damage(tiny_records100(rng)), layout=archive.CIFAR100)
+    with pytest.raises(archive.DataError, match=message):
+        archive.read(path, archive.CIFAR100)
+
+
+def test_missing_cifar100_names_its_own_archive(tmp_path):
+    layout = dataclasses.replace(archive.CIFAR100, url="file:///nonexistent/cifar-100")
+    with pytest.raises(archive.DataError, match=r"^CIFAR-100: no archive at .*cifar-100-python"):
+        archive.locate(layout, tmp_path)
+    assert files_under(tmp_path) == set()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from archives import files_under, tiny_records, write_archive
+from archives import files_under, tiny_records, tiny_records100, write_archive
 
 from experiments import archive, cifar, data
 
@@ -106,3 +106,103 @@ def test_digits(tmp_path):
     blocks = digits.train.images.reshape(-1, 8, 4, 8, 4)
     assert np.all(blocks == blocks[:, :, :1, :, :1])
     assert not list(tmp_path.iterdir())
+
+
+def test_cifar100_is_prepared_beside_cifar10(tiny_cifar, rng):
+    path = write_archive(tiny_cifar, tiny_records100(rng), layout=archive.CIFAR100)
+    ten = data.load("cifar10", tiny_cifar, seed=0)
+    hundred = data.load("cifar100", tiny_cifar, seed=0)
+    assert (len(ten.classes), len(hundred.classes)) == (10, 100)
+    assert (len(hundred.train), len(hundred.validation), len(hundred.test)) == (54, 6, 30)
+    direct = archive.read(path, archive.CIFAR100)
+    np.testing.assert_array_equal(hundred.test.labels, direct.splits["test"][1])
+
+    path.write_bytes(b"no archive")
+    with pytest.raises(archive.DataError, match="not a valid archive"):
+        data.load("cifar100", tiny_cifar, seed=0)
+    assert len(data.load("cifar10", tiny_cifar, seed=0).train) == 90
+
+
+def npz_arrays(rng, **changes):
+    arrays = {
+        "images": rng.integers(0, 256, (50, 9, 8), dtype=np.uint8),
+        "labels": np.arange(50) % 3,
+    } | changes
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def test_npz_without_a_test_split(tmp_path, rng):
+    arrays = npz_arrays(rng)
+    np.savez(tmp_path / "mine.npz", **arrays)
+    first, second = (data.load(str(tmp_path / "mine.npz"), tmp_path, seed=seed) for seed in (0, 1))
+    assert (first.name, first.classes, first.image_shape) == ("mine", ("0", "1", "2"), (9, 8, 1))
+    assert (len(first.train), len(first.validation), len(first.test)) == (36, 4, 10)
+    # the seed moves the validation split, not the test split
+    np.testing.assert_array_equal(first.test.images, second.test.images)
+    assert not np.array_equal(first.validation.images, second.validation.images)
+    # every image is in one split, with its own label
+    label_of = {
+        image.tobytes(): label
+        for image, label in zip(arrays["images"], arrays["labels"], strict=True)
+    }
+    splits = (first.train, first.validation, first.test)
+    pairs = [pair for s in splits for pair in zip(s.images, s.labels, strict=True)]
+    assert len({image.tobytes() for image, _ in pairs}) == 50
+    assert all(label_of[image.tobytes()] == label for image, label in pairs)
+
+
+def test_npz_with_a_test_split_of_floats(tmp_path, rng):
+    images = rng.normal(size=(20, 8, 8, 2))
+    test = {"test_images": images[:5], "test_labels": np.zeros(5, np.int64)}
+    np.savez(tmp_path / "mine.npz", **npz_arrays(rng, images=images, labels=[0, 1] * 10, **test))
+    dataset = data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (18, 2, 5)
+    np.testing.assert_array_equal(dataset.test.images, images[:5].astype(np.float32))
+    pixels = dataset.train.images.astype(np.float64)
+    np.testing.assert_allclose(dataset.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(dataset.std, pixels.std(axis=(0, 1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": None}, "lacks labels; it holds images"),
+        ({"test_images": np.zeros((5, 9, 8), np.uint8)}, "lacks test_labels"),
+        ({"images": np.zeros((50, 8), np.uint8)}, r"images: expected \(n, height, width\)"),
+        ({"images": np.zeros((2, 8, 8), np.uint8)}, "with n ≥ 3"),
+        ({"images": np.zeros((50, 8, 8), np.int64)}, "expected uint8 or floating, got int64"),
+        ({"images": np.full((50, 8, 8), np.nan)}, "expected finite values"),
+        ({"labels": np.zeros(49, int)}, r"expected shape \(50,\), one an image"),
+        ({"labels": np.zeros(50)}, "expected integers, got float64"),
+        ({"labels": np.full(50, -1)}, r"expected 0\.\.49.*got -1\.\.-1"),
+        ({"labels": np.full(50, 99)}, r"expected 0\.\.49"),
+        (
+            {"test_images": np.zeros((5, 8, 8), np.uint8), "test_labels": np.zeros(5, int)},
+            r"test_images: expected images of shape \(9, 8, 1\)",
+        ),
+        (
+            {"test_images": np.zeros((5, 9, 8), np.uint8), "test_labels": np.full(5, 3)},
+            r"test_labels: expected 0\.\.2, as in labels, got 3",
+        ),
+        ({"images": np.array([{}] * 50, object)}, "cannot be read"),
+    ],
+)
+def test_npz_that_does_not_fit(tmp_path, rng, changes, message):
+    np.savez(tmp_path / "mine.npz", **npz_arrays(rng, **changes))
+    with pytest.raises(archive.DataError, match=message):
+        data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
+
+
+def test_files_that_are_no_npz(tmp_path):
+    with pytest.raises(archive.DataError, match="no such file"):
+        data.load(str(tmp_path / "absent.npz"), tmp_path, seed=0)
+    for contents in (b"", b"PK\x03\x04 cut short", b"plain text"):
+        (tmp_path / "bad.npz").write_bytes(contents)
+        with pytest.raises(archive.DataError, match=r"cannot be read as an \.npz"):
+            data.load(str(tmp_path / "bad.npz"), tmp_path, seed=0)
+    with open(tmp_path / "bad.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(archive.DataError, match=r"cannot be read as an \.npz"):
+        data.load(str(tmp_path / "bad.npz"), tmp_path, seed=0)
+    with pytest.raises(archive.DataError, match="expected digits, cifar10, cifar100 or the path"):
+        data.load("mnist", tmp_path, seed=0)
