@@ -80,7 +80,7 @@ def test_modes(toy):
 
 @pytest.mark.parametrize("total", [1, 2, 3, 9, 100])
 def test_learning_rate_falls_in_thirds(total):
-    rates = np.array(jax.vmap(training.staged_learning_rate(1e-2, total))(jnp.arange(total)))
+    rates = np.array(jax.vmap(training.staged_learning_rate((1e-2, 1e-3, 1e-4), total))(jnp.arange(total)))
     steps = np.arange(total)
     expected = np.where(steps < total / 3, 1e-2, np.where(steps < 2 * total / 3, 1e-3, 1e-4))
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
@@ -100,7 +100,7 @@ def test_weight_decay_is_coupled_and_momentum_accumulates():
 
 @pytest.mark.parametrize("method", ["dropout", "prox-sg"])
 def test_training_learns_and_is_reproducible(toy, method):
-    config = training.TrainConfig(epochs=6, batch_size=16, learning_rate=0.2, seed=1)
+    config = training.TrainConfig(epochs=6, batch_size=16, learning_rates=(0.2, 0.02, 0.002), seed=1)
     first = training.train(builder(toy, method), toy, config, label="toy")
     assert [record["epoch"] for record in first.history] == list(range(1, 7))
     assert first.history[-1]["train_loss"] < first.history[0]["train_loss"]
@@ -141,7 +141,7 @@ def test_trials_are_independent_and_reproducible(toy):
 
 
 def test_divergence_names_the_step(toy):
-    config = training.TrainConfig(epochs=3, batch_size=16, learning_rate=1e30)
+    config = training.TrainConfig(epochs=3, batch_size=16, learning_rates=(1e30,))
     with pytest.raises(training.DivergenceError, match=r"toy: the loss is (nan|inf) at step \d+"):
         training.train(builder(toy, "dropout"), toy, config, label="toy")
 

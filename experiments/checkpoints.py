@@ -1,0 +1,220 @@
+"""Checkpoints of a training run: saved whole, checked when read, never overwritten by another run.
+
+A folder belongs to one run. A save becomes visible by a rename once it is complete, and the last two
+are kept, so a process that is killed while it saves leaves the save before it.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import re
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from experiments import parallel
+
+KEPT = 2
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved, could not be read, or belongs to another run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+      step: steps done.
+      losses: of the steps of the epoch that is under way.
+      history: one record for each epoch that is complete.
+      seconds: of training so far.
+    """
+
+    step: int = 0
+    losses: tuple[float, ...] = ()
+    history: tuple[dict[str, float], ...] = ()
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoints of one run, by step.
+
+    Args:
+      folder: made if absent.
+      identity: what the run is; a checkpoint with another identity is refused.
+
+    Raises:
+      CheckpointError: the folder holds something other than checkpoints.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        self.folder = folder.absolute()
+        self.identity = dict(identity)
+        _refuse_strangers(self.folder)
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state: Any, progress: Progress) -> None:
+        """Save the arrays of `state` and the progress.
+
+        Raises:
+          CheckpointError: the files could not be written; earlier checkpoints are still good.
+        """
+        if self._manager.latest_step() == progress.step:
+            return
+        arrays = _arrays(state)
+        record = {
+            "identity": self.identity,
+            "progress": dataclasses.asdict(progress),
+            "sha256": digest(arrays.values()),
+        }
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
+        )
+        try:
+            self._manager.save(progress.step, args=items)
+        except Exception as error:  # whatever the storage raises, the run stops with its reason
+            raise CheckpointError(
+                f"{self.folder}: step {progress.step} could not be saved ({_reason(error)}). "
+                "The checkpoints before it are still good: the same command goes on from there."
+            ) from error
+
+    def restore(self, template: Any) -> tuple[Any, Progress] | None:
+        """The latest state, with arrays in the places of the template's, and the progress.
+
+        Returns:
+          None if there is no checkpoint.
+
+        Raises:
+          CheckpointError: the checkpoint is corrupt, or of another run; it is left as it is.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        folder, expected = self.folder / str(step), _arrays(template)
+        try:
+            items = ocp.args.Composite(record=ocp.args.JsonRestore())
+            record = self._manager.restore(step, args=items)["record"]
+            identity, progress = record["identity"], record["progress"]
+            progress["history"], progress["losses"] = (
+                tuple(progress["history"]),
+                tuple(progress["losses"]),
+            )
+            progress = Progress(**progress)
+        except Exception as error:
+            raise _unreadable(folder, _reason(error)) from error
+        differences = differing(identity, self.identity)
+        if differences:
+            raise CheckpointError(f"{folder}: belongs to another run: {differences}")
+        try:
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(expected))
+            arrays = self._manager.restore(step, args=items)["state"]
+        except Exception as error:
+            raise _unreadable(folder, _reason(error)) from error
+        if digest(arrays.values()) != record["sha256"]:
+            raise _unreadable(folder, "its arrays do not match their checksum")
+        return _with_arrays(template, arrays), progress
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._manager.close()
+
+
+def digest(arrays: Any) -> str:
+    """SHA-256 of the values, shapes and types of some arrays."""
+    total = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        total.update(f"{array.dtype} {array.shape} ".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
+
+
+def structure(graph: Any, state: Any) -> str:
+    """SHA-256 of a network's modules, their settings, and the shapes of its state."""
+    shapes = [(array.shape, str(array.dtype)) for array in _arrays(state).values()]
+    text = re.sub(r" at 0x[0-9a-f]+", "", f"{graph!r} {shapes}")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differing(found: Any, expected: Any, name: str = "") -> str:
+    """The entries in which two nested dictionaries differ, as text; empty if they are equal."""
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        parts = (
+            differing(found.get(key), expected.get(key), f"{name}.{key}" if name else str(key))
+            for key in dict.fromkeys([*expected, *found])
+        )
+        return "; ".join(filter(None, parts))
+    if isinstance(expected, tuple):  # a list, once it has been JSON
+        expected = list(expected)
+    return "" if found == expected else f"{name} is {_short(found)} there, {_short(expected)} here"
+
+
+@contextlib.contextmanager
+def deferred_termination() -> Iterator[list[int]]:
+    """Collect SIGTERM in a list, instead of obeying it, while the block runs."""
+    received: list[int] = []
+    try:
+        previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    except ValueError:  # only the main thread handles signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _arrays(state: Any) -> dict[str, np.ndarray]:
+    """The arrays of a tree on the host, by their number in it; keys as integers, none empty."""
+    leaves = (
+        np.asarray(jax.random.key_data(leaf) if parallel.is_key(leaf) else leaf)
+        for leaf in jax.tree.leaves(state)
+    )
+    return {f"{i:05d}": leaf for i, leaf in enumerate(leaves) if leaf.size}
+
+
+def _with_arrays(template: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    leaves, tree = jax.tree.flatten(template)
+    for name, array in arrays.items():
+        leaf = leaves[int(name)]
+        if parallel.is_key(leaf):
+            array = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
+        leaves[int(name)] = array
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _refuse_strangers(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder of checkpoints, found a file")
+    for entry in sorted(folder.iterdir()):
+        unfinished = "orbax-checkpoint-tmp" in entry.name
+        if not entry.is_dir() or not (entry.name.isdecimal() or unfinished):
+            raise CheckpointError(f"{folder}: expected nothing but checkpoints, found {entry.name}")
+
+
+def _unreadable(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: the checkpoint is corrupt ({reason}). It is left as it is; "
+        "without it, the same command goes on from the checkpoint before."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first_line[:200]}".rstrip(": ")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"

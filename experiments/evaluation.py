@@ -1,0 +1,100 @@
+"""What the experiments ask of a network, and its accuracy on a split."""
+
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from experiments import parallel
+from experiments.data import Dataset, Split
+from experiments.networks import set_mode
+
+
+class Model(Protocol):
+    """A network: an `nnx.Module` in two parts, of which only the second may be random at test time."""
+
+    def features(self, images: jax.Array, /) -> jax.Array:
+        """The deterministic part: from normalised images."""
+        ...
+
+    def head(self, features: jax.Array, /) -> jax.Array:
+        """The part that may be stochastic: logits (batch, classes)."""
+        ...
+
+    def __call__(self, images: jax.Array, /) -> jax.Array:
+        """Logits (batch, classes) of normalised images (batch, height, width, channels)."""
+        ...
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether the network is stochastic at test time."""
+        ...
+
+
+def normalise(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
+    """Stored pixels as float32 of zero mean and unit variance."""
+    return (jnp.asarray(images, jnp.float32) - mean) / std
+
+
+def evaluate(
+    model: Any,
+    split: Split,
+    data: Dataset,
+    *,
+    trials: int = 1,
+    deterministic: bool = False,
+    batch_size: int = 500,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    """Accuracy in percent, once for each trial.
+
+    The features are computed once; the trials repeat the part that is stochastic, with the model's
+    own random streams.
+
+    Args:
+      model: its random streams are not advanced; its mode is set.
+      split: to classify.
+      data: whose statistics normalise the pixels.
+      trials: independent repetitions.
+      deterministic: full gradients in the solvers instead of sampling.
+      batch_size: images at a time.
+      mesh: that holds the model; by default one device.
+    """
+    set_mode(model, "deterministic" if deterministic else "test")
+    mesh = mesh or parallel.data_mesh(1)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    correct = np.zeros(trials, np.int64)
+    size = min(batch_size, len(split))
+    size += -size % mesh.size
+    for start in range(0, len(split), size):
+        images = split.images[start : start + size]
+        labels = split.labels[start : start + size]
+        # a short last batch is filled with images of no class, so that one shape is compiled
+        missing = size - len(labels)
+        images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        labels = np.pad(labels, (0, missing), constant_values=-1)
+        images, labels = parallel.shard(images, mesh), parallel.shard(labels, mesh)
+        hits, rest = _count_correct(
+            graph, params, rest, images, labels, data.mean, data.std, trials
+        )
+        correct += np.asarray(hits)
+    return 100.0 * correct / len(split)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 7))
+def _count_correct(graph, params, rest, images, labels, mean, std, trials):
+    model = nnx.merge(graph, params, rest, copy=True)
+    features = model.features(normalise(images, mean, std))
+
+    def trial(rest, _):
+        model = nnx.merge(graph, params, rest, copy=True)
+        predicted = jnp.argmax(model.head(features), axis=-1)
+        return nnx.state(model, nnx.Not(nnx.Param)), jnp.sum(predicted == labels)
+
+    rest, correct = jax.lax.scan(trial, rest, length=trials)
+    return correct, rest
