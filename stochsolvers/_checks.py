@@ -82,8 +82,8 @@ def rank(what: str, array: Any, expected: int) -> None:
 
 def pair_of_counts(what: str, value: Any) -> tuple[int, int]:
     """Require two integers >= 1; a single integer stands for both."""
-    pair = (value, value) if isinstance(value, int | np.integer) else tuple(value)
-    if len(pair) != 2:
+    pair = (value, value) if isinstance(value, int | np.integer) else value
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
         fail(what, "two integers >= 1", repr(value))
     return count(what, pair[0]), count(what, pair[1])
 

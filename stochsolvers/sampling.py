@@ -18,8 +18,9 @@ from stochsolvers._typing import Array, Scalar
 def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int | Array:
     """τ as a count in 1..n: an integer is the count itself, a float the fraction τ / n.
 
-    A fraction is rounded to the nearest count, so that dropout at rate p is τ = 1.0 − p (Bibi et al.
-    2019, proposition 1 and table 5). A traced integer passes through unchecked.
+    A fraction is rounded to the nearest count (ties to the even one), so that dropout at rate p is
+    τ = 1.0 − p (Bibi et al. 2019, proposition 1 and table 5). An array is a count; a traced one passes
+    through unchecked.
 
     Raises:
       ValueError: if the count falls outside 1..n.
@@ -126,21 +127,24 @@ def inclusion_probabilities(scores: Array, tau: int | Array) -> Array:
 def systematic_mask(offset: Array, probabilities: Array) -> Array:
     r"""Systematic sampling: i ∈ S iff an integer lies in [c_{i−1} − u, c_i − u), c = cumsum(p).
 
-    For u uniform on [0, 1) the inclusion probabilities are exactly p_i, and |S| = Σ p_i whenever
-    that sum is an integer (Madow 1949).
+    For u uniform on [0, 1) the inclusion probabilities are p_i, and |S| = Σ p_i whenever that sum is
+    an integer (Madow 1949), up to the round-off of the cumulative sum. Features with p_i = 1 are
+    always in, and do not enter the sum.
 
     Args:
       offset: u, shape (...,).
       probabilities: p, shape (..., n), entries in [0, 1].
     """
-    total = jnp.round(jnp.sum(probabilities, axis=-1, keepdims=True))
-    ends = jnp.cumsum(probabilities, axis=-1)
+    certain = probabilities >= 1.0
+    shared = jnp.where(certain, 0.0, probabilities)
+    total = jnp.round(jnp.sum(shared, axis=-1, keepdims=True))
+    ends = jnp.cumsum(shared, axis=-1)
     # the last edge is an integer in exact arithmetic: make it one, so that |S| is exact as well
     ends = jnp.minimum(ends, total).at[..., -1].set(total[..., 0])
     # ⌈c − u⌉ without the subtraction, which for u next to 1 would round to the integer below
     whole = jnp.floor(ends)
     counts = whole + (ends - whole > offset[..., None])
-    return jnp.diff(counts, axis=-1, prepend=0.0) > 0.5
+    return certain | (jnp.diff(counts, axis=-1, prepend=0.0) > 0.5)
 
 
 def fixed_size_mask(key: Array, probabilities: Array) -> Array:
