@@ -17,6 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXIS = "data"
 
 
+class DeviceError(ValueError):
+    """There are not the devices that were asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """The devices of a run.
@@ -38,7 +42,7 @@ class Machine:
         """Join the other processes, if there are any, and line up the devices.
 
         Raises:
-          ValueError: there are fewer devices than asked for, or processes without any.
+          DeviceError: there are fewer devices than asked for, or processes without any.
         """
         if self.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"):
             jax.distributed.initialize(
@@ -59,9 +63,9 @@ def data_mesh(devices: int | None = None) -> Mesh:
     if devices is None:
         devices = len(available) if processes > 1 else 1
     if not 1 <= devices <= len(available):
-        raise ValueError(f"devices: expected 1 to {len(available)}, got {devices}")
+        raise DeviceError(f"devices: expected 1 to {len(available)}, got {devices}")
     if processes > 1 and devices != len(available):
-        raise ValueError(f"devices: {processes} processes use all {len(available)}, got {devices}")
+        raise DeviceError(f"devices: {processes} processes use all {len(available)}, got {devices}")
     return Mesh(np.array(available[:devices]), (AXIS,), axis_types=(AxisType.Auto,))
 
 

@@ -1,4 +1,4 @@
-"""Results on disk and on the screen: JSON Lines, CSV, an aligned table; every file is written whole."""
+"""Results on disk and on the screen: JSON Lines, CSV, tables; every file is written whole."""
 
 import contextlib
 import csv
@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import Any
 
 import jax
 
+from experiments import checkpoints, parallel
+
 PACKAGES = ("stochsolvers", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+ROWS, SETTINGS, CHECKPOINTS = "results.jsonl", "config.json", "checkpoints"
 
 
 @contextlib.contextmanager
@@ -60,6 +64,113 @@ def write_figure(path: Path, draw: Callable[[Path], None]) -> None:
         draw(partial)
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of `write_jsonl`.
+
+    Raises:
+      FolderError: a line is not a JSON object; names it.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise FolderError(f"{path}: line {number} is not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise FolderError(f"{path}: line {number} is not a JSON object")
+        rows.append(row)
+    return rows
+
+
+class FolderError(RuntimeError):
+    """A folder of results is damaged, or belongs to another run."""
+
+
+class Run:
+    """The folder of one run: the rows of its finished networks, checkpoints of the others.
+
+    Several processes may share it; the first one writes.
+
+    Args:
+      folder: made when there is something to write.
+      settings: what all rows have in common, as JSON; a folder with others is refused.
+      files: names of what else the run writes there, removed with the rows.
+      overwrite: remove the rows and checkpoints that are there.
+
+    Raises:
+      FolderError: the folder belongs to another run, or is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        *,
+        files: Iterable[str] = (),
+        overwrite: bool = False,
+    ):
+        self.folder = folder
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.rows: list[dict[str, Any]] = []
+        if overwrite:
+            self._clear(files)
+        elif (folder / ROWS).exists():
+            self._check_settings()
+            self.rows = read_jsonl(folder / ROWS)
+
+    def final(self, **tags: Any) -> dict[str, Any] | None:
+        """The final row with these entries, or None if that network is not finished."""
+        wanted = {"kind": "final", **tags}.items()
+        return next((row for row in self.rows if wanted <= _scalars(row)), None)
+
+    @property
+    def finals(self) -> list[dict[str, Any]]:
+        """The final rows."""
+        return [row for row in self.rows if row["kind"] == "final"]
+
+    def checkpoint(self, *names: Any) -> Path:
+        """The folder for the checkpoints of one network."""
+        return self.folder / CHECKPOINTS / "_".join(map(str, names)).replace("/", "_")
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add the rows of a finished network, and write what there is."""
+        self.rows += (dict(row) for row in rows)
+        if parallel.is_first():
+            with whole_file(self.folder / SETTINGS) as partial:
+                partial.write_text(json.dumps(self.settings, indent=2) + "\n")
+            write_jsonl(self.folder / ROWS, self.rows)
+
+    def _check_settings(self) -> None:
+        path = self.folder / SETTINGS
+        try:
+            found = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise FolderError(
+                f"{self.folder}: holds {ROWS} without {SETTINGS}. "
+                "Choose another --out, or start anew with --overwrite."
+            ) from None
+        except ValueError as error:
+            raise FolderError(f"{path}: not JSON ({error})") from None
+        differences = checkpoints.differing(found, self.settings)
+        if differences:
+            raise FolderError(
+                f"{self.folder}: holds the results of another run: {differences}. "
+                "Choose another --out, or start anew with --overwrite."
+            )
+
+    def _clear(self, files: Iterable[str]) -> None:
+        if parallel.is_first():
+            for name in (ROWS, SETTINGS, *files):
+                (self.folder / name).unlink(missing_ok=True)
+            if (self.folder / CHECKPOINTS).exists():
+                shutil.rmtree(self.folder / CHECKPOINTS)
+        parallel.anywhere(False)  # nobody goes on before it is done
+
+
+def _scalars(row: Mapping[str, Any]) -> Any:
+    return {key: value for key, value in row.items() if not isinstance(value, list | dict)}.items()
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware, without anything that names the machine or its paths."""
     versions = {}
@@ -102,6 +213,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def percent(mean: float | None, std: float | None = None) -> str:

@@ -1,12 +1,13 @@
 """Table 2: LeNet with dropout layers against the same network with Prox-SG solvers in their place.
 
     python -m experiments.table2
-    python -m experiments.table2 --dataset cifar10 --data-dir DIR --epochs 3
+    python -m experiments.table2 --dataset cifar10 --data-dir DIR --epochs 12 --seeds 0 1 2
 
 Two hidden layers of 120 and 84 units can be marked D: D-ND is the penultimate, ND-D the last, D-D both.
 A marked layer has dropout (p = 0.5) before it, or is solved by 10 iterations of Prox-SG with
-τ = n1/2. All six networks are trained from scratch and tested once at the end, those with solvers in
-20 trials, since they sample at test time as well.
+τ = n1/2, or by another method. All networks are trained from scratch and tested once, after the last
+epoch, those with stochastic solvers in 20 trials, since they sample at test time as well. Nothing is
+chosen by the test set. A run that was stopped goes on when the same command is given again.
 
 References:
   Bibi, Ghanem, Koltun and Ranftl, Deep Layers as Stochastic Solvers, ICLR 2019, section 4, table 2.
@@ -16,16 +17,25 @@ import contextlib
 import dataclasses
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
-import stochsolvers as ss
-from experiments import archive, data, networks, plots, results, training
+from experiments import (
+    archive,
+    checkpoints,
+    data,
+    evaluation,
+    networks,
+    parallel,
+    report,
+    results,
+    training,
+)
 from experiments.networks import BlockConfig, LeNet, LeNetConfig, Method, Variant
 
 PAPER: dict[tuple[str, str], tuple[float, float | None]] = {
@@ -38,41 +48,46 @@ PAPER: dict[tuple[str, str], tuple[float, float | None]] = {
 }
 """Accuracy in percent on CIFAR-10 after 300 epochs, and standard deviation over 20 trials."""
 
-EPOCHS = {"digits": 20, "cifar10": 300}
-BATCH_SIZE = {"digits": 32, "cifar10": 128}
-FILES = ("results.jsonl", "table2.csv", "accuracy.png", "residual.png")
-COLUMNS = (
-    *("dataset", "variant", "method", "accuracy", "std", "trials", "full_gradient_accuracy"),
-    *("validation_accuracy", "paper_accuracy", "paper_std", "epochs", "batch_size", "seed"),
-    *("decay", "parameters", "train_seconds"),
-)
-NAMES = {"dropout": "dropout", "prox-sg": "Prox-SG"}
+EPOCHS = {"digits": 20}
+BATCH_SIZE = {"digits": 32}
+SMOKE_EPOCHS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Train the six LeNets of table 2 and print their accuracy beside the paper's."""
+    """Train the LeNets of table 2 and print their accuracy beside the paper's."""
 
     dataset: data.DatasetName = "digits"
-    """"digits" comes with scikit-learn, "cifar10" is read from --data-dir."""
+    """"digits" comes with scikit-learn; "cifar10" and "cifar100" are read from --data-dir; FILE.npz."""
     data_dir: Path = Path("runs/data")
     """Folder of cifar-10-python.tar.gz, downloaded if absent, and of the prepared copy."""
     out: Path = Path("runs/table2")
-    """Folder of the results; an earlier run's files there are replaced."""
+    """Folder of the results and checkpoints of one configuration; a stopped run goes on there."""
+    overwrite: bool = False
+    """Remove the results and checkpoints in --out first."""
+    smoke: bool = False
+    """Two epochs and two trials, unless they are given: to see that everything works."""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """A third at each learning rate; by default 20 on digits, the paper's 300 on cifar10."""
+    """A third at each learning rate; by default 20 on digits, else the paper's 300."""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """By default 32 on digits, 128 on cifar10."""
-    seed: int = 0
-    """Of the validation split, initial weights, order of the examples and sampling."""
+    """By default 32 on digits, else 128."""
+    seeds: tuple[int, ...] = (0,)
+    """Each of the validation split, initial weights, order of the examples and sampling."""
     variants: tuple[Variant, ...] = ("D-D", "D-ND", "ND-D")
     """Which of the two hidden layers, penultimate-last, are marked D."""
     methods: tuple[Method, ...] = ("dropout", "prox-sg")
     """What the mark D means."""
-    trials: int = 20
-    """Tests of a network that samples at test time."""
+    trials: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Tests of a network that samples at test time; by default 20."""
     decay: float = 0.9
     """Factor of the solver's step size, 1/L at first, from one iteration to the next."""
+    augment: bool = False
+    """Crop and flip the training images at random."""
+    precision: training.Precision = "float32"
+    """Of the plain layers; solvers, parameters and loss are float32."""
+    machine: tyro.conf.OmitArgPrefixes[parallel.Machine] = dataclasses.field(
+        default_factory=parallel.Machine
+    )
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "trials"):
@@ -81,174 +96,124 @@ class Config:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay: expected a factor in (0, 1], got {self.decay}")
-        if not self.variants or not self.methods:
-            raise ValueError("variants, methods: expected at least one of each, got none")
+        if not self.variants or not self.methods or not self.seeds:
+            raise ValueError("variants, methods, seeds: expected at least one of each, got none")
 
-    def train_config(self) -> training.TrainConfig:
+    @property
+    def num_trials(self) -> int:
+        """Tests of a network that samples."""
+        return self.trials or (2 if self.smoke else 20)
+
+    def train_config(self, seed: int) -> training.TrainConfig:
         """The optimiser's configuration, with the data set's defaults filled in."""
+        epochs = SMOKE_EPOCHS if self.smoke else EPOCHS.get(self.dataset, 300)
         return training.TrainConfig(
-            epochs=self.epochs or EPOCHS[self.dataset],
-            batch_size=self.batch_size or BATCH_SIZE[self.dataset],
-            seed=self.seed,
+            epochs=self.epochs or epochs,
+            batch_size=self.batch_size or BATCH_SIZE.get(self.dataset, 128),
+            seed=seed,
+            augment=self.augment,
+            precision=self.precision,
         )
+
+    def settings(self) -> dict[str, Any]:
+        """What networks of different seeds, variants and methods have in common."""
+        optimiser = dataclasses.asdict(self.train_config(0))
+        del optimiser["seed"]
+        common = {"dataset": self.dataset, "trials": self.num_trials, "decay": self.decay}
+        return {"table": "table2", **common, "training": optimiser}
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Run the experiment, write its files and return the final rows, one for each network."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    dataset = data.load(config.dataset, config.data_dir, seed=config.seed)
-    environment = results.environment()
-    optimiser = config.train_config()
-    rows: list[dict[str, Any]] = []
-    panels: dict[str, list[plots.Curve]] = {"penultimate": [], "last": []}
-    for variant in dict.fromkeys(config.variants):
-        for method in dict.fromkeys(config.methods):
-            network = LeNetConfig(
-                dataset.image_shape,
-                len(dataset.classes),
-                variant,
-                BlockConfig(method, decay=config.decay),
-            )
-            trained, final = _train_and_test(network, dataset, optimiser, config.trials)
-            tags = {"dataset": config.dataset, "variant": variant, "method": method}
-            rows += [{"kind": "epoch", **tags, **record} for record in trained.history]
-            settings = {"network": network, "training": optimiser}
-            settings = {key: dataclasses.asdict(value) for key, value in settings.items()}
-            rows.append({"kind": "final", **tags, **final, "config": settings, **environment})
-            for layer, curves in residual_curves(trained.model, dataset, variant).items():
-                panels[layer] += curves
-            _write_rows(config.out, rows, first=len(rows) == len(trained.history) + 1)
-    finals = [row for row in rows if row["kind"] == "final"]
-    _write_pictures(config, rows, panels)
-    return finals
+    """Run what is not finished yet, write the files and return all rows."""
+    mesh = config.machine.mesh()
+    files = (report.CSV, report.PAGE, *report.PICTURES)
+    stored = results.Run(config.out, config.settings(), files=files, overwrite=config.overwrite)
+    for seed in dict.fromkeys(config.seeds):
+        dataset = data.load(config.dataset, config.data_dir, seed=seed)
+        for variant in dict.fromkeys(config.variants):
+            for method in dict.fromkeys(config.methods):
+                if not stored.final(variant=variant, method=method, seed=seed):
+                    block = BlockConfig(method, decay=config.decay)
+                    network = LeNetConfig(dataset.image_shape, len(dataset.classes), variant, block)
+                    stored.add(_train_and_test(network, dataset, config, seed, mesh, stored))
+    if parallel.is_first():
+        report.write(config.out, stored.rows)
+    return stored.rows
 
 
 def _train_and_test(
     network: LeNetConfig,
     dataset: data.Dataset,
-    optimiser: training.TrainConfig,
-    trials: int,
-) -> tuple[training.Trained, dict[str, Any]]:
-    label = f"{network.variant} {NAMES[network.block.method]}"
-    start = time.perf_counter()
+    config: Config,
+    seed: int,
+    mesh: Mesh,
+    stored: results.Run,
+) -> list[dict[str, Any]]:
+    """The rows of one network."""
+    variant, method = network.variant, network.block.method
+    optimiser, name = config.train_config(seed), f"{variant} {networks.NAMES[method]}"
     trained = training.train(
-        lambda rngs: LeNet(network, rngs=rngs), dataset, optimiser, label=label
+        lambda rngs: LeNet(network, rngs=rngs),
+        dataset,
+        optimiser,
+        label=f"{name}, seed {seed}",
+        checkpoint=stored.checkpoint(variant, method, seed),
+        mesh=mesh,
     )
-    model, split = trained.model, dataset.test
-    full = float(training.evaluate(model, split, dataset, deterministic=True)[0])
-    accuracies, std = np.array([full]), None
-    if model.is_stochastic:
-        accuracies = training.evaluate(model, split, dataset, trials=trials)
-        std = float(accuracies.std())
-    seconds = time.perf_counter() - start
-    accuracy = float(accuracies.mean())
-    print(f"{label}: {results.percent(accuracy, std)} % in {seconds:.0f} s", flush=True)
-    paper_accuracy, paper_std = PAPER[network.variant, network.block.method]
-    return trained, {
-        "accuracy": accuracy,
-        "std": std,
-        "trials": len(accuracies),
-        "full_gradient_accuracy": full if model.is_stochastic else None,
+    model = trained.model
+    scores = evaluation.test_scores(model, dataset, trials=config.num_trials)
+    if parallel.is_first():
+        accuracy = results.percent(scores["accuracy"], scores["std"])
+        print(f"{name}, seed {seed}: {accuracy} % in {trained.seconds:.0f} s", flush=True)
+    paper = PAPER.get((variant, method)) if config.dataset == "cifar10" else None
+    paper_accuracy, paper_std = paper or (None, None)
+    tags = {"dataset": dataset.name, "name": name, "variant": variant, "method": method}
+    tags = {**tags, "seed": seed}
+    final = {
+        **scores,
         "validation_accuracy": trained.history[-1]["validation_accuracy"],
         "paper_accuracy": paper_accuracy,
         "paper_std": paper_std,
         "epochs": optimiser.epochs,
         "batch_size": optimiser.batch_size,
-        "seed": optimiser.seed,
-        "decay": network.block.decay if model.is_stochastic else None,
         "parameters": training.count_parameters(model),
         "train_seconds": trained.seconds,
-        "seconds": seconds,
+        "config": {
+            "network": dataclasses.asdict(network),
+            "training": dataclasses.asdict(optimiser),
+        },
+        **results.environment(),
     }
+    rows = [{"kind": "epoch", **tags, **record} for record in trained.history]
+    rows += [{"kind": "residuals", **tags, **curve} for curve in residuals(model, dataset)]
+    return [*rows, {"kind": "final", **tags, **final}]
 
 
-def residual_curves(
-    model: LeNet, dataset: data.Dataset, variant: str, *, images: int = 256
-) -> dict[str, list[plots.Curve]]:
-    """Relative residuals of each solver of a network on the first test images, by layer.
+def residuals(model: LeNet, dataset: data.Dataset, *, images: int = 256) -> list[dict[str, Any]]:
+    """Relative residuals of each solver of a network on the first validation images.
 
-    The lines are medians over the images, the bands hold the middle 80%.
+    Returns:
+      by layer, sampled (where the solver samples) and with full gradients: for each iteration the
+      median over the images and the limits of the middle 80%.
     """
     networks.set_mode(model, "test")
-    batch = training.normalise(jnp.asarray(dataset.test.images[:images]), dataset.mean, dataset.std)
-    hidden, color = model.features(batch), list(PAPER).index((variant, "dropout"))
-    curves = {}
+    pixels = jnp.asarray(dataset.validation.images[:images])
+    hidden = model.features(training.normalise(pixels, dataset.mean, dataset.std))
+    curves = []
     for name, layer in (("penultimate", model.penultimate), ("last", model.last)):
-        if isinstance(layer, ss.nnx.SolverLinear):
-            curves[name] = []
-            for deterministic in (False, True):
-                solution = layer.solve(hidden, deterministic=deterministic)
-                scale = jnp.maximum(jnp.linalg.norm(solution.value, axis=-1), 1e-12)
-                relative = np.asarray(solution.residuals / scale)
-                low, middle, high = np.quantile(relative, (0.1, 0.5, 0.9), axis=1)
-                label = f"{variant}, {'full gradient' if deterministic else 'τ = n₁/2'}"
-                x = 1 + np.arange(len(middle))
-                band = None if deterministic else (low, high)
-                curves[name].append(plots.Curve(label, x, middle, color, deterministic, band))
+        solver = networks.solver_of(layer)
+        for deterministic in (False, True):
+            if solver is None or not (deterministic or solver.solver.stochastic):
+                continue
+            solution = solver.solve(hidden, deterministic=deterministic)
+            scale = jnp.maximum(jnp.linalg.norm(solution.value, axis=-1), 1e-12)
+            relative = np.asarray(solution.residuals / scale)
+            limits = np.quantile(relative, (0.1, 0.5, 0.9), axis=1)
+            low, middle, high = ([float(f"{x:.6g}") for x in line] for line in limits)
+            about = {"layer": name, "deterministic": deterministic}
+            curves.append({**about, "low": low, "middle": middle, "high": high})
         hidden = layer(hidden)
     return curves
-
-
-def _write_rows(out: Path, rows: list[dict[str, Any]], *, first: bool) -> None:
-    """Write what there is so far; a run that is stopped leaves its finished networks."""
-    if first:  # an earlier run's pictures do not belong to these rows
-        for name in FILES:
-            (out / name).unlink(missing_ok=True)
-    results.write_jsonl(out / FILES[0], rows)
-    finals = [row for row in rows if row["kind"] == "final"]
-    results.write_csv(out / FILES[1], COLUMNS, finals)
-
-
-def _write_pictures(
-    config: Config, rows: list[dict[str, Any]], panels: dict[str, list[plots.Curve]]
-) -> None:
-    curves = []
-    for color, variant in enumerate(dict.fromkeys(key[0] for key in PAPER)):
-        for method, name in NAMES.items():
-            records = [
-                row
-                for row in rows
-                if (row["kind"], row["variant"], row["method"]) == ("epoch", variant, method)
-            ]
-            if records:
-                x, y = (
-                    np.array([row[key] for row in records])
-                    for key in ("epoch", "validation_accuracy")
-                )
-                curves.append(plots.Curve(f"{variant} {name}", x, y, color, method == "dropout"))
-    title = f"LeNet on {config.dataset}"
-    results.write_figure(
-        config.out / FILES[2], lambda path: plots.accuracy(path, curves, title=title)
-    )
-    drawn = [(f"{layer} layer", panels[layer]) for layer in panels if panels[layer]]
-    if drawn:
-        title = f"Prox-SG inside the trained LeNets, {config.dataset}, 256 test images"
-        results.write_figure(
-            config.out / FILES[3], lambda path: plots.residuals(path, drawn, title=title)
-        )
-
-
-def table(config: Config, finals: list[dict[str, Any]]) -> str:
-    """The run's accuracies beside the paper's."""
-    rows = [
-        [
-            f"{row['variant']} {NAMES[row['method']]}",
-            results.percent(row["accuracy"], row["std"]),
-            results.percent(row["full_gradient_accuracy"]),
-            results.percent(row["paper_accuracy"], row["paper_std"]),
-        ]
-        for row in finals
-    ]
-    header = ["LeNet", f"{config.dataset}, test %", "full gradient", "paper, CIFAR-10"]
-    optimiser = config.train_config()
-    lines = [
-        results.format_table(header, rows),
-        f"Epochs: {optimiser.epochs} here, 300 in the paper; seed {config.seed}; "
-        f"± is over {config.trials} trials of the sampling.",
-    ]
-    if config.dataset != "cifar10":
-        lines.append(f"The paper's column is CIFAR-10: not comparable with {config.dataset}.")
-    return "\n".join(lines)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -256,12 +221,18 @@ def main(args: list[str] | None = None) -> None:
     with contextlib.suppress(ValueError):  # only the main thread may: so that a kill cleans up
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     config = tyro.cli(Config, prog="python -m experiments.table2", args=args)
-    expected = (archive.DataError, training.ConfigurationError, training.DivergenceError, OSError)
     try:
-        finals = run(config)
-    except expected as error:
+        rows = run(config)
+    except EXPECTED as error:
         sys.exit(f"error: {error}")
-    print(f"\n{table(config, finals)}\nwritten to {config.out}")
+    if parallel.is_first():
+        print(f"\n{report.table(rows)}\nwritten to {config.out}")
+
+
+EXPECTED = (
+    *(archive.DataError, checkpoints.CheckpointError, results.FolderError, OSError),
+    *(parallel.DeviceError, training.ConfigurationError, training.DivergenceError),
+)
 
 
 if __name__ == "__main__":

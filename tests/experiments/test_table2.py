@@ -4,13 +4,14 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from archives import files_under, tiny_records, write_archive
 
-from experiments import results, table2
+from experiments import report, results, table2, training
 
 EPHEMERAL = ("seconds", "train_seconds")
 
@@ -25,62 +26,111 @@ def run(tiny_cifar, out, *options):
     return rows
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """One run of all six networks: its archive, its folder, its rows and what it printed."""
+    """One run of three networks: its archive, its folder, its rows and what it printed."""
     folder = tmp_path_factory.mktemp("table2")
     write_archive(folder / "cifar", tiny_records(np.random.default_rng(0)))
+    options = ["--variants", "ND-D", "--methods", "dropout", "prox-sg", "fista"]
     with jax.enable_x64(False), contextlib.redirect_stdout(io.StringIO()) as printed:
-        rows = run(folder / "cifar", folder / "out")
+        rows = run(folder / "cifar", folder / "out", *options)
     return folder / "cifar", folder / "out", rows, printed.getvalue()
 
 
 def test_all_networks_and_files(everything):
     _, out, rows, printed = everything
-    assert files_under(out) == set(table2.FILES)
-
+    names = {name for name in files_under(out) if not name.startswith("checkpoints")}
+    assert names == {
+        *("config.json", "results.jsonl", "summary.csv", "README.md"),
+        *("accuracy.png", "residual.png"),
+    }
     finals = [row for row in rows if row["kind"] == "final"]
-    assert [(row["variant"], row["method"]) for row in finals] == [
-        (variant, method)
-        for variant in ("D-D", "D-ND", "ND-D")
-        for method in ("dropout", "prox-sg")
-    ]
-    assert len(rows) == 2 * len(finals)
+    assert [row["method"] for row in finals] == ["dropout", "prox-sg", "fista"]
+    assert [row["name"] for row in finals] == ["ND-D dropout", "ND-D Prox-SG", "ND-D FISTA"]
     for row in finals:
-        solver = row["method"] == "prox-sg"
-        assert (row["trials"], row["std"] is not None) == (2, True) if solver else (1, False)
+        samples = row["method"] == "prox-sg"
+        assert (row["trials"], row["std"] is not None) == (2, True) if samples else (1, False)
+        assert (row["full_gradient_accuracy"] is not None) == samples
+        assert (row["paper_accuracy"] is None) == (row["method"] == "fista")
         assert row["config"]["training"]["epochs"] == 1
         assert row["versions"]["jax"]
         assert row["hardware"]["cores"] >= 1
         assert 0 <= row["accuracy"] <= 100
     assert str(out.parent) not in (out / "results.jsonl").read_text()
 
-    with (out / "table2.csv").open() as file:
+    curves = [
+        (r["method"], r["deterministic"], len(r["middle"]))
+        for r in rows
+        if r["kind"] == "residuals"
+    ]
+    assert curves == [("prox-sg", False, 10), ("prox-sg", True, 10), ("fista", True, 10)]
+
+    with (out / "summary.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert list(table[0]) == list(table2.COLUMNS)
+    assert list(table[0]) == list(report.COLUMNS)
     assert [float(row["accuracy"]) for row in table] == [row["accuracy"] for row in finals]
+    assert all(row["full_gradient_accuracy"] and not row["seed_std"] for row in table)
 
-    for name in ("accuracy.png", "residual.png"):
+    for name in report.PICTURES:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert "72.86 ± 0.177" in printed
-    assert "64.39" in printed
-    assert "not comparable" not in printed
+    assert "76.23 ± 0.206" in printed
+    assert "68.54" in printed
 
 
-def test_reproducible_from_the_seed(everything, tmp_path):
-    tiny_cifar, _, rows, _ = everything
-    # alone or among others, a network comes out the same
-    again = run(tiny_cifar, tmp_path, "--variants", "ND-D", "--methods", "prox-sg")
-    assert again == [r for r in rows if (r["variant"], r["method"]) == ("ND-D", "prox-sg")]
+def test_finished_networks_are_not_trained_again(everything, tmp_path, monkeypatch):
+    tiny_cifar, out, rows, _ = everything
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
+    options = ["--variants", "ND-D", "--methods"]
+    assert run(tiny_cifar, folder, *options, "dropout", "prox-sg") == rows
+
+    # the final row of the last network is lost, its checkpoint is not
+    kept = [row for row in results.read_jsonl(folder / "results.jsonl") if row["method"] != "fista"]
+    results.write_jsonl(folder / "results.jsonl", kept)
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "_epoch_steps", lambda *_: None)
+    assert run(tiny_cifar, folder, *options, "fista") == rows
 
 
-def test_only_own_files_are_replaced(tiny_cifar, tmp_path):
-    (tmp_path / "residual.png").write_text("of an earlier run")
-    (tmp_path / "notes.txt").write_text("mine")
-    run(tiny_cifar, tmp_path, "--variants", "D-D", "--methods", "dropout")
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+def test_a_folder_belongs_to_one_configuration(everything, tmp_path):
+    tiny_cifar, out, _, _ = everything
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    before = contents(folder)
+    with pytest.raises(SystemExit, match=r"another run: decay is 0.9 there, 0.8 here"):
+        run(tiny_cifar, folder, "--decay", "0.8")
+    assert contents(folder) == before
+    (folder / "config.json").unlink()
+    with pytest.raises(SystemExit, match=r"results.jsonl without config.json"):
+        run(tiny_cifar, folder)
+    shutil.copy(out / "config.json", folder)
+
+    (folder / "results.jsonl").write_text('{"kind": "final"\n')
+    with pytest.raises(SystemExit, match=r"results.jsonl: line 1 is not JSON"):
+        run(tiny_cifar, folder)
+
+
+def test_overwrite_removes_its_own_files_alone(everything, tmp_path):
+    tiny_cifar, out, _, _ = everything
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    (folder / "mine.txt").write_text("mine")
+    rows = run(
+        tiny_cifar,
+        folder,
+        *("--overwrite", "--variants", "D-ND", "--methods", "dropout"),
+        *("--seeds", "3", "--precision", "bf16", "--augment"),
+    )
+    assert {(row["variant"], row["seed"]) for row in rows} == {("D-ND", 3)}
+    assert (folder / "mine.txt").read_text() == "mine"
     # nothing to draw without a solver: the stale picture is gone
-    assert not (tmp_path / "residual.png").exists()
+    assert not (folder / "residual.png").exists()
+    assert len(list((folder / "checkpoints").iterdir())) == 1
 
 
 def test_missing_archive_is_one_clear_line(tmp_path, monkeypatch):
@@ -89,7 +139,8 @@ def test_missing_archive_is_one_clear_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(SystemExit) as caught:
-        table2.main(["--dataset", "cifar10", "--data-dir", str(tmp_path / "nothing")])
+        options = ["--data-dir", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]
+        table2.main(["--dataset", "cifar10", *options])
     message = str(caught.value)
     assert message.startswith("error: CIFAR-10: no archive at")
     assert "\n" not in message
@@ -117,18 +168,15 @@ def test_impossible_batch_is_one_clear_line(tiny_cifar, tmp_path):
     assert files_under(tmp_path / "out") == set()
 
 
-def test_digits_are_marked_as_not_comparable():
-    config = table2.Config()
-    final = {
-        "variant": "D-D",
-        "method": "dropout",
-        "accuracy": 97.0,
-        "std": None,
-        "full_gradient_accuracy": None,
-        "paper_accuracy": 64.39,
-        "paper_std": None,
-    }
-    assert "not comparable with digits" in table2.table(config, [final])
+def test_more_devices_than_there_are_is_one_clear_line(tiny_cifar, tmp_path):
+    with pytest.raises(SystemExit, match=r"error: devices: expected 1 to \d+, got 99"):
+        run(tiny_cifar, tmp_path / "out", "--devices", "99")
+
+
+def test_smoke_and_defaults():
+    assert table2.Config(smoke=True).train_config(0).epochs == 2
+    assert table2.Config(smoke=True, epochs=5).train_config(0).epochs == 5
+    assert table2.Config(dataset="cifar10").train_config(4) == training.TrainConfig(seed=4)
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):
