@@ -68,6 +68,20 @@ def residuals(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]], *, titl
         figure.savefig(path, metadata={"Software": None})
 
 
+def rates(path: Path, curves: Sequence[Curve], *, title: str) -> None:
+    """Test accuracy over dropout rates, which stand at equal distances."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        values = sorted({rate for curve in curves for rate in curve.x})
+        placed = [dataclasses.replace(c, x=np.searchsorted(values, c.x)) for c in curves]
+        _draw(axes, placed)
+        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axes.set(title=title, xlabel="dropout rate p", ylabel="test accuracy (%)")
+        axes.legend()
+        figure.savefig(path, metadata={"Software": None})
+
+
 def _draw(axes: Axes, curves: Sequence[Curve]) -> None:
     for curve in curves:
         color = f"C{curve.color}"

@@ -1,0 +1,155 @@
+"""Table 5: the dropout rate p of the last hidden layer against Prox-SG with τ = (1 − p) n1 in its place.
+
+    python -m experiments.table5 --smoke
+    python -m experiments.table5 --dataset cifar100 --data-dir DIR
+    python -m experiments.table5 --dataset cifar10 --data-dir DIR --network lenet --epochs 12
+
+For every rate a network is trained with dropout before its last hidden layer, then that layer becomes
+a solver and the network is finetuned; beside it, the plain network is finetuned as long. VGG16 keeps
+dropout, p = 0.5, before its other hidden layer; LeNet and AlexNet have none elsewhere.
+
+References:
+  Bibi, Ghanem, Koltun and Ranftl, Deep Layers as Stochastic Solvers, ICLR 2019, section 4, table 5.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from flax import nnx
+
+from experiments import comparison, data, finetune, networks, plots, results
+from experiments.networks import NAMES, BlockConfig, Method, swap_hidden
+
+Head = Literal["vgg16", "alexnet", "lenet"]
+
+PAPER: dict[float, tuple[finetune.Accuracy, finetune.Accuracy]] = {
+    0.0: ((70.57, None), (70.87, None)),
+    0.1: ((70.56, None), (70.51, 0.0198)),
+    0.5: ((70.27, None), (70.95, 0.0419)),
+    0.9: ((68.34, None), (69.19, 0.0589)),
+    0.95: ((30.61, None), (67.42, 0.0774)),
+}
+"""For VGG16 on CIFAR-100, by dropout rate: the baseline's accuracy, and the solver's over 20 trials."""
+
+LABELS = {"vgg16": "VGG16", "alexnet": "AlexNet", "lenet": "LeNet"}
+ALEXNET_HIDDEN = 256
+SMOKE_RATES = (0.5, 0.95)
+PICTURE = "rates.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(finetune.Options):
+    """Train a network for each dropout rate, swap its last hidden layer, finetune, print accuracies."""
+
+    out: Path = Path("runs/table5")
+    """Folder of the results, and of checkpoints to resume from; an earlier run's results are replaced."""
+    network: Head = "vgg16"
+    """vgg16 is the paper's; lenet is table 2's, which trains on a CPU and has no --width; alexnet is
+    table 3's with a hidden layer of 256 units."""
+    rates: tuple[float, ...] = (0.0, 0.1, 0.5, 0.9, 0.95)
+    """Dropout rates p of the last hidden layer."""
+    num_iters: int = 30
+    """Iterations of the solvers."""
+    decay: float = 0.9
+    """Factor of the step size, 1/L at first, from one iteration to the next."""
+    methods: tuple[Method, ...] = ("prox-sg",)
+    """The solvers; prox-gd and fista keep the dropout."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        finetune.check_methods(self.methods, self.num_iters, self.decay)
+        if not self.rates or not all(0 <= rate < 1 for rate in self.rates):
+            raise ValueError(f"rates: expected dropout rates in [0, 1), got {self.rates}")
+
+    def filled(self) -> Self:
+        """The options filled in; a smoke run of all rates becomes one of two."""
+        options = super().filled()
+        if self.smoke and self.rates == Config.rates:
+            return dataclasses.replace(options, rates=SMOKE_RATES)
+        return options
+
+
+def builder(config: Config, dataset: data.Dataset) -> tuple[Callable[[nnx.Rngs], Any], Any]:
+    """What makes the network, its last hidden layer marked, and the network's configuration."""
+    shape, count, width = dataset.image_shape, len(dataset.classes), config.width or 1.0
+    dropout = BlockConfig("dropout")
+    if config.network == "vgg16":
+        network = networks.VGG16Config(shape, count, width)
+        return lambda rngs: networks.VGG16(network, rngs=rngs), network
+    if config.network == "alexnet":
+        alexnet = networks.AlexNetConfig(shape, count, width, ALEXNET_HIDDEN, dropout)
+        return lambda rngs: networks.AlexNet(alexnet, rngs=rngs), alexnet
+    lenet = networks.LeNetConfig(shape, count, "ND-D", dropout)
+    return lambda rngs: networks.LeNet(lenet, rngs=rngs), lenet
+
+
+def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
+    """A study for each rate."""
+    make, network = builder(config, dataset)
+    known = config.network == "vgg16" and dataset.name == "cifar100" and config.width == 1.0
+
+    def study(rate: float) -> finetune.Study:
+        def with_last(method: Method) -> Callable[[Any, nnx.Rngs], None]:
+            block = _block(config, method, rate)
+
+            def swap(model: Any, rngs: nnx.Rngs) -> None:
+                model.last = swap_hidden(model.last, block, rngs=rngs)
+
+            return swap
+
+        def build(rngs: nnx.Rngs) -> Any:
+            model = make(rngs)
+            with_last("dropout")(model, rngs)
+            return model
+
+        paper = PAPER.get(rate, (None, None)) if known else (None, None)
+        arms = tuple(
+            finetune.Arm(
+                method,
+                NAMES[method],
+                with_last(method),
+                paper[1] if method == "prox-sg" else None,
+                {"block": dataclasses.asdict(_block(config, method, rate))},
+            )
+            for method in dict.fromkeys(config.methods)
+        )
+        settings = {"network": dataclasses.asdict(network), "head": config.network, "rate": rate}
+        label = f"{LABELS[config.network]} p = {rate:g}"
+        return finetune.Study(f"p{rate:g}", label, build, arms, paper[0], settings)
+
+    return [study(rate) for rate in dict.fromkeys(config.rates)]
+
+
+def _block(config: Config, method: Method, rate: float) -> BlockConfig:
+    return BlockConfig(method, rate=rate, num_iters=config.num_iters, decay=config.decay)
+
+
+def draw(finals: list[dict[str, Any]], out: Path) -> None:
+    """Accuracy over the dropout rate: baseline, finetuned baseline, solvers; the mean over seeds."""
+    curves = []
+    groups = comparison.grouped(finals)
+    for color, arm in enumerate(dict.fromkeys(row["arm"] for row in finals)):
+        rows = [group for (_, name), group in groups.items() if name == arm]
+        points = [
+            (group[0]["config"]["rate"], comparison.mean_of(group, "accuracy")) for group in rows
+        ]
+        x, y = (np.array(values, float) for values in zip(*points, strict=True))
+        plain = arm in ("baseline", "control")
+        curves.append(plots.Curve(rows[0][0]["arm_label"], x, y, color, dashed=plain))
+    title = f"{LABELS[finals[0]['config']['head']]}, {finals[0]['dataset']}"
+    results.write_figure(out / PICTURE, lambda path: plots.rates(path, curves, title=title))
+
+
+TABLE = finetune.Table("table5", "Dropout rates", studies, draw, (PICTURE,))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command."""
+    finetune.main(TABLE, Config, args)
+
+
+if __name__ == "__main__":
+    main()
