@@ -70,7 +70,7 @@ class Checkpoints:
         """
         if self._manager.latest_step() == progress.step:
             return
-        arrays = _arrays(state)
+        arrays = host_arrays(state)
         record = {
             "identity": self.identity,
             "progress": dataclasses.asdict(progress),
@@ -99,7 +99,7 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        folder, expected = self.folder / str(step), _arrays(template)
+        folder, expected = self.folder / str(step), host_arrays(template)
         try:
             items = ocp.args.Composite(record=ocp.args.JsonRestore())
             record = self._manager.restore(step, args=items)["record"]
@@ -140,7 +140,7 @@ def digest(arrays: Any) -> str:
 
 def structure(graph: Any, state: Any) -> str:
     """SHA-256 of a network's modules, their settings, and the shapes of its state."""
-    shapes = [(array.shape, str(array.dtype)) for array in _arrays(state).values()]
+    shapes = [(array.shape, str(array.dtype)) for array in host_arrays(state).values()]
     text = re.sub(r" at 0x[0-9a-f]+", "", f"{graph!r} {shapes}")
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -173,7 +173,7 @@ def deferred_termination() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _arrays(state: Any) -> dict[str, np.ndarray]:
+def host_arrays(state: Any) -> dict[str, np.ndarray]:
     """The arrays of a tree on the host, by their number in it; keys as integers, none empty."""
     leaves = (
         np.asarray(jax.random.key_data(leaf) if parallel.is_key(leaf) else leaf)

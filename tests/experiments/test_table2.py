@@ -138,8 +138,8 @@ def test_missing_archive_is_one_clear_line(tmp_path, monkeypatch):
         raise ConnectionError(f"no network for {url} in {timeout} s")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
+    options = ["--data-dir", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as caught:
-        options = ["--data-dir", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]
         table2.main(["--dataset", "cifar10", *options])
     message = str(caught.value)
     assert message.startswith("error: CIFAR-10: no archive at")

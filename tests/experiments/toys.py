@@ -1,0 +1,126 @@
+"""A small network on a small data set, and a program that trains it, to be killed or multiplied.
+
+python toys.py OPTIONS     (JSON; see `main`)
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+import stochsolvers as ss
+from experiments import checkpoints, data, parallel, training
+
+CONFIG = training.TrainConfig(epochs=3, batch_size=16, learning_rates=(0.1, 0.01), seed=1)
+STEPS = 4
+"""Of an epoch."""
+
+
+class TinyNet(nnx.Module):
+    """Linear layer, batch normalisation, dropout; a solver; a classifier."""
+
+    def __init__(self, *, tau: float = 0.5, rngs: nnx.Rngs):
+        self.first = nnx.Linear(64, 12, rngs=rngs)
+        self.norm = nnx.BatchNorm(12, rngs=rngs)
+        self.dropout = nnx.Dropout(0.25, rngs=rngs)
+        solver = ss.ProxSG(tau=tau, num_iters=3)
+        self.solver = ss.nnx.SolverLinear(12, 8, solver=solver, ridge=1e-3, rngs=rngs)
+        self.classifier = nnx.Linear(8, 2, rngs=rngs)
+        self.is_stochastic = True
+
+    def features(self, images):
+        return self.dropout(self.norm(self.first(images.reshape(len(images), -1))))
+
+    def head(self, features):
+        return self.classifier(self.solver(features))
+
+    def __call__(self, images):
+        return self.head(self.features(images))
+
+
+def dataset(seed: int = 0) -> data.Dataset:
+    """Images of two classes, bright above or bright below, 8×8; 16·STEPS to train."""
+    rng = np.random.default_rng(seed)
+
+    def split(count):
+        labels = rng.integers(0, 2, count).astype(np.int32)
+        images = rng.integers(0, 60, (count, 8, 8, 1), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[4 * label : 4 * label + 4] += 150
+        return data.Split(images, labels)
+
+    train = split(16 * STEPS + 3)
+    mean, std = data.pixel_statistics(train.images)
+    return data.Dataset("toy", train, split(24), split(40), ("up", "down"), mean, std)
+
+
+def train(folder=None, *, config=CONFIG, tau=0.5, **options) -> training.Trained:
+    """Train the small network."""
+    return training.train(
+        lambda rngs: TinyNet(tau=tau, rngs=rngs),
+        dataset(),
+        config,
+        label="toy",
+        checkpoint=folder,
+        **options,
+    )
+
+
+def digest(trained: training.Trained) -> str:
+    """Of all numbers of the model: parameters, statistics, constants, counts of its streams."""
+    return checkpoints.digest(checkpoints.host_arrays(nnx.state(trained.model)).values())
+
+
+def interrupted_bar(step: int, number: int):
+    """A progress bar that sends the process a signal at a step."""
+
+    class Bar(training.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            self.seen = getattr(self, "seen", 0) + 1
+            if self.seen == step:
+                os.kill(os.getpid(), number)
+
+    return Bar
+
+
+def main(folder=None, kill_at=None, kill_in_save=None, processes=None, process=None, port=None):
+    """Train; print losses, digest and number of devices.
+
+    Args:
+      folder: of the checkpoints.
+      kill_at: kill -9 at this step.
+      kill_in_save: kill -9 when the checkpoint of this step is complete but not committed.
+      processes: how many there are.
+      process: which one this is.
+      port: of the first one.
+    """
+    if kill_at is not None:
+        training.tqdm = interrupted_bar(kill_at, signal.SIGKILL)
+    if kill_in_save is not None:
+        commit = os.rename
+
+        def kill(source, target, **options):
+            if Path(target).name == str(kill_in_save):
+                os.kill(os.getpid(), signal.SIGKILL)
+            commit(source, target, **options)
+
+        os.rename = os.replace = kill
+    coordinator = f"127.0.0.1:{port}" if port else None
+    machine = parallel.Machine(
+        None if port else jax.device_count(), coordinator, processes, process
+    )
+    mesh = machine.mesh()
+    trained = train(folder and Path(folder), mesh=mesh)
+    losses = [record["train_loss"] for record in trained.history]
+    scores = [record["validation_accuracy"] for record in trained.history]
+    print(json.dumps({"losses": losses, "scores": scores, "devices": mesh.size}))
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
