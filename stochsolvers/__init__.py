@@ -17,6 +17,8 @@ from stochsolvers import nnx as nnx
 from stochsolvers import prox as prox
 from stochsolvers import sampling as sampling
 from stochsolvers import tensor_product as tensor_product
+from stochsolvers._typing import static_field as static_field
+from stochsolvers._typing import value_object as value_object
 from stochsolvers.linear_maps import Conv as Conv
 from stochsolvers.linear_maps import Dense as Dense
 from stochsolvers.linear_maps import LinearMap as LinearMap
@@ -34,6 +36,7 @@ from stochsolvers.solvers import ProxGD as ProxGD
 from stochsolvers.solvers import ProxSG as ProxSG
 from stochsolvers.solvers import Solution as Solution
 from stochsolvers.solvers import Solver as Solver
+from stochsolvers.solvers import StepSizeRule as StepSizeRule
 from stochsolvers.solvers import exponential_decay as exponential_decay
 from stochsolvers.solvers import ms2gd as ms2gd
 from stochsolvers.solvers import nsync as nsync

@@ -69,6 +69,8 @@ def count(what: str, value: Any, *, minimum: int = 1, maximum: int | None = None
 
 def floating(what: str, array: Any) -> None:
     """Require a real floating-point dtype."""
+    if not isinstance(array, jax.Array | np.ndarray | np.generic | float | int):
+        fail(what, "an array", type(array).__name__)
     dtype = jnp.result_type(array)
     if not jnp.issubdtype(dtype, jnp.floating):
         fail(f"dtype of {what}", "a real floating-point dtype", dtype)

@@ -51,9 +51,34 @@ def conv_map(
 
 def step_constant(solver: Solver, linear_map: LinearMap, ridge: Scalar) -> Array | None:
     """What the solver's step size is read off, for a layer to keep; None where there is nothing."""
+    linear_map = lax.stop_gradient(linear_map)
     inputs = jnp.zeros(linear_map.in_shape, linear_map.kernel.dtype)
-    constant = solver.step_constant(LayerProblem(linear_map, inputs, ridge=ridge))
-    return None if constant is None else lax.stop_gradient(constant)
+    return solver.step_constant(LayerProblem(linear_map, inputs, ridge=ridge))
+
+
+def current_constant(
+    solver: Solver, linear_map: LinearMap, ridge: Scalar, kept: Array | None, refreshed: Any
+) -> Array | None:
+    """The kept constant if it has ever been refreshed, else one computed from the kernel at hand.
+
+    So that a network into which weights have just been loaded does not run on the steps of its
+    initialisation.
+    """
+    if kept is None:
+        return step_constant(solver, linear_map, ridge)
+    return lax.cond(
+        refreshed,
+        lambda _: kept,
+        lambda current: jnp.asarray(step_constant(solver, current, ridge), kept.dtype),
+        lax.stop_gradient(linear_map),
+    )
+
+
+def refuse(layer: str, **options: Any) -> None:
+    """An error for options of the plain layer that a solver has no use for and would ignore."""
+    for name, value in options.items():
+        if value is not None:
+            _checks.fail(f"{name} of {layer}", "the default", value)
 
 
 def make_problem(
@@ -86,14 +111,14 @@ def run(
     key: Array | None,
     problem: LayerProblem,
     *,
-    cached: Array | None,
+    kept: Array | None,
+    refreshed: Array | None,
     deterministic: bool,
     precision: Any,
     dtype: Any,
 ) -> Solution:
     """Solve, and give the value the dtype that the plain layer's output would have."""
     with precision_context(precision):
-        if cached is None:
-            cached = step_constant(solver, problem.linear_map, problem.ridge)
-        solution = solver.solve(key, problem, step_constant=cached, deterministic=deterministic)
+        constant = current_constant(solver, problem.linear_map, problem.ridge, kept, refreshed)
+        solution = solver.solve(key, problem, step_constant=constant, deterministic=deterministic)
     return dataclasses.replace(solution, value=jnp.asarray(solution.value, dtype))

@@ -70,7 +70,7 @@ def value_object(cls: type[_T]) -> type[_T]:
         if type(self) is not type(other):
             return NotImplemented
         return all(
-            mine is theirs or (kind is other_kind and bool(np.all(mine == theirs)))
+            mine is theirs or (kind is other_kind and bool(np.array_equal(mine, theirs)))
             for (kind, mine), (other_kind, theirs) in zip(
                 fields_of(self), fields_of(other), strict=True
             )
@@ -80,3 +80,8 @@ def value_object(cls: type[_T]) -> type[_T]:
     cls.__hash__ = lambda self: hash((cls, fields_of(self)))  # pyright: ignore
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def real(value: Any) -> Any:
+    """A Python integer as a float, so that it can be differentiated; anything else as it is."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -188,12 +188,20 @@ class _ImportanceScores:
         return sampling.inclusion_probabilities(self.scores(problem, z), tau)
 
     def fixed_size_smoothness(self, problem: LayerProblem, tau: int | Array) -> Array:
-        """𝓛 ≤ τ max_i L_i / (n1 p_i) + λ for |S| = τ; for "gradient" scores p changes with z."""
+        """The smaller of two bounds on 𝓛 for |S| = τ; for "gradient" scores p changes with z.
+
+        With U the features that are not certain, τ_U = Σ_U p_i: the square of a sum of at most τ terms
+        gives τ max_i L_i / (n1 p_i), and the mean and the variance apart L + τ_U max_U L_i / (n1 p_i).
+        """
         n1, constants = problem.linear_map.in_features, _feature_constants(problem)
         if self.by == "gradient":
             _checks.fail("expected_smoothness", "scores that do not move (by='lipschitz')", self.by)
         p = sampling.inclusion_probabilities(constants, tau)
-        return tau * jnp.max(constants / (n1 * p)) + problem.ridge
+        ratio = constants / (n1 * p)
+        uncertain = p < 1.0
+        spread = jnp.sum(jnp.where(uncertain, p, 0.0)) * jnp.max(jnp.where(uncertain, ratio, 0.0))
+        together = tau * jnp.max(ratio)
+        return jnp.minimum(together, _padded_constant(problem) + spread) + problem.ridge
 
 
 @value_object
@@ -247,7 +255,7 @@ class Importance(_ImportanceScores, FeatureEstimator):
         return sampling.fixed_size_mask(key, p).astype(problem.dtype) / p
 
     def expected_smoothness(self, problem: LayerProblem) -> Array:
-        """𝓛 ≤ τ max_i L_i / (n1 p_i) + λ, valid for every sampling of size τ."""
+        """A bound that is valid for every sampling of size τ, and L + λ at τ = n1."""
         tau = sampling.num_sampled(self.tau, problem.linear_map.in_features)
         return self.fixed_size_smoothness(problem, tau)
 

@@ -37,8 +37,9 @@ class Dense:
     kernel: Array
 
     def __post_init__(self):
-        _checks.rank("kernel of Dense", self.kernel, 2)
         _checks.floating("kernel of Dense", self.kernel)
+        _checks.rank("kernel of Dense", self.kernel, 2)
+        object.__setattr__(self, "kernel", jnp.asarray(self.kernel))
 
     @property
     def in_features(self) -> int:
@@ -108,8 +109,9 @@ class Conv:
     feature_group_count: int = static_field(default=1, kw_only=True)
 
     def __post_init__(self):
-        _checks.rank("kernel of Conv", self.kernel, 4)
         _checks.floating("kernel of Conv", self.kernel)
+        _checks.rank("kernel of Conv", self.kernel, 4)
+        object.__setattr__(self, "kernel", jnp.asarray(self.kernel))
         for name in ("spatial_shape", "strides", "kernel_dilation"):
             object.__setattr__(self, name, _checks.pair_of_counts(name, getattr(self, name)))
         object.__setattr__(self, "padding", _canonical_padding(self.padding))

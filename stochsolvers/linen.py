@@ -1,9 +1,9 @@
 """Solver layers for Flax Linen: the parameter trees of `nn.Dense` and `nn.Conv`.
 
-The random stream is `rng_collection` ("dropout" by default). The Lipschitz constant is cached in the
-collection "solver_state", beside the parameters: `init` creates it, `apply` reads it, and
-`apply(..., mutable=["solver_state"])` recomputes it, which the paper does once an epoch. Where the
-collection is not given the constant is computed at every call.
+The random stream is `rng_collection` ("dropout" by default). The Lipschitz constant is kept in the
+collection "solver_state", beside the parameters: `apply(..., mutable=["solver_state"])` computes it,
+which the paper does once an epoch, and from then on `apply` reads it. Until then, and where the
+collection is not given, the constant is computed at every call.
 """
 
 from typing import Any
@@ -39,17 +39,19 @@ class _SolverLayer(nn.Module):
         problem = _layers.make_problem(
             linear_map, inputs, bias, skip, prior=layer.prior, ridge=layer.ridge
         )
+        kept, refreshed = self._kept_constant(problem.linear_map)
         return _layers.run(
             layer.solver,
             self.make_rng(layer.rng_collection) if sampled else None,
             problem,
-            cached=self._cached_constant(problem.linear_map),
+            kept=kept,
+            refreshed=refreshed,
             deterministic=bool(deterministic),
             precision=layer.precision,
             dtype=inputs.dtype,
         )
 
-    def _cached_constant(self, linear_map: LinearMap) -> Array | None:
+    def _kept_constant(self, linear_map: LinearMap) -> tuple[Array | None, Array | None]:
         layer: Any = self
 
         def constant():
@@ -57,13 +59,14 @@ class _SolverLayer(nn.Module):
 
         refresh = self.is_mutable_collection(_STATE)
         if not (refresh or self.has_variable(_STATE, "lipschitz")):
-            return None
+            return None, None
         if jax.eval_shape(constant) is None:  # a step size that is read off nothing
-            return None
-        cache = self.variable(_STATE, "lipschitz", constant)
+            return None, None
+        kept = self.variable(_STATE, "lipschitz", constant)
+        refreshed = self.variable(_STATE, "refreshed", lambda: jnp.zeros((), bool))
         if refresh and not self.is_initializing():
-            cache.value = constant()
-        return cache.value
+            kept.value, refreshed.value = constant(), jnp.ones((), bool)
+        return kept.value, refreshed.value
 
 
 class SolverDense(_SolverLayer, nn.Dense, kw_only=True):
@@ -88,6 +91,9 @@ class SolverDense(_SolverLayer, nn.Dense, kw_only=True):
         self, inputs: Array, *, skip: Array | None = None, deterministic: bool | None = None
     ) -> Array:
         """prox_g of the solver's last iterate."""
+        _layers.refuse(
+            "SolverDense", dot_general=self.dot_general, dot_general_cls=self.dot_general_cls
+        )
         shape = (jnp.shape(inputs)[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
@@ -120,6 +126,11 @@ class SolverConv(_SolverLayer, nn.Conv, kw_only=True):
         self, inputs: Array, *, skip: Array | None = None, deterministic: bool | None = None
     ) -> Array:
         """prox_g of the solver's last iterate."""
+        _layers.refuse(
+            "SolverConv",
+            conv_general_dilated=self.conv_general_dilated,
+            conv_general_dilated_cls=self.conv_general_dilated_cls,
+        )
         if jnp.ndim(inputs) < 3:
             _checks.fail("shape of SolverConv's inputs", "(..., H, W, features)", jnp.shape(inputs))
         size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)

@@ -62,7 +62,7 @@ def feature_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") 
     if columns.shape[-1] == 1:
         squared = jnp.sum(jnp.abs(columns) ** 2, axis=(-2, -1))
     else:
-        gram = jnp.einsum("...oa,...ob->...ab", columns.conj(), columns)
+        gram = jnp.einsum("...oa,...ob->...ab", columns.conj(), columns, precision="highest")
         squared = jnp.linalg.eigvalsh(gram)[..., -1]
     norms = jnp.max(squared, axis=0).reshape(-1)
     return linear_map.in_features * norms
@@ -96,7 +96,8 @@ def strong_convexity(linear_map: LinearMap) -> Array:
     blocks = blocks.reshape(*blocks.shape[:-2], -1)
     if blocks.shape[-2] > blocks.shape[-1]:
         return jnp.zeros((), dtype)
-    eigenvalues = jnp.linalg.eigvalsh(blocks @ blocks.conj().swapaxes(-1, -2))
+    gram = jnp.matmul(blocks, blocks.conj().swapaxes(-1, -2), precision="highest")
+    eigenvalues = jnp.linalg.eigvalsh(gram)
     slack = 8 * blocks.shape[-1] * jnp.finfo(dtype).eps * jnp.max(eigenvalues)
     return jnp.maximum(jnp.min(eigenvalues) - slack, 0.0)
 
@@ -109,7 +110,10 @@ def _smaller_gram(blocks: Array) -> Array:
     """Â Âᴴ or Âᴴ Â, whichever is smaller: their non-zero eigenvalues are the same."""
     matrix = blocks.reshape(*blocks.shape[:-2], -1)
     adjoint = matrix.conj().swapaxes(-1, -2)
-    return matrix @ adjoint if matrix.shape[-2] <= matrix.shape[-1] else adjoint @ matrix
+    left, right = (matrix, adjoint)
+    if matrix.shape[-2] > matrix.shape[-1]:
+        left, right = adjoint, matrix
+    return jnp.matmul(left, right, precision="highest")
 
 
 def _symbol(linear_map: LinearMap, grid: Grid) -> Array:

@@ -8,6 +8,7 @@ x is the block's input, A its linear map, b its bias, g the prior whose proximal
 activation. Leading axes of x are batch axes: one problem for each example.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -15,12 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers import _checks, lipschitz
-from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers._typing import Array, Scalar, real, value_object
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.prox import NonNegative, Prior
 
 _REPAIR_STEPS = 300
 _REPAIR_MARGIN = 0.1
+_POOR = 1e-3  # of the objective: a bound above it is worth the search for a better one
 
 
 @value_object
@@ -43,6 +45,7 @@ class LayerProblem:
 
     linear_map: LinearMap
     inputs: Array
+    _: dataclasses.KW_ONLY
     bias: Array | None = None
     prior: Prior = NonNegative()
     ridge: Scalar = 0.0
@@ -51,8 +54,10 @@ class LayerProblem:
         _checks.floating("inputs of LayerProblem", self.inputs)
         _checks.trailing("inputs of LayerProblem", self.inputs, self.linear_map.in_shape)
         _checks.non_negative("ridge", self.ridge)
+        _checks.rank("ridge", self.ridge, 0)
+        object.__setattr__(self, "ridge", real(self.ridge))
         dtype = jnp.promote_types(self.inputs.dtype, self.linear_map.kernel.dtype)
-        dtype = jnp.promote_types(dtype, jnp.float32)
+        dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
         if self.bias is not None:
             _checks.floating("bias of LayerProblem", self.bias)
             _checks.broadcastable("bias of LayerProblem", self.bias, self.shape)
@@ -131,30 +136,39 @@ class LayerProblem:
     def certificate(self, z: Array) -> Array:
         r"""A certified optimality gap: P(z) − min P ≤ certificate(z), for each example.
 
-        The smaller of two bounds, both zero at the optimum. With μ = λ + λ_min(A A*) > 0, F lies above
-        a paraboloid of curvature μ, whose minimum over F's prior is one proximal step u:
+        The smallest of three bounds, each zero at the optimum of the problems it is made for. With
+        μ = λ + λ_min(A A*) > 0, F lies above a paraboloid of curvature μ, whose sum with g is least at
+        one proximal step u:
 
-            P(z) − min P ≤ g(z) − g(u) + <∇F(z), z − u> − (μ/2) ||u − z||²,  u = prox_{g/μ}(z − ∇F(z)/μ).
+            g(z) − g(u) + <∇F(z), z − u> − (μ/2) ||u − z||²,       u = prox_{g/μ}(z − ∇F(z)/μ).
 
-        Without curvature it is the Fenchel gap at the dual point A* z − x + d,
+        The others need no curvature. They are Fenchel gaps at dual points ν, r = A* z − x the residual,
 
-            P(z) − min P ≤ g(z) + g*(−∇F(z) − A d) + <∇F(z), z> + <A* z, d> + ½ ||d||²,
+            g(z) + g*(w) − <b, z> + λ ||z||² + ½ ||r||² + ½ ||ν||² + <ν, x>,    w = b − λ z − A ν,
 
-        d a small correction, found by accelerated gradient steps, that brings −∇F(z) − A d into the
-        domain of g*. Round-off of ∇F is added to the bound. The value is +inf where z is infeasible,
-        and where no bound was found: μ = 0 and no such d, as when the problem is unbounded below.
+        once at shrunken residuals ν = s r, 0 ≤ s ≤ 1, and, where the bounds so far are poor, at ν = r + d
+        with a small d, found by accelerated gradient steps, that brings w into the domain of g*.
+        Round-off of ∇F is added to the bounds. The value is +inf where z is infeasible, and where no
+        dual point was found, as when the problem is unbounded below.
 
         Returns:
           shape (*batch,), in units of the objective. Not differentiable.
 
         References:
-          Nesterov 2018, theorem 2.1.10 (first bound); Rockafellar 1970, section 31 (second).
+          Nesterov 2018, theorem 2.1.10 (first bound); Rockafellar 1970, section 31 (the others).
         """
         return _certificate(*jax.tree.map(lax.stop_gradient, (self, self._variable(z))))
 
     def _check_prior_axes(self) -> None:
         named = getattr(self.prior, "axes", getattr(self.prior, "axis", ()))
         event_ndim = len(self.linear_map.out_shape)
+        for leaf in jax.tree.leaves(self.prior):
+            if jnp.ndim(leaf) > event_ndim:
+                _checks.fail(
+                    f"weights of {type(self.prior).__name__}",
+                    f"at most {event_ndim} axes, none of them a batch axis",
+                    jnp.shape(leaf),
+                )
         for axis in (named,) if isinstance(named, int) else named:
             if not -event_ndim <= axis < (0 if self.batch_shape else event_ndim):
                 _checks.fail(
@@ -184,16 +198,17 @@ class LayerProblem:
 
 @jax.jit
 def _certificate(problem: LayerProblem, z: Array) -> Array:
-    gradient, noise = problem.gradient(z), problem._gradient_round_off(z)
-    curved, mu = _curvature_gap(problem, z, gradient, noise)
-    flat = _fenchel_gap(problem, z, gradient, noise, wanted=~(mu > 0))
-    return jnp.fmin(curved, flat)
+    with jax.default_matmul_precision("highest"):
+        gradient, noise = problem.gradient(z), problem._gradient_round_off(z)
+        bound = jnp.fmin(
+            _curvature_gap(problem, z, gradient, noise), _scaled_gap(problem, z, noise)
+        )
+        poor = jnp.any(~(bound <= _POOR * jnp.abs(problem.objective(z))))
+        return jnp.fmin(bound, _repaired_gap(problem, z, gradient, noise, wanted=poor))
 
 
-def _curvature_gap(
-    problem: LayerProblem, z: Array, gradient: Array, noise: Array
-) -> tuple[Array, Array]:
-    """The strong-convexity bound, +inf for μ = 0, and μ itself."""
+def _curvature_gap(problem: LayerProblem, z: Array, gradient: Array, noise: Array) -> Array:
+    """The strong-convexity bound, +inf for μ = 0."""
     mu = problem.ridge + lipschitz.strong_convexity(problem.linear_map)
     safe_mu = jnp.where(mu > 0, mu, 1.0)
     u = problem.prior.prox(z - gradient / safe_mu, 1.0 / safe_mu)
@@ -204,13 +219,38 @@ def _curvature_gap(
     eps = jnp.finfo(problem.dtype).eps
     slack = noise * problem.norm(move) + noise**2 / (2.0 * safe_mu)
     slack += 16.0 * eps * (jnp.abs(problem.prior_value(u)) + problem.sum(jnp.abs(gradient * move)))
-    return jnp.where(mu > 0, gap + slack, jnp.inf), mu
+    return jnp.where(mu > 0, gap + slack, jnp.inf)
 
 
-def _fenchel_gap(
+def _scaled_gap(problem: LayerProblem, z: Array, noise: Array) -> Array:
+    """The least Fenchel gap at ν = s r, r = A* z − x, over a few s in [0, 1]."""
+    A, prior, eps = problem.linear_map, problem.prior, jnp.finfo(problem.dtype).eps
+    residual = problem.residual(z)
+    image = A(residual)
+    offset = problem.with_bias_and_ridge(jnp.zeros_like(z), z)  # λ z − b
+    squares, fit = problem.sum(residual**2), problem.sum(residual * problem.inputs)
+    common = problem.prior_value(z) + problem.sum(offset * z) + 0.5 * squares
+    axes = tuple(range(len(problem.batch_shape), z.ndim))
+
+    def gap(s):
+        # at s = 0 the point is b − λ z, free of the round-off that A r carries
+        w, tolerance = -offset - s * image, 2.0 * jnp.sign(s) * noise
+        inside = prior.dual_projection(w, jnp.expand_dims(tolerance, axes))
+        conjugate = problem.per_example(prior.conjugate)(w)
+        bound = common + conjugate + 0.5 * s**2 * squares + s * fit
+        scale = problem.sum(jnp.abs(offset * z)) + squares + jnp.abs(s * fit) + jnp.abs(conjugate)
+        slack = s * noise * problem.norm(z) + 16.0 * eps * jnp.where(conjugate < jnp.inf, scale, 0)
+        allowed = problem.norm(w - inside) <= 0.5 * tolerance
+        return jnp.where(allowed, jnp.maximum(bound, 0.0) + slack, jnp.inf)
+
+    shrink = jnp.concatenate([1.0 - 0.5 ** jnp.arange(0.0, 24.0, 2.0), jnp.ones(1)])
+    return jnp.min(lax.map(gap, shrink.astype(problem.dtype)), axis=0)
+
+
+def _repaired_gap(
     problem: LayerProblem, z: Array, gradient: Array, noise: Array, *, wanted: Array
 ) -> Array:
-    """The Fenchel gap at a repaired dual point; +inf for the examples that could not be repaired."""
+    """The Fenchel gap at ν = r + d; +inf for the examples for which no d was found."""
     A, prior = problem.linear_map, problem.prior
     extra_axes = tuple(range(len(problem.batch_shape), z.ndim))
     tolerance = jnp.expand_dims(noise, extra_axes)

@@ -19,8 +19,8 @@ def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int |
     """τ as a count in 1..n: an integer is the count itself, a float the fraction τ / n.
 
     A fraction is rounded to the nearest count (ties to the even one), so that dropout at rate p is
-    τ = 1.0 − p (Bibi et al. 2019, proposition 1 and table 5). An array is a count; a traced one passes
-    through unchecked.
+    τ = 1.0 − p (Bibi et al. 2019, proposition 1 and table 5). A traced integer passes through
+    unchecked.
 
     Raises:
       ValueError: if the count falls outside 1..n.
@@ -29,6 +29,8 @@ def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int |
         if not jnp.issubdtype(tau.dtype, jnp.integer):
             _checks.fail(what, "an integer count where it is traced", tau.dtype)
         return tau
+    if isinstance(tau, jax.Array | np.ndarray) and tau.ndim == 0:
+        tau = tau.item()
     if isinstance(tau, float | np.floating):
         if not 0.0 < tau <= 1.0:
             _checks.fail(what, "a fraction in (0, 1] or a count", tau)
@@ -36,8 +38,6 @@ def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int |
         if rounded < 1:
             _checks.fail(what, f"a fraction that leaves at least 1 of {n} features", tau)
         return rounded
-    if isinstance(tau, jax.Array | np.ndarray) and tau.ndim == 0:
-        tau = tau.item()
     return _checks.count(what, tau, maximum=n)
 
 

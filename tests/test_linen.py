@@ -49,26 +49,28 @@ def test_initial_parameters_are_those_of_the_plain_layers(images):
     plain = Plain().init(jax.random.key(0), images)
     jax.tree.map(np.testing.assert_array_equal, ours["params"], plain["params"])
     assert jax.tree.map(jnp.shape, ours["solver_state"]) == {
-        "conv": {"lipschitz": ()},
-        "dense": {"lipschitz": ()},
+        "conv": {"lipschitz": (), "refreshed": ()},
+        "dense": {"lipschitz": (), "refreshed": ()},
     }
 
 
-def test_cache_is_read_refreshed_on_request_and_optional(images):
+def test_constant_is_kept_once_refreshed_and_optional(images):
     model = Twin(ss.ProxGD(3))
     variables = model.init(jax.random.key(0), images)
-    uncached = model.apply({"params": variables["params"]}, images)
-    np.testing.assert_allclose(model.apply(variables, images), uncached, rtol=1e-6)
-    doubled = {**variables, "params": jax.tree.map(lambda p: 2 * p, variables["params"])}
-    assert not np.allclose(
-        model.apply(doubled, images), model.apply({"params": doubled["params"]}, images)
-    )  # a stale constant, too small by 4
-    value, updated = model.apply(doubled, images, mutable=["solver_state"])
-    ratio = updated["solver_state"]["dense"]["lipschitz"]
+    double = jax.tree.map(lambda p: 2 * p, variables["params"])
+    want = model.apply({"params": double}, images)  # no collection: computed at the call
+    # weights loaded beside the state of the initialisation: nothing was refreshed yet
+    np.testing.assert_allclose(model.apply({**variables, "params": double}, images), want)
+    _, updated = model.apply(variables, images, mutable=["solver_state"])
+    stale = model.apply({**updated, "params": double}, images)
+    assert not np.allclose(stale, want)  # kept, and too small by 4
+    value, updated = model.apply({**updated, "params": double}, images, mutable=["solver_state"])
     np.testing.assert_allclose(
-        ratio, 4 * variables["solver_state"]["dense"]["lipschitz"], rtol=1e-5
+        updated["solver_state"]["dense"]["lipschitz"],
+        4 * variables["solver_state"]["dense"]["lipschitz"],
+        rtol=1e-5,
     )
-    np.testing.assert_allclose(value, model.apply({"params": doubled["params"]}, images), rtol=1e-5)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
 
 
 def test_random_stream_and_deterministic(rng):
@@ -107,4 +109,10 @@ def test_gradients_flow(images):
 def test_inputs_without_spatial_axes_are_refused():
     layer = ss.linen.SolverConv(4, (3, 3), solver=ONE)
     with pytest.raises(ValueError, match="shape of SolverConv's inputs: expected"):
+        layer.init(jax.random.key(0), jnp.ones((3, 4)))
+
+
+def test_options_that_would_be_ignored_are_refused(images):
+    layer = ss.linen.SolverDense(4, solver=ONE, dot_general=lambda *a, **k: None)
+    with pytest.raises(ValueError, match="dot_general of SolverDense: expected the default"):
         layer.init(jax.random.key(0), jnp.ones((3, 4)))

@@ -157,6 +157,31 @@ def test_bounded_priors_have_a_duality_gap_without_ridge(rng, name):
     assert np.all(certificate >= np.asarray(problem.objective(z)) - least)
 
 
+@pytest.mark.parametrize("bias", [0.0, -0.05])
+def test_certificate_of_an_expanding_layer_without_ridge(rng, bias):
+    """More outputs than inputs, no curvature, and an optimum that reproduces the input."""
+    kernel, x = rng.normal(size=(6, 24)), rng.normal(size=(5, 6))
+    problem = ss.LayerProblem(ss.Dense(jnp.asarray(kernel)), x, bias=np.full(24, bias))
+    solved = ss.prox_gd(problem, num_iters=5000, momentum=True)
+    certificate = np.asarray(problem.certificate(solved.value))
+    best = np.array([nnls_layer(kernel, xi, np.full(24, bias), 1e-10) for xi in x])
+    gap = np.asarray(problem.objective(solved.value) - problem.objective(best))
+    assert np.all(certificate >= gap)
+    assert np.all(certificate < 1e-6)
+
+
+def test_a_tiny_ridge_does_not_spoil_the_certificate(rng):
+    kernel, x = rng.normal(size=(5, 8)), rng.normal(size=(4, 5))
+    certificates = []
+    for ridge in (0.0, 1e-6):
+        problem = ss.LayerProblem(
+            ss.Dense(jnp.asarray(kernel)), x, bias=np.full(8, -0.1), ridge=ridge
+        )
+        z = ss.prox_gd(problem, num_iters=30, momentum=True).value
+        certificates.append(np.asarray(problem.certificate(z)))
+    assert np.all(certificates[1] <= 1.1 * certificates[0] + 1e-5)
+
+
 def test_certificate_is_infinite_where_nothing_can_be_promised(rng):
     unbounded = ss.LayerProblem(
         ss.Dense(jnp.zeros((3, 2))), jnp.ones((1, 3)), bias=jnp.ones(2)
@@ -204,6 +229,9 @@ def test_skip_connection_as_a_bias_of_full_shape(rng):
         ({"inputs": np.ones((2, 6), int)}, "dtype of inputs.*floating"),
         ({"bias": np.ones(5)}, "shape of bias.*broadcasts"),
         ({"ridge": -0.1}, "ridge: expected a number >= 0, got -0.1"),
+        ({"ridge": np.ones(2)}, "shape of ridge: expected 0 axes"),
+        ({"inputs": [[1.0] * 6]}, "inputs of LayerProblem: expected an array, got list"),
+        ({"prior": ss.prox.L1(np.ones((2, 1)))}, "weights of L1: expected at most 1 axes"),
         ({"prior": ss.prox.GroupL2(1.0, axis=0)}, "axis of GroupL2.*from the end"),
         ({"prior": ss.prox.NuclearNorm(1.0)}, "axis of NuclearNorm"),
     ],

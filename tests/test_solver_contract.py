@@ -210,6 +210,53 @@ def test_configurations_are_hashable_values(configuration):
     assert configuration == type(configuration)(*vars(configuration).values())
 
 
+def test_a_prior_of_ones_own(arrays):
+    @ss.value_object
+    class Absolute(ss.Prior):  # g(u) = |u|, written again
+        def _value(self, u):
+            return jnp.sum(jnp.abs(u))
+
+        def _prox(self, v, step):
+            return jnp.sign(v) * jnp.maximum(jnp.abs(v) - step, 0)
+
+        def _conjugate(self, w):
+            return jnp.where(jnp.all(jnp.abs(w) <= 1), 0.0, jnp.inf)
+
+        def _dual_projection(self, w, margin):
+            return jnp.clip(w, -(1 - margin), 1 - margin)
+
+    kernel, x, bias = arrays
+    ours, theirs = (
+        ss.LayerProblem(ss.Dense(kernel), x, bias=bias, prior=prior, ridge=0.1)
+        for prior in (Absolute(), ss.prox.L1(1.0))
+    )
+    z = ss.prox_gd(ours, num_iters=20).value
+    np.testing.assert_allclose(z, ss.prox_gd(theirs, num_iters=20).value)
+    np.testing.assert_allclose(ours.certificate(z), theirs.certificate(z))
+
+
+def test_integers_and_numpy_arrays_are_welcome(arrays):
+    kernel, x, _ = (np.asarray(a, np.float32) for a in arrays)
+    with jax.enable_x64(False):
+        problem = ss.LayerProblem(
+            ss.Dense(kernel.astype(np.float64)),
+            x.astype(np.float64),
+            prior=ss.prox.Box(0, 6),
+            ridge=0,
+        )
+        assert problem.dtype == jnp.float32
+        jax.grad(lambda p: ss.prox_gd(p, step_size=0.1, num_iters=2).value.sum())(problem)
+        restricted = jax.jit(lambda i: ss.Dense(kernel).restrict(i).kernel)(jnp.arange(2))
+    np.testing.assert_array_equal(restricted, kernel[:2])
+
+
+def test_values_with_arrays_compare_by_contents():
+    ones = [ss.prox.L1(jnp.ones(n)) for n in (1, 3, 4)]
+    assert ones[1] != ones[2]
+    assert ones[0] != ones[2]
+    assert ones[2] == ss.prox.L1(jnp.ones(4))
+
+
 def test_a_count_is_not_a_fraction():
     assert ss.ProxSG(1, 4) != ss.ProxSG(1.0, 4)
     assert ss.estimators.TauNice(1) != ss.estimators.TauNice(1.0)
@@ -264,6 +311,16 @@ def test_tau_outside_1_to_n1_raises(arrays, tau):
         ),
         (lambda p: ss.exponential_decay(0.0, 0.5), "initial step size: expected a number > 0"),
         (lambda p: ss.ProxSG(0.5, 4).solve(None, p), "key: expected a random key"),
+        (lambda p: ss.nsync(KEY, p, tau=jnp.array(0), num_iters=2), "tau: expected an integer"),
+        (
+            lambda p: ss.prox_sg(
+                KEY, p, sampling=ss.estimators.TauNice(jnp.array(50)), num_iters=2
+            ),
+            "tau: expected an integer in 1..4",
+        ),
+        (lambda p: ss.prox_gd(p, step_size=jnp.ones(3), num_iters=1), "shape of step_size"),
+        (lambda p: ss.ProxSG(0.5, 4, step_size=0.1, decay=0.5), "decay: expected 1.0 where"),
+        (lambda p: ss.InverseSeparable(-1.0), "scale: expected a number > 0"),
         (lambda p: ss.ProxSG(0, 4), "tau: expected a number > 0, got 0"),
         (lambda p: ss.ProxSG(0.5, 0), "num_iters: expected an integer >= 1"),
         (lambda p: ss.nsync(KEY, p, tau=2, step_size=jnp.ones(2), num_iters=1), "shape of step"),

@@ -58,6 +58,8 @@ def fold_batch_norm(layer: _Layer, norm: nnx.BatchNorm) -> _Layer:
     Returns:
       a new layer of the same class and options, with a bias; the arguments are unchanged.
     """
+    if isinstance(layer, SolverLayer):
+        _checks.fail("layer", "a plain layer (fold it, then `from_layer`)", type(layer).__name__)
     if norm.num_features != layer.out_features:
         _checks.fail("features of the BatchNorm", layer.out_features, norm.num_features)
     scale = jax.lax.rsqrt(norm.var[...] + norm.epsilon)
@@ -72,6 +74,4 @@ def fold_batch_norm(layer: _Layer, norm: nnx.BatchNorm) -> _Layer:
     folded.kernel = nnx.Param(layer.kernel[...] * scale.astype(layer.kernel.dtype))
     folded.bias = nnx.Param(bias.astype(layer.kernel.dtype))
     folded.use_bias = True
-    if isinstance(folded, SolverLayer):
-        folded.refresh_lipschitz()
     return folded

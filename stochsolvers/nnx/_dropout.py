@@ -38,7 +38,7 @@ class TauNiceDropout(Stochastic):
         self, inputs: Array, *, deterministic: bool | None = None, rngs: Any = None
     ) -> Array:
         """The masked, rescaled inputs."""
-        if self.is_deterministic(deterministic):
+        if self.deterministic if deterministic is None else deterministic:
             return inputs
         key = self.key(rngs)
         return dropout.tau_nice_dropout(key, inputs, self.tau, spatial_ndim=self.spatial_ndim)
@@ -51,7 +51,7 @@ class OutputDropout(TauNiceDropout):
         self, inputs: Array, *, deterministic: bool | None = None, rngs: Any = None
     ) -> Array:
         """The masked inputs."""
-        if self.is_deterministic(deterministic):
+        if self.deterministic if deterministic is None else deterministic:
             return inputs
         key = self.key(rngs)
         return dropout.output_dropout(key, inputs, self.tau, spatial_ndim=self.spatial_ndim)
@@ -85,7 +85,7 @@ class AdditiveDropout(Stochastic):
     ) -> Array:
         """A x + b + (I − (n1/τ) Σ_{i∈S} A_i A_i*) z."""
         linear_map = linear_map_of(self.layer, inputs.shape)
-        if self.is_deterministic(deterministic):
+        if self.deterministic if deterministic is None else deterministic:
             return self.layer(inputs) + z - linear_map(linear_map.adjoint(z))
         return self.layer(inputs) + dropout.additive_dropout(
             self.key(rngs), linear_map, z, self.tau
@@ -123,7 +123,7 @@ class ImportanceDropout(Stochastic):
         self, inputs: Array, *, deterministic: bool | None = None, rngs: Any = None
     ) -> Array:
         """The masked inputs, each divided by its probability."""
-        if self.is_deterministic(deterministic):
+        if self.deterministic if deterministic is None else deterministic:
             return inputs
         linear_map = linear_map_of(self.layer, inputs.shape)
         return dropout.importance_dropout(self.key(rngs), linear_map, inputs, self.tau, by=self.by)

@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from stochsolvers import _checks, _layers
@@ -25,6 +27,7 @@ class SolverLayer(Stochastic):
     solver: Solver
     ridge: Scalar
     lipschitz: SolverState | None
+    refreshed: SolverState | None
     kernel: Any
     bias: Any
     dtype: Any
@@ -33,9 +36,11 @@ class SolverLayer(Stochastic):
 
     def _init_solver(self, prior: Prior, solver: Solver, ridge: Scalar) -> None:
         _checks.non_negative("ridge", ridge)
-        self.prior, self.solver, self.ridge = prior, solver, ridge
+        self.prior, self.solver, self.ridge = _attribute(prior), _attribute(solver), ridge
         constant = self._lipschitz_constant()
         self.lipschitz = nnx.data(None) if constant is None else SolverState(constant)
+        refreshed = None if constant is None else SolverState(jnp.zeros((), bool))
+        self.refreshed = nnx.data(refreshed)
 
     def _lipschitz_constant(self) -> Array | None:
         raise TypeError("a solver layer defines _lipschitz_constant")
@@ -44,9 +49,10 @@ class SolverLayer(Stochastic):
         raise TypeError("a solver layer defines _linear_map")
 
     def refresh_lipschitz(self) -> None:
-        """Recompute the cached Lipschitz constant from the current kernel."""
-        if self.lipschitz is not None:
+        """Recompute the kept constant from the current kernel, and use it from now on."""
+        if self.lipschitz is not None and self.refreshed is not None:
             self.lipschitz[...] = self._lipschitz_constant()
+            self.refreshed[...] = jnp.ones((), bool)
 
     def problem(self, inputs: Array, *, skip: Array | None = None) -> LayerProblem:
         """The convex problem that the layer solves at these inputs, for objectives and certificates."""
@@ -80,14 +86,15 @@ class SolverLayer(Stochastic):
           rngs: key, stream or `nnx.Rngs` in place of the layer's own.
         """
         problem = self.problem(inputs, skip=skip)
-        deterministic = self.is_deterministic(deterministic)
+        deterministic = self.deterministic if deterministic is None else deterministic
         sampled = self.solver.stochastic and not deterministic
         output, _ = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
         return _layers.run(
             self.solver,
             self.key(rngs) if sampled else None,
             problem,
-            cached=None if self.lipschitz is None else self.lipschitz[...],
+            kept=None if self.lipschitz is None else self.lipschitz[...],
+            refreshed=None if self.refreshed is None else self.refreshed[...],
             deterministic=deterministic,
             precision=self.precision,
             dtype=output.dtype,
@@ -132,6 +139,12 @@ class SolverLinear(SolverLayer, nnx.Linear):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        dot_general = options.get("dot_general")
+        _layers.refuse(
+            "SolverLinear",
+            dot_general=None if dot_general is jax.lax.dot_general else dot_general,
+            preferred_element_type=options.get("preferred_element_type"),
+        )
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **options)
         self.init_stochastic(deterministic, rng_collection, rngs)
         self._init_solver(prior, solver, ridge)
@@ -203,6 +216,12 @@ class SolverConv(SolverLayer, nnx.Conv):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        convolve = options.get("conv_general_dilated")
+        _layers.refuse(
+            "SolverConv",
+            conv_general_dilated=None if convolve is jax.lax.conv_general_dilated else convolve,
+            preferred_element_type=options.get("preferred_element_type"),
+        )
         nnx.Conv.__init__(
             self, in_features, out_features, kernel_size, strides, rngs=rngs, **options
         )
@@ -273,10 +292,20 @@ class SolverConv(SolverLayer, nnx.Conv):
 
 
 def refresh_lipschitz(model: nnx.Module) -> None:
-    """Recompute every cached Lipschitz constant of a model, in place (the paper: once an epoch)."""
+    """Recompute every kept Lipschitz constant of a model, in place (the paper: once an epoch).
+
+    A layer made by `from_layer` keeps its constant from the start. One made by its constructor, whose
+    weights may be about to be loaded, computes it at every call until this function has run.
+    """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, SolverLayer):
             module.refresh_lipschitz()
+
+
+def _attribute(value: Any) -> Any:
+    """A value object as a module's attribute: static if it is made of numbers, data if of arrays."""
+    arrays = any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
+    return nnx.data(jax.tree.map(jnp.asarray, value)) if arrays else value
 
 
 def _placeholder_rngs(rng_collection: str) -> nnx.Rngs:

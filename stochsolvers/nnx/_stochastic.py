@@ -33,10 +33,6 @@ class Stochastic(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def is_deterministic(self, deterministic: bool | None) -> bool:
-        """The flag of a call, or the module's own."""
-        return self.deterministic if deterministic is None else deterministic
-
     def key(self, rngs: Any) -> Array:
         """The next key, of the streams of a call or the module's own."""
         source = self.rngs if rngs is None else rngs

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array, value_object
+from stochsolvers._typing import Array, real, value_object
 
 
 class Prior(ABC):
@@ -16,6 +16,9 @@ class Prior(ABC):
     Subclasses give formulas; this class gives them their meaning, checks and dtypes. Weights may be
     arrays that broadcast against the argument, for the priors on groups or matrices with size 1 in
     the axes of the group or matrix. A weight and a step are cast to the argument's dtype.
+
+    A prior of your own is a subclass under `stochsolvers.value_object` that defines `_value`, `_prox`,
+    `_conjugate` and `_dual_projection`, the formulas of the public methods of those names.
     """
 
     separable: ClassVar[bool] = True
@@ -98,6 +101,7 @@ class Weighted(Prior):
 
     def __post_init__(self):
         _checks.positive("gamma", self.gamma)
+        object.__setattr__(self, "gamma", real(self.gamma))
 
     def _gamma(self, like):
         return self._weight("gamma", self.gamma, like)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array, value_object
+from stochsolvers._typing import Array, real, value_object
 from stochsolvers.prox import _roots
 from stochsolvers.prox._base import Prior, Weighted, finite_where
 
@@ -57,6 +57,10 @@ class SquaredHinge(Weighted):
     """
 
     shift: ArrayLike = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "shift", real(self.shift))
 
     def _parameters(self, like):
         return self._gamma(like), self._weight("shift", self.shift, like)
@@ -152,7 +156,7 @@ def _symmetric_conjugate(w: Array, gamma: Array) -> Array:
 
 @value_object
 class IntervalLogBarrier(_Barrier):
-    r"""g(u) = −γ Σ log u + log(1 − u), 0 < u < 1: prox(v) is the root of a cubic, like a sigmoid.
+    r"""g(u) = −γ Σ (log u + log(1 − u)), 0 < u < 1: prox(v) is the root of a cubic, like a sigmoid.
 
         u − v − ηγ/u + ηγ/(1 − u) = 0,  0 < u < 1         (Bibi et al. 2019, appendix C)
 
@@ -215,6 +219,8 @@ class Box(Prior):
 
     def __post_init__(self):
         _checks.ordered("bounds of Box", self.lo, self.hi)
+        object.__setattr__(self, "lo", real(self.lo))
+        object.__setattr__(self, "hi", real(self.hi))
 
     def _bounds(self, like):
         return self._weight("lo", self.lo, like), self._weight("hi", self.hi, like)

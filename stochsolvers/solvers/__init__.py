@@ -13,4 +13,5 @@ from stochsolvers.solvers.prox_gd import prox_gd as prox_gd
 from stochsolvers.solvers.prox_sg import prox_sg as prox_sg
 from stochsolvers.solvers.step_sizes import InverseExpectedSmoothness as InverseExpectedSmoothness
 from stochsolvers.solvers.step_sizes import InverseLipschitz as InverseLipschitz
+from stochsolvers.solvers.step_sizes import StepSizeRule as StepSizeRule
 from stochsolvers.solvers.step_sizes import exponential_decay as exponential_decay

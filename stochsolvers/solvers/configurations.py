@@ -48,6 +48,7 @@ class _Configuration(abc.ABC):
     """One way to `solve`; subclasses say what to sample and which algorithm to run."""
 
     stochastic: ClassVar[bool] = True
+    per_output: ClassVar[bool] = False
     step_size: StepSizeLike
 
     def step_constant(self, problem: LayerProblem) -> Array | None:
@@ -74,7 +75,7 @@ class _Configuration(abc.ABC):
           deterministic: sample nothing.
         """
         estimator = self._estimator(deterministic)
-        steps = as_steps(self._step_size())
+        steps = as_steps(self._step_size(), per_output=self.per_output)
         if isinstance(steps, StepSizeRule):
             if step_constant is None or self._moves(deterministic):
                 step_constant = steps.constant(problem, estimator)
@@ -144,19 +145,21 @@ class ProxSG(_Configuration):
       num_iters: K ≥ 1.
       step_size: a number, a schedule, a rule, or None for decay^k / L.
       decay: the factor of each iteration where `step_size` is None. The paper decays exponentially
-        and does not state the rate.
+        and does not state the rate; its experiments here use 0.9.
       sampling: an estimator in place of `tau`.
     """
 
     tau: int | float | None = static_field()
     num_iters: int = static_field()
     step_size: StepSizeLike = None
-    decay: Scalar = 0.9
+    decay: Scalar = 1.0
     sampling: Estimator | None = None
 
     def __post_init__(self):
         _checks.count("num_iters", self.num_iters)
         _checks.positive("decay", self.decay)
+        if self.step_size is not None and self.decay != 1.0:
+            _checks.fail("decay", "1.0 where step_size is given", self.decay)
         as_sampling(self.tau, self.sampling)
 
     def _step_size(self):
@@ -222,12 +225,14 @@ class NSync(_Configuration):
     Args:
       tau: τ of n2: a count (int) or a fraction (float).
       num_iters: K ≥ 1.
-      step_size: a number, (n2,) of them, a schedule or a rule; None for 1/L.
+      step_size: a number, (n2,) of them, a schedule or a rule; None for 1/L. The default is the unit
+        step of proposition 6; for more iterations take `InverseSeparable()`.
     """
 
     tau: int | float = static_field()
     num_iters: int = static_field()
     step_size: StepSizeLike = 1.0
+    per_output: ClassVar[bool] = True
 
     def __post_init__(self):
         _checks.count("num_iters", self.num_iters)

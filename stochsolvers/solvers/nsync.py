@@ -10,6 +10,7 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.estimators import Estimator, OutputCoordinates, feature_axis
 from stochsolvers.problems import LayerProblem
+from stochsolvers.sampling import num_sampled
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Solution, Step
 from stochsolvers.solvers.step_sizes import (
@@ -32,6 +33,9 @@ class InverseSeparable(StepSizeRule):
     """
 
     scale: Scalar = 1.0
+
+    def __post_init__(self):
+        _checks.positive("scale", self.scale)
 
     def constant(self, problem: LayerProblem, estimator: Estimator) -> Array:
         """The v_j, shape (n2,)."""
@@ -84,11 +88,12 @@ def nsync(
     if not problem.prior.separable:
         _checks.fail("prior of nsync", "a separable prior", type(problem.prior).__name__)
     coordinates = OutputCoordinates(tau)
+    num_sampled(tau, problem.linear_map.out_features)
     return _nsync(
         key,
         problem,
         coordinates,
-        as_steps(step_size),
+        as_steps(step_size, per_output=True),
         _loop.starting_point(problem, init),
         num_iters=num_iters,
         enter_domain=init is None,

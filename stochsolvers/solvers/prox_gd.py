@@ -33,7 +33,9 @@ def prox_gd(
 
     Args:
       problem: the layer's problem.
-      step_size: η: a number, k -> η_k, a rule, or None for 1/L (`InverseLipschitz`). May be traced.
+      step_size: η: a number, k -> η_k, a rule, or None for 1/L (`InverseLipschitz`), through which
+        derivatives then pass as well. A function of your own is compiled once for each function
+        object: define it once, or use `exponential_decay`.
       num_iters: number of iterations, static, ≥ 1.
       init: z_0, zero by default.
       momentum: FISTA.

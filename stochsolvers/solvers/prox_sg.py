@@ -7,7 +7,7 @@ import jax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array
-from stochsolvers.estimators import Estimator, TauNice
+from stochsolvers.estimators import Estimator, OutputCoordinates, TauNice
 from stochsolvers.problems import LayerProblem
 from stochsolvers.sampling import num_sampled
 from stochsolvers.solvers import _loop
@@ -36,7 +36,8 @@ def prox_sg(
       key: random key; iteration k uses `fold_in(key, k)`.
       problem: the layer's problem.
       tau: τ of a τ-nice sampling: a count (int, may be traced) or a fraction of n1 (float).
-      step_size: a number, k -> η_k (`exponential_decay`), a rule, or None for 1/L.
+      step_size: a number, k -> η_k (`exponential_decay`), a rule, or None for 1/L. A function of your
+        own is compiled once for each function object: define it once.
       num_iters: number of iterations, static, ≥ 1.
       init: z_0, zero by default.
       sampling: any member of `stochsolvers.estimators` in place of `tau`.
@@ -94,10 +95,12 @@ def as_sampling(
     """The estimator that `tau` or `sampling` names; exactly one of them is given."""
     if (tau is None) == (sampling is None):
         _checks.fail("tau, sampling", "exactly one of the two", f"{tau!r}, {sampling!r}")
-    if tau is None:
-        return cast(Estimator, sampling)
     if problem is None:
         _checks.positive("tau", tau)
     else:
-        num_sampled(tau, problem.linear_map.in_features)
-    return TauNice(tau)
+        count = getattr(sampling, "tau", None) if tau is None else tau
+        if count is not None:
+            outputs = isinstance(sampling, OutputCoordinates)
+            linear_map = problem.linear_map
+            num_sampled(count, linear_map.out_features if outputs else linear_map.in_features)
+    return cast(Estimator, sampling) if tau is None else TauNice(tau)

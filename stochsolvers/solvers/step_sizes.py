@@ -135,7 +135,7 @@ class InverseExpectedSmoothness(StepSizeRule):
 StepSizeLike: TypeAlias = ArrayLike | Callable[[Array], ArrayLike] | StepSizeRule | None
 
 
-def as_steps(step_size: StepSizeLike) -> Any:
+def as_steps(step_size: StepSizeLike, *, per_output: bool = False) -> Any:
     """Any step size as a pytree: a rule, or a callable k -> η_k. None is `InverseLipschitz()`.
 
     Numbers are checked here, where they may still be concrete.
@@ -147,6 +147,8 @@ def as_steps(step_size: StepSizeLike) -> Any:
     if callable(step_size):
         return jax.tree_util.Partial(step_size)
     _checks.positive("step_size", step_size)
+    if not per_output:
+        _checks.rank("step_size", step_size, 0)
     return Constant(jnp.asarray(step_size))
 
 
