@@ -66,7 +66,7 @@ def evaluate(
       mesh: that holds the model; by default one device.
     """
     set_mode(model, "deterministic" if deterministic else "test")
-    mesh = mesh or parallel.data_mesh(1)
+    mesh = mesh or parallel.local_mesh()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     correct = np.zeros(trials, np.int64)
     size = min(batch_size, len(split))

@@ -69,6 +69,11 @@ def data_mesh(devices: int | None = None) -> Mesh:
     return Mesh(np.array(available[:devices]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def local_mesh() -> Mesh:
+    """This process's first device."""
+    return Mesh(np.array(jax.local_devices()[:1]), (AXIS,), axis_types=(AxisType.Auto,))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -144,7 +144,7 @@ def train(
         nothing to do.
       checkpoints.CheckpointError: of another run, corrupt, or impossible to write.
     """
-    mesh = mesh or parallel.data_mesh(1)
+    mesh = mesh or parallel.data_mesh()
     steps = _steps_per_epoch(data, config, mesh)
     total = config.epochs * steps
     model: Any = build(nnx.Rngs(params=config.seed, dropout=config.seed + 1))

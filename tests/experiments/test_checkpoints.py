@@ -16,6 +16,9 @@ import toys
 
 from experiments import checkpoints, training
 
+# the other reads of a damaged checkpoint end after the one that failed
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):

@@ -89,8 +89,49 @@ def interrupted_bar(step: int, number: int):
     return Bar
 
 
-def main(folder=None, kill_at=None, kill_in_save=None, processes=None, process=None, port=None):
-    """Train; print losses, digest and number of devices.
+def recorded_losses():
+    """The list of the loss of each step from now on."""
+    compile_step, losses = training._compile_step, []
+
+    def recording(*args):
+        step = compile_step(*args)
+
+        def run(*args):
+            state, loss = step(*args)
+            losses.append(float(loss))
+            return state, loss
+
+        return run
+
+    training._compile_step = recording
+    return losses
+
+
+def split_kernel(mesh) -> dict[str, float]:
+    """A solver layer whole and with its kernel split over output features: how far they are apart."""
+    layer = ss.nnx.SolverLinear(24, 16, solver=ss.ProxSG(0.5, num_iters=10), rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    inputs = jax.random.normal(jax.random.key(1), (4, 24))
+    solve = jax.jit(lambda state: nnx.merge(graph, state, copy=True)(inputs))
+    whole = solve(state)
+    columns = jax.sharding.PartitionSpec(None, parallel.AXIS)
+    state["kernel"][...] = jax.device_put(
+        state["kernel"][...], jax.sharding.NamedSharding(mesh, columns)
+    )
+    parts = len({str(shard.index) for shard in state["kernel"][...].addressable_shards})
+    return {"parts": parts, "distance": float(np.abs(solve(state) - whole).max())}
+
+
+def main(
+    folder=None,
+    kill_at=None,
+    kill_in_save=None,
+    processes=None,
+    process=None,
+    port=None,
+    sharded_kernel=False,
+):
+    """Train; print the losses, the scores and the number of devices.
 
     Args:
       folder: of the checkpoints.
@@ -99,6 +140,7 @@ def main(folder=None, kill_at=None, kill_in_save=None, processes=None, process=N
       processes: how many there are.
       process: which one this is.
       port: of the first one.
+      sharded_kernel: try a solver layer with a split kernel, too.
     """
     if kill_at is not None:
         training.tqdm = interrupted_bar(kill_at, signal.SIGKILL)
@@ -111,15 +153,21 @@ def main(folder=None, kill_at=None, kill_in_save=None, processes=None, process=N
             commit(source, target, **options)
 
         os.rename = os.replace = kill
-    coordinator = f"127.0.0.1:{port}" if port else None
-    machine = parallel.Machine(
-        None if port else jax.device_count(), coordinator, processes, process
-    )
-    mesh = machine.mesh()
+    if port:
+        mesh = parallel.Machine(None, f"127.0.0.1:{port}", processes, process).mesh()
+    else:
+        mesh = parallel.Machine(jax.device_count()).mesh()
+    steps = recorded_losses()
     trained = train(folder and Path(folder), mesh=mesh)
-    losses = [record["train_loss"] for record in trained.history]
-    scores = [record["validation_accuracy"] for record in trained.history]
-    print(json.dumps({"losses": losses, "scores": scores, "devices": mesh.size}))
+    found = {
+        "steps": steps,
+        "losses": [record["train_loss"] for record in trained.history],
+        "scores": [record["validation_accuracy"] for record in trained.history],
+        "devices": mesh.size,
+    }
+    if sharded_kernel:
+        found |= split_kernel(mesh)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""One device, eight devices and two processes give the same run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import toys
+
+from experiments import parallel, training
+
+EIGHT = "--xla_force_host_platform_device_count=8"
+
+
+def start(options, flags=""):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return subprocess.Popen(
+        [sys.executable, toys.__file__, json.dumps(options)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result(process):
+    printed, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    return json.loads(printed.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(False):
+        patch.setattr(training, "_compile_step", training._compile_step)  # put back at the end
+        steps, history = toys.recorded_losses(), toys.train().history
+    return {
+        "steps": steps,
+        "losses": [record["train_loss"] for record in history],
+        "scores": [record["validation_accuracy"] for record in history],
+    }
+
+
+def assert_same_run(found, alone):
+    assert len(alone["steps"]) == 3 * toys.STEPS >= 10
+    np.testing.assert_allclose(found["steps"], alone["steps"], rtol=1e-5)
+    np.testing.assert_allclose(found["losses"], alone["losses"], rtol=1e-5)
+    assert found["scores"] == alone["scores"]
+
+
+def test_eight_devices(alone):
+    found = result(start({"sharded_kernel": True}, EIGHT))
+    assert found["devices"] == 8
+    assert_same_run(found, alone)
+    # a solver layer whose kernel is split over its output features
+    assert found["parts"] == 8
+    assert found["distance"] < 1e-5
+
+
+def test_two_processes(alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"folder": str(tmp_path / "run"), "processes": 2, "port": port}
+    both = [start({**options, "process": number}) for number in range(2)]
+    for found in map(result, both):
+        assert found["devices"] == 2
+        assert_same_run(found, alone)
+    # what two processes saved, one reads
+    again = toys.train(tmp_path / "run")
+    losses = [record["train_loss"] for record in again.history]
+    np.testing.assert_allclose(losses, alone["losses"], rtol=1e-5)
+
+
+def test_devices_are_counted():
+    assert parallel.data_mesh().size == 1
+    with pytest.raises(parallel.DeviceError, match=r"devices: expected 1 to \d+, got 0"):
+        parallel.data_mesh(0)
+
+
+def test_batches_are_split_evenly():
+    mesh = jax.sharding.AbstractMesh((3,), (parallel.AXIS,))
+    with pytest.raises(training.ConfigurationError, match="a multiple of the 3 devices, got 16"):
+        training._steps_per_epoch(toys.dataset(), toys.CONFIG, mesh)
