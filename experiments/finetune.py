@@ -11,109 +11,30 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
+from jax.sharding import Mesh
 
-from experiments import archive, checkpoints, comparison, data, results, training
+from experiments import (
+    archive,
+    checkpoints,
+    comparison,
+    data,
+    evaluation,
+    parallel,
+    report,
+    results,
+    training,
+)
+from experiments.options import Options
 
-FINETUNE_RATES = (1e-3, 1e-4)
-EPOCHS = {"digits": (20, 8)}
-PAPER_EPOCHS = (300, 200)
-BATCH_SIZE = {"digits": 32}
-PAPER_BATCH_SIZE = 128
-SMOKE: dict[str, Any] = {
-    "epochs": 2,
-    "finetune_epochs": 2,
-    "width": 0.125,
-    "examples": 320,
-    "trials": 3,
-}
 Accuracy = tuple[float, float | None]
 """In percent, with the standard deviation over trials."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The command line of tables 3 to 5."""
-
-    out: Path = Path("runs/finetune")
-    """Folder of the results, and of checkpoints to resume from; an earlier run's results are replaced."""
-    dataset: Annotated[data.DatasetName, tyro.conf.arg(metavar="NAME|FILE.npz")] = "digits"
-    """digits (comes with scikit-learn), cifar10 or cifar100 (read from --data-dir), or FILE.npz with
-    arrays "images" and "labels"."""
-    data_dir: Path = Path("runs/data")
-    """Folder of the CIFAR archives, downloaded if absent, and of the prepared copies."""
-    epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Of the baseline, a third at each learning rate; by default 20 on digits, else the paper's 300."""
-    finetune_epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Half at each learning rate; by default 8 on digits, else 200."""
-    batch_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """By default 32 on digits, else 128."""
-    seeds: tuple[int, ...] = (0,)
-    """Each of them is a run: validation split, initial weights, order of the examples, sampling."""
-    trials: int = 20
-    """Tests of a network that samples at test time."""
-    width: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """Factor of the numbers of channels and hidden units; by default 1."""
-    examples: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Train on so many images only; by default on all."""
-    augment: bool = False
-    """Crop and flip the training images at random; not in the paper."""
-    precision: training.Precision = "float32"
-    """bf16 computes plain layers in bfloat16, and solvers in float32 as ever."""
-    smoke: bool = False
-    """A minute's run on a narrow network and few images, without checkpoints."""
-
-    def __post_init__(self):
-        for name in ("epochs", "finetune_epochs", "batch_size", "trials", "examples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if self.width is not None and not self.width > 0:
-            raise ValueError(f"width: expected a positive factor, got {self.width}")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(
-                f"seeds: expected at least one, not negative, each once, got {self.seeds}"
-            )
-
-    def filled(self) -> Self:
-        """The options with the defaults of the data set, or of a smoke run, filled in."""
-        epochs, finetune_epochs = EPOCHS.get(self.dataset, PAPER_EPOCHS)
-        defaults: dict[str, Any] = {
-            "epochs": epochs,
-            "finetune_epochs": finetune_epochs,
-            "batch_size": BATCH_SIZE.get(self.dataset, PAPER_BATCH_SIZE),
-            "width": 1.0,
-        }
-        if self.smoke:
-            defaults |= SMOKE | {"batch_size": 32}
-        missing = {key: value for key, value in defaults.items() if getattr(self, key) is None}
-        if self.smoke:
-            missing["trials"] = min(self.trials, SMOKE["trials"])
-        return dataclasses.replace(self, **missing)
-
-    def train_config(self, seed: int) -> training.TrainConfig:
-        """Of the baseline; `filled` comes first."""
-        assert self.epochs is not None and self.batch_size is not None  # noqa: PT018
-        return training.TrainConfig(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            seed=seed,
-            augment=self.augment,
-            precision=self.precision,
-        )
-
-    def finetune_config(self, seed: int) -> training.TrainConfig:
-        """Of what follows, swapped or not; `filled` comes first."""
-        assert self.finetune_epochs is not None
-        return dataclasses.replace(
-            self.train_config(seed), epochs=self.finetune_epochs, learning_rates=FINETUNE_RATES
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,32 +78,19 @@ class Study:
 
 
 class Table(NamedTuple):
-    """A table: its name, its title, and its studies of a data set.
+    """A table: its name, its studies of a data set, and more pictures.
 
     Attributes:
-      name: of the module and of the files.
-      title: of pictures.
+      name: of the module.
       studies: from the filled options and a data set.
-      draw: more pictures, from the finals and the folder; None for none.
+      draw: more pictures, from the final rows and the folder; None for none.
       files: the names of those pictures.
     """
 
     name: str
-    title: str
     studies: Callable[[Any, data.Dataset], Sequence[Study]]
     draw: Callable[[list[dict[str, Any]], Path], None] | None = None
     files: tuple[str, ...] = ()
-
-
-def check_methods(methods: Sequence[str], num_iters: int, decay: float = 1.0) -> None:
-    """Raise a ValueError for what a table's command line cannot run."""
-    if not methods or "dropout" in methods:
-        got = ", ".join(methods) or "none"
-        raise ValueError(f"methods: expected at least one solver and no dropout, got {got}")
-    if num_iters < 1:
-        raise ValueError(f"num_iters: expected at least 1, got {num_iters}")
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay: expected a factor in (0, 1], got {decay}")
 
 
 def copied(model: Any) -> Any:
@@ -204,28 +112,23 @@ def swapped(baseline: Any, arm: Arm) -> Callable[[nnx.Rngs], Any]:
 
 
 def run(table: Table, options: Options) -> list[dict[str, Any]]:
-    """Run all studies for all seeds, write the files, and return the final rows."""
+    """Run what is not finished yet, write the files, and return all final rows."""
     options = options.filled()
     data.check_name(options.dataset)
-    environment = results.environment()
-    rows: list[dict[str, Any]] = []
-
-    def add(new: list[dict[str, Any]]) -> None:
-        if not rows:
-            comparison.clear(options.out, table.files)
-        rows.extend(new)
-        comparison.write(options.out, table.name, rows)
-
+    mesh = options.machine.mesh()
+    files = (report.CSV, report.PAGE, *report.PICTURES, *table.files)
+    stored = results.Run(
+        options.out, options.settings(table.name), files=files, overwrite=options.overwrite
+    )
     for seed in options.seeds:
         dataset = _load(options, seed)
         for study in table.studies(options, dataset):
-            _run_study(study, dataset, options, seed, environment, add)
-    finals = [row for row in rows if row["kind"] == "final"]
-    title = f"{table.title}, {finals[0]['dataset']}"
-    comparison.draw(options.out, rows, title=title)
-    if table.draw is not None:
-        table.draw(finals, options.out)
-    return finals
+            _run_study(study, dataset, options, seed, mesh, stored)
+    if parallel.is_first():
+        report.write(options.out, stored.rows)
+        if table.draw is not None:
+            table.draw(stored.finals, options.out)
+    return stored.finals
 
 
 def _load(options: Options, seed: int) -> data.Dataset:
@@ -243,66 +146,86 @@ def _run_study(
     dataset: data.Dataset,
     options: Options,
     seed: int,
-    environment: dict[str, Any],
-    add: Callable[[list[dict[str, Any]]], None],
+    mesh: Mesh,
+    stored: results.Run,
 ) -> None:
-    tags = {"dataset": dataset.name, "study": study.name, "label": study.label, "seed": seed}
+    """Train the baseline, and go on from it in every way that is not finished yet."""
+    first = Arm("baseline", "baseline", paper=study.paper)
+    arms = (Arm("control", "baseline, finetuned"), *study.arms)
+    about = {"study": study.name, "seed": seed}
+    if all(stored.final(arm=arm.name, **about) for arm in (first, *arms)):
+        return
 
     def network(arm: Arm, build: Callable[[nnx.Rngs], Any], config: training.TrainConfig) -> Any:
-        name = f"{study.name}-{arm.name}-seed{seed}"
-        folder = None if options.smoke else options.out / "checkpoints" / name
-        here = {**tags, "arm": arm.name, "arm_label": arm.label}
-        after = 0 if arm.name == "baseline" else options.epochs or 0
-        settings = {**study.settings, **arm.settings, "training": dataclasses.asdict(config)}
-        final = {"kind": "final", **here, **_paper(arm.paper)}
-        final |= {"epochs": options.epochs, "finetune_epochs": options.finetune_epochs}
-        final |= {"batch_size": config.batch_size, "train_examples": len(dataset.train)}
-        label = f"{study.label} {arm.label}, seed {seed}"
+        name = f"{study.label} {arm.label}"
+        tags = {"dataset": dataset.name, "name": name, **about, "arm": arm.name}
+        final = {
+            **dict(zip(("paper_accuracy", "paper_std"), arm.paper or (None, None), strict=True)),
+            **{key: getattr(options, key) for key in ("epochs", "finetune_epochs", "batch_size")},
+            "train_examples": len(dataset.train),
+            "config": {**study.settings, **arm.settings, "training": dataclasses.asdict(config)},
+            **results.environment(),
+        }
         try:
-            trained = training.train(build, dataset, config, label=label, checkpoint=folder)
+            trained = training.train(
+                build,
+                dataset,
+                config,
+                label=f"{name}, seed {seed}",
+                checkpoint=stored.checkpoint(f"{study.name}-{arm.name}-seed{seed}"),
+                mesh=mesh,
+            )
         except training.DivergenceError as error:
             if arm.swap is None:
                 raise
-            print(f"{error}", flush=True)
-            add([{**final, "error": str(error), "config": settings, **environment}])
+            stored.add([{"kind": "final", **tags, "accuracy": None, **final, "error": str(error)}])
+            _say(f"{error}")
             return None
-        scores = scored(trained, dataset, options.trials)
-        print(f"{label}: {results.percent(scores['accuracy'], scores['std'])} %", flush=True)
-        epochs = [
-            {"kind": "epoch", **here, **record, "epoch": after + record["epoch"]}
-            for record in trained.history
-        ]
-        add([*epochs, {**final, **scores, "config": settings, **environment}])
+        if not stored.final(arm=arm.name, **about):
+            scores = scored(trained, dataset, options.trials, mesh)
+            after = 0 if arm.name == "baseline" else options.epochs or 0
+            rows: list[dict[str, Any]] = [
+                {"kind": "epoch", **tags, **record, "epoch": after + int(record["epoch"])}
+                for record in trained.history
+            ]
+            stored.add([*rows, {"kind": "final", **tags, **scores, **final}])
+            accuracy = results.percent(scores["accuracy"], scores["std"])
+            _say(f"{name}, seed {seed}: {accuracy} % in {trained.seconds:.0f} s")
         return trained.model
 
-    first = Arm("baseline", "baseline", paper=study.paper)
     baseline = network(first, study.build, options.train_config(seed))
-    control = Arm("control", "baseline, finetuned")
-    for arm in (control, *study.arms):
-        network(arm, swapped(baseline, arm), options.finetune_config(seed))
+    for arm in arms:
+        if not stored.final(arm=arm.name, **about):
+            network(arm, swapped(baseline, arm), options.finetune_config(seed))
 
 
-def scored(trained: training.Trained, dataset: data.Dataset, trials: int) -> dict[str, Any]:
+def _say(text: str) -> None:
+    if parallel.is_first():
+        print(text, flush=True)
+
+
+def scored(
+    trained: training.Trained, dataset: data.Dataset, trials: int, mesh: Mesh
+) -> dict[str, Any]:
     """Test and validation accuracy, sampled as in the paper and along the full gradient."""
     model, scores = trained.model, {}
+    sampled = model.is_stochastic
     for prefix, split in (("validation_", dataset.validation), ("", dataset.test)):
-        sampled = model.is_stochastic
-        accuracies = training.evaluate(model, split, dataset, trials=trials if sampled else 1)
+        accuracies = evaluation.evaluate(
+            model, split, dataset, trials=trials if sampled else 1, mesh=mesh
+        )
         scores[f"{prefix}accuracy"] = float(accuracies.mean())
         scores[f"{prefix}std"] = float(accuracies.std()) if sampled else None
-        full = training.evaluate(model, split, dataset, deterministic=True) if sampled else None
+        full = None
+        if sampled:
+            full = evaluation.evaluate(model, split, dataset, deterministic=True, mesh=mesh)
         scores[f"{prefix}full_gradient_accuracy"] = None if full is None else float(full[0])
     return {
         **scores,
-        "trials": trials if model.is_stochastic else 1,
+        "trials": trials if sampled else 1,
         "parameters": training.count_parameters(model),
         "train_seconds": trained.seconds,
     }
-
-
-def _paper(accuracy: Accuracy | None) -> dict[str, float | None]:
-    mean, std = accuracy or (None, None)
-    return {"paper_accuracy": mean, "paper_std": std}
 
 
 def main(table: Table, config: type[Options], args: list[str] | None) -> None:
@@ -311,14 +234,11 @@ def main(table: Table, config: type[Options], args: list[str] | None) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options: Any = tyro.cli(config, prog=f"python -m experiments.{table.name}", args=args)
     expected = (
-        archive.DataError,
-        checkpoints.CheckpointError,
-        training.ConfigurationError,
-        training.DivergenceError,
-        OSError,
+        *(archive.DataError, checkpoints.CheckpointError, results.FolderError, OSError),
+        *(parallel.DeviceError, training.ConfigurationError, training.DivergenceError),
     )
     try:
         finals = run(table, options)
     except expected as error:
         sys.exit(f"error: {error}")
-    print(f"\n{comparison.table(finals)}\nwritten to {options.out}")
+    _say(f"\n{comparison.table(finals)}\nwritten to {options.out}")

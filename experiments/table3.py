@@ -15,7 +15,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import data, finetune
+from experiments import data, finetune, options
 from experiments.networks import NAMES, AlexNet, AlexNetConfig, BlockConfig, swap_conv
 
 PAPER = {"cifar10": (77.30, 78.51), "cifar100": (44.20, 45.53)}
@@ -23,11 +23,11 @@ PAPER = {"cifar10": (77.30, 78.51), "cifar100": (44.20, 45.53)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(finetune.Options):
+class Config(options.Options):
     """Train AlexNet, swap its first layer for a solver, finetune, and print the accuracies."""
 
     out: Path = Path("runs/table3")
-    """Folder of the results, and of checkpoints to resume from; an earlier run's results are replaced."""
+    """Folder of the results and checkpoints of one configuration; a stopped run goes on there."""
     num_iters: int = 10
     """Iterations of the solver; the paper does not give the number."""
     methods: tuple[Literal["prox-gd", "fista"], ...] = ("prox-gd",)
@@ -35,7 +35,7 @@ class Config(finetune.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        finetune.check_methods(self.methods, self.num_iters)
+        options.check_methods(self.methods, self.num_iters)
 
 
 def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
@@ -68,7 +68,7 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     ]
 
 
-TABLE = finetune.Table("table3", "AlexNet, first layer swapped", studies)
+TABLE = finetune.Table("table3", studies)
 
 
 def main(args: list[str] | None = None) -> None:

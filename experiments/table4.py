@@ -17,7 +17,7 @@ from typing import Literal
 
 from flax import nnx
 
-from experiments import data, finetune
+from experiments import data, finetune, options
 from experiments.networks import NAMES, VGG16, BlockConfig, Method, VGG16Config, swap_hidden
 
 Marks = Literal["D-D", "ND-D"]
@@ -41,11 +41,11 @@ stated, and taken to be both."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(finetune.Options):
+class Config(options.Options):
     """Train VGG16, swap its hidden layers for solvers, finetune, and print the accuracies."""
 
     out: Path = Path("runs/table4")
-    """Folder of the results, and of checkpoints to resume from; an earlier run's results are replaced."""
+    """Folder of the results and checkpoints of one configuration; a stopped run goes on there."""
     num_iters: int = 30
     """Iterations of the solvers."""
     decay: float = 0.9
@@ -57,7 +57,7 @@ class Config(finetune.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        finetune.check_methods(self.methods, self.num_iters, self.decay)
+        options.check_methods(self.methods, self.num_iters, self.decay)
 
 
 def arms(config: Config, paper: dict[str, finetune.Accuracy]) -> list[finetune.Arm]:
@@ -101,7 +101,7 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     ]
 
 
-TABLE = finetune.Table("table4", "VGG16, hidden layers swapped", studies)
+TABLE = finetune.Table("table4", studies)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from flax import nnx
 
-from experiments import comparison, data, finetune, networks, plots, results
+from experiments import comparison, data, finetune, networks, options, plots, results
 from experiments.networks import NAMES, BlockConfig, Method, swap_hidden
 
 Head = Literal["vgg16", "alexnet", "lenet"]
@@ -35,17 +35,18 @@ PAPER: dict[float, tuple[finetune.Accuracy, finetune.Accuracy]] = {
 """For VGG16 on CIFAR-100, by dropout rate: the baseline's accuracy, and the solver's over 20 trials."""
 
 LABELS = {"vgg16": "VGG16", "alexnet": "AlexNet", "lenet": "LeNet"}
+ARMS = {"baseline": "baseline", "control": "baseline, finetuned"}
 ALEXNET_HIDDEN = 256
 SMOKE_RATES = (0.5, 0.95)
 PICTURE = "rates.png"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(finetune.Options):
+class Config(options.Options):
     """Train a network for each dropout rate, swap its last hidden layer, finetune, print accuracies."""
 
     out: Path = Path("runs/table5")
-    """Folder of the results, and of checkpoints to resume from; an earlier run's results are replaced."""
+    """Folder of the results and checkpoints of one configuration; a stopped run goes on there."""
     network: Head = "vgg16"
     """vgg16 is the paper's; lenet is table 2's, which trains on a CPU and has no --width; alexnet is
     table 3's with a hidden layer of 256 units."""
@@ -60,16 +61,16 @@ class Config(finetune.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        finetune.check_methods(self.methods, self.num_iters, self.decay)
+        options.check_methods(self.methods, self.num_iters, self.decay)
         if not self.rates or not all(0 <= rate < 1 for rate in self.rates):
             raise ValueError(f"rates: expected dropout rates in [0, 1), got {self.rates}")
 
     def filled(self) -> Self:
         """The options filled in; a smoke run of all rates becomes one of two."""
-        options = super().filled()
+        filled = super().filled()
         if self.smoke and self.rates == Config.rates:
-            return dataclasses.replace(options, rates=SMOKE_RATES)
-        return options
+            return dataclasses.replace(filled, rates=SMOKE_RATES)
+        return filled
 
 
 def builder(config: Config, dataset: data.Dataset) -> tuple[Callable[[nnx.Rngs], Any], Any]:
@@ -138,12 +139,12 @@ def draw(finals: list[dict[str, Any]], out: Path) -> None:
         ]
         x, y = (np.array(values, float) for values in zip(*points, strict=True))
         plain = arm in ("baseline", "control")
-        curves.append(plots.Curve(rows[0][0]["arm_label"], x, y, color, dashed=plain))
+        curves.append(plots.Curve(ARMS.get(arm) or NAMES[arm], x, y, color, dashed=plain))
     title = f"{LABELS[finals[0]['config']['head']]}, {finals[0]['dataset']}"
     results.write_figure(out / PICTURE, lambda path: plots.rates(path, curves, title=title))
 
 
-TABLE = finetune.Table("table5", "Dropout rates", studies, draw, (PICTURE,))
+TABLE = finetune.Table("table5", studies, draw, (PICTURE,))
 
 
 def main(args: list[str] | None = None) -> None:

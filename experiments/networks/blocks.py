@@ -1,6 +1,7 @@
 """The layers under study: plain, with dropout, or solved."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -65,21 +66,41 @@ class BlockConfig:
         Raises:
           ValueError: for "dropout", which solves nothing.
         """
-        tau, count, step = 1.0 - self.rate, self.num_iters, self.step_size
-        if self.method == "prox-sg":
-            return ss.ProxSG(tau=tau, num_iters=count, step_size=step, decay=self.decay)
-        if self.method == "importance":
-            sampling = ss.estimators.Importance(tau, by="lipschitz")
-            return ss.ProxSG(None, count, step_size=step, decay=self.decay, sampling=sampling)
-        if self.method == "expected-smoothness":
-            rule = ss.InverseExpectedSmoothness(decay=self.decay) if step is None else step
-            return ss.ProxSG(tau=tau, num_iters=count, step_size=rule)
-        if self.method == "ms2gd":
-            outer = min(2, count)
-            return ss.MS2GD(tau, num_outer=outer, num_inner=count // outer, step_size=step)
-        if self.method in _DETERMINISTIC:
-            return ss.ProxGD(count, step_size=step, momentum=self.method == "fista")
-        raise ValueError(f"method: expected one that solves, got {self.method}")
+        if self.method not in _SOLVERS:
+            raise ValueError(f"method: expected one that solves, got {self.method}")
+        steps: dict[str, Any] = {"step_size": self.step_size}
+        if self.step_size is None:
+            steps = {"decay": self.decay}
+        return _SOLVERS[self.method](self, 1.0 - self.rate, steps)
+
+
+def _smooth(block: BlockConfig, tau: float, steps: dict[str, Any]) -> Any:
+    rule = ss.InverseExpectedSmoothness(**steps) if block.step_size is None else block.step_size
+    return ss.ProxSG(tau, block.num_iters, step_size=rule)
+
+
+def _importance(block: BlockConfig, tau: float, steps: dict[str, Any]) -> Any:
+    sampling = ss.estimators.Importance(tau, by="lipschitz")
+    return ss.ProxSG(None, block.num_iters, sampling=sampling, **steps)
+
+
+def _ms2gd(block: BlockConfig, tau: float, steps: dict[str, Any]) -> Any:
+    del steps  # no decay
+    outer = min(2, block.num_iters)
+    inner = block.num_iters // outer
+    return ss.MS2GD(tau, num_outer=outer, num_inner=inner, step_size=block.step_size)
+
+
+_SOLVERS: dict[Method, Callable[[BlockConfig, float, dict[str, Any]], Any]] = {
+    "prox-sg": lambda block, tau, steps: ss.ProxSG(tau, block.num_iters, **steps),
+    "ms2gd": _ms2gd,
+    "importance": _importance,
+    "expected-smoothness": _smooth,
+    "prox-gd": lambda block, _, __: ss.ProxGD(block.num_iters, step_size=block.step_size),
+    "fista": lambda block, _, __: ss.ProxGD(
+        block.num_iters, step_size=block.step_size, momentum=True
+    ),
+}
 
 
 class DropoutReLU(nnx.Module):
