@@ -211,8 +211,10 @@ def _unreadable(folder: Path, reason: str) -> CheckpointError:
 
 
 def _reason(error: BaseException) -> str:
-    first_line = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first_line[:200]}".rstrip(": ")
+    line = next(iter(str(error).splitlines()), "")
+    if len(line) > 200:  # the cause is at one end or the other
+        line = f"{line[:100]} … {line[-100:]}"
+    return f"{type(error).__name__}: {line}".rstrip(": ")
 
 
 def _short(value: Any) -> str:

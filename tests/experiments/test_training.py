@@ -6,36 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 from flax import nnx
 
 import stochsolvers as ss
-from experiments import data, networks, training
+from experiments import networks, training
 from experiments.networks import BlockConfig, LeNet, LeNetConfig
 
 
-@pytest.fixture
-def toy(rng) -> data.Dataset:
-    """Images of two classes, bright above or bright below, 16×16."""
-
-    def split(count):
-        labels = rng.integers(0, 2, count).astype(np.int32)
-        images = rng.integers(0, 60, (count, 16, 16, 1), dtype=np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            image[8 * label : 8 * label + 8] += 150
-        return data.Split(images, labels)
-
-    train = split(64)
-    mean, std = data.pixel_statistics(train.images)
-    return data.Dataset("toy", train, split(24), split(40), ("up", "down"), mean, std)
-
-
-def builder(toy, method="prox-sg", variant="D-D"):
-    config = LeNetConfig(toy.image_shape, 2, variant, BlockConfig(method, num_iters=3))
-    return lambda rngs: LeNet(config, rngs=rngs)
-
-
-@pytest.mark.parametrize("variant", ["D-D", "D-ND", "ND-D"])
-@pytest.mark.parametrize("method", ["dropout", "prox-sg"])
+@pytest.mark.parametrize(
+    ("variant", "method"), [("D-D", "dropout"), ("D-ND", "prox-sg"), ("ND-D", "prox-sg")]
+)
 def test_lenet_shapes(variant, method):
     config = LeNetConfig((32, 32, 3), 10, variant, BlockConfig(method))
     model = LeNet(config, rngs=nnx.Rngs(0))
@@ -63,11 +44,11 @@ def test_lenet_needs_sixteen_pixels():
         LeNet(LeNetConfig((15, 32, 1)), rngs=nnx.Rngs(0))
 
 
-def test_modes(toy):
-    images = training.normalise(toy.test.images[:4], toy.mean, toy.std)
-    random = {}
+def test_modes():
+    images, random = jnp.ones((4, 16, 16, 1)), {}
     for method in ("dropout", "prox-sg"):
-        model = builder(toy, method)(nnx.Rngs(0))
+        config = LeNetConfig((16, 16, 1), 2, "ND-D", BlockConfig(method, num_iters=3))
+        model = LeNet(config, rngs=nnx.Rngs(0))
         for mode in ("train", "test", "deterministic"):
             networks.set_mode(model, mode)
             random[method, mode] = not np.array_equal(model(images), model(images))
@@ -80,7 +61,9 @@ def test_modes(toy):
 
 @pytest.mark.parametrize("total", [1, 2, 3, 9, 100])
 def test_learning_rate_falls_in_thirds(total):
-    rates = np.array(jax.vmap(training.staged_learning_rate((1e-2, 1e-3, 1e-4), total))(jnp.arange(total)))
+    rates = np.array(
+        jax.vmap(training.staged_learning_rate((1e-2, 1e-3, 1e-4), total))(jnp.arange(total))
+    )
     steps = np.arange(total)
     expected = np.where(steps < total / 3, 1e-2, np.where(steps < 2 * total / 3, 1e-3, 1e-4))
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
@@ -98,31 +81,106 @@ def test_weight_decay_is_coupled_and_momentum_accumulates():
         weight = weight + update
 
 
-@pytest.mark.parametrize("method", ["dropout", "prox-sg"])
-def test_training_learns_and_is_reproducible(toy, method):
-    config = training.TrainConfig(epochs=6, batch_size=16, learning_rates=(0.2, 0.02, 0.002), seed=1)
-    first = training.train(builder(toy, method), toy, config, label="toy")
-    assert [record["epoch"] for record in first.history] == list(range(1, 7))
-    assert first.history[-1]["train_loss"] < first.history[0]["train_loss"]
-    assert first.history[-1]["validation_accuracy"] > 90
-
-    again = training.train(builder(toy, method), toy, config, label="toy")
-    assert [r["train_loss"] for r in again.history] == [r["train_loss"] for r in first.history]
-    other = dataclasses.replace(config, seed=2)
-    other = training.train(builder(toy, method), toy, other, label="toy")
-    assert other.history[0]["train_loss"] != first.history[0]["train_loss"]
+@pytest.mark.parametrize("rates", [(0.1,), (1e-3, 1e-4)])
+def test_any_number_of_learning_rates(rates):
+    schedule = training.staged_learning_rate(rates, 6)
+    expected = np.repeat(rates, 6 // len(rates))
+    np.testing.assert_allclose([schedule(k) for k in range(6)], expected, rtol=1e-6)
 
 
-def test_lipschitz_constants_are_fresh_after_training(toy):
-    config = training.TrainConfig(epochs=1, batch_size=16)
-    model = training.train(builder(toy), toy, config, label="toy").model
-    for layer in (model.penultimate, model.last):
-        singular = np.linalg.norm(np.asarray(layer.kernel[...]), 2)
-        np.testing.assert_allclose(layer.lipschitz[...], singular**2, rtol=1e-4)
+LONGER = dataclasses.replace(toys.CONFIG, epochs=8)
+OPTIONS = {
+    "plain": {},
+    "seed": {"seed": 2},
+    "bf16": {"precision": "bf16"},
+    "augment": {"augment": True},
+}
 
 
-def test_evaluation_counts_every_image_once(toy):
-    model = builder(toy)(nnx.Rngs(0))
+@pytest.fixture(scope="module")
+def runs():
+    """A run with each of the options."""
+    with jax.enable_x64(False):
+        return {
+            name: toys.train(config=dataclasses.replace(LONGER, **options))
+            for name, options in OPTIONS.items()
+        }
+
+
+def test_training_learns_and_is_reproducible(runs):
+    for name, run in runs.items():
+        assert [record["epoch"] for record in run.history] == list(range(1, 9))
+        assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]
+        if name != "augment":  # crops by up to four of eight pixels leave little
+            assert run.history[-1]["validation_accuracy"] > 90
+    losses = {name: [record["train_loss"] for record in run.history] for name, run in runs.items()}
+    assert len(set(map(tuple, losses.values()))) == len(OPTIONS)
+    again = toys.train(config=LONGER)
+    assert [record["train_loss"] for record in again.history] == losses["plain"]
+
+
+def test_batch_statistics_are_carried(runs):
+    trained, toy = runs["plain"].model, toys.dataset()
+    before = np.asarray(trained.norm.mean[...])
+    assert np.abs(before).max() > 0.01
+    # evaluation reads them and leaves them
+    training.evaluate(trained, toy.test, toy)
+    np.testing.assert_array_equal(trained.norm.mean[...], before)
+
+
+def test_lipschitz_constants_are_fresh_after_training(runs):
+    layer = runs["plain"].model.solver
+    singular = np.linalg.norm(np.asarray(layer.kernel[...]), 2)
+    np.testing.assert_allclose(layer.lipschitz[...], singular**2, rtol=1e-4)
+
+
+def test_finetuning_starts_from_what_is_built(runs):
+    trained = runs["plain"].model
+    graph, state = nnx.split(trained)
+    config = dataclasses.replace(toys.CONFIG, epochs=1, learning_rates=(0.0,), weight_decay=0.0)
+    tuned = training.train(
+        lambda _: nnx.merge(graph, state, copy=True), toys.dataset(), config, label="toy"
+    ).model
+    for before, after in zip(
+        *(jax.tree.leaves(nnx.state(model, nnx.Param)) for model in (trained, tuned)), strict=True
+    ):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_bfloat16_leaves_parameters_and_solvers_alone():
+    model = toys.TinyNet(rngs=nnx.Rngs(0))
+    training.set_precision(model, "bf16")
+    images = jnp.ones((2, 8, 8, 1))
+    features = model.features(images)
+    assert features.dtype == jnp.bfloat16
+    assert model.solver(features).dtype == jnp.float32
+    assert model(images).dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {
+        jnp.dtype("float32")
+    }
+
+
+def test_augmentation_crops_and_flips(rng):
+    images = rng.integers(1, 255, (64, 8, 8, 1), dtype=np.uint8)
+    out = np.asarray(training.augmented(jax.random.key(0), jnp.asarray(images)))
+    assert (out.shape, out.dtype) == (images.shape, images.dtype)
+    seen = set()
+    for image, found in zip(images, out, strict=True):
+        border = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+        candidates = {
+            (row, column, flip): border[row : row + 8, column : column + 8][:, :: 1 - 2 * flip]
+            for row in range(9)
+            for column in range(9)
+            for flip in range(2)
+        }
+        (place,) = (key for key, crop in candidates.items() if np.array_equal(crop, found))
+        seen.add(place)
+    rows, columns, flips = map(set, zip(*seen, strict=True))
+    assert (rows, columns, flips) == (set(range(9)), set(range(9)), {0, 1})
+
+
+def test_evaluation_counts_every_image_once(runs):
+    model, toy = runs["plain"].model, toys.dataset()
     whole = training.evaluate(model, toy.test, toy, deterministic=True)
     networks.set_mode(model, "deterministic")
     logits = model(training.normalise(toy.test.images, toy.mean, toy.std))
@@ -132,25 +190,24 @@ def test_evaluation_counts_every_image_once(toy):
     np.testing.assert_allclose(parts, whole)
 
 
-def test_trials_are_independent_and_reproducible(toy):
-    model = builder(toy)(nnx.Rngs(0))
+def test_trials_are_independent_and_reproducible():
+    model, toy = toys.TinyNet(rngs=nnx.Rngs(0)), toys.dataset()
     first = training.evaluate(model, toy.test, toy, trials=8)
     assert first.shape == (8,)
     assert len(set(first)) > 1
     np.testing.assert_array_equal(training.evaluate(model, toy.test, toy, trials=8), first)
 
 
-def test_divergence_names_the_step(toy):
-    config = training.TrainConfig(epochs=3, batch_size=16, learning_rates=(1e30,))
+def test_divergence_names_the_step():
+    config = dataclasses.replace(toys.CONFIG, learning_rates=(1e30,))
     with pytest.raises(training.DivergenceError, match=r"toy: the loss is (nan|inf) at step \d+"):
-        training.train(builder(toy, "dropout"), toy, config, label="toy")
+        toys.train(config=config)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"epochs": 0}, "epochs: expected at least 1"), ({"batch_size": 65}, "expected 1 to 64")],
+    [({"epochs": 0}, "epochs: expected at least 1"), ({"batch_size": 68}, "expected 1 to 67")],
 )
-def test_impossible_configurations(toy, changes, message):
-    config = dataclasses.replace(training.TrainConfig(epochs=1, batch_size=16), **changes)
+def test_impossible_configurations(changes, message):
     with pytest.raises(training.ConfigurationError, match=message):
-        training.train(builder(toy), toy, config, label="toy")
+        toys.train(config=dataclasses.replace(toys.CONFIG, **changes))

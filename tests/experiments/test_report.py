@@ -1,0 +1,104 @@
+"""Tables and pictures from stored results."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from experiments import report, results
+
+VERSIONS = {"versions": {"jax": "1.2"}, "hardware": {"device": "NVIDIA H200"}}
+
+
+def rows_of(seed, accuracy, validation, *, name="D-D Prox-SG", std=0.25):
+    tags = {"dataset": "cifar10", "name": name, "seed": seed}
+    epochs = [
+        {"kind": "epoch", **tags, "epoch": k + 1, "validation_accuracy": value}
+        for k, value in enumerate(validation)
+    ]
+    curve = {"layer": "last", "deterministic": False, "low": [1, 0.1]}
+    curve |= {"middle": [2, 0.2], "high": [3, 0.3]}
+    final = {"accuracy": accuracy, "std": std, "trials": 20, "epochs": 2, "batch_size": 128}
+    final |= {"full_gradient_accuracy": None if std is None else accuracy + 1}
+    final |= {"validation_accuracy": validation[-1], "paper_accuracy": 72.86, "paper_std": 0.177}
+    final |= {"config": {"training": {"learning_rates": [0.01, 0.001], "augment": True}}}
+    final |= VERSIONS
+    rows = [*epochs, {"kind": "residuals", **tags, **curve}, {"kind": "final", **tags, **final}]
+    return rows if std is not None else [row for row in rows if row["kind"] != "residuals"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two runs of other seeds."""
+    for seed, accuracy in ((0, 70.0), (1, 73.0)):
+        rows = rows_of(seed, accuracy, [50.0 + seed, 60.0 + seed])
+        rows += rows_of(seed, 60.0, [40.0, 55.0], name="D-D dropout", std=None)
+        results.write_jsonl(tmp_path / str(seed) / "results.jsonl", rows)
+    return [tmp_path / "0", tmp_path / "1"]
+
+
+def test_spread_over_seeds_and_over_trials_are_apart(folders):
+    solver, dropout = report.summarise(report.load(folders))
+    assert solver["accuracy"] == 71.5
+    np.testing.assert_allclose(solver["seed_std"], np.sqrt(4.5))
+    assert solver["trial_std"] == 0.25
+    assert solver["seeds"] == "0 1"
+    assert solver["full_gradient_accuracy"] == 72.5
+    np.testing.assert_allclose(solver["difference"], -1.36)
+    assert (dropout["seed_std"], dropout["trial_std"]) == (0.0, None)
+    assert dropout["full_gradient_accuracy"] == 60.0
+    # of one seed there is no spread
+    assert report.summarise(report.load(folders[:1]))[0]["seed_std"] is None
+
+
+def test_several_folders_make_one_page(folders, tmp_path, capsys):
+    report.main([*map(str, folders), "--out", str(tmp_path / "all")])
+    printed = capsys.readouterr().out
+    assert "71.50 ± 2.121" in printed
+    page = (tmp_path / "all" / "README.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| D-D Prox-SG"))
+    for cell in ("72.86 ± 0.177", "71.50 ± 2.121", "0.250", "-1.36", "0 1", "NVIDIA H200"):
+        assert f"| {cell} |" in row
+    assert "2 epochs; batches of 128; 0.01, 0.001; crop and flip" in row
+    with (tmp_path / "all" / "summary.csv").open() as file:
+        assert [line["name"] for line in csv.DictReader(file)] == ["D-D Prox-SG", "D-D dropout"]
+    for name in report.PICTURES:
+        assert (tmp_path / "all" / name).read_bytes().startswith(b"\x89PNG")
+
+    report.main(list(map(str, folders)))
+    assert capsys.readouterr().out.strip() == page.strip()
+
+
+def test_notes_are_kept_and_a_page_by_hand_is_too(folders):
+    folder = folders[0]
+    (folder / "NOTES.md").write_text("The archive was recompressed.\n")
+    report.main([str(folder)])
+    assert (folder / "README.md").read_text().endswith("The archive was recompressed.\n")
+    (folder / "README.md").write_text("By hand.\n")
+    report.main([str(folder)])
+    assert (folder / "README.md").read_text() == "By hand.\n"
+
+
+def test_curves_are_means_over_seeds(folders):
+    solver, dropout = report.accuracy_curves(report.load(folders))
+    np.testing.assert_array_equal(solver.y, [50.5, 60.5])
+    np.testing.assert_array_equal(solver.band, [[50, 60], [51, 61]])
+    assert (solver.dashed, dropout.dashed) == (False, True)
+
+
+def test_earlier_rows_without_names(tmp_path):
+    rows = rows_of(0, 70.0, [50.0, 60.0])
+    for row in rows:
+        del row["name"]
+        row |= {"variant": "D-ND", "method": "prox-sg", "dataset": "digits"}
+    (summary,) = report.summarise(rows)
+    assert summary["name"] == "D-ND Prox-SG"
+    # the paper's number is of another data set
+    assert (summary["paper_accuracy"], summary["difference"]) == (None, None)
+
+
+def test_folders_that_do_not_fit(folders, tmp_path):
+    with pytest.raises(SystemExit, match=r"both hold D-D Prox-SG on cifar10 with seed 0"):
+        report.main([str(folders[0]), str(folders[0])])
+    with pytest.raises(SystemExit, match=r"nothing: has no results.jsonl"):
+        report.main([str(tmp_path / "nothing")])
