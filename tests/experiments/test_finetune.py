@@ -1,0 +1,302 @@
+"""Tables 3 to 5 from end to end on a handful of images, and what they share."""
+
+import contextlib
+import csv
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from archives import files_under
+from flax import nnx
+
+from experiments import (
+    comparison,
+    data,
+    finetune,
+    networks,
+    report,
+    table3,
+    table4,
+    table5,
+    training,
+)
+from experiments.networks import BlockConfig, LeNet, LeNetConfig
+
+HANDFUL = [
+    "--epochs",
+    "1",
+    "--finetune-epochs",
+    "1",
+    "--batch-size",
+    "8",
+    "--trials",
+    "2",
+    "--width",
+    "0.03",
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A file of 16×16 images of two classes."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("npz") / "halves.npz"
+    labels = np.arange(40) % 2
+    pixels = rng.integers(0, 60, (40, 16, 16), dtype=np.uint8)
+    for image, label in zip(pixels, labels, strict=True):
+        image[8 * label : 8 * label + 8] += 150
+    np.savez(path, images=pixels, labels=labels)
+    return path
+
+
+def run(module, images, out, *options):
+    """The rows that a table wrote, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        module.main(["--dataset", str(images), "--out", str(out), *HANDFUL, *options])
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return rows, printed.getvalue()
+
+
+def finals(rows):
+    return [row for row in rows if row["kind"] == "final"]
+
+
+@pytest.fixture(scope="module")
+def lenet_rows(images, tmp_path_factory):
+    """One run of table 5 with the LeNet."""
+    out = tmp_path_factory.mktemp("table5") / "out"
+    with jax.enable_x64(False):
+        rows, printed = run(
+            table5, images, out, "--network", "lenet", "--rates", "0.5", "--num-iters", "2"
+        )
+    return out, rows, printed
+
+
+def test_table5_rows_files_and_print(lenet_rows, images):
+    out, rows, printed = lenet_rows
+    assert [row["arm"] for row in finals(rows)] == ["baseline", "control", "prox-sg"]
+    # the finetuning epochs follow those of the baseline
+    epochs = [(row["arm"], row["epoch"]) for row in rows if row["kind"] == "epoch"]
+    assert epochs == [("baseline", 1), ("control", 2), ("prox-sg", 2)]
+    for row in finals(rows):
+        sampled = row["arm"] == "prox-sg"
+        assert (row["trials"], row["std"] is not None) == ((2, True) if sampled else (1, False))
+        assert (row["validation_std"] is not None) == sampled
+        rates = row["config"]["training"]["learning_rates"]
+        assert rates == ([1e-2, 1e-3, 1e-4] if row["arm"] == "baseline" else [1e-3, 1e-4])
+        assert row["config"]["rate"] == 0.5
+        assert row["paper_accuracy"] is None
+        assert row["versions"]["jax"]
+        assert 0 <= row["accuracy"] <= 100
+    assert len({row["parameters"] for row in finals(rows)}) == 1
+    for name in ("accuracy.png", table5.PICTURE):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    with (out / report.CSV).open() as file:
+        assert [line["name"] for line in csv.DictReader(file)] == [
+            "LeNet p = 0.5 baseline",
+            "LeNet p = 0.5 baseline, finetuned",
+            "LeNet p = 0.5 Prox-SG",
+        ]
+    for path in (out / "results.jsonl", out / "config.json", out / report.PAGE):
+        assert str(images.parent) not in path.read_text()
+    assert "LeNet p = 0.5 Prox-SG" in printed
+    assert "The paper has no numbers for this network on halves." in printed
+
+
+def test_a_stopped_run_goes_on(lenet_rows, images, tmp_path, monkeypatch):
+    out, rows, _ = lenet_rows
+    before = (out / "results.jsonl").read_text()
+    options = ("--network", "lenet", "--rates", "0.5", "--num-iters", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", None)  # nothing is trained again
+        run(table5, images, out, *options)
+    assert (out / "results.jsonl").read_text() == before
+
+    # without the last network's rows and checkpoint, only that network is trained, to the same end
+    kept = [line for line in before.splitlines() if '"prox-sg"' not in line]
+    (tmp_path / "results.jsonl").write_text("\n".join(kept) + "\n")
+    (tmp_path / "config.json").write_text((out / "config.json").read_text())
+    again, printed = run(table5, images, tmp_path, *options)
+    assert "baseline, seed 0:" not in printed
+
+    def score(rows):
+        return [row["accuracy"] for row in finals(rows)]
+
+    assert score(again) == score(rows)
+
+    with pytest.raises(SystemExit, match=r"^error: .*another run.*decay"):
+        run(table5, images, out, *options, "--decay", "0.5")
+
+
+def test_table3_from_end_to_end(images, tmp_path):
+    rows, _ = run(table3, images, tmp_path / "3", "--num-iters", "2")
+    assert [row["name"] for row in finals(rows)] == [
+        "AlexNet baseline",
+        "AlexNet baseline, finetuned",
+        "AlexNet Prox-GD",
+    ]
+    assert len({row["parameters"] for row in finals(rows)}) == 1
+    assert all(row["std"] is None for row in finals(rows))
+
+
+def test_table4_swaps_what_it_says(images):
+    config = table4.Config(dataset="halves.npz", width=0.03, num_iters=2)
+    dataset = data.load(str(images), images.parent, seed=0)
+    (study,) = table4.studies(config, dataset)
+
+    def swapped(arm):
+        model = study.build(nnx.Rngs(0))
+        arm.swap(model, nnx.Rngs(1))
+        return model
+
+    names = {}
+    for arm in study.arms:
+        model = nnx.eval_shape(lambda arm=arm: swapped(arm))
+        layers = (model.penultimate, model.last)
+        names[arm.name] = tuple(type(layer).__name__ for layer in layers)
+        for layer in layers:
+            if isinstance(layer, networks.DropoutSolver):
+                assert layer.dropout.rate == 0.5
+            solver = networks.solver_of(layer)
+            if solver is not None and solver.solver.stochastic:
+                assert solver.solver.tau == 0.5
+    assert names == {
+        "prox-sg-ND-D": ("DropoutReLU", "SolverLinear"),
+        "prox-sg-D-D": ("SolverLinear", "SolverLinear"),
+        "prox-gd-D-D": ("DropoutSolver", "DropoutSolver"),
+    }
+
+
+@pytest.mark.parametrize("network", ["vgg16", "alexnet", "lenet"])
+def test_table5_marks_the_last_layer(network, images):
+    dataset = data.load(str(images), images.parent, seed=0)
+    config = table5.Config(network=network, rates=(0.9,), width=0.05)
+    (study,) = table5.studies(config, dataset)
+    model = nnx.eval_shape(lambda: study.build(nnx.Rngs(0)))
+    assert model.last.dropout.rate == 0.9
+    if network != "alexnet":
+        assert model.penultimate.dropout.rate == (0.5 if network == "vgg16" else 0.0)
+
+
+def test_the_papers_numbers_stand_where_they_are_comparable():
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    split = data.Split(images, np.zeros(4, np.int32))
+    statistics = (np.zeros(3, np.float32), np.ones(3, np.float32))
+    names = tuple(map(str, range(100)))
+
+    def papers(module, config, dataset="cifar100"):
+        these = data.Dataset(dataset, split, split, split, names, *statistics)
+        return [
+            paper
+            for study in module.studies(config, these)
+            for paper in (study.paper, *(arm.paper for arm in study.arms))
+        ]
+
+    assert papers(table3, table3.Config(width=1.0)) == [(44.20, None), (45.53, None)]
+    assert papers(table3, table3.Config(width=0.5)) == [None, None]
+    expected = [(70.27, None), (70.95, 0.042), (70.44, 0.077), (71.10, None)]
+    assert papers(table4, table4.Config(width=1.0)) == expected
+    assert papers(table4, table4.Config(width=1.0), "digits") == [None] * 4
+    assert papers(table5, table5.Config(width=1.0))[-2:] == [(30.61, None), (67.42, 0.0774)]
+    assert papers(table5, table5.Config(width=1.0, network="lenet")) == [None] * 10
+    assert papers(table5, table5.Config(width=1.0), "cifar10") == [None] * 10
+
+
+def test_finetuning_leaves_the_baseline_alone(images):
+    dataset = data.load(str(images), images.parent, seed=0)
+    config = LeNetConfig(dataset.image_shape, 2, "ND-D", BlockConfig("dropout"))
+    baseline = nnx.jit(lambda: LeNet(config, rngs=nnx.Rngs(0)))()
+    before = parameters(baseline)
+
+    def swap(model, rngs):
+        model.last = networks.swap_hidden(model.last, BlockConfig(num_iters=2), rngs=rngs)
+
+    optimiser = training.TrainConfig(epochs=1, batch_size=8, learning_rates=(0.1,))
+    build = finetune.swapped(baseline, finetune.Arm("swap", "swap", swap))
+    for mine, theirs in zip(before, parameters(build(nnx.Rngs(0))), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    trained = training.train(build, dataset, optimiser, label="test").model
+    for mine, theirs in zip(before, parameters(trained), strict=True):
+        assert np.any(mine != theirs)
+    for mine, theirs in zip(before, parameters(baseline), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def parameters(model):
+    """In an order that a swap keeps."""
+    return [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+
+
+def test_a_diverging_swap_is_a_row(images, tmp_path, monkeypatch):
+    train = training.train
+
+    def diverging(build, dataset, config, *, label, **options):
+        if "Prox-SG" in label:
+            raise training.DivergenceError(f"{label}: the loss is nan at step 3.")
+        return train(build, dataset, config, label=label, **options)
+
+    monkeypatch.setattr(training, "train", diverging)
+    options = ("--network", "lenet", "--rates", "0.5", "--num-iters", "2")
+    rows, printed = run(table5, images, tmp_path, *options)
+    assert finals(rows)[-1]["accuracy"] is None
+    assert "nan at step 3" in finals(rows)[-1]["error"]
+    assert "diverged" in printed
+
+
+def test_the_table_separates_seeds_from_trials():
+    rows = [
+        {
+            **{"kind": "final", "dataset": "toy", "study": "s", "arm": arm, "name": arm},
+            **{"seed": seed, "accuracy": accuracy, "std": std, "full_gradient_accuracy": None},
+            **{"validation_accuracy": 1.0, "paper_accuracy": None, "paper_std": None},
+            **{"epochs": 1, "finetune_epochs": 1},
+        }
+        for seed in (0, 1)
+        for arm, accuracy, std in (
+            ("control", 50.0 + seed, None),
+            ("prox-sg", 53.0 + 2 * seed, 0.25),
+        )
+    ]
+    lines = comparison.table(rows).splitlines()
+    assert lines[2].split() == ["control", "50.50", "±", "0.707", "1.00"]
+    assert lines[3].split() == ["prox-sg", "54.00", "±", "1.414", "0.250", "+3.50", "1.00"]
+    assert "± beside the accuracy is over seeds" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (table3, ["--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (table3, ["--num-iters", "0"], "num_iters: expected at least 1"),
+        (table3, ["--methods", "prox-sg"], "prox-sg"),
+        (table4, ["--methods", "dropout"], "expected at least one solver and no dropout"),
+        (table4, ["--decay", "1.5"], "decay: expected a factor"),
+        (table4, ["--width", "-1"], "width: expected a positive factor"),
+        (table5, ["--rates", "1.0"], "rates: expected dropout rates"),
+        (table5, ["--seeds", "1", "1"], "seeds: expected at least one, not negative, each once"),
+    ],
+)
+def test_bad_options(module, options, message, capsys):
+    with pytest.raises(SystemExit):
+        module.main(options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [table3, table4, table5])
+def test_unknown_data_is_one_clear_line(module, tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: dataset: expected digits, .*, got mnist$"):
+        module.main(["--dataset", "mnist", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"^error: absent\.npz: no such file$"):
+        module.main(["--dataset", "absent.npz", "--out", str(tmp_path / "out")])
+    assert files_under(tmp_path) == set()
+
+
+def test_a_smoke_run_is_small():
+    options = table5.Config(smoke=True).filled()
+    assert (options.epochs, options.width, options.rates) == (2, 0.125, table5.SMOKE_RATES)
+    given = table5.Config(smoke=True, epochs=5, rates=(0.1,)).filled()
+    assert (given.epochs, given.rates) == (5, (0.1,))
+    full = table4.Config(dataset="cifar100").filled()
+    assert (full.epochs, full.finetune_epochs, full.batch_size, full.width) == (300, 200, 128, 1.0)
