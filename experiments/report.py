@@ -27,8 +27,8 @@ PAPER_DATASETS = ("cifar10", "cifar100")
 COLUMNS = (
     *("dataset", "name", "seeds", "accuracy", "seed_std", "trial_std", "trials"),
     *("full_gradient_accuracy", "full_gradient_seed_std", "validation_accuracy"),
-    *("validation_seed_std", "paper_accuracy", "paper_std", "difference", "epochs", "batch_size"),
-    *("parameters", "train_seconds"),
+    *("validation_seed_std", "paper_accuracy", "paper_std", "difference", "gain", "gain_seed_std"),
+    *("epochs", "batch_size", "parameters", "train_seconds"),
 )
 
 
@@ -48,10 +48,17 @@ def summarise(rows: Rows) -> list[dict[str, Any]]:
     for row in rows:
         if row["kind"] == "final":
             groups.setdefault((row["dataset"], name_of(row)), []).append(row)
-    return [_summary(dataset, name, group) for (dataset, name), group in groups.items()]
+    baselines = {
+        (row["dataset"], row.get("variant"), row["seed"]): row["accuracy"]
+        for row in rows
+        if row["kind"] == "final" and row.get("method") == "dropout"
+    }
+    return [_summary(dataset, name, group, baselines) for (dataset, name), group in groups.items()]
 
 
-def _summary(dataset: str, name: str, group: Rows) -> dict[str, Any]:
+def _summary(
+    dataset: str, name: str, group: Rows, baselines: Mapping[tuple[Any, ...], float]
+) -> dict[str, Any]:
     first = group[0]
     accuracy, seed_std = _over_seeds(group, "accuracy")
     full, full_std = _over_seeds(group, "full_gradient_accuracy")
@@ -60,6 +67,13 @@ def _summary(dataset: str, name: str, group: Rows) -> dict[str, Any]:
     validation, validation_std = _over_seeds(group, "validation_accuracy")
     comparable = dataset in PAPER_DATASETS
     paper = first.get("paper_accuracy") if comparable else None
+    gains = [  # seed by seed: both networks had the same validation split
+        {"gain": row["accuracy"] - baselines[key]}
+        for row in group
+        if row.get("method") not in (None, "dropout")
+        and (key := (dataset, row.get("variant"), row["seed"])) in baselines
+    ]
+    gain, gain_std = _over_seeds(gains, "gain")
     return {
         "dataset": dataset,
         "name": name,
@@ -75,6 +89,8 @@ def _summary(dataset: str, name: str, group: Rows) -> dict[str, Any]:
         "paper_accuracy": paper,
         "paper_std": first.get("paper_std") if comparable else None,
         "difference": accuracy - paper if None not in (accuracy, paper) else None,
+        "gain": gain,
+        "gain_seed_std": gain_std,
         "epochs": first.get("epochs"),
         "batch_size": first.get("batch_size"),
         "parameters": first.get("parameters"),
@@ -100,7 +116,7 @@ def name_of(row: Mapping[str, Any]) -> str:
 
 def table(rows: Rows) -> str:
     """The summary as aligned text."""
-    header = ["network", "test %", "± trials", "full gradient", "validation %", "paper", "epochs"]
+    header = ["network", "test %", "± trials", "full gradient", "validation %", "gain", "paper"]
     return results.format_table(header, [_cells(row) for row in summarise(rows)])
 
 
@@ -111,8 +127,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         "" if row["trial_std"] is None else f"{row['trial_std']:.3f}",
         results.percent(row["full_gradient_accuracy"], row["full_gradient_seed_std"]),
         results.percent(row["validation_accuracy"], row["validation_seed_std"]),
+        results.percent(row["gain"], row["gain_seed_std"]),
         results.percent(row["paper_accuracy"], row["paper_std"]),
-        str(row["epochs"]),
     ]
 
 
@@ -120,13 +136,13 @@ def page(rows: Rows, notes: str = "") -> str:
     """The results page: paper, ours, difference, schedule, seeds, hardware."""
     summaries = summarise(rows)
     header = ["network", "paper", "ours, test %", "± trials", "full gradient", "difference"]
-    header += ["validation %", "schedule", "seeds", "hardware"]
+    header += ["validation %", "gain", "schedule", "seeds", "hardware"]
     lines = []
     for row in summaries:
-        name, accuracy, trials, full, validation, paper, _ = _cells(row)
+        name, accuracy, trials, full, validation, gain, paper = _cells(row)
         difference = "" if row["difference"] is None else f"{row['difference']:+.2f}"
         schedule = [row["schedule"], row["seeds"], row["hardware"]]
-        lines.append([name, paper, accuracy, trials, full, difference, validation, *schedule])
+        lines.append([name, paper, accuracy, trials, full, difference, validation, gain, *schedule])
     finals = [row for row in rows if row["kind"] == "final"]
     versions = dict.fromkeys(
         ", ".join(f"{name} {version}" for name, version in row["versions"].items())
@@ -138,7 +154,8 @@ def page(rows: Rows, notes: str = "") -> str:
         results.markdown_table(header, lines),
         "Test accuracy after the last epoch, the test images read once. ± after an accuracy is the "
         "standard deviation over seeds, given two or more; ± trials that over repeated tests of one "
-        "trained network, which samples. Full gradient: the same network without sampling.",
+        "trained network, which samples. Full gradient: the same network without sampling. "
+        "Difference: from the paper. Gain: over dropout in the same layers, seed by seed.",
         "Versions: " + "; ".join(versions) + ".",
         *([notes.strip()] if notes.strip() else []),
     ]

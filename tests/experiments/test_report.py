@@ -33,6 +33,8 @@ def folders(tmp_path):
     for seed, accuracy in ((0, 70.0), (1, 73.0)):
         rows = rows_of(seed, accuracy, [50.0 + seed, 60.0 + seed])
         rows += rows_of(seed, 60.0, [40.0, 55.0], name="D-D dropout", std=None)
+        for row in rows:
+            row["variant"], row["method"] = "D-D", row["name"].split()[1].lower()
         results.write_jsonl(tmp_path / str(seed) / "results.jsonl", rows)
     return [tmp_path / "0", tmp_path / "1"]
 
@@ -45,6 +47,8 @@ def test_spread_over_seeds_and_over_trials_are_apart(folders):
     assert solver["seeds"] == "0 1"
     assert solver["full_gradient_accuracy"] == 72.5
     np.testing.assert_allclose(solver["difference"], -1.36)
+    np.testing.assert_allclose([solver["gain"], solver["gain_seed_std"]], [11.5, np.sqrt(4.5)])
+    assert dropout["gain"] is None
     assert (dropout["seed_std"], dropout["trial_std"]) == (0.0, None)
     assert dropout["full_gradient_accuracy"] == 60.0
     # of one seed there is no spread
