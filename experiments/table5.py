@@ -137,7 +137,7 @@ def draw(finals: list[dict[str, Any]], out: Path) -> None:
         points = [
             (group[0]["config"]["rate"], comparison.mean_of(group, "accuracy")) for group in rows
         ]
-        x, y = (np.array(values, float) for values in zip(*points, strict=True))
+        x, y = (np.array(values, float) for values in zip(*sorted(points), strict=True))
         plain = arm in ("baseline", "control")
         curves.append(plots.Curve(ARMS.get(arm) or NAMES[arm], x, y, color, dashed=plain))
     title = f"{LABELS[finals[0]['config']['head']]}, {finals[0]['dataset']}"
