@@ -123,10 +123,9 @@ def test_overwrite_removes_its_own_files_alone(everything, tmp_path):
     rows = run(
         tiny_cifar,
         folder,
-        *("--overwrite", "--variants", "D-ND", "--methods", "dropout"),
-        *("--seeds", "3", "--precision", "bf16", "--augment"),
+        *("--overwrite", "--variants", "ND-D", "--methods", "dropout", "--seeds", "3"),
     )
-    assert {(row["variant"], row["seed"]) for row in rows} == {("D-ND", 3)}
+    assert {(row["method"], row["seed"]) for row in rows} == {("dropout", 3)}
     assert (folder / "mine.txt").read_text() == "mine"
     # nothing to draw without a solver: the stale picture is gone
     assert not (folder / "residual.png").exists()
@@ -177,6 +176,8 @@ def test_smoke_and_defaults():
     assert table2.Config(smoke=True).train_config(0).epochs == 2
     assert table2.Config(smoke=True, epochs=5).train_config(0).epochs == 5
     assert table2.Config(dataset="cifar10").train_config(4) == training.TrainConfig(seed=4)
+    changed = table2.Config(dataset="cifar10", augment=True, precision="bf16").train_config(4)
+    assert changed == training.TrainConfig(seed=4, augment=True, precision="bf16")
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):
