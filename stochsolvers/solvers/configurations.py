@@ -23,10 +23,8 @@ from stochsolvers.solvers.step_sizes import InverseLipschitz, StepSizeLike, Step
 class Solver(Protocol):
     """What a layer needs of a configuration."""
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether `solve` needs a key unless it is deterministic."""
-        ...
+    stochastic: ClassVar[bool]
+    """Whether `solve` needs a key unless it is deterministic."""
 
     def step_constant(self, problem: LayerProblem) -> Array | None:
         """What the step size is read off, L for 1/L; None where it is read off nothing."""
