@@ -150,6 +150,7 @@ def train(
     model: Any = build(nnx.Rngs(params=config.seed, dropout=config.seed + 1))
     set_precision(model, config.precision)
     set_mode(model, "train")
+    ss.nnx.refresh_lipschitz(model)  # kept for an epoch, as in the paper
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     transform = optimizer(config, total)
     state = State(params, rest, jax.jit(transform.init)(params))
