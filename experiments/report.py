@@ -32,6 +32,9 @@ COLUMNS = (
 )
 
 
+BASELINES = ("dropout", "control")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Redraw the table and the pictures of stored results."""
@@ -49,11 +52,21 @@ def summarise(rows: Rows) -> list[dict[str, Any]]:
         if row["kind"] == "final":
             groups.setdefault((row["dataset"], name_of(row)), []).append(row)
     baselines = {
-        (row["dataset"], row.get("variant"), row["seed"]): row["accuracy"]
+        _family(row): row["accuracy"]
         for row in rows
-        if row["kind"] == "final" and row.get("method") == "dropout"
+        if row["kind"] == "final" and _role(row) in BASELINES
     }
     return [_summary(dataset, name, group, baselines) for (dataset, name), group in groups.items()]
+
+
+def _role(row: Mapping[str, Any]) -> str | None:
+    """What a network is in its comparison: the arm of a finetuning study, or table 2's method."""
+    return row.get("arm") or row.get("method")
+
+
+def _family(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the networks of one comparison have in common."""
+    return row["dataset"], row.get("study"), row.get("variant"), row["seed"]
 
 
 def _summary(
@@ -70,8 +83,7 @@ def _summary(
     gains = [  # seed by seed: both networks had the same validation split
         {"gain": row["accuracy"] - baselines[key]}
         for row in group
-        if row.get("method") not in (None, "dropout")
-        and (key := (dataset, row.get("variant"), row["seed"])) in baselines
+        if _role(row) not in (None, "baseline", *BASELINES) and (key := _family(row)) in baselines
     ]
     gain, gain_std = _over_seeds(gains, "gain")
     return {
@@ -155,7 +167,8 @@ def page(rows: Rows, notes: str = "") -> str:
         "Test accuracy after the last epoch, the test images read once. ± after an accuracy is the "
         "standard deviation over seeds, given two or more; ± trials that over repeated tests of one "
         "trained network, which samples. Full gradient: the same network without sampling. "
-        "Difference: from the paper. Gain: over dropout in the same layers, seed by seed.",
+        "Difference: from the paper. Gain: over dropout in the same layers or, for a swapped "
+        "network, over the baseline that was finetuned as long, seed by seed.",
         "Versions: " + "; ".join(versions) + ".",
         *([notes.strip()] if notes.strip() else []),
     ]

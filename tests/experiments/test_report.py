@@ -106,3 +106,16 @@ def test_folders_that_do_not_fit(folders, tmp_path):
         report.main([str(folders[0]), str(folders[0])])
     with pytest.raises(SystemExit, match=r"nothing: has no results.jsonl"):
         report.main([str(tmp_path / "nothing")])
+
+
+def test_gain_of_a_swapped_network_is_over_its_control():
+    row = {"kind": "final", "dataset": "digits", "epochs": 1, "batch_size": 1, "parameters": 1}
+    accuracies = {"baseline": (50.0, 40.0), "control": (52.0, 44.0), "prox-sg": (55.0, 49.0)}
+    rows = [
+        {**row, "name": arm, "arm": arm, "study": study, "seed": seed, "accuracy": accuracy + shift}
+        for arm, pair in accuracies.items()
+        for seed, accuracy in enumerate(pair)
+        for study, shift in (("p0", 0.0), ("p0.5", -20.0))
+    ]
+    gains = {summary["name"]: summary["gain"] for summary in report.summarise(rows)}
+    assert gains == {"baseline": None, "control": None, "prox-sg": 4.0}
