@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -50,7 +52,15 @@ def contents(folder):
 
 def killed(folder, **options):
     program = [sys.executable, toys.__file__, json.dumps({"folder": str(folder), **options})]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(
+        program,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
