@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -52,7 +51,7 @@ def contents(folder):
 
 def killed(folder, **options):
     program = [sys.executable, toys.__file__, json.dumps({"folder": str(folder), **options})]
-    root = pathlib.Path(__file__).parents[2]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         program,
         capture_output=True,
