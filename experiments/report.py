@@ -54,7 +54,7 @@ def summarise(rows: Rows) -> list[dict[str, Any]]:
     baselines = {
         _family(row): row["accuracy"]
         for row in rows
-        if row["kind"] == "final" and _role(row) in BASELINES
+        if row["kind"] == "final" and _role(row) in BASELINES and row["accuracy"] is not None
     }
     return [_summary(dataset, name, group, baselines) for (dataset, name), group in groups.items()]
 
