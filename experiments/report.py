@@ -83,7 +83,9 @@ def _summary(
     gains = [  # seed by seed: both networks had the same validation split
         {"gain": row["accuracy"] - baselines[key]}
         for row in group
-        if _role(row) not in (None, "baseline", *BASELINES) and (key := _family(row)) in baselines
+        if row["accuracy"] is not None  # else it diverged
+        and _role(row) not in (None, "baseline", *BASELINES)
+        and (key := _family(row)) in baselines
     ]
     gain, gain_std = _over_seeds(gains, "gain")
     return {
