@@ -16,7 +16,7 @@ torus' map, so the value is an upper bound whatever the padding.
 
 import functools
 import math
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,13 @@ from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
 
 Grid: TypeAlias = Literal["layer", "padded"]
+
+
+class Bracket(NamedTuple):
+    """Two numbers that hold a constant between them."""
+
+    lower: Array
+    upper: Array
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -46,6 +53,24 @@ def lipschitz_constant(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
     """
     blocks = _symbol(linear_map, grid)
     return jnp.maximum(jnp.max(jnp.linalg.eigvalsh(_smaller_gram(blocks))), 0.0)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def lipschitz_bracket(linear_map: LinearMap, *, grid: Grid = "layer") -> Bracket:
+    r"""lower ≤ L ≤ upper for L = max_f λ_max(Â(f) Â(f)ᴴ), round-off included.
+
+    Args:
+      linear_map: `Dense` or `Conv`.
+      grid: as in `lipschitz_constant`; the upper end for "padded" bounds the layer under any padding.
+
+    Returns:
+      Bracket of scalars, in float32 or the kernel's wider dtype.
+    """
+    constant = lipschitz_constant(linear_map, grid=grid)
+    floats = jnp.finfo(constant.dtype)
+    slack = 4 * linear_map.kernel.size**0.5 * floats.eps
+    lower = jnp.minimum(constant * (1 - slack), floats.max)
+    return Bracket(lower, constant * (1 + slack) + floats.tiny)
 
 
 @functools.partial(jax.jit, static_argnames="grid")
