@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from stochsolvers import _checks
+from stochsolvers import _checks, reports
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Conv, LinearMap, Padding
 from stochsolvers.problems import LayerProblem
@@ -116,9 +117,46 @@ def run(
     deterministic: bool,
     precision: Any,
     dtype: Any,
+    certify: bool = False,
+    record: Callable[[reports.Observation], object] | None = None,
 ) -> Solution:
-    """Solve, and give the value the dtype that the plain layer's output would have."""
+    """Solve, and give the value the dtype that the plain layer's output would have.
+
+    Args:
+      solver: the layer's configuration.
+      key: random key; None where nothing is sampled.
+      problem: the layer's problem.
+      kept: what `step_constant` returned when the layer last computed it, or None.
+      refreshed: whether that was ever asked for.
+      deterministic: sample nothing.
+      precision: of the layer's matrix products.
+      dtype: of the value.
+      certify: fill in the certificate, of the value as returned.
+      record: takes what the solve shows of itself; None observes nothing.
+    """
     with precision_context(precision):
         constant = current_constant(solver, problem.linear_map, problem.ridge, kept, refreshed)
         solution = solver.solve(key, problem, step_constant=constant, deterministic=deterministic)
-    return dataclasses.replace(solution, value=jnp.asarray(solution.value, dtype))
+    solution = dataclasses.replace(solution, value=jnp.asarray(solution.value, dtype))
+    if not certify and record is None:
+        return solution
+    gap = problem.certificate(solution.value)
+    if record is not None:
+        record(reports.observe(solver, problem, solution, gap, constant, deterministic))
+    return dataclasses.replace(solution, certificate=gap) if certify else solution
+
+
+def split_static(tree: Any) -> tuple[list[Any], Any]:
+    """The arrays of a tree, to be traced, and the rest of it as hashable structure."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
+    traced = [leaf for leaf, array in zip(leaves, arrays, strict=True) if array]
+    static = tuple(None if array else leaf for leaf, array in zip(leaves, arrays, strict=True))
+    return traced, (structure, static)
+
+
+def join_static(traced: list[Any], rest: Any) -> Any:
+    """The tree of `split_static`."""
+    structure, static = rest
+    arrays = iter(traced)
+    return jax.tree.unflatten(structure, [next(arrays) if s is None else s for s in static])

@@ -14,6 +14,7 @@ FLOORS = [
     {"problems"},
     {"estimators"},
     {"dropout", "solvers"},
+    {"reports"},
     {"_layers"},
     {"nnx", "linen"},
 ]

@@ -20,6 +20,10 @@ class SolverState(nnx.Variable):
     """Non-trainable state of a solver layer: what its step size is read off, λ_max(A A*) for 1/L."""
 
 
+class SolverRecord(nnx.Variable):
+    """What solver layers show of their solves within `nnx.capture`; `certify` tabulates it."""
+
+
 class SolverLayer(Stochastic):
     """What the two solver layers share; not for use on its own."""
 
@@ -76,6 +80,7 @@ class SolverLayer(Stochastic):
         skip: Array | None = None,
         deterministic: bool | None = None,
         rngs: Any = None,
+        certify: bool = False,
     ) -> Solution:
         """The layer's output with the solver's residuals, as a `Solution`.
 
@@ -84,6 +89,7 @@ class SolverLayer(Stochastic):
           skip: added to the bias; the residual connection of a ResNet block.
           deterministic: full gradient instead of sampling; default, the attribute's value.
           rngs: key, stream or `nnx.Rngs` in place of the layer's own.
+          certify: fill in `Solution.certificate`, the certified gap of each example.
         """
         problem = self.problem(inputs, skip=skip)
         deterministic = self.deterministic if deterministic is None else deterministic
@@ -98,7 +104,16 @@ class SolverLayer(Stochastic):
             deterministic=deterministic,
             precision=self.precision,
             dtype=output.dtype,
+            certify=certify,
+            record=self._record if self._is_captured() else None,
         )
+
+    def _is_captured(self) -> bool:
+        captures = getattr(self, "__captures__", ())  # what `nnx.capture` hands to `sow`
+        return any(type(variable) is SolverRecord for variable in captures)
+
+    def _record(self, observation: Any) -> None:
+        self.sow(SolverRecord, "solves", observation)
 
     def __call__(self, inputs: Array, **kwargs: Any) -> Array:
         """prox_g of the solver's last iterate; keyword arguments as in `solve`."""

@@ -1,11 +1,6 @@
-"""Solver layers for Flax Linen: the parameter trees of `nn.Dense` and `nn.Conv`.
+"""Solver layers for Flax Linen."""
 
-The random stream is `rng_collection` ("dropout" by default). The Lipschitz constant is kept in the
-collection "solver_state", beside the parameters: `apply(..., mutable=["solver_state"])` computes it,
-which the paper does once an epoch, and from then on `apply` reads it. Until then, and where the
-collection is not given, the constant is computed at every call.
-"""
-
+import functools
 from typing import Any
 
 import jax
@@ -18,11 +13,17 @@ from stochsolvers.linear_maps import Dense, LinearMap
 from stochsolvers.prox import NonNegative, Prior
 from stochsolvers.solvers import Solution, Solver
 
-_STATE = "solver_state"
+STATE = "solver_state"
+RECORDS = "solver_records"
 
 
-class _SolverLayer(nn.Module):
-    """The part of the two layers that is the same."""
+class SolverLayer(nn.Module):
+    """What the two solver layers share; not for use on its own."""
+
+    def __call__(self, inputs: Array, **options: Any) -> Array:
+        """prox_g of the solver's last iterate; options as in `solve`."""
+        layer: Any = self
+        return layer.solve(inputs, **options).value
 
     def _solve(
         self,
@@ -31,6 +32,7 @@ class _SolverLayer(nn.Module):
         bias: Array | None,
         skip: Array | None,
         deterministic: bool | None,
+        certify: bool,
     ) -> Solution:
         layer: Any = self
         if deterministic is None:
@@ -40,6 +42,7 @@ class _SolverLayer(nn.Module):
             linear_map, inputs, bias, skip, prior=layer.prior, ridge=layer.ridge
         )
         kept, refreshed = self._kept_constant(problem.linear_map)
+        records = self.is_mutable_collection(RECORDS) and not self.is_initializing()
         return _layers.run(
             layer.solver,
             self.make_rng(layer.rng_collection) if sampled else None,
@@ -49,6 +52,8 @@ class _SolverLayer(nn.Module):
             deterministic=bool(deterministic),
             precision=layer.precision,
             dtype=inputs.dtype,
+            certify=certify,
+            record=functools.partial(self.sow, RECORDS, "solves") if records else None,
         )
 
     def _kept_constant(self, linear_map: LinearMap) -> tuple[Array | None, Array | None]:
@@ -57,19 +62,19 @@ class _SolverLayer(nn.Module):
         def constant():
             return _layers.step_constant(layer.solver, linear_map, layer.ridge)
 
-        refresh = self.is_mutable_collection(_STATE)
-        if not (refresh or self.has_variable(_STATE, "lipschitz")):
+        refresh = self.is_mutable_collection(STATE)
+        if not (refresh or self.has_variable(STATE, "lipschitz")):
             return None, None
         if jax.eval_shape(constant) is None:  # a step size that is read off nothing
             return None, None
-        kept = self.variable(_STATE, "lipschitz", constant)
-        refreshed = self.variable(_STATE, "refreshed", lambda: jnp.zeros((), bool))
+        kept = self.variable(STATE, "lipschitz", constant)
+        refreshed = self.variable(STATE, "refreshed", lambda: jnp.zeros((), bool))
         if refresh and not self.is_initializing():
             kept.value, refreshed.value = constant(), jnp.ones((), bool)
         return kept.value, refreshed.value
 
 
-class SolverDense(_SolverLayer, nn.Dense, kw_only=True):
+class SolverDense(SolverLayer, nn.Dense, kw_only=True):
     """`nn.Dense` and its activation, as a solver; see `stochsolvers.nnx.SolverLinear`.
 
     Attributes:
@@ -87,10 +92,15 @@ class SolverDense(_SolverLayer, nn.Dense, kw_only=True):
     rng_collection: str = "dropout"
 
     @nn.compact
-    def __call__(
-        self, inputs: Array, *, skip: Array | None = None, deterministic: bool | None = None
-    ) -> Array:
-        """prox_g of the solver's last iterate."""
+    def solve(
+        self,
+        inputs: Array,
+        *,
+        skip: Array | None = None,
+        deterministic: bool | None = None,
+        certify: bool = False,
+    ) -> Solution:
+        """The layer's output with the solver's residuals; see `stochsolvers.nnx.SolverLinear.solve`."""
         _layers.refuse(
             "SolverDense", dot_general=self.dot_general, dot_general_cls=self.dot_general_cls
         )
@@ -101,10 +111,10 @@ class SolverDense(_SolverLayer, nn.Dense, kw_only=True):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         inputs, kernel, bias = promoted
-        return self._solve(Dense(kernel), inputs, bias, skip, deterministic).value
+        return self._solve(Dense(kernel), inputs, bias, skip, deterministic, certify)
 
 
-class SolverConv(_SolverLayer, nn.Conv, kw_only=True):
+class SolverConv(SolverLayer, nn.Conv, kw_only=True):
     """`nn.Conv` (two-dimensional) and its activation, as a solver; see `stochsolvers.nnx.SolverConv`.
 
     Attributes:
@@ -122,10 +132,15 @@ class SolverConv(_SolverLayer, nn.Conv, kw_only=True):
     rng_collection: str = "dropout"
 
     @nn.compact
-    def __call__(
-        self, inputs: Array, *, skip: Array | None = None, deterministic: bool | None = None
-    ) -> Array:
-        """prox_g of the solver's last iterate."""
+    def solve(
+        self,
+        inputs: Array,
+        *,
+        skip: Array | None = None,
+        deterministic: bool | None = None,
+        certify: bool = False,
+    ) -> Solution:
+        """The layer's output with the solver's residuals; see `stochsolvers.nnx.SolverLinear.solve`."""
         _layers.refuse(
             "SolverConv",
             conv_general_dilated=self.conv_general_dilated,
@@ -152,4 +167,4 @@ class SolverConv(_SolverLayer, nn.Conv, kw_only=True):
             feature_group_count=self.feature_group_count,
             mask=self.mask,
         )
-        return self._solve(linear_map, inputs, bias, skip, deterministic).value
+        return self._solve(linear_map, inputs, bias, skip, deterministic, certify)

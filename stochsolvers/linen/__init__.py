@@ -1,0 +1,12 @@
+"""Solver layers for Flax Linen: the parameter trees of `nn.Dense` and `nn.Conv`.
+
+The random stream is `rng_collection` ("dropout" by default). The Lipschitz constant is kept in the
+collection "solver_state", beside the parameters: `apply(..., mutable=["solver_state"])` computes it,
+which the paper does once an epoch, and from then on `apply` reads it. Until then, and where the
+collection is not given, the constant is computed at every call. The collection "solver_records" is
+written where it is mutable, for `certify`, and is never part of a model's variables.
+"""
+
+from stochsolvers.linen._layers import SolverConv as SolverConv
+from stochsolvers.linen._layers import SolverDense as SolverDense
+from stochsolvers.linen._reports import certify as certify

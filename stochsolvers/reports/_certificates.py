@@ -1,0 +1,239 @@
+r"""How well the solver layers of a network solved their problems, as arrays and as a table.
+
+For one solve of problem P(z) = F(z) + g(z) by iterates z_1, …, z_K with residuals r_k = ||z_k − z_{k−1}||,
+
+    gap            P(z_K) − min P ≤ gap                          (`LayerProblem.certificate`)
+    relative gap   gap / |P(z_K)|
+    contraction    (r_m / r_1)^(1/(m − 1)),  m the last iteration whose residual is above round-off
+    bound          max(|1 − η μ|, |1 − η L|),  μ = λ + λ_min(A A*),  L = λ + λ_max(A A*)
+
+The bound is the factor by which a proximal step of size η along the full gradient brings two points
+closer; with η = 1/L it is 1 − μ/L, and no residual of `ProxGD` without momentum exceeds it times the
+one before.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from stochsolvers._typing import Array
+from stochsolvers.lipschitz import lipschitz_constant, strong_convexity
+from stochsolvers.problems import LayerProblem
+from stochsolvers.reports import _table
+from stochsolvers.reports._norms import squared_norm_bracket
+from stochsolvers.solvers import Solution, Solver, StepSizeRule
+from stochsolvers.solvers.step_sizes import as_steps
+
+_ROUND_OFF = 64.0  # residuals below this many eps of the solution say nothing about the rate
+
+_calls: contextvars.ContextVar[Iterator[int] | None] = contextvars.ContextVar(
+    "_calls", default=None
+)
+
+
+@contextlib.contextmanager
+def numbered_calls() -> Iterator[None]:
+    """Within it, observations are numbered in the order in which they are traced."""
+    token = _calls.set(itertools.count())
+    try:
+        yield
+    finally:
+        _calls.reset(token)
+
+
+class Observation(NamedTuple):
+    """What one solve shows of itself; the last four fields have an entry for each example."""
+
+    call: Array
+    lipschitz: Array
+    lower: Array
+    upper: Array
+    step_size: Array
+    contraction_bound: Array
+    num_iters: Array
+    contraction: Array
+    objective: Array
+    gap: Array
+    finite: Array
+
+
+def observe(
+    solver: Solver,
+    problem: LayerProblem,
+    solution: Solution,
+    gap: Array,
+    step_constant: Array | None,
+    deterministic: bool,
+) -> Observation:
+    """Measure one solve, whose certificate is `gap`."""
+    problem, solution = lax.stop_gradient((problem, solution))
+    linear_map, ridge = problem.linear_map, jnp.asarray(problem.ridge, problem.dtype)
+    bracket = squared_norm_bracket(linear_map)
+    step = _first_step(solver, problem, step_constant, deterministic)
+    convexity = ridge + strong_convexity(linear_map)
+    bound = jnp.maximum(
+        jnp.abs(1.0 - step * convexity), jnp.abs(1.0 - step * (ridge + bracket.upper))
+    )
+    eps = jnp.finfo(problem.dtype).eps
+    floor = _ROUND_OFF * eps * problem.norm(jnp.asarray(solution.value, problem.dtype))
+    return Observation(
+        call=jnp.asarray(next(_calls.get() or itertools.repeat(0))),
+        lipschitz=lipschitz_constant(linear_map),
+        lower=bracket.lower,
+        upper=bracket.upper,
+        step_size=step,
+        contraction_bound=bound,
+        num_iters=jnp.asarray(len(solution.residuals)),
+        contraction=contraction(solution.residuals, floor),
+        objective=problem.objective(solution.value),
+        gap=gap,
+        finite=solution.finite,
+    )
+
+
+def contraction(residuals: Array, floor: Array) -> Array:
+    """(r_m / r_1)^(1/(m − 1)) with m the last of the first residuals above the floor; NaN for m < 2.
+
+    Args:
+      residuals: r_k, shape (K, *batch).
+      floor: shape (*batch,).
+    """
+    steps = jnp.sum(jnp.cumprod(residuals > floor, axis=0), axis=0) - 1
+    last = jnp.take_along_axis(residuals, jnp.maximum(steps, 0)[None], axis=0)[0]
+    ratio = last / jnp.where(steps > 0, residuals[0], 1.0)
+    return jnp.where(steps > 0, ratio ** (1.0 / jnp.maximum(steps, 1)), jnp.nan)
+
+
+def _first_step(
+    solver: Any, problem: LayerProblem, step_constant: Array | None, deterministic: bool
+) -> Array:
+    """η_0 of a configuration of this library, the largest where outputs differ; NaN for another."""
+    if not hasattr(solver, "_step_size"):
+        return jnp.asarray(jnp.nan, problem.dtype)
+    steps = as_steps(solver._step_size(), per_output=solver.per_output)
+    if isinstance(steps, StepSizeRule):
+        if step_constant is None or solver._moves(deterministic):
+            step_constant = steps.constant(problem, solver._estimator(deterministic))
+        steps = steps.schedule(step_constant, problem)
+    return jnp.max(jnp.asarray(steps(jnp.zeros((), int)), problem.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCertificate:
+    """One call of a solver layer.
+
+    Attributes:
+      name: the layer's path in the network.
+      lipschitz: L = λ_max(A A*) on the layer's own grid (`lipschitz_constant`), without the ridge.
+      lower: a lower bound on ||A||².
+      upper: an upper bound on ||A||².
+      step_size: the first step, the largest where output features have their own; NaN for a solver
+        that is no configuration of this library.
+      num_iters: K.
+      gap_max: the certified gap of the batch's worst example, in units of the objective.
+      gap_mean: its mean over the batch.
+      relative_gap: the largest gap / |objective| of the batch.
+      contraction: measured factor of the residuals for each iteration, the batch's worst; NaN where
+        fewer than two residuals are above round-off.
+      contraction_bound: the factor that theory gives a full gradient step of the first size.
+      finite: whether every iterate of every example was finite.
+    """
+
+    name: str
+    lipschitz: float
+    lower: float
+    upper: float
+    step_size: float
+    num_iters: int
+    gap_max: float
+    gap_mean: float
+    relative_gap: float
+    contraction: float
+    contraction_bound: float
+    finite: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CertificateReport:
+    """The solver layers of a network in call order; `str` is a table.
+
+    Attributes:
+      rows: one record for each call of a solver layer.
+    """
+
+    rows: tuple[LayerCertificate, ...]
+
+    def as_dict(self) -> dict[str, list[Any]]:
+        """A list for each column, as `pandas.DataFrame` takes it."""
+        return _table.columns(self.rows, LayerCertificate)
+
+    def __str__(self) -> str:
+        """The aligned table."""
+        headers = (
+            "layer", "L", "||A||² in", "step", "iterations", "gap max", "gap mean", "relative",
+            "contraction", "guaranteed",
+        )  # fmt: skip
+        return _table.text(headers, [_cells(row) for row in self.rows])
+
+
+def certificate_report(
+    observations: Mapping[str, Sequence[Observation]],
+) -> CertificateReport:
+    """The table of what the layers of these names observed.
+
+    A transformation that stacks layers (a scan) stacks their observations: each gets a row.
+    """
+    rows = []
+    for name, calls in jax.device_get(dict(observations)).items():
+        for observation in calls:
+            stack = np.shape(observation.call)
+            for index in np.ndindex(stack):
+                suffix = "".join(f"[{i}]" for i in index)
+                one = jax.tree.map(lambda array, index=index: array[index], observation)
+                rows.append((int(one.call), index, _row(name + suffix, one)))
+    rows.sort(key=lambda entry: entry[:2])
+    return CertificateReport(tuple(row for *_, row in rows))
+
+
+def _row(name: str, seen: Observation) -> LayerCertificate:
+    gap, objective = np.asarray(seen.gap), np.abs(seen.objective)
+    relative = np.divide(gap, objective, out=np.full_like(gap, np.inf), where=objective > 0)
+    relative = np.where(gap == 0, 0.0, np.where(np.isinf(gap), np.inf, relative))
+    rates = seen.contraction[np.isfinite(seen.contraction)]
+    return LayerCertificate(
+        name=name,
+        lipschitz=float(seen.lipschitz),
+        lower=float(seen.lower),
+        upper=float(seen.upper),
+        step_size=float(seen.step_size),
+        num_iters=int(seen.num_iters),
+        gap_max=float(np.max(gap)),
+        gap_mean=float(np.mean(gap)),
+        relative_gap=float(np.max(relative)),
+        contraction=float(np.max(rates)) if rates.size else float("nan"),
+        contraction_bound=float(seen.contraction_bound),
+        finite=bool(np.all(seen.finite)),
+    )
+
+
+def _cells(row: LayerCertificate) -> list[str]:
+    return [
+        row.name if row.finite else f"{row.name} (not finite)",
+        f"{row.lipschitz:.4g}",
+        f"[{row.lower:.4g}, {row.upper:.4g}]",
+        f"{row.step_size:.3g}",
+        str(row.num_iters),
+        f"{row.gap_max:.1e}",
+        f"{row.gap_mean:.1e}",
+        f"{row.relative_gap:.1e}",
+        "–" if np.isnan(row.contraction) else f"{row.contraction:.4f}",
+        f"{row.contraction_bound:.4f}",
+    ]
