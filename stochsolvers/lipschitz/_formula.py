@@ -1,76 +1,21 @@
-r"""Lipschitz constants of layers from the Fourier transform of their kernels.
-
-A circular convolution is block-diagonalised by the two-dimensional DFT (Bibi et al. 2019, eq. 21), with
-one n2 × n1 block Â(f) per frequency f, so that
-
-    L = ||A||² = max_f λ_max(Â(f) Â(f)ᴴ)                                   (Bibi et al. 2019, lemma 2).
-
-A stride s keeps one output in s², which folds the s² frequencies that alias into one block
-[Â(f_1), …, Â(f_{s²})] / s. Groups give blocks of their own. A dense map is the 1 × 1 grid.
-
-Under zero padding the formula on the layer's own grid (`grid="layer"`, the paper's choice) is an
-approximation that can be too small. `grid="padded"` evaluates it on a torus that holds the whole
-linear convolution, H + kh − 1 by W + kw − 1 rounded up to the strides; the layer is a corner of that
-torus' map, so the value is an upper bound whatever the padding.
-"""
+r"""The constants by their formulas: transform the padded kernel, decompose every block."""
 
 import functools
 import math
-from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochsolvers import _checks
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
-
-Grid: TypeAlias = Literal["layer", "padded"]
-
-
-class Bracket(NamedTuple):
-    """Two numbers that hold a constant between them."""
-
-    lower: Array
-    upper: Array
+from stochsolvers.lipschitz._taps import Grid, check_grid, compute_dtype, half_spectrum, torus
 
 
-@functools.partial(jax.jit, static_argnames="grid")
-def lipschitz_constant(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
-    r"""L = λ_max(A A*), the squared spectral norm of a layer.
-
-    Args:
-      linear_map: `Dense` or `Conv`.
-      grid: "layer" for lemma 2 on the layer's own grid: exact for CIRCULAR padding whose strides
-        divide the grid, an approximation otherwise. "padded" for an upper bound under any padding.
-
-    Returns:
-      scalar, in float32 or the kernel's wider dtype. Differentiable, `jit`-able.
-
-    References:
-      Bibi et al. 2019, lemma 2; Sedghi et al. 2019.
-    """
+def lipschitz_formula(linear_map: LinearMap, grid: Grid) -> Array:
+    """max_f λ_max(Â(f) Â(f)ᴴ) from the eigenvalues of every block."""
     blocks = _symbol(linear_map, grid)
     return jnp.maximum(jnp.max(jnp.linalg.eigvalsh(_smaller_gram(blocks))), 0.0)
-
-
-@functools.partial(jax.jit, static_argnames="grid")
-def lipschitz_bracket(linear_map: LinearMap, *, grid: Grid = "layer") -> Bracket:
-    r"""lower ≤ L ≤ upper for L = max_f λ_max(Â(f) Â(f)ᴴ), round-off included.
-
-    Args:
-      linear_map: `Dense` or `Conv`.
-      grid: as in `lipschitz_constant`; the upper end for "padded" bounds the layer under any padding.
-
-    Returns:
-      Bracket of scalars, in float32 or the kernel's wider dtype.
-    """
-    constant = lipschitz_constant(linear_map, grid=grid)
-    floats = jnp.finfo(constant.dtype)
-    slack = 4 * linear_map.kernel.size**0.5 * floats.eps
-    lower = jnp.minimum(constant * (1 - slack), floats.max)
-    return Bracket(lower, constant * (1 + slack) + floats.tiny)
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -110,7 +55,7 @@ def strong_convexity(linear_map: LinearMap) -> Array:
     The smallest eigenvalue, less its round-off, for a dense map with n2 ≤ n1 and for a circular
     convolution whose strides divide its grid. Zero padding admits no bound from the spectrum.
     """
-    dtype = _compute_dtype(linear_map)
+    dtype = compute_dtype(linear_map)
     if isinstance(linear_map, Conv):
         divides = all(
             n % s == 0 for n, s in zip(linear_map.spatial_shape, linear_map.strides, strict=True)
@@ -127,10 +72,6 @@ def strong_convexity(linear_map: LinearMap) -> Array:
     return jnp.maximum(jnp.min(eigenvalues) - slack, 0.0)
 
 
-def _compute_dtype(linear_map: LinearMap):
-    return jnp.promote_types(linear_map.kernel.dtype, jnp.float32)
-
-
 def _smaller_gram(blocks: Array) -> Array:
     """Â Âᴴ or Âᴴ Â, whichever is smaller: their non-zero eigenvalues are the same."""
     matrix = blocks.reshape(*blocks.shape[:-2], -1)
@@ -143,11 +84,11 @@ def _smaller_gram(blocks: Array) -> Array:
 
 def _symbol(linear_map: LinearMap, grid: Grid) -> Array:
     """Blocks Â / sqrt(aliases), shape (frequencies, groups, n2 / groups, aliases, n1 / groups)."""
-    _checks.member("grid", grid, ("layer", "padded"))
-    kernel = linear_map.kernel.astype(_compute_dtype(linear_map))
+    check_grid(grid)
+    kernel = linear_map.kernel.astype(compute_dtype(linear_map))
     if isinstance(linear_map, Dense):
         return kernel.T[None, None, :, None, :]
-    shape, strides = _torus(linear_map, grid)
+    shape, strides = torus(linear_map, grid)
     spectrum = jnp.fft.fft2(_on_torus(kernel, linear_map.kernel_dilation, shape), axes=(0, 1))
     groups = linear_map.feature_group_count
     spectrum = spectrum.reshape(*spectrum.shape[:3], groups, -1)
@@ -156,31 +97,8 @@ def _symbol(linear_map: LinearMap, grid: Grid) -> Array:
     spectrum = spectrum.reshape(sh, rows // sh, sw, columns // sw, *spectrum.shape[2:])
     blocks = jnp.einsum("apbqigo->pqgoabi", spectrum)
     p, q, g, o, a, b, i = blocks.shape
-    half = _half_spectrum(p, q)
+    half = half_spectrum(p, q)
     return blocks.reshape(p * q, g, o, a * b, i)[half] / math.sqrt(sh * sw)
-
-
-def _half_spectrum(rows: int, columns: int) -> np.ndarray:
-    """One frequency of each pair ±f: a real kernel's other block is the complex conjugate."""
-    p, q = np.divmod(np.arange(rows * columns), columns)
-    mirrored = (-p % rows) * columns + (-q % columns)
-    return np.flatnonzero(np.arange(rows * columns) <= mirrored)
-
-
-def _torus(conv: Conv, grid: Grid) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Grid of the DFT, and the strides that fold it."""
-    if grid == "padded" and conv.padding == "CIRCULAR":
-        # the torus is the layer's own; a stride that does not divide it only drops outputs
-        strides = [
-            s if n % s == 0 else 1 for n, s in zip(conv.spatial_shape, conv.strides, strict=True)
-        ]
-        return conv.spatial_shape, (strides[0], strides[1])
-    extents = conv.dilated_kernel_shape if grid == "padded" else (1, 1)
-    rows, columns = (
-        -(-(n + k - 1) // s) * s
-        for n, k, s in zip(conv.spatial_shape, extents, conv.strides, strict=True)
-    )
-    return (rows, columns), conv.strides
 
 
 def _on_torus(kernel: Array, dilation: tuple[int, int], shape: tuple[int, int]) -> Array:

@@ -1,0 +1,29 @@
+r"""Lipschitz constants of layers from the Fourier transform of their kernels.
+
+A circular convolution is block-diagonalised by the two-dimensional DFT (Bibi et al. 2019, eq. 21), with
+one n2 × n1 block Â(f) per frequency f, so that
+
+    L = ||A||² = max_f λ_max(Â(f) Â(f)ᴴ)                                   (Bibi et al. 2019, lemma 2).
+
+A stride s keeps one output in s², which folds the s² frequencies that alias into one block
+[Â(f_1), …, Â(f_{s²})] / s. Groups give blocks of their own. A dense map is the 1 × 1 grid.
+
+Under zero padding the formula on the layer's own grid (`grid="layer"`, the paper's choice) is an
+approximation that can be too small. `grid="padded"` evaluates it on a torus that holds the whole
+linear convolution, H + kh − 1 by W + kw − 1 rounded up to the strides; the layer is a corner of that
+torus' map, so the value is an upper bound whatever the padding.
+
+The formula costs an eigendecomposition for every frequency. `lipschitz_constant` finds the same number
+from the taps of the kernel for a fraction of that, and `lipschitz_bracket` encloses it, round-off
+included.
+"""
+
+from stochsolvers.lipschitz._constant import Bracket as Bracket
+from stochsolvers.lipschitz._constant import lipschitz_bracket as lipschitz_bracket
+from stochsolvers.lipschitz._constant import lipschitz_constant as lipschitz_constant
+from stochsolvers.lipschitz._formula import (
+    feature_lipschitz_constants as feature_lipschitz_constants,
+)
+from stochsolvers.lipschitz._formula import output_lipschitz_constants as output_lipschitz_constants
+from stochsolvers.lipschitz._formula import strong_convexity as strong_convexity
+from stochsolvers.lipschitz._taps import Grid as Grid

@@ -1,0 +1,191 @@
+"""The Lipschitz constant of a layer, quickly, and a certified bracket of it."""
+
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array
+from stochsolvers.linear_maps import LinearMap
+from stochsolvers.lipschitz import _spectra
+from stochsolvers.lipschitz._formula import lipschitz_formula
+from stochsolvers.lipschitz._search import Found, search, symbols
+from stochsolvers.lipschitz._taps import Grid, Phases, taps_and_phases
+
+_DIRECT = 16  # up to this size, all eigenvalues of all blocks are the fastest
+# two blocks whose largest eigenvalues are closer than this, relatively, need not be told apart
+_CONSTANT_GAP, _BRACKET_GAP, _FLOAT64_GAP = 2.0**-18, 2.0**-12, 2.0**-33
+
+
+class Bracket(NamedTuple):
+    """Two numbers that hold a constant between them."""
+
+    lower: Array
+    upper: Array
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "method"))
+def lipschitz_constant(
+    linear_map: LinearMap, *, grid: Grid = "layer", method: Literal["fast", "formula"] = "fast"
+) -> Array:
+    r"""L = λ_max(A A*), the squared spectral norm of a layer.
+
+    "fast" visits the frequencies in descending order of their norms, and rules most of them out without
+    an eigenvalue; it agrees with "formula", which transforms the padded kernel and takes the eigenvalues
+    of every block, to 1e-5 in float32 and 1e-9 in float64. Its derivative is that of ||Â(f) v||² at the
+    top singular vector v of the top frequency f, the envelope theorem; a subgradient where they are
+    not unique. For second derivatives take the formula.
+
+    Args:
+      linear_map: `Dense` or `Conv`.
+      grid: "layer" for lemma 2 on the layer's own grid: exact for CIRCULAR padding whose strides
+        divide the grid, an approximation otherwise. "padded" for an upper bound under any padding.
+      method: "fast" or "formula".
+
+    Returns:
+      scalar, in float32 or the kernel's wider dtype. Differentiable, `jit`-able; `vmap` visits one
+      kernel after another.
+
+    References:
+      Bibi et al. 2019, lemma 2; Sedghi et al. 2019.
+    """
+    _checks.member("method", method, ("fast", "formula"))
+    if method == "formula":
+        return lipschitz_formula(linear_map, grid)
+    taps, phases = taps_and_phases(linear_map, grid)
+    scale = _scale(taps)
+    taps = taps / scale
+    if _block_size(taps, phases) <= _DIRECT:
+        return jnp.maximum(jnp.max(_largest_eigenvalues(taps, phases)[0]), 0.0) * scale * scale
+    best = _search(lax.stop_gradient(taps), phases, certify=False)
+    image = _image(taps, phases, best, accurate=False)
+    return jnp.sum(image**2) / jnp.sum(best.vector**2) * scale * scale
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def lipschitz_bracket(linear_map: LinearMap, *, grid: Grid = "layer") -> Bracket:
+    r"""lower ≤ L ≤ upper for L = max_f λ_max(Â(f) Â(f)ᴴ) in exact arithmetic, all round-off included.
+
+    The lower end is a Rayleigh quotient. The upper end is a level τ at which τ I − Â(f)ᴴÂ(f) was shown
+    to be positive semi-definite for every f, with a priori bounds on the round-off of the Gram
+    matrices and a posteriori ones on that of the Cholesky factors. Kernels of up to 16 channels, whose
+    eigenvalues are computed, allow 16 n u for that. In float32 the ends are 1e-4 to 3e-3 apart,
+    relatively, for layers of 16 to 512 channels, in float64 1e-9.
+
+    Args:
+      linear_map: `Dense` or `Conv`.
+      grid: as in `lipschitz_constant`; the upper end for "padded" bounds the layer under any padding.
+
+    Returns:
+      `Bracket` of scalars, in float32 or the kernel's wider dtype. The upper end is at least the
+      smallest normal number. NaN if the kernel is.
+
+    References:
+      Higham, Accuracy and Stability of Numerical Algorithms, 2002, theorem 10.3; Rump 2006,
+      Verification of positive definiteness.
+    """
+    taps, phases = taps_and_phases(linear_map, grid)
+    scale = _scale(taps)
+    taps = taps / scale
+    unit = _spectra.unit_round_off(taps.dtype)
+    if _block_size(taps, phases) <= _DIRECT:
+        eigenvalues, errors = _largest_eigenvalues(taps, phases)
+        slack = errors + 16 * _block_size(taps, phases) * unit * eigenvalues
+        lower, upper = jnp.max(eigenvalues - slack), jnp.max(eigenvalues + slack)
+    else:
+        best = _search(taps, phases, certify=True)
+        image = _image(taps, phases, best, accurate=True)
+        lower = _pairwise_sum((image**2).ravel()) / _pairwise_sum((best.vector**2).ravel())
+        upper = best.ceiling + best.slack
+    # the round-off of the phases and of the sums over the taps moves a singular value by so much
+    roundings = (
+        taps.shape[1] + phases.cosines.shape[1] + 2 * math.ceil(math.log2(taps[0].size)) + 16
+    )
+    reach = jnp.sqrt(jnp.max(_spectra.perron(jnp.sum(jnp.abs(taps), axis=1))))
+    shift = math.sqrt(2) * _spectra.gamma(roundings, taps.dtype) * reach
+    lower = jnp.maximum(jnp.sqrt(jnp.maximum(lower, 0.0)) - shift, 0.0) ** 2 * (1 - 64 * unit)
+    upper = (jnp.sqrt(jnp.maximum(upper, 0.0)) + shift) ** 2 * (1 + 64 * unit)
+    floats = jnp.finfo(taps.dtype)
+    return Bracket(
+        jnp.minimum(lower * scale * scale, floats.max),
+        jnp.maximum(upper * scale * scale, floats.tiny),
+    )
+
+
+def _scale(taps: Array) -> Array:
+    """A power of two, by which division is exact, that brings the largest entry near 1."""
+    largest = jnp.max(jnp.abs(lax.stop_gradient(taps)))
+    scale = largest / jnp.frexp(largest)[0]
+    return jnp.where(largest > 0, scale, 1.0)
+
+
+def _block_size(taps: Array, phases: Phases) -> int:
+    """Order of the Gram matrices."""
+    return min(phases.cosines.shape[1] * taps.shape[2], taps.shape[3])
+
+
+def _largest_eigenvalues(taps: Array, phases: Phases) -> tuple[Array, Array]:
+    """λ_max of the Gram matrix of every block and the round-off of that matrix."""
+    values, errors = [], []
+    real, rest = slice(0, phases.num_real), slice(phases.num_real, len(phases.cosines))
+    for part, sines in ((real, None), (rest, jnp.asarray(phases.sines[rest], taps.dtype))):
+        if part.start == part.stop:
+            continue
+        cosines = jnp.asarray(phases.cosines[part], taps.dtype)
+        blocks = jax.vmap(symbols, (0, None, None))(taps, cosines, sines)
+        grams = _spectra.grams(blocks)
+        if grams.shape[-1] == 1:
+            values.append(jnp.real(grams).ravel())
+        else:
+            values.append(jnp.linalg.eigvalsh(grams)[..., -1].ravel())
+        errors.append(_spectra.gram_error(blocks).ravel())
+    return jnp.concatenate(values), jnp.concatenate(errors)
+
+
+def _search(taps: Array, phases: Phases, *, certify: bool) -> Found:
+    narrow = _BRACKET_GAP if certify else _CONSTANT_GAP
+    gap = _FLOAT64_GAP if taps.dtype == jnp.float64 else narrow
+    find = functools.partial(search, phases=phases, gap=gap, certify=certify)
+    # `vmap` would run both sides of every decision
+    return jax.custom_batching.sequential_vmap(lambda taps: find(taps))(taps)
+
+
+def _image(taps: Array, phases: Phases, best: Found, *, accurate: bool) -> Array:
+    """Real and imaginary part of Â(f) v, in one of its two orders; summed in pairs if `accurate`."""
+    taps = taps[best.group]
+    cosines, sines = (jnp.asarray(part, taps.dtype)[best.frequency] for part in phases[:2])
+
+    def turned(subscripts, pairs):
+        re = jnp.einsum(subscripts, cosines, pairs, precision="highest")
+        im = jnp.einsum(subscripts, sines, pairs, precision="highest")
+        return jnp.stack([re[..., 0] - im[..., 1], re[..., 1] + im[..., 0]], axis=-1)
+
+    if _block_size(taps[None], phases) == taps.shape[-1]:
+        products = best.vector  # (n2, 2)
+        sums = _contract(taps, products, axis=2, accurate=accurate)  # (taps, n1, 2)
+        return turned("ap,piz->aiz", sums)
+    vector = best.vector.reshape(cosines.shape[0], -1, 2)  # (aliases, n1, 2)
+    sums = _contract(taps, turned("ap,aiz->piz", vector), axis=1, accurate=accurate)
+    return jnp.sum(sums, axis=0)
+
+
+def _contract(taps: Array, pairs: Array, axis: int, *, accurate: bool) -> Array:
+    """Σ over n1 (axis 1) or n2 (axis 2) of taps (taps, n1, n2) times pairs, (taps, the other, 2)."""
+    if not accurate:
+        subscripts = "pio,piz->poz" if axis == 1 else "pio,oz->piz"
+        return jnp.einsum(subscripts, taps, pairs, precision="highest")
+    products = taps[..., None] * (pairs[:, :, None] if axis == 1 else pairs)
+    return _pairwise_sum(jnp.moveaxis(products, axis, 0))
+
+
+def _pairwise_sum(terms: Array) -> Array:
+    """Sum over the leading axis as a binary tree: log2 of its length roundings, rounded up."""
+    while terms.shape[0] > 1:
+        half = -(-terms.shape[0] // 2)
+        terms = jnp.pad(terms, [(0, terms.shape[0] % 2)] + [(0, 0)] * (terms.ndim - 1))
+        terms = terms[:half] + terms[half:]
+    return terms[0]

@@ -1,0 +1,214 @@
+r"""Search for the frequency whose block has the largest singular value.
+
+The blocks are visited a few at a time, in descending order of their Frobenius norms. A block is
+settled as soon as one of these shows λ_max(G) ≤ τ = (1 + gap) L, L the largest Rayleigh quotient so far:
+
+1. its Frobenius norm, from the scalar products of the taps, before the block is even formed;
+2. the Frobenius and the row-sum norm of its Gram matrix G;
+3. a Cholesky factorisation of τ I − G, at a fraction of the cost of the eigenvalues.
+
+Where the factorisation breaks down there is something to find: Lanczos steps raise L and the block is
+tried again; if they stall, all of its eigenvalues are computed. The number of such blocks is that of
+the records in a sequence, the logarithm of its length for kernels without structure.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from stochsolvers._typing import Array
+from stochsolvers.lipschitz import _spectra
+from stochsolvers.lipschitz._spectra import Symbols
+from stochsolvers.lipschitz._taps import Phases
+
+_LANCZOS_STEPS = 32
+_CHUNK = 2**18  # entries of the blocks formed at once
+
+
+class Found(NamedTuple):
+    """The best block so far.
+
+    Attributes:
+      value: L, the largest Rayleigh quotient of a Gram matrix.
+      ceiling: τ; every settled block has λ_max ≤ τ + slack.
+      slack: round-off of the comparisons with τ; 0 unless it is asked for.
+      frequency, group: the block with the largest quotient.
+      vector: its unit vector, real and imaginary part, shape (n, 2).
+    """
+
+    value: Array
+    ceiling: Array
+    slack: Array
+    frequency: Array
+    group: Array
+    vector: Array
+
+
+class _Trial(NamedTuple):
+    """Work on a few blocks: bounds are −inf for settled ones; θ, v of the one that is worked on."""
+
+    found: Found
+    bounds: Array
+    theta: Array
+    vector: Array
+
+
+def symbols(taps: Array, cosines: Array, sines: Array | None) -> Symbols:
+    """Blocks (..., m, n), n ≤ m, from taps (taps, n1, n2) and phases (..., aliases, taps)."""
+
+    def block(phases):
+        product = jnp.einsum("...ap,pio->...aio", phases, taps, precision="highest")
+        product = product.reshape(*phases.shape[:-2], -1, taps.shape[-1])
+        narrow = product.shape[-1] <= product.shape[-2]
+        return product if narrow else jnp.swapaxes(product, -1, -2)
+
+    return Symbols(block(cosines), None if sines is None else block(sines))
+
+
+def frobenius_bounds(taps: Array, phases: Phases) -> Array:
+    r"""||Â(f)||_F², rounded up, shape (groups, frequencies): φ(f)ᴴ C φ(f) with C_st = <K_s, K_t>."""
+    flat = taps.reshape(*taps.shape[:2], -1)
+    products = jnp.einsum("gsk,gtk->gst", flat, flat, precision="highest")
+    squares = sum(
+        jnp.einsum("fas,gst,fat->gf", part, products, part, precision="highest")
+        for part in (jnp.asarray(part, taps.dtype) for part in phases[:2])
+    )
+    norms = jnp.sqrt(jnp.einsum("gss->gs", products))
+    roundings = flat.shape[-1] + 2 * flat.shape[1] + 16
+    slack = _spectra.gamma(2 * roundings, taps.dtype) * jnp.sum(norms, axis=1) ** 2
+    return squares + 2 * slack[:, None]
+
+
+def search(taps: Array, phases: Phases, *, gap: float, certify: bool) -> Found:
+    """The largest singular value over all blocks, within a factor 1 + gap of its square.
+
+    Args:
+      taps: (groups, taps, n1, n2), entries of modest size.
+      phases: the table that goes with them.
+      gap: relative.
+      certify: whether to bound the round-off of the comparisons.
+    """
+    bounds = frobenius_bounds(taps, phases)
+    num_frequencies, aliases = phases.cosines.shape[:2]
+    n = min(aliases * taps.shape[2], taps.shape[3])
+    zero, origin = jnp.zeros((), taps.dtype), jnp.zeros((), jnp.int32)
+    vector = jnp.stack([_start(n, taps.dtype), jnp.zeros(n, taps.dtype)], axis=-1)
+    found = Found(zero, zero, zero, origin, origin, vector)
+
+    def visit(group, found):
+        real = slice(0, phases.num_real)
+        rest = slice(phases.num_real, num_frequencies)
+        for part, sines in ((real, None), (rest, phases.sines[rest])):
+            if part.start < part.stop:
+                table = phases.cosines[part], sines
+                sweep = _Sweep(taps[group], table, bounds[group, part], gap, certify)
+                found = sweep(found, part.start, group)
+        return found
+
+    return lax.fori_loop(0, taps.shape[0], visit, found)
+
+
+class _Sweep(NamedTuple):
+    """The blocks of one group whose phases are all real, or those of the others."""
+
+    taps: Array
+    table: tuple[np.ndarray, np.ndarray | None]
+    bounds: Array
+    gap: float
+    certify: bool
+
+    def __call__(self, found: Found, first: int, group: Array) -> Found:
+        """Visit all blocks, the first of which has the number `first` in the full table."""
+        cosines, sines = jax.tree.map(lambda part: jnp.asarray(part, self.taps.dtype), self.table)
+        count, aliases, _ = cosines.shape
+        size = aliases * self.taps.shape[1] * self.taps.shape[2]
+        chunk = min(count, max(1, _CHUNK // size))
+        order = jnp.argsort(-self.bounds)
+        order = jnp.pad(order, (0, -count % chunk), mode="edge")
+
+        def unfinished(carry):
+            k, found = carry
+            beyond = self.bounds[order[jnp.minimum(k * chunk, count - 1)]] > found.ceiling
+            return (k * chunk < count) & beyond
+
+        def visit(carry):
+            k, found = carry
+            numbers = lax.dynamic_slice_in_dim(order, k * chunk, chunk)
+            phases = jax.tree.map(lambda part: part[numbers], (cosines, sines))
+            blocks = symbols(self.taps, *phases)
+            return k + 1, self._settle(found, blocks, numbers + first, group)
+
+        return lax.while_loop(unfinished, visit, (0, found))[1]
+
+    def _settle(self, found: Found, blocks: Symbols, numbers: Array, group: Array) -> Found:
+        """Work on a few blocks until all of them are settled."""
+        grams = _spectra.grams(blocks)
+        slacks = (
+            _spectra.gram_error(blocks)
+            if self.certify
+            else jnp.zeros(len(numbers), self.taps.dtype)
+        )
+        start = _start(grams.shape[-1], grams.dtype)
+
+        def unsettled(trial):
+            return jnp.max(trial.bounds) > trial.found.ceiling
+
+        def work(trial):
+            at = jnp.argmax(trial.bounds)
+            holds, error = _spectra.cholesky_certificate(
+                grams[at], trial.found.ceiling, certify=self.certify
+            )
+            return lax.cond(holds, settle, improve, trial, at, error)
+
+        def settle(trial, at, error):
+            slack = jnp.maximum(trial.found.slack, error + slacks[at])
+            return _Trial(
+                trial.found._replace(slack=slack), trial.bounds.at[at].set(-jnp.inf), zero, start
+            )
+
+        def improve(trial, at, _):
+            theta, vector = _spectra.lanczos(grams[at], trial.vector, _LANCZOS_STEPS)
+            stalled = theta <= trial.theta * (1 + self.gap / 8)
+            return lax.cond(stalled, solve, accept, trial, at, theta, vector)
+
+        def accept(trial, at, theta, vector):
+            found = trial.found
+            better = theta > found.value
+            pair = jnp.stack([jnp.real(vector), jnp.imag(vector)], axis=-1)
+            return _Trial(
+                Found(
+                    jnp.maximum(theta, found.value),
+                    jnp.maximum(theta * (1 + self.gap), found.ceiling),
+                    found.slack,
+                    jnp.where(better, numbers[at], found.frequency),
+                    jnp.where(better, group, found.group),
+                    jnp.where(better, pair, found.vector),
+                ),
+                trial.bounds,
+                theta,
+                vector,
+            )
+
+        def solve(trial, at, *_):
+            vector = jnp.linalg.eigh(grams[at])[1][:, -1]
+            theta = jnp.real(jnp.vdot(vector, grams[at] @ vector))
+            trial = accept(trial, at, theta, vector)
+            # a Cholesky factorisation that still fails is at the limit of round-off
+            ceiling = trial.found.ceiling * (1 + self.gap)
+            return trial._replace(found=trial.found._replace(ceiling=ceiling))
+
+        zero = jnp.zeros((), found.value.dtype)
+        trial = _Trial(found, _spectra.norm_bounds(grams), zero, start)
+        trial = lax.while_loop(unsettled, work, trial)
+        skipped = jnp.max(jnp.where(trial.bounds > -jnp.inf, slacks, 0))
+        slack = jnp.maximum(trial.found.slack, skipped)
+        return trial.found._replace(slack=slack)
+
+
+def _start(size: int, dtype) -> Array:
+    """A fixed unit vector in no special direction."""
+    vector = np.random.default_rng(0).normal(size=size)
+    return jnp.asarray(vector / np.linalg.norm(vector), dtype)

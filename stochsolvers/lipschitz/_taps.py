@@ -1,0 +1,104 @@
+r"""The symbol of a layer as a trigonometric polynomial in its few taps.
+
+A convolution has few taps K_t ∈ R^{n1 × n2} at positions p_t of the torus and many frequencies f, so
+
+    Â(f)ᵀ = Σ_t exp(−2πi f·p_t) K_t
+
+is one small matrix product with a table of phases that is known at trace time, and needs no padded
+transform. Frequencies f and −f are conjugate: half of them suffice, and where every phase is ±1 the
+symbol is real. A kernel that does not vary along an axis needs no frequency along it but zero.
+"""
+
+import functools
+import math
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array
+from stochsolvers.linear_maps import Conv, LinearMap
+
+Grid: TypeAlias = Literal["layer", "padded"]
+
+
+class Phases(NamedTuple):
+    """exp(−2πi f·p_t) / sqrt(aliases) for half of the frequencies, those with real phases first.
+
+    Attributes:
+      cosines, sines: float64 arrays (frequencies, aliases, taps) in host memory.
+      num_real: how many of the frequencies, the first ones, have no imaginary part.
+    """
+
+    cosines: np.ndarray
+    sines: np.ndarray
+    num_real: int
+
+
+def check_grid(grid: str) -> None:
+    """Refuse unknown grids."""
+    _checks.member("grid", grid, ("layer", "padded"))
+
+
+def compute_dtype(linear_map: LinearMap):
+    """float32, or the kernel's own type if that is wider."""
+    return jnp.promote_types(linear_map.kernel.dtype, jnp.float32)
+
+
+def taps_and_phases(linear_map: LinearMap, grid: Grid) -> tuple[Array, Phases]:
+    """The taps, shape (groups, taps, n1 / groups, n2 / groups), and the table of their phases."""
+    check_grid(grid)
+    kernel = linear_map.kernel.astype(compute_dtype(linear_map))
+    if not isinstance(linear_map, Conv):
+        return kernel[None, None], Phases(np.ones((1, 1, 1)), np.zeros((1, 1, 1)), 1)
+    kh, kw, n_in, _ = kernel.shape
+    taps = kernel.reshape(kh * kw, n_in, linear_map.feature_group_count, -1).transpose(2, 0, 1, 3)
+    shape, strides = torus(linear_map, grid)
+    return taps, _phases(shape, strides, (kh, kw), linear_map.kernel_dilation)
+
+
+def torus(conv: Conv, grid: Grid) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Grid of the DFT, and the strides that fold it."""
+    check_grid(grid)
+    if grid == "padded" and conv.padding == "CIRCULAR":
+        # the torus is the layer's own; a stride that does not divide it only drops outputs
+        strides = [
+            s if n % s == 0 else 1 for n, s in zip(conv.spatial_shape, conv.strides, strict=True)
+        ]
+        return conv.spatial_shape, (strides[0], strides[1])
+    extents = conv.dilated_kernel_shape if grid == "padded" else (1, 1)
+    rows, columns = (
+        -(-(n + k - 1) // s) * s
+        for n, k, s in zip(conv.spatial_shape, extents, conv.strides, strict=True)
+    )
+    return (rows, columns), conv.strides
+
+
+def half_spectrum(rows: int, columns: int) -> np.ndarray:
+    """One frequency of each pair ±f: a real kernel's other block is the complex conjugate."""
+    p, q = np.divmod(np.arange(rows * columns), columns)
+    mirrored = (-p % rows) * columns + (-q % columns)
+    return np.flatnonzero(np.arange(rows * columns) <= mirrored)
+
+
+@functools.lru_cache(maxsize=64)
+def _phases(
+    shape: tuple[int, int], strides: tuple[int, int], kernel: tuple[int, int], dilation: tuple
+) -> Phases:
+    (rows, columns), (sh, sw) = shape, strides
+    row, column = np.divmod(np.arange(kernel[0] * kernel[1]), kernel[1])
+    tap_rows, tap_columns = row * dilation[0], column * dilation[1]
+    folded = rows // sh if kernel[0] > 1 else 1, columns // sw if kernel[1] > 1 else 1
+    p, q = np.divmod(half_spectrum(*folded), folded[1])
+    # frequency f + a rows/s aliases with f for a = 0 … s − 1
+    alias_p, alias_q = np.divmod(np.arange(sh * sw), sw)
+    p = p[:, None, None] + alias_p[:, None] * (rows // sh)
+    q = q[:, None, None] + alias_q[:, None] * (columns // sw)
+    turns = (p * tap_rows * columns + q * tap_columns * rows) % (rows * columns)
+    is_real = np.all(2 * turns % (rows * columns) == 0, axis=(1, 2))
+    angles = -2 * np.pi / (rows * columns) * turns
+    order = np.argsort(~is_real, kind="stable")
+    sines = np.where(is_real[:, None, None], 0.0, np.sin(angles))
+    scale = 1 / math.sqrt(sh * sw)
+    return Phases(scale * np.cos(angles)[order], scale * sines[order], int(is_real.sum()))
