@@ -25,5 +25,10 @@ from stochsolvers.lipschitz._formula import (
     feature_lipschitz_constants as feature_lipschitz_constants,
 )
 from stochsolvers.lipschitz._formula import output_lipschitz_constants as output_lipschitz_constants
+from stochsolvers.lipschitz._formula import singular_values as singular_values
 from stochsolvers.lipschitz._formula import strong_convexity as strong_convexity
+from stochsolvers.lipschitz._operator import operator_bracket as operator_bracket
 from stochsolvers.lipschitz._taps import Grid as Grid
+from stochsolvers.lipschitz._warm import LipschitzState as LipschitzState
+from stochsolvers.lipschitz._warm import lipschitz_refresh as lipschitz_refresh
+from stochsolvers.lipschitz._warm import lipschitz_state as lipschitz_state

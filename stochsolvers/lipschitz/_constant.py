@@ -57,13 +57,13 @@ def lipschitz_constant(
     if method == "formula":
         return lipschitz_formula(linear_map, grid)
     taps, phases = taps_and_phases(linear_map, grid)
-    scale = _scale(taps)
+    scale = scale_of(taps)
     taps = taps / scale
     if _block_size(taps, phases) <= _DIRECT:
         return jnp.maximum(jnp.max(_largest_eigenvalues(taps, phases)[0]), 0.0) * scale * scale
     best = _search(lax.stop_gradient(taps), phases, certify=False)
-    image = _image(taps, phases, best, accurate=False)
-    return jnp.sum(image**2) / jnp.sum(best.vector**2) * scale * scale
+    squares = image(taps, phases, best) ** 2
+    return jnp.sum(squares) / jnp.sum(best.vector**2) * scale * scale
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -89,34 +89,53 @@ def lipschitz_bracket(linear_map: LinearMap, *, grid: Grid = "layer") -> Bracket
       Verification of positive definiteness.
     """
     taps, phases = taps_and_phases(linear_map, grid)
-    scale = _scale(taps)
+    scale = scale_of(taps)
     taps = taps / scale
+    if _block_size(taps, phases) > _DIRECT:
+        return rescaled(certified(taps, phases)[0], scale)
+    eigenvalues, errors = _largest_eigenvalues(taps, phases)
     unit = _spectra.unit_round_off(taps.dtype)
-    if _block_size(taps, phases) <= _DIRECT:
-        eigenvalues, errors = _largest_eigenvalues(taps, phases)
-        slack = errors + 16 * _block_size(taps, phases) * unit * eigenvalues
-        lower, upper = jnp.max(eigenvalues - slack), jnp.max(eigenvalues + slack)
-    else:
-        best = _search(taps, phases, certify=True)
-        image = _image(taps, phases, best, accurate=True)
-        lower = _pairwise_sum((image**2).ravel()) / _pairwise_sum((best.vector**2).ravel())
-        upper = best.ceiling + best.slack
-    # the round-off of the phases and of the sums over the taps moves a singular value by so much
-    roundings = (
-        taps.shape[1] + phases.cosines.shape[1] + 2 * math.ceil(math.log2(taps[0].size)) + 16
-    )
+    slack = errors + 16 * _block_size(taps, phases) * unit * eigenvalues
+    inner = Bracket(jnp.max(eigenvalues - slack), jnp.max(eigenvalues + slack))
+    return rescaled(widened(inner, taps, phases), scale)
+
+
+def certified(taps: Array, phases: Phases) -> tuple[Bracket, Found]:
+    """The bracket for taps of modest size, and the block and the vector that its lower end is from."""
+    best = _search(taps, phases, certify=True)
+    lower = rayleigh(taps, phases, best)
+    return widened(Bracket(lower, best.ceiling + best.slack), taps, phases), best
+
+
+def rayleigh(taps: Array, phases: Phases, best: Found) -> Array:
+    """||Â(f) v||² / ||v||² with few roundings; `widened` allows for them."""
+    squares = image(taps, phases, best, accurate=True).ravel() ** 2
+    return _spectra.pairwise_sum(squares) / _spectra.pairwise_sum(best.vector.ravel() ** 2)
+
+
+def widened(bracket: Bracket, taps: Array, phases: Phases) -> Bracket:
+    """Room for the round-off of the phases and of the sums over the taps in every singular value."""
+    terms, dtype = taps.shape[1] + phases.cosines.shape[1], taps.dtype
+    roundings = terms + 2 * math.ceil(math.log2(taps[0].size)) + 16
     reach = jnp.sqrt(jnp.max(_spectra.perron(jnp.sum(jnp.abs(taps), axis=1))))
-    shift = math.sqrt(2) * _spectra.gamma(roundings, taps.dtype) * reach
-    lower = jnp.maximum(jnp.sqrt(jnp.maximum(lower, 0.0)) - shift, 0.0) ** 2 * (1 - 64 * unit)
-    upper = (jnp.sqrt(jnp.maximum(upper, 0.0)) + shift) ** 2 * (1 + 64 * unit)
-    floats = jnp.finfo(taps.dtype)
+    shift = math.sqrt(2) * _spectra.gamma(roundings, dtype) * reach
+    few = 64 * _spectra.unit_round_off(dtype)
+    lower, upper = (jnp.sqrt(jnp.maximum(end, 0.0)) for end in bracket)
     return Bracket(
-        jnp.minimum(lower * scale * scale, floats.max),
-        jnp.maximum(upper * scale * scale, floats.tiny),
+        jnp.maximum(lower - shift, 0.0) ** 2 * (1 - few), (upper + shift) ** 2 * (1 + few)
     )
 
 
-def _scale(taps: Array) -> Array:
+def rescaled(bracket: Bracket, scale: Array) -> Bracket:
+    """The bracket in the layer's own units; the ends stay on their sides if they over- or underflow."""
+    floats = jnp.finfo(scale.dtype)
+    return Bracket(
+        jnp.minimum(bracket.lower * scale * scale, floats.max),
+        jnp.maximum(bracket.upper * scale * scale, floats.tiny),
+    )
+
+
+def scale_of(taps: Array) -> Array:
     """A power of two, by which division is exact, that brings the largest entry near 1."""
     largest = jnp.max(jnp.abs(lax.stop_gradient(taps)))
     scale = largest / jnp.frexp(largest)[0]
@@ -154,7 +173,7 @@ def _search(taps: Array, phases: Phases, *, certify: bool) -> Found:
     return jax.custom_batching.sequential_vmap(lambda taps: find(taps))(taps)
 
 
-def _image(taps: Array, phases: Phases, best: Found, *, accurate: bool) -> Array:
+def image(taps: Array, phases: Phases, best: Found, *, accurate: bool = False) -> Array:
     """Real and imaginary part of Â(f) v, in one of its two orders; summed in pairs if `accurate`."""
     taps = taps[best.group]
     cosines, sines = (jnp.asarray(part, taps.dtype)[best.frequency] for part in phases[:2])
@@ -179,13 +198,4 @@ def _contract(taps: Array, pairs: Array, axis: int, *, accurate: bool) -> Array:
         subscripts = "pio,piz->poz" if axis == 1 else "pio,oz->piz"
         return jnp.einsum(subscripts, taps, pairs, precision="highest")
     products = taps[..., None] * (pairs[:, :, None] if axis == 1 else pairs)
-    return _pairwise_sum(jnp.moveaxis(products, axis, 0))
-
-
-def _pairwise_sum(terms: Array) -> Array:
-    """Sum over the leading axis as a binary tree: log2 of its length roundings, rounded up."""
-    while terms.shape[0] > 1:
-        half = -(-terms.shape[0] // 2)
-        terms = jnp.pad(terms, [(0, terms.shape[0] % 2)] + [(0, 0)] * (terms.ndim - 1))
-        terms = terms[:half] + terms[half:]
-    return terms[0]
+    return _spectra.pairwise_sum(jnp.moveaxis(products, axis, 0))

@@ -82,6 +82,32 @@ def _smaller_gram(blocks: Array) -> Array:
     return jnp.matmul(left, right, precision="highest")
 
 
+@functools.partial(jax.jit, static_argnames="grid")
+def singular_values(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
+    r"""All singular values of the map that lemma 2 describes, with multiplicity, in descending order.
+
+    They are those of the blocks Â(f), the union over frequencies and groups: of the layer itself if it
+    is dense, or CIRCULAR with strides that divide its grid. Otherwise of the circular layer in its place.
+
+    Returns:
+      shape (min(inputs, outputs),) for one group, counted over the torus of `grid`; each group adds
+      the smaller one of its own inputs and outputs.
+
+    References:
+      Sedghi et al. 2019, The singular values of convolutional layers.
+    """
+    blocks = _symbol(linear_map, grid)
+    values = jnp.linalg.svd(blocks.reshape(*blocks.shape[:-2], -1), compute_uv=False)
+    if isinstance(linear_map, Conv):
+        shape, strides = torus(linear_map, grid)
+        rows, columns = (n // s for n, s in zip(shape, strides, strict=True))
+        half = half_spectrum(rows, columns)
+        p, q = np.divmod(half, columns)
+        twice = (-p % rows) * columns + (-q % columns) != half
+        values = jnp.concatenate([values, values[twice]])
+    return -jnp.sort(-values.ravel())
+
+
 def _symbol(linear_map: LinearMap, grid: Grid) -> Array:
     """Blocks Â / sqrt(aliases), shape (frequencies, groups, n2 / groups, aliases, n1 / groups)."""
     check_grid(grid)

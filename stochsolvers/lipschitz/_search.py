@@ -95,7 +95,7 @@ def search(taps: Array, phases: Phases, *, gap: float, certify: bool) -> Found:
     num_frequencies, aliases = phases.cosines.shape[:2]
     n = min(aliases * taps.shape[2], taps.shape[3])
     zero, origin = jnp.zeros((), taps.dtype), jnp.zeros((), jnp.int32)
-    vector = jnp.stack([_start(n, taps.dtype), jnp.zeros(n, taps.dtype)], axis=-1)
+    vector = jnp.stack([_spectra.fixed_start(n, taps.dtype), jnp.zeros(n, taps.dtype)], axis=-1)
     found = Found(zero, zero, zero, origin, origin, vector)
 
     def visit(group, found):
@@ -151,7 +151,7 @@ class _Sweep(NamedTuple):
             if self.certify
             else jnp.zeros(len(numbers), self.taps.dtype)
         )
-        start = _start(grams.shape[-1], grams.dtype)
+        start = _spectra.fixed_start(grams.shape[-1], grams.dtype)
 
         def unsettled(trial):
             return jnp.max(trial.bounds) > trial.found.ceiling
@@ -170,7 +170,7 @@ class _Sweep(NamedTuple):
             )
 
         def improve(trial, at, _):
-            theta, vector = _spectra.lanczos(grams[at], trial.vector, _LANCZOS_STEPS)
+            theta, vector = _spectra.lanczos(lambda x: grams[at] @ x, trial.vector, _LANCZOS_STEPS)
             stalled = theta <= trial.theta * (1 + self.gap / 8)
             return lax.cond(stalled, solve, accept, trial, at, theta, vector)
 
@@ -206,9 +206,3 @@ class _Sweep(NamedTuple):
         skipped = jnp.max(jnp.where(trial.bounds > -jnp.inf, slacks, 0))
         slack = jnp.maximum(trial.found.slack, skipped)
         return trial.found._replace(slack=slack)
-
-
-def _start(size: int, dtype) -> Array:
-    """A fixed unit vector in no special direction."""
-    vector = np.random.default_rng(0).normal(size=size)
-    return jnp.asarray(vector / np.linalg.norm(vector), dtype)

@@ -1,5 +1,6 @@
 """Largest eigenvalues of Gram matrices: cheap bounds, Lanczos, a Cholesky certificate, round-off."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -120,8 +121,8 @@ def cholesky_certificate(gram: Array, level: Array, *, certify: bool) -> tuple[A
     return succeeded, error + 4 * unit_round_off(level.dtype) * level
 
 
-def lanczos(gram: Array, start: Array, num_steps: int) -> tuple[Array, Array]:
-    r"""The top Ritz pair (θ, v) of a Hermitian G ⪰ 0 in a Krylov space, θ = vᴴGv ≤ λ_max(G), ||v|| = 1.
+def lanczos(apply: Callable[[Array], Array], start: Array, num_steps: int) -> tuple[Array, Array]:
+    r"""The top Ritz pair (θ, v) of a Hermitian map G ⪰ 0 in a Krylov space, θ = vᴴGv ≤ λ_max(G), ||v|| = 1.
 
     Full re-orthogonalisation, twice: the basis is thin, so it costs less than the products with G,
     and no spurious copies of converged eigenvalues appear.
@@ -129,7 +130,7 @@ def lanczos(gram: Array, start: Array, num_steps: int) -> tuple[Array, Array]:
 
     def step(k, carry):
         basis, diagonal, off_diagonal = carry
-        image = gram @ basis[k]
+        image = apply(basis[k])
         alpha = jnp.real(jnp.vdot(basis[k], image))
         for _ in range(2):
             image = image - (basis.conj() @ image) @ basis
@@ -142,18 +143,33 @@ def lanczos(gram: Array, start: Array, num_steps: int) -> tuple[Array, Array]:
             off_diagonal.at[k].set(jnp.where(keep, beta, 0)),
         )
 
-    floats = jnp.finfo(gram.dtype)
-    num_steps = min(num_steps, gram.shape[-1])
-    basis = jnp.zeros((num_steps, gram.shape[-1]), gram.dtype)
+    floats = jnp.finfo(start.dtype)
+    num_steps = min(num_steps, start.size)
+    basis = jnp.zeros((num_steps, start.size), start.dtype)
     zeros = jnp.zeros(num_steps, floats.dtype)
     init = basis.at[0].set(start / jnp.linalg.norm(start)), zeros, zeros
     basis, diagonal, off_diagonal = lax.fori_loop(0, num_steps, step, init)
     tridiagonal = (
         jnp.diag(diagonal) + jnp.diag(off_diagonal[:-1], 1) + jnp.diag(off_diagonal[:-1], -1)
     )
-    vector = jnp.linalg.eigh(tridiagonal)[1][:, -1].astype(gram.dtype) @ basis
+    vector = jnp.linalg.eigh(tridiagonal)[1][:, -1].astype(start.dtype) @ basis
     vector = vector / jnp.linalg.norm(vector)
-    return jnp.real(jnp.vdot(vector, gram @ vector)), vector
+    return jnp.real(jnp.vdot(vector, apply(vector))), vector
+
+
+def pairwise_sum(terms: Array) -> Array:
+    """Sum over the leading axis as a binary tree: log2 of its length roundings, rounded up."""
+    while terms.shape[0] > 1:
+        half = -(-terms.shape[0] // 2)
+        terms = jnp.pad(terms, [(0, terms.shape[0] % 2)] + [(0, 0)] * (terms.ndim - 1))
+        terms = terms[:half] + terms[half:]
+    return terms[0]
+
+
+def fixed_start(size: int, dtype) -> Array:
+    """A fixed unit vector in no special direction."""
+    vector = np.random.default_rng(0).normal(size=size)
+    return jnp.asarray(vector / np.linalg.norm(vector), dtype)
 
 
 def _product(left: Array, right: Array) -> Array:

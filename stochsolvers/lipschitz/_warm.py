@@ -1,0 +1,131 @@
+r"""A Lipschitz constant that follows a kernel through its training.
+
+Singular values move no faster than the map: |σ(A) − σ(A₀)| ≤ ||A − A₀||. A certified upper end at A₀
+therefore stays one for a while, and a few products with the block of the top frequency keep the lower
+end up to date.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, Scalar, static_field, value_object
+from stochsolvers.linear_maps import LinearMap
+from stochsolvers.lipschitz import _spectra
+from stochsolvers.lipschitz._constant import (
+    Bracket,
+    certified,
+    image,
+    rayleigh,
+    rescaled,
+    scale_of,
+    widened,
+)
+from stochsolvers.lipschitz._search import Found, frobenius_bounds
+from stochsolvers.lipschitz._taps import Grid, taps_and_phases
+
+_POWER_STEPS = 2
+
+
+@value_object
+class LipschitzState:
+    """What `lipschitz_refresh` remembers.
+
+    Attributes:
+      anchor: the taps at which the upper end was certified, divided by `scale`.
+      scale: a power of two.
+      ceiling: that upper end, divided by scale².
+      best: the block with the largest singular value, and its vector.
+      grid: as in `lipschitz_constant`.
+    """
+
+    anchor: Array
+    scale: Array
+    ceiling: Array
+    best: Found
+    grid: Grid = static_field(default="layer", kw_only=True)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def lipschitz_state(linear_map: LinearMap, *, grid: Grid = "layer") -> LipschitzState:
+    """The state for a kernel, from `lipschitz_bracket`'s full computation."""
+    taps, phases = taps_and_phases(linear_map, grid)
+    scale = scale_of(taps)
+    bracket, best = certified(taps / scale, phases)
+    return LipschitzState(taps / scale, scale, bracket.upper, best, grid=grid)
+
+
+@jax.jit
+def lipschitz_refresh(
+    linear_map: LinearMap, state: LipschitzState, *, tolerance: Scalar = 0.05
+) -> tuple[Bracket, LipschitzState]:
+    r"""The bracket of L after the kernel has moved, and the state for the next time.
+
+        upper = (√upper₀ + ||A − A₀||)²,    ||A − A₀|| ≤ max_f ||Â(f) − Â₀(f)||_F,
+
+    from the scalar products of the taps, or from their absolute values, whichever is smaller. The lower
+    end is the Rayleigh quotient of the remembered vector after two power steps. If upper > (1 + tolerance)
+    lower everything is computed afresh, as in `lipschitz_state`. Under `vmap` it always is.
+
+    Args:
+      linear_map: the same layer with another kernel.
+      state: from `lipschitz_state` or from the last refresh; its kernel is never more than a
+        tolerance away.
+      tolerance: of upper / lower − 1, traced.
+
+    Returns:
+      (bracket, state). `bracket.upper` is the constant for a safe step.
+
+    Raises:
+      ValueError: at trace time, if the layer's shape is not the state's.
+    """
+    taps, phases = taps_and_phases(linear_map, state.grid)
+    if taps.shape != state.anchor.shape or taps.dtype != state.anchor.dtype:
+        _checks.fail("taps of the layer", (state.anchor.shape, state.anchor.dtype), taps.shape)
+    taps = taps / state.scale
+    drift = _norm_bound(taps - state.anchor, phases)
+    best = state.best._replace(vector=_power_steps(taps, phases, state.best))
+    lower = widened(Bracket(rayleigh(taps, phases, best), state.ceiling), taps, phases).lower
+    few = 1 + 16 * _spectra.unit_round_off(taps.dtype)
+    upper = (jnp.sqrt(state.ceiling) + drift) ** 2 * few
+
+    def keep():
+        kept = LipschitzState(state.anchor, state.scale, state.ceiling, best, grid=state.grid)
+        return rescaled(Bracket(lower, upper), state.scale), kept
+
+    def renew():
+        fresh = lipschitz_state(linear_map, grid=state.grid)
+        lower = widened(
+            Bracket(rayleigh(fresh.anchor, phases, fresh.best), fresh.ceiling), fresh.anchor, phases
+        ).lower
+        return rescaled(Bracket(lower, fresh.ceiling), fresh.scale), fresh
+
+    return lax.cond(upper <= (1 + tolerance) * lower, keep, renew)
+
+
+def _norm_bound(taps: Array, phases) -> Array:
+    """An upper bound on the spectral norm of a circular convolution without any of its blocks."""
+    scale = scale_of(taps)
+    taps = taps / scale
+    frobenius = jnp.sqrt(jnp.max(frobenius_bounds(taps, phases)))
+    entrywise = jnp.sqrt(jnp.max(_spectra.perron(jnp.sum(jnp.abs(taps), axis=1))))
+    return (
+        jnp.minimum(frobenius, entrywise) * scale * (1 + 16 * _spectra.unit_round_off(taps.dtype))
+    )
+
+
+def _power_steps(taps: Array, phases, best: Found) -> Array:
+    """v ← Â*Â v / ||·||, the gradient of ½ ||Â v||², a few times over."""
+
+    def energy(vector):
+        return 0.5 * jnp.sum(image(taps, phases, best._replace(vector=vector)) ** 2)
+
+    vector = best.vector
+    for _ in range(_POWER_STEPS):
+        step = jax.grad(energy)(vector)
+        norm = jnp.linalg.norm(step)
+        vector = jnp.where(norm > 0, step / jnp.where(norm > 0, norm, 1.0), vector)
+    return vector
