@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,14 @@ class Progress:
 
     Attributes:
       step: steps done.
-      losses: of the steps of the epoch that is under way.
-      history: one record for each epoch that is complete.
+      metrics: of the steps of the epoch that is under way, for each seed.
+      history: for each seed, one record for each epoch that is complete.
       seconds: of training so far.
     """
 
     step: int = 0
-    losses: tuple[float, ...] = ()
-    history: tuple[dict[str, float], ...] = ()
+    metrics: tuple[Sequence[Any], ...] = ()
+    history: tuple[Sequence[dict[str, float]], ...] = ()
     seconds: float = 0.0
 
 
@@ -104,11 +104,8 @@ class Checkpoints:
             items = ocp.args.Composite(record=ocp.args.JsonRestore())
             record = self._manager.restore(step, args=items)["record"]
             identity, progress = record["identity"], record["progress"]
-            progress["history"], progress["losses"] = (
-                tuple(progress["history"]),
-                tuple(progress["losses"]),
-            )
-            progress = Progress(**progress)
+            lists = {key: tuple(progress[key]) for key in ("metrics", "history")}
+            progress = Progress(**progress | lists)
         except Exception as error:
             raise _unreadable(folder, _reason(error)) from error
         differences = differing(identity, self.identity)

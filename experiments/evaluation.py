@@ -48,7 +48,7 @@ def evaluate(
     *,
     trials: int = 1,
     deterministic: bool = False,
-    batch_size: int = 500,
+    batch_size: int = 200,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Accuracy in percent, once for each trial.
@@ -62,19 +62,18 @@ def evaluate(
       data: whose statistics normalise the pixels.
       trials: independent repetitions.
       deterministic: full gradients in the solvers instead of sampling.
-      batch_size: images at a time.
+      batch_size: images at a time, on the splits of every size, so that one program serves all.
       mesh: that holds the model; by default one device.
     """
     set_mode(model, "deterministic" if deterministic else "test")
     mesh = mesh or parallel.local_mesh()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     correct = np.zeros(trials, np.int64)
-    size = min(batch_size, len(split))
-    size += -size % mesh.size
+    size = batch_size + -batch_size % mesh.size
     for start in range(0, len(split), size):
         images = split.images[start : start + size]
         labels = split.labels[start : start + size]
-        # a short last batch is filled with images of no class, so that one shape is compiled
+        # a short last batch is filled with images of no class
         missing = size - len(labels)
         images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
         labels = np.pad(labels, (0, missing), constant_values=-1)

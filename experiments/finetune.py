@@ -24,8 +24,10 @@ from experiments import (
     archive,
     checkpoints,
     comparison,
+    curves,
     data,
     evaluation,
+    networks,
     parallel,
     report,
     results,
@@ -118,7 +120,11 @@ def run(table: Table, options: Options) -> list[dict[str, Any]]:
     mesh = options.machine.mesh()
     files = (report.CSV, report.PAGE, *report.PICTURES, *table.files)
     stored = results.Run(
-        options.out, options.settings(table.name), files=files, overwrite=options.overwrite
+        options.out,
+        options.settings(table.name),
+        files=files,
+        overwrite=options.overwrite,
+        tensorboard=options.tensorboard,
     )
     for seed in options.seeds:
         dataset = _load(options, seed)
@@ -166,14 +172,19 @@ def _run_study(
             "config": {**study.settings, **arm.settings, "training": dataclasses.asdict(config)},
             **results.environment(),
         }
+        finished = stored.final(arm=arm.name, **about)
+        place = f"{study.name}-{arm.name}-seed{seed}"
+        after = 0 if arm.name == "baseline" else options.epochs or 0
+        board = stored.board(place, after=after)
         try:
             trained = training.train(
                 build,
                 dataset,
                 config,
-                label=f"{name}, seed {seed}",
-                checkpoint=stored.checkpoint(f"{study.name}-{arm.name}-seed{seed}"),
+                label=name,
+                checkpoint=stored.checkpoint(place),
                 mesh=mesh,
+                watch=None if finished else board.show,
             )
         except training.DivergenceError as error:
             if arm.swap is None:
@@ -181,9 +192,9 @@ def _run_study(
             stored.add([{"kind": "final", **tags, "accuracy": None, **final, "error": str(error)}])
             _say(f"{error}")
             return None
-        if not stored.final(arm=arm.name, **about):
+        if not finished:
             scores = scored(trained, dataset, options.trials, mesh)
-            after = 0 if arm.name == "baseline" else options.epochs or 0
+            board.finish(scores["accuracy"])
             rows: list[dict[str, Any]] = [
                 {"kind": "epoch", **tags, **record, "epoch": after + int(record["epoch"])}
                 for record in trained.history
@@ -193,7 +204,7 @@ def _run_study(
             _say(f"{name}, seed {seed}: {accuracy} % in {trained.seconds:.0f} s")
         return trained.model
 
-    baseline = network(first, study.build, options.train_config(seed))
+    baseline = network(first, networks.compiled(study.build), options.train_config(seed))
     for arm in arms:
         if not stored.final(arm=arm.name, **about):
             network(arm, swapped(baseline, arm), options.finetune_config(seed))
@@ -236,6 +247,7 @@ def main(table: Table, config: type[Options], args: list[str] | None) -> None:
     expected = (
         *(archive.DataError, checkpoints.CheckpointError, results.FolderError, OSError),
         *(parallel.DeviceError, training.ConfigurationError, training.DivergenceError),
+        curves.MissingError,
     )
     try:
         finals = run(table, options)

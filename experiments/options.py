@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 import tyro
 
-from experiments import data, parallel, training
+from experiments import data, parallel, steps, training
 
 FINETUNE_RATES = (1e-3, 1e-4)
 EPOCHS = {"digits": (20, 8)}
@@ -23,6 +23,8 @@ SMOKE: dict[str, Any] = {
 }
 ADDABLE = ("seeds", "rates", "methods")
 """Options that may grow when a command is given again with the same folder."""
+UNRECORDED = ("out", "data_dir", "overwrite", "smoke", "tensorboard", "machine")
+"""Options that change no number, or that are filled in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +54,14 @@ class Options:
     """Train on so many images only; by default on all."""
     augment: bool = False
     """Crop and flip the training images at random; not in the paper."""
-    precision: training.Precision = "float32"
+    precision: steps.Precision = "float32"
     """bf16 computes plain layers in bfloat16, and solvers in float32 as ever."""
     smoke: bool = False
     """A minute's run on a narrow network and few images: to see that everything works."""
     overwrite: bool = False
     """Remove the results and checkpoints in --out first."""
+    tensorboard: bool = False
+    """Write the curves of each network for TensorBoard as well, to --out/tensorboard."""
     machine: tyro.conf.OmitArgPrefixes[parallel.Machine] = dataclasses.field(
         default_factory=parallel.Machine
     )
@@ -93,7 +97,7 @@ class Options:
     def settings(self, table: str) -> dict[str, Any]:
         """What the networks of a folder have in common; seeds, rates and methods may be added."""
         common = dataclasses.asdict(self)
-        for name in (*("out", "data_dir", "overwrite", "smoke", "machine"), *ADDABLE):
+        for name in (*UNRECORDED, *ADDABLE):
             common.pop(name, None)
         return {"table": table, **common, "dataset": Path(self.dataset).stem}
 

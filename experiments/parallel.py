@@ -4,8 +4,10 @@ Parameters, their optimiser and the data set are replicated; a batch is split ov
 random masks are those of one device (they depend on the key and the global shape alone).
 """
 
+import contextlib
 import dataclasses
 import os
+import signal
 from typing import Any
 
 import jax
@@ -15,6 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
+AGREE_EVERY = 16
+"""Steps from one agreement of several processes on whether to stop to the next."""
 
 
 class DeviceError(ValueError):
@@ -45,11 +49,14 @@ class Machine:
           DeviceError: there are fewer devices than asked for, or processes without any.
         """
         if self.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            handler = signal.getsignal(signal.SIGTERM)
             jax.distributed.initialize(
                 self.coordinator,
                 _or_environment(self.num_processes, "JAX_NUM_PROCESSES"),
                 _or_environment(self.process_id, "JAX_PROCESS_ID"),
             )
+            with contextlib.suppress(ValueError):  # only the main thread may
+                signal.signal(signal.SIGTERM, handler)  # JAX has put its own in its place
         return data_mesh(self.devices)
 
 
@@ -79,19 +86,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh) -> NamedSharding:
-    """The first axis in equal parts."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
-
-
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Copy a tree of arrays, equal on every process, to every device of a mesh."""
     return jax.tree.map(lambda leaf: _put(leaf, replicated(mesh)), tree)
 
 
-def shard(array: Any, mesh: Mesh) -> jax.Array:
-    """Split the first axis of an array, equal on every process, over the devices of a mesh."""
-    return _put(array, split(mesh))
+def shard(array: Any, mesh: Mesh, *, axis: int = 0) -> jax.Array:
+    """Split an axis of an array, equal on every process, over the devices of a mesh."""
+    return _put(array, NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS)))
 
 
 def _put(array: Any, sharding: NamedSharding) -> jax.Array:
@@ -125,3 +127,14 @@ def anywhere(flag: Any) -> bool:
     if jax.process_count() == 1:
         return bool(flag)
     return bool(np.any(multihost_utils.process_allgather(np.array(bool(flag)))))
+
+
+def stop_now(flag: Any, step: int) -> bool:
+    """Whether to stop after a step, on every process alike, since a flag is set on any of them.
+
+    A single process stops at once. Several have to agree, which makes them wait for their devices, so
+    they ask each other every `AGREE_EVERY` steps.
+    """
+    if jax.process_count() > 1 and step % AGREE_EVERY:
+        return False
+    return anywhere(flag)

@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 
-from experiments import checkpoints, parallel
+from experiments import checkpoints, curves, parallel
 
 PACKAGES = ("stochsolvers", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
-ROWS, SETTINGS, CHECKPOINTS = "results.jsonl", "config.json", "checkpoints"
+ROWS, SETTINGS = "results.jsonl", "config.json"
+CHECKPOINTS, CURVES = "checkpoints", "tensorboard"
 
 
 @contextlib.contextmanager
@@ -95,10 +96,12 @@ class Run:
       folder: made when there is something to write.
       settings: what all rows have in common, as JSON; a folder with others is refused.
       files: names of what else the run writes there, removed with the rows.
-      overwrite: remove the rows and checkpoints that are there.
+      overwrite: remove the rows, checkpoints and curves that are there.
+      tensorboard: write curves for TensorBoard.
 
     Raises:
       FolderError: the folder belongs to another run, or is damaged.
+      curves.MissingError: the package that writes the curves is not installed.
     """
 
     def __init__(
@@ -108,8 +111,12 @@ class Run:
         *,
         files: Iterable[str] = (),
         overwrite: bool = False,
+        tensorboard: bool = False,
     ):
+        if tensorboard:
+            curves.check_installed()
         self.folder = folder
+        self._curves = tensorboard and parallel.is_first()
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.rows: list[dict[str, Any]] = []
         if overwrite:
@@ -130,7 +137,11 @@ class Run:
 
     def checkpoint(self, *names: Any) -> Path:
         """The folder for the checkpoints of one network."""
-        return self.folder / CHECKPOINTS / "_".join(map(str, names)).replace("/", "_")
+        return self.folder / CHECKPOINTS / _joined(names)
+
+    def board(self, *names: Any, after: int = 0) -> curves.Board:
+        """The curves of one network, which come after so many epochs; inert unless asked for."""
+        return curves.Board(self.folder / CURVES / _joined(names) if self._curves else None, after)
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add the rows of a finished network, and write what there is."""
@@ -162,9 +173,14 @@ class Run:
         if parallel.is_first():
             for name in (ROWS, SETTINGS, *files):
                 (self.folder / name).unlink(missing_ok=True)
-            if (self.folder / CHECKPOINTS).exists():
-                shutil.rmtree(self.folder / CHECKPOINTS)
+            for name in (CHECKPOINTS, CURVES):
+                if (self.folder / name).exists():
+                    shutil.rmtree(self.folder / name)
         parallel.anywhere(False)  # nobody goes on before it is done
+
+
+def _joined(names: Iterable[Any]) -> str:
+    return "_".join(map(str, names)).replace("/", "_")
 
 
 def _scalars(row: Mapping[str, Any]) -> Any:

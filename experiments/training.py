@@ -1,55 +1,30 @@
 """Training of a network: the paper's schedule, one compiled step in a Python loop."""
 
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 import stochsolvers as ss
-from experiments import checkpoints, parallel
+from experiments import checkpoints, parallel, steps
 from experiments.checkpoints import Progress
 from experiments.data import Dataset
-from experiments.evaluation import Model, evaluate, normalise
+from experiments.evaluation import Model, evaluate
 from experiments.networks import set_mode
+from experiments.steps import State, TrainConfig
 
-Precision = Literal["float32", "bf16"]
-CROP_PADDING = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """The paper's optimiser.
-
-    Attributes:
-      epochs: in all; an equal part of the steps at each learning rate.
-      batch_size: examples a step.
-      learning_rates: one after the other.
-      momentum: of SGD.
-      weight_decay: of the weights and biases, added to the gradient before the momentum.
-      seed: of the initialisation, the order of the examples and the sampling.
-      augment: crop and flip the training images at random; the paper does not say that it did.
-      precision: "bf16" computes plain layers in bfloat16; parameters, solvers and loss stay float32.
-    """
-
-    epochs: int = 300
-    batch_size: int = 128
-    learning_rates: tuple[float, ...] = (1e-2, 1e-3, 1e-4)
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    seed: int = 0
-    augment: bool = False
-    precision: Precision = "float32"
+Record = dict[str, float]
+Watch = Callable[[Sequence[Record]], None]
+"""Is shown the records of the epochs so far: when training begins or goes on, and after each epoch."""
 
 
 class DivergenceError(RuntimeError):
@@ -61,61 +36,11 @@ class ConfigurationError(ValueError):
 
 
 class Trained(NamedTuple):
-    """A trained model, one record for each epoch, and the seconds that training took."""
+    """A trained model, one record for each epoch, and its share of the seconds of training."""
 
     model: Any
-    history: list[dict[str, float]]
+    history: list[Record]
     seconds: float
-
-
-class State(NamedTuple):
-    """What a step changes: parameters, the model's other state, the optimiser's."""
-
-    params: Any
-    rest: Any
-    optimiser: Any
-
-
-def staged_learning_rate(rates: Sequence[float], total_steps: int) -> Callable[[Any], Any]:
-    """k -> the learning rate at step k: each of the rates in turn, for equal parts of the steps."""
-
-    def schedule(step):
-        stage = jnp.minimum(len(rates) * jnp.asarray(step) // total_steps, len(rates) - 1)
-        return jnp.asarray(rates, jnp.float32)[stage]
-
-    return schedule
-
-
-def optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
-    """SGD with momentum on the loss plus (weight_decay/2) ||w||²."""
-    schedule = staged_learning_rate(config.learning_rates, total_steps)
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(schedule, momentum=config.momentum),
-    )
-
-
-def augmented(key: jax.Array, images: jax.Array, *, padding: int = CROP_PADDING) -> jax.Array:
-    """Each image, with a border of zeros, cropped to its size at random, and flipped or not."""
-    border = ((padding, padding), (padding, padding), (0, 0))
-
-    def one(key, image):
-        key_crop, key_flip = jax.random.split(key)
-        row, column = jax.random.randint(key_crop, (2,), 0, 2 * padding + 1)
-        crop = jax.lax.dynamic_slice(jnp.pad(image, border), (row, column, 0), image.shape)
-        return jnp.where(jax.random.bernoulli(key_flip), crop[:, ::-1], crop)
-
-    return jax.vmap(one)(jax.random.split(key, len(images)), images)
-
-
-def set_precision(model: Any, precision: Precision) -> None:
-    """With "bf16", plain layers compute in bfloat16; solver layers keep float32 inside."""
-    if precision == "float32":
-        return
-    for _, module in nnx.iter_modules(model):
-        plain = isinstance(module, nnx.Linear | nnx.Conv | nnx.BatchNorm)
-        if plain and not isinstance(module, ss.nnx.SolverLinear | ss.nnx.SolverConv):
-            module.dtype = jnp.bfloat16
 
 
 def train(
@@ -123,71 +48,109 @@ def train(
     data: Dataset,
     config: TrainConfig,
     *,
+    watch: Watch | None = None,
+    **options: Any,
+) -> Trained:
+    """Train a network: `train_together` of one seed."""
+    watches = [] if watch is None else [watch]
+    (trained,) = train_together(build, {config.seed: data}, config, watches=watches, **options)
+    return trained
+
+
+def train_together(
+    build: Callable[[nnx.Rngs], Model],
+    data: dict[int, Dataset],
+    config: TrainConfig,
+    *,
     label: str,
     checkpoint: Path | None = None,
     mesh: Mesh | None = None,
-) -> Trained:
-    """Train a network.
+    watches: Sequence[Watch] = (),
+) -> list[Trained]:
+    """Train a network from several seeds at once, each as if it were alone, to round-off.
+
+    The seeds' networks and data are stacked, and one step is vmapped over them; a single seed is not.
 
     Args:
       build: makes the network from random streams; it may be trained already, to be finetuned.
-      data: its training split is learned, its validation split watched once an epoch.
-      config: of the optimiser.
+      data: of each seed: its training split is learned, its validation split watched once an epoch.
+      config: of the optimiser, but for the seed.
       label: for the progress bar and for errors.
       checkpoint: a folder, saved to once an epoch, and on SIGTERM, which then ends the program with
         status 143. A run that finds its own checkpoint there goes on as if it had not stopped.
       mesh: devices that share each batch; by default one.
+      watches: one for each seed, or none.
 
     Raises:
-      DivergenceError: the loss is not finite; names the step.
+      DivergenceError: the loss is not finite; names the seed and the step.
       ConfigurationError: the batch does not fit the training split or the devices, or there is
         nothing to do.
       checkpoints.CheckpointError: of another run, corrupt, or impossible to write.
     """
-    mesh = mesh or parallel.data_mesh()
-    steps = _steps_per_epoch(data, config, mesh)
-    total = config.epochs * steps
-    model: Any = build(nnx.Rngs(params=config.seed, dropout=config.seed + 1))
-    set_precision(model, config.precision)
-    set_mode(model, "train")
-    ss.nnx.refresh_lipschitz(model)  # kept for an epoch, as in the paper
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    transform = optimizer(config, total)
-    state = State(params, rest, jax.jit(transform.init)(params))
-    progress, store = Progress(), None
+    mesh, seeds = mesh or parallel.data_mesh(), tuple(data)
+    (count,) = {_steps_per_epoch(each, config, mesh) for each in data.values()}
+    total = config.epochs * count
+    graph, state = _initial(build, seeds, config)
+    progress, store = Progress(history=((),) * len(seeds)), None
     if checkpoint is not None:
         store = checkpoints.Checkpoints(checkpoint, _identity(graph, state, data, config))
         state, progress = store.restore(state) or (state, progress)
+    _show(watches, progress)
     state = parallel.replicate(state, mesh)
-    epoch_steps = _epoch_steps(_compile_step(graph, transform, data, config), data, config, mesh)
-    refresh = jax.jit(functools.partial(_refreshed, graph))
+    epoch_steps = _epoch_steps(graph, data, config, mesh)
+    refresh = steps.compiled_refresh(graph, together=len(seeds) > 1)
 
     start = time.perf_counter() - progress.seconds
-    bar = tqdm(total=total, initial=progress.step, desc=label, leave=False, disable=_bar_off())
+    about = f"{label}, seed{'s'[: len(seeds) > 1]} {' '.join(map(str, seeds))}"
+    bar = tqdm(total=total, initial=progress.step, desc=about, leave=False, disable=_bar_off())
     with bar, checkpoints.deferred_termination() as terminated:
         while progress.step < total:
-            epoch, history = progress.step // steps, progress.history
-            state, losses = epoch_steps(state, epoch, progress.losses, bar, terminated)
-            loss = _finite_mean(losses, label, epoch * steps)
-            done = epoch * steps + len(losses)
-            if len(losses) == steps:
+            epoch, history = progress.step // count, progress.history
+            state, metrics = epoch_steps(state, epoch, progress.metrics, bar, terminated)
+            _check_finite(metrics, label, seeds, epoch * count)
+            done, partial = epoch * count + len(metrics), metrics.tolist()
+            if len(metrics) == count:
                 state = state._replace(rest=refresh(state.params, state.rest))
-                model = nnx.merge(graph, state.params, state.rest, copy=True)
-                accuracy = float(evaluate(model, data.validation, data, mesh=mesh)[0])
-                scores = {"train_loss": loss, "validation_accuracy": accuracy}
-                seconds = time.perf_counter() - start
-                history, losses = (*history, {"epoch": epoch + 1, **scores, "seconds": seconds}), []
-                bar.set_postfix(loss=f"{loss:.3f}", validation=f"{accuracy:.2f}%")
-            seconds = time.perf_counter() - start
-            progress = Progress(done, tuple(map(float, losses)), history, seconds)
+                scores = _validate(graph, state, data, mesh)
+                rate = steps.staged(config.learning_rates, done - 1, total)
+                about_epoch = {"epoch": epoch + 1, "learning_rate": rate}
+                elapsed = {"seconds": time.perf_counter() - start}
+                history = tuple(
+                    (*records, {**about_epoch, **_means(metrics[:, k]), **scores[k], **elapsed})
+                    for k, records in enumerate(history)
+                )
+                partial = []
+                bar.set_postfix(_postfix(history))
+            progress = Progress(done, tuple(partial), history, time.perf_counter() - start)
             if store is not None:
                 store.save(state, progress)
+            _show(watches, progress)
             if parallel.anywhere(terminated):
                 sys.exit(143)
     if store is not None:
         store.close()
-    params, rest = parallel.gather((state.params, state.rest))
-    return Trained(nnx.merge(graph, params, rest), list(progress.history), progress.seconds)
+    states = steps.unstack(parallel.gather((state.params, state.rest)), len(seeds))
+    return [
+        Trained(nnx.merge(graph, *each), list(records), progress.seconds / len(seeds))
+        for each, records in zip(states, progress.history, strict=True)
+    ]
+
+
+def _initial(
+    build: Callable[[nnx.Rngs], Model], seeds: Sequence[int], config: TrainConfig
+) -> tuple[Any, State]:
+    """The networks before the first step: their common structure, and their stacked state."""
+    parts = []
+    for seed in seeds:
+        model: Any = build(nnx.Rngs(params=seed, dropout=seed + 1))
+        steps.set_precision(model, config.precision)
+        set_mode(model, "train")
+        ss.nnx.refresh_lipschitz(model)  # kept for an epoch, as in the paper
+        parts.append(nnx.split(model, nnx.Param, ...))
+    states = [
+        State(params, rest, jax.tree.map(jnp.zeros_like, params)) for _, params, rest in parts
+    ]
+    return parts[0][0], steps.stack(states)
 
 
 def _steps_per_epoch(data: Dataset, config: TrainConfig, mesh: Mesh) -> int:
@@ -205,78 +168,113 @@ def _steps_per_epoch(data: Dataset, config: TrainConfig, mesh: Mesh) -> int:
     return len(data.train) // config.batch_size
 
 
-def _identity(graph: Any, state: State, data: Dataset, config: TrainConfig) -> dict[str, Any]:
+def _identity(
+    graph: Any, state: State, data: dict[int, Dataset], config: TrainConfig
+) -> dict[str, Any]:
     """What a checkpoint must agree on to be resumed."""
-    splits = (data.train, data.validation)
-    arrays = [array for split in splits for array in (split.images, split.labels)]
+    splits = (split for each in data.values() for split in (each.train, each.validation))
+    arrays = (array for split in splits for array in (split.images, split.labels))
+    seeds = list(data)
     return {
-        "training": dataclasses.asdict(config),
-        "data": {"name": data.name, "sha256": checkpoints.digest(arrays)},
+        "training": {
+            **dataclasses.asdict(config),
+            "seed": seeds if len(seeds) > 1 else seeds[0],
+        },
+        "data": {
+            "name": next(iter(data.values())).name,
+            "sha256": checkpoints.digest(arrays),
+        },
         "network": {"sha256": checkpoints.structure(graph, state)},
     }
 
 
-def _epoch_steps(step: Callable, data: Dataset, config: TrainConfig, mesh: Mesh) -> Callable:
-    """(state, epoch, losses so far) -> the state and losses at its end, or when it has to stop."""
-    images, labels = parallel.replicate((data.train.images, data.train.labels), mesh)
-    count = len(data.train) // config.batch_size
+def _epoch_steps(
+    graph: Any, data: dict[int, Dataset], config: TrainConfig, mesh: Mesh
+) -> Callable[..., tuple[State, np.ndarray]]:
+    """(state, epoch, metrics so far) -> the state and metrics at its end, or when it has to stop.
 
-    def run(state, epoch, losses, bar, terminated):
-        losses = list(losses)
-        order = np.random.default_rng([config.seed, 1, epoch]).permutation(len(data.train))
-        for k in range(len(losses), count):
-            batch = order[k * config.batch_size : (k + 1) * config.batch_size]
-            number = np.uint32(epoch * count + k)
-            state, loss = step(state, images, labels, parallel.shard(batch, mesh), number)
-            losses.append(loss)
+    The metrics are loss and accuracy, shape (steps, seeds, 2).
+    """
+    together = len(data) > 1
+    step = steps.compiled_step(graph, augment=config.augment, together=together)
+    source = parallel.replicate(steps.stack([_source(data[seed], seed) for seed in data]), mesh)
+    examples = len(next(iter(data.values())).train)
+    count = examples // config.batch_size
+
+    def run(state, epoch, metrics, bar, terminated):
+        found = [np.asarray(values, np.float32) for values in metrics]
+        orders = [
+            np.random.default_rng([seed, 1, epoch]).permutation(examples)[
+                : count * config.batch_size
+            ]
+            for seed in data
+        ]
+        batches = np.stack(orders, -1).reshape(count, config.batch_size, len(data))
+        for k in range(len(found), count):
+            number = epoch * count + k
+            rate = steps.staged(config.learning_rates, number, config.epochs * count)
+            numbers = (rate, config.momentum, config.weight_decay)
+            batch = batches[k].T if together else batches[k, :, 0]
+            state, values = step(
+                state,
+                source,
+                parallel.shard(batch, mesh, axis=batch.ndim - 1),
+                np.uint32(number),
+                steps.Rates(*map(np.float32, numbers)),
+            )
+            found.append(values)
             bar.update()
-            if terminated and jax.process_count() == 1:  # several stop together, after the epoch
+            if parallel.stop_now(terminated, number + 1):
                 break
-        return state, np.array(jax.device_get(losses), np.float32)
+        return state, np.stack([np.reshape(v, (len(data), 2)) for v in jax.device_get(found)])
 
     return run
 
 
-def _compile_step(
-    graph: Any, transform: optax.GradientTransformation, data: Dataset, config: TrainConfig
-) -> Callable[..., Any]:
-    mean, std = data.mean, data.std
-
-    def loss_of(params, rest, images, labels):
-        model = nnx.merge(graph, params, rest, copy=True)
-        logits = model(normalise(images, mean, std)).astype(jnp.float32)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, nnx.state(model, nnx.Not(nnx.Param))
-
-    def step(state, images, labels, batch, number):
-        images, labels = images[batch], labels[batch]
-        if config.augment:
-            key = jax.random.fold_in(jax.random.key(config.seed + 2), number)
-            images = augmented(key, images)
-        (loss, rest), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params, state.rest, images, labels
-        )
-        updates, optimiser = transform.update(gradients, state.optimiser, state.params)
-        return State(optax.apply_updates(state.params, updates), rest, optimiser), loss
-
-    return jax.jit(step, donate_argnums=0)
+def _source(data: Dataset, seed: int) -> steps.Source:
+    return steps.Source(
+        data.train.images, data.train.labels, data.mean, data.std, jax.random.key(seed + 2)
+    )
 
 
-def _refreshed(graph: Any, params: Any, rest: Any) -> Any:
-    """The state with every Lipschitz constant recomputed."""
-    model = nnx.merge(graph, params, rest, copy=True)
-    ss.nnx.refresh_lipschitz(model)
-    return nnx.state(model, nnx.Not(nnx.Param))
+def _validate(graph: Any, state: State, data: dict[int, Dataset], mesh: Mesh) -> list[Record]:
+    """The validation accuracy of each seed."""
+    scores = []
+    for each, part in zip(data.values(), steps.unstack(state, len(data)), strict=True):
+        model = nnx.merge(graph, part.params, part.rest, copy=True)
+        accuracy = float(evaluate(model, each.validation, each, mesh=mesh)[0])
+        scores.append({"validation_accuracy": accuracy})
+    return scores
 
 
-def _finite_mean(losses: np.ndarray, label: str, first_step: int) -> float:
-    broken = np.flatnonzero(~np.isfinite(losses))
+def _means(metrics: np.ndarray) -> Record:
+    loss, accuracy = map(float, metrics.mean(axis=0))
+    return {"train_loss": loss, "train_accuracy": accuracy}
+
+
+def _check_finite(metrics: np.ndarray, label: str, seeds: Sequence[int], first_step: int) -> None:
+    broken = np.argwhere(~np.isfinite(metrics[..., 0]))
     if broken.size:
+        step, k = broken[0]
         raise DivergenceError(
-            f"{label}: the loss is {losses[broken[0]]} at step {first_step + broken[0] + 1}. "
+            f"{label}, seed {seeds[k]}: the loss is {metrics[step, k, 0]} at step "
+            f"{first_step + step + 1}. "
             "Try a smaller learning rate or, with a solver, a smaller decay."
         )
-    return float(losses.mean())
+
+
+def _postfix(history: Sequence[Sequence[Record]]) -> dict[str, str]:
+    """Loss and validation accuracy of the last epoch, mean over the seeds, for the progress bar."""
+    loss, accuracy = (
+        np.mean([records[-1][key] for records in history])
+        for key in ("train_loss", "validation_accuracy")
+    )
+    return {"loss": f"{loss:.3f}", "validation": f"{accuracy:.2f}%"}
+
+
+def _show(watches: Sequence[Watch], progress: Progress) -> None:
+    for watch, records in zip(watches, progress.history, strict=False):
+        watch(records)
 
 
 def _bar_off() -> bool | None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import toys
 
-from experiments import checkpoints, training
+from experiments import checkpoints, steps, training
 
 # the other reads of a damaged checkpoint end after the one that failed
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -69,7 +69,7 @@ def steps_in(folder):
 
 def test_a_finished_run_is_read_back(uninterrupted, folder, monkeypatch):
     assert steps_in(folder) == [2 * toys.STEPS, 3 * toys.STEPS]
-    monkeypatch.setattr(training, "_compile_step", lambda *_: None)
+    monkeypatch.setattr(steps, "compiled_step", lambda *_, **__: None)
     again = toys.train(folder)
     assert_same(again, uninterrupted)
     assert again.seconds == uninterrupted[0].seconds
@@ -194,18 +194,18 @@ def test_what_is_no_folder_of_checkpoints_is_refused(tmp_path, what):
 def test_divergence_keeps_the_last_good_checkpoint(folder, monkeypatch):
     shutil.rmtree(folder / str(3 * toys.STEPS))
     before = contents(folder)
-    compile_step = training._compile_step
+    compiled_step = steps.compiled_step
 
-    def diverging(*args):
-        step = compile_step(*args)
+    def diverging(*args, **options):
+        step = compiled_step(*args, **options)
 
-        def run(state, images, labels, batch, number):
-            state, loss = step(state, images, labels, batch, number)
-            return state, loss * (np.nan if number >= 2 * toys.STEPS + 1 else 1)
+        def run(state, source, batch, number, rates):
+            state, metrics = step(state, source, batch, number, rates)
+            return state, metrics * (np.nan if number >= 2 * toys.STEPS + 1 else 1)
 
         return run
 
-    monkeypatch.setattr(training, "_compile_step", diverging)
+    monkeypatch.setattr(steps, "compiled_step", diverging)
     with pytest.raises(training.DivergenceError, match="the loss is nan at step 10"):
         toys.train(folder)
     assert contents(folder) == before

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 
+import events
 import jax
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from flax import nnx
 
 from experiments import (
     comparison,
+    curves,
     data,
     finetune,
     networks,
     report,
+    results,
     table3,
     table4,
     table5,
@@ -139,6 +142,51 @@ def test_table3_from_end_to_end(images, tmp_path):
     ]
     assert len({row["parameters"] for row in finals(rows)}) == 1
     assert all(row["std"] is None for row in finals(rows))
+
+
+def test_table4_from_end_to_end(images, tmp_path):
+    out = tmp_path / "4"
+    options = ("--num-iters", "2", "--methods", "prox-sg", "--no-batch-norm", "--tensorboard")
+    rows, printed = run(table4, images, out, *options)
+    arms = ["baseline", "control", "prox-sg-ND-D", "prox-sg-D-D"]
+    names = ["baseline", "baseline, finetuned", "Prox-SG ND-D", "Prox-SG D-D"]
+    names = [f"VGG16 {name}" for name in names]
+    assert [row["arm"] for row in finals(rows)] == arms
+    assert [row["name"] for row in finals(rows)] == names
+    marks = [row["config"].get("marks") for row in finals(rows)]
+    assert marks == [None, None, "ND-D", "D-D"]
+    assert len({row["parameters"] for row in finals(rows)}) == 1
+    for row in finals(rows):
+        sampled = row["arm"] not in ("baseline", "control")
+        assert (row["trials"], row["std"] is not None) == ((2, True) if sampled else (1, False))
+        assert (row["full_gradient_accuracy"] is not None) == sampled
+        assert 0 <= row["accuracy"] <= 100
+        assert row["config"]["network"]["width"] == 0.03
+        assert row["paper_accuracy"] is None
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    assert [(row["arm"], row["epoch"]) for row in epochs] == list(
+        zip(arms, (1, 2, 2, 2), strict=True)
+    )
+
+    page = (out / report.PAGE).read_text()
+    cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| VGG16")]
+    assert [line[0].removeprefix("| ") for line in cells] == names
+    for line, row in zip(cells, finals(rows), strict=True):
+        assert line[2] == f"{row['accuracy']:.2f}"
+        gain = row["accuracy"] - finals(rows)[1]["accuracy"]
+        assert line[7] == ("" if row["std"] is None else f"{gain:.2f}")
+        assert line[8].startswith("1 epochs; batches of 8; ")
+    assert all(name in printed for name in names)
+
+    # the curves say what the rows say
+    for row, epoch in zip(finals(rows), epochs, strict=True):
+        folder = out / results.CURVES / f"vgg16-{row['arm']}-seed0"
+        points = {tag: (epoch["epoch"], epoch[key]) for key, tag in curves.TAGS.items()}
+        points[curves.TEST] = (epoch["epoch"], row["accuracy"])
+        found = {tag: (step, value) for tag, step, value in events.read(folder)}
+        assert found.keys() == points.keys()
+        for tag, point in points.items():
+            np.testing.assert_allclose(found[tag], point, rtol=1e-6)
 
 
 def test_table4_swaps_what_it_says(images):

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import toys
 
-from experiments import parallel, training
+from experiments import parallel, steps, training
 
+TERMINATED = 5
+"""The step at which one of two processes has to end; they ask each other every three steps."""
+STOPPED = 6
 EIGHT = "--xla_force_host_platform_device_count=8"
 
 
@@ -27,19 +30,19 @@ def start(options, flags=""):
     )
 
 
-def result(process):
+def result(process, expected=0):
     printed, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors
+    assert process.returncode == expected, errors
     return json.loads(printed.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def alone():
     with pytest.MonkeyPatch.context() as patch, jax.enable_x64(False):
-        patch.setattr(training, "_compile_step", training._compile_step)  # put back at the end
-        steps, history = toys.recorded_losses(), toys.train().history
+        patch.setattr(steps, "compiled_step", steps.compiled_step)  # put back at the end
+        losses, history = toys.recorded_losses(), toys.train().history
     return {
-        "steps": steps,
+        "steps": losses,
         "losses": [record["train_loss"] for record in history],
         "scores": [record["validation_accuracy"] for record in history],
     }
@@ -61,19 +64,42 @@ def test_eight_devices(alone):
     assert found["distance"] < 1e-5
 
 
-def test_two_processes(alone, tmp_path):
+def start_two(folder, **options):
+    """Two processes of one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {"folder": str(tmp_path / "run"), "processes": 2, "port": port}
-    both = [start({**options, "process": number}) for number in range(2)]
-    for found in map(result, both):
+    options = {"folder": str(folder), "processes": 2, "port": port, **options}
+    return [start({**options, "process": number}) for number in range(2)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes found, and their folder; beside it, that of a run which one had to end."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    both = start_two(folder, terminate_at=TERMINATED)
+    return [result(process, expected=143) for process in both], folder
+
+
+def test_two_processes(alone, two):
+    for found in two[0]:
         assert found["devices"] == 2
         assert_same_run(found, alone)
     # what two processes saved, one reads
-    again = toys.train(tmp_path / "run")
+    again = toys.train(two[1])
     losses = [record["train_loss"] for record in again.history]
     np.testing.assert_allclose(losses, alone["losses"], rtol=1e-5)
+
+
+def test_sigterm_to_one_of_two_processes_stops_both(two):
+    found, folder = two
+    terminated = folder.with_name("terminated")
+    # both at the next step at which they ask each other
+    assert max(int(step.name) for step in terminated.iterdir()) == STOPPED
+    assert STOPPED % toys.STEPS
+    for before, after in zip(found, map(result, start_two(terminated)), strict=True):
+        assert after["digest"] == before["digest"]
+        assert len(after["steps"]) == 3 * toys.STEPS - STOPPED
 
 
 def test_devices_are_counted():

@@ -10,7 +10,7 @@ import toys
 from flax import nnx
 
 import stochsolvers as ss
-from experiments import networks, training
+from experiments import evaluation, networks, steps, training
 from experiments.networks import BlockConfig, LeNet, LeNetConfig
 
 
@@ -59,33 +59,24 @@ def test_modes():
     }
 
 
+@pytest.mark.parametrize("rates", [(0.1,), (1e-3, 1e-4), (1e-2, 1e-3, 1e-4)])
 @pytest.mark.parametrize("total", [1, 2, 3, 9, 100])
-def test_learning_rate_falls_in_thirds(total):
-    rates = np.array(
-        jax.vmap(training.staged_learning_rate((1e-2, 1e-3, 1e-4), total))(jnp.arange(total))
-    )
-    steps = np.arange(total)
-    expected = np.where(steps < total / 3, 1e-2, np.where(steps < 2 * total / 3, 1e-3, 1e-4))
-    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+def test_learning_rates_take_equal_parts(rates, total):
+    found = [steps.staged(rates, step, total) for step in range(total)]
+    starts = [-(-k * total // len(rates)) for k in range(len(rates) + 1)]  # ceil(k total / count)
+    expected = np.repeat(rates, np.diff(starts))
+    np.testing.assert_array_equal(found, expected)
 
 
-def test_weight_decay_is_coupled_and_momentum_accumulates():
-    config = training.TrainConfig(epochs=1, momentum=0.9, weight_decay=5e-4)
-    transform = training.optimizer(config, total_steps=30)
-    weight, velocity, state = jnp.asarray(2.0), 0.0, None
-    state = transform.init(weight)
-    for gradient in (1.0, -0.5):
-        velocity = 0.9 * velocity + gradient + 5e-4 * float(weight)
-        update, state = transform.update(jnp.asarray(gradient), state, weight)
-        np.testing.assert_allclose(update, -1e-2 * velocity, rtol=1e-6)
-        weight = weight + update
-
-
-@pytest.mark.parametrize("rates", [(0.1,), (1e-3, 1e-4)])
-def test_any_number_of_learning_rates(rates):
-    schedule = training.staged_learning_rate(rates, 6)
-    expected = np.repeat(rates, 6 // len(rates))
-    np.testing.assert_allclose([schedule(k) for k in range(6)], expected, rtol=1e-6)
+def test_optimiser_is_sgd_with_momentum_and_weight_decay(rng):
+    weight, velocity = jnp.asarray(2.0), jnp.asarray(0.0)
+    expected, momentum = 2.0, 0.0
+    for gradient in rng.normal(size=5):
+        momentum = 0.9 * momentum + gradient + 5e-4 * expected
+        expected -= 1e-2 * momentum
+        rates = steps.Rates(1e-2, 0.9, 5e-4)
+        weight, velocity = steps.sgd(weight, velocity, jnp.asarray(gradient), rates)
+        np.testing.assert_allclose(weight, expected, rtol=1e-6)
 
 
 LONGER = dataclasses.replace(toys.CONFIG, epochs=8)
@@ -124,7 +115,7 @@ def test_batch_statistics_are_carried(runs):
     before = np.asarray(trained.norm.mean[...])
     assert np.abs(before).max() > 0.01
     # evaluation reads them and leaves them
-    training.evaluate(trained, toy.test, toy)
+    evaluation.evaluate(trained, toy.test, toy)
     np.testing.assert_array_equal(trained.norm.mean[...], before)
 
 
@@ -149,7 +140,7 @@ def test_finetuning_starts_from_what_is_built(runs):
 
 def test_bfloat16_leaves_parameters_and_solvers_alone():
     model = toys.TinyNet(rngs=nnx.Rngs(0))
-    training.set_precision(model, "bf16")
+    steps.set_precision(model, "bf16")
     images = jnp.ones((2, 8, 8, 1))
     features = model.features(images)
     assert features.dtype == jnp.bfloat16
@@ -162,7 +153,7 @@ def test_bfloat16_leaves_parameters_and_solvers_alone():
 
 def test_augmentation_crops_and_flips(rng):
     images = rng.integers(1, 255, (64, 8, 8, 1), dtype=np.uint8)
-    out = np.asarray(training.augmented(jax.random.key(0), jnp.asarray(images)))
+    out = np.asarray(steps.augmented(jax.random.key(0), jnp.asarray(images)))
     assert (out.shape, out.dtype) == (images.shape, images.dtype)
     seen = set()
     for image, found in zip(images, out, strict=True):
@@ -181,26 +172,28 @@ def test_augmentation_crops_and_flips(rng):
 
 def test_evaluation_counts_every_image_once(runs):
     model, toy = runs["plain"].model, toys.dataset()
-    whole = training.evaluate(model, toy.test, toy, deterministic=True)
+    whole = evaluation.evaluate(model, toy.test, toy, deterministic=True)
     networks.set_mode(model, "deterministic")
-    logits = model(training.normalise(toy.test.images, toy.mean, toy.std))
+    logits = model(evaluation.normalise(toy.test.images, toy.mean, toy.std))
     expected = 100 * np.mean(np.argmax(logits, axis=-1) == toy.test.labels)
     np.testing.assert_allclose(whole, [expected])
-    parts = training.evaluate(model, toy.test, toy, deterministic=True, batch_size=11)
+    parts = evaluation.evaluate(model, toy.test, toy, deterministic=True, batch_size=11)
     np.testing.assert_allclose(parts, whole)
 
 
 def test_trials_are_independent_and_reproducible():
     model, toy = toys.TinyNet(rngs=nnx.Rngs(0)), toys.dataset()
-    first = training.evaluate(model, toy.test, toy, trials=8)
+    first = evaluation.evaluate(model, toy.test, toy, trials=8)
     assert first.shape == (8,)
     assert len(set(first)) > 1
-    np.testing.assert_array_equal(training.evaluate(model, toy.test, toy, trials=8), first)
+    np.testing.assert_array_equal(evaluation.evaluate(model, toy.test, toy, trials=8), first)
 
 
 def test_divergence_names_the_step():
     config = dataclasses.replace(toys.CONFIG, learning_rates=(1e30,))
-    with pytest.raises(training.DivergenceError, match=r"toy: the loss is (nan|inf) at step \d+"):
+    with pytest.raises(
+        training.DivergenceError, match=r"toy, seed 1: the loss is (nan|inf) at step \d+"
+    ):
         toys.train(config=config)
 
 

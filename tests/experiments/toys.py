@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 import stochsolvers as ss
-from experiments import checkpoints, data, parallel, training
+from experiments import checkpoints, data, parallel, steps, training
 
 CONFIG = training.TrainConfig(epochs=3, batch_size=16, learning_rates=(0.1, 0.01), seed=1)
 STEPS = 4
@@ -91,19 +91,19 @@ def interrupted_bar(step: int, number: int):
 
 def recorded_losses():
     """The list of the loss of each step from now on."""
-    compile_step, losses = training._compile_step, []
+    compiled_step, losses = steps.compiled_step, []
 
-    def recording(*args):
-        step = compile_step(*args)
+    def recording(*args, **options):
+        step = compiled_step(*args, **options)
 
         def run(*args):
-            state, loss = step(*args)
-            losses.append(float(loss))
-            return state, loss
+            state, metrics = step(*args)
+            losses.append(float(metrics[0]))
+            return state, metrics
 
         return run
 
-    training._compile_step = recording
+    steps.compiled_step = recording
     return losses
 
 
@@ -130,8 +130,9 @@ def main(
     process=None,
     port=None,
     sharded_kernel=False,
+    terminate_at=None,
 ):
-    """Train; print the losses, the scores and the number of devices.
+    """Train; print the losses, the scores, the model's digest and the number of devices.
 
     Args:
       folder: of the checkpoints.
@@ -141,6 +142,8 @@ def main(
       process: which one this is.
       port: of the first one.
       sharded_kernel: try a solver layer with a split kernel, too.
+      terminate_at: train once more, from the beginning, in the folder "terminated" beside the first;
+        SIGTERM at this step, if this is the last process.
     """
     if kill_at is not None:
         training.tqdm = interrupted_bar(kill_at, signal.SIGKILL)
@@ -157,17 +160,23 @@ def main(
         mesh = parallel.Machine(None, f"127.0.0.1:{port}", processes, process).mesh()
     else:
         mesh = parallel.Machine(jax.device_count()).mesh()
-    steps = recorded_losses()
+    losses = recorded_losses()
     trained = train(folder and Path(folder), mesh=mesh)
     found = {
-        "steps": steps,
+        "steps": losses,
         "losses": [record["train_loss"] for record in trained.history],
         "scores": [record["validation_accuracy"] for record in trained.history],
         "devices": mesh.size,
+        "digest": digest(trained),
     }
     if sharded_kernel:
         found |= split_kernel(mesh)
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
+    if terminate_at is not None:
+        parallel.AGREE_EVERY = 3
+        if not parallel.is_first():
+            training.tqdm = interrupted_bar(terminate_at, signal.SIGTERM)
+        train(Path(folder).with_name("terminated"), mesh=mesh)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""One step of training, compiled: for one network, or for several seeds of a network at once.
+
+Nothing that differs between seeds, or between training and finetuning, is a constant of the program:
+networks of one structure share their compiled step.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import stochsolvers as ss
+from experiments.evaluation import normalise
+
+Precision = Literal["float32", "bf16"]
+CROP_PADDING = 4
+COMPILED = 8
+"""Structures whose compiled programs are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The paper's optimiser.
+
+    Attributes:
+      epochs: in all; an equal part of the steps at each learning rate.
+      batch_size: examples a step.
+      learning_rates: one after the other.
+      momentum: of SGD.
+      weight_decay: of the weights and biases, added to the gradient before the momentum.
+      seed: of the initialisation, the order of the examples and the sampling.
+      augment: crop and flip the training images at random; the paper does not say that it did.
+      precision: "bf16" computes plain layers in bfloat16; parameters, solvers and loss stay float32.
+    """
+
+    epochs: int = 300
+    batch_size: int = 128
+    learning_rates: tuple[float, ...] = (1e-2, 1e-3, 1e-4)
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    seed: int = 0
+    augment: bool = False
+    precision: Precision = "float32"
+
+
+class State(NamedTuple):
+    """What a step changes: parameters, the model's other state, the momentum's velocity."""
+
+    params: Any
+    rest: Any
+    velocity: Any
+
+
+class Source(NamedTuple):
+    """What a network learns from: stored images, labels, statistics of the pixels, a random key."""
+
+    images: Any
+    labels: Any
+    mean: Any
+    std: Any
+    key: Any
+
+
+class Rates(NamedTuple):
+    """The optimiser's numbers: η, μ and λ of `sgd`."""
+
+    learning_rate: Any
+    momentum: Any
+    weight_decay: Any
+
+
+def staged(rates: Sequence[float], step: int, total: int) -> float:
+    """The learning rate of a step: each of the rates in turn, for equal parts of the steps."""
+    return rates[min(len(rates) * step // total, len(rates) - 1)]
+
+
+def sgd(params: Any, velocity: Any, gradients: Any, rates: Rates) -> tuple[Any, Any]:
+    """v ← μ v + ∇f(w) + λ w;  w ← w − η v: SGD with momentum on f(w) + (λ/2)||w||²."""
+    velocity = jax.tree.map(
+        lambda v, g, w: rates.momentum * v + (g + rates.weight_decay * w),
+        velocity,
+        gradients,
+        params,
+    )
+    return jax.tree.map(lambda w, v: w - rates.learning_rate * v, params, velocity), velocity
+
+
+def augmented(key: jax.Array, images: jax.Array, *, padding: int = CROP_PADDING) -> jax.Array:
+    """Each image, with a border of zeros, cropped to its size at random, and flipped or not."""
+    border = ((padding, padding), (padding, padding), (0, 0))
+
+    def one(key, image):
+        key_crop, key_flip = jax.random.split(key)
+        row, column = jax.random.randint(key_crop, (2,), 0, 2 * padding + 1)
+        crop = jax.lax.dynamic_slice(jnp.pad(image, border), (row, column, 0), image.shape)
+        return jnp.where(jax.random.bernoulli(key_flip), crop[:, ::-1], crop)
+
+    return jax.vmap(one)(jax.random.split(key, len(images)), images)
+
+
+def set_precision(model: Any, precision: Precision) -> None:
+    """With "bf16", plain layers compute in bfloat16; solver layers keep float32 inside."""
+    if precision == "float32":
+        return
+    for _, module in nnx.iter_modules(model):
+        plain = isinstance(module, nnx.Linear | nnx.Conv | nnx.BatchNorm)
+        if plain and not isinstance(module, ss.nnx.SolverLinear | ss.nnx.SolverConv):
+            module.dtype = jnp.bfloat16
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """The trees of several seeds as one, with a leading axis; that of a single seed as it is."""
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def unstack(tree: Any, count: int) -> list[Any]:
+    """The trees that `stack` was given."""
+    if count == 1:
+        return [tree]
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], tree) for k in range(count)]
+
+
+@functools.lru_cache(COMPILED)
+def compiled_step(graph: Any, *, augment: bool, together: bool) -> Callable[..., Any]:
+    """(state, source, batch, number, rates) -> the next state, (loss, accuracy in percent).
+
+    The batch holds indices into the source; its number is the step's. With `together`, state, source
+    and batch are stacked over seeds, and so is what comes back. The state is donated.
+    """
+
+    def loss_of(params, rest, images, labels):
+        model = nnx.merge(graph, params, rest, copy=True)
+        logits = model(images).astype(jnp.float32)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        accuracy = 100.0 * jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
+        return loss, (nnx.state(model, nnx.Not(nnx.Param)), accuracy)
+
+    def step(state, source, batch, number, rates):
+        images, labels = source.images[batch], source.labels[batch]
+        if augment:
+            images = augmented(jax.random.fold_in(source.key, number), images)
+        images = normalise(images, source.mean, source.std)
+        (loss, (rest, accuracy)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params, state.rest, images, labels
+        )
+        params, velocity = sgd(state.params, state.velocity, gradients, rates)
+        return State(params, rest, velocity), jnp.stack([loss, accuracy])
+
+    each = jax.vmap(step, in_axes=(0, 0, 0, None, None)) if together else step
+    return jax.jit(each, donate_argnums=0)
+
+
+@functools.lru_cache(COMPILED)
+def compiled_refresh(graph: Any, *, together: bool) -> Callable[..., Any]:
+    """(parameters, the model's other state) -> the latter with every Lipschitz constant recomputed."""
+
+    def refresh(params, rest):
+        model = nnx.merge(graph, params, rest, copy=True)
+        ss.nnx.refresh_lipschitz(model)
+        return nnx.state(model, nnx.Not(nnx.Param))
+
+    return jax.jit(jax.vmap(refresh) if together else refresh)
