@@ -12,7 +12,7 @@ FLOORS = [
     {"sampling"},
     {"lipschitz"},
     {"problems"},
-    {"estimators"},
+    {"estimators", "forms"},
     {"dropout", "solvers"},
     {"reports"},
     {"_layers"},

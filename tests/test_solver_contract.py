@@ -191,7 +191,12 @@ def test_diagnostics_cost_nothing_when_they_are_not_used(arrays):
     kernel, x, bias = arrays
 
     def library(kernel, x, bias):
-        return ss.prox_gd(build(kernel, x, bias), step_size=0.05, num_iters=50).value
+        start = jnp.zeros(
+            (5, 3)
+        )  # a point of one's own, so that no iteration stands outside the loop
+        problem = build(kernel, x, bias)
+        options = {"step_size": 0.05, "num_iters": 50, "form": "literal"}
+        return ss.prox_gd(problem, init=start, **options).value
 
     def bare(kernel, x, bias):
         def body(z, _):
@@ -207,7 +212,7 @@ def test_diagnostics_cost_nothing_when_they_are_not_used(arrays):
 @every_configuration
 def test_configurations_are_hashable_values(configuration):
     assert hash(configuration) == hash(configuration)
-    assert configuration == type(configuration)(*vars(configuration).values())
+    assert configuration == type(configuration)(**vars(configuration))
 
 
 def test_a_prior_of_ones_own(arrays):

@@ -1,7 +1,7 @@
 """The one scan that every solver runs in, and the result that every solver returns."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,6 +9,8 @@ from jax import lax
 from stochsolvers import _checks
 from stochsolvers._typing import Array, value_object
 from stochsolvers.problems import LayerProblem
+from stochsolvers.solvers import derivatives
+from stochsolvers.solvers.derivatives import Unrolled, Unrolling
 
 
 @value_object
@@ -20,14 +22,23 @@ class Solution:
         field: the others are diagnostics, constant under differentiation.
       residuals: ||z_{k+1} − z_k||₂ for each iteration and example, shape (K, *batch), in units of z.
         It goes to zero for a solver that converges; with a decaying step it does so in any case.
-      objectives: P(z_{k+1}), shape (K, *batch), where asked for, else None.
+        With a tolerance K is the cap, and an example that has stopped has residual 0.
+      objectives: P(z_{k+1}), shape (K, *batch), where asked for, else None. It stays at its last value
+        for an example that has stopped.
       finite: whether every iterate of an example was finite, shape (*batch,).
+      status: a `Status` for each example, shape (*batch,), where a tolerance was given, else None.
+      iterations: iterations that each example took, shape (*batch,), where a tolerance was given.
+      certificate: a bound on P(z_K) − min P for each example, shape (*batch,), where asked for
+        (`certify=True`); see `LayerProblem.certificate`.
     """
 
     value: Array
     residuals: Array
     objectives: Array | None
     finite: Array
+    status: Array | None = None
+    iterations: Array | None = None
+    certificate: Array | None = None
 
 
 class Diagnostics(NamedTuple):
@@ -42,33 +53,49 @@ class Step(NamedTuple):
     """The outcome of one update: the next iterate, what else is carried, the point before the prox."""
 
     value: Array
-    memory: object
+    memory: Any
     point: Array
 
 
-Update = Callable[[Array, Array, object], Step]
-"""(k, z, memory) -> Step."""
+Update = Callable[[Any, Array, Array, Any], Step]
+"""(operands, k, z, memory) -> Step; all that derivatives pass through is in the operands."""
 
 
 def iterate(
     problem: LayerProblem,
     update: Update,
+    operands: Any,
     init: Array,
     num_iters: int,
     *,
-    memory: object = None,
+    memory: Any = None,
     first: Array | int = 0,
+    opening: Update | None = None,
+    derivative: Unrolling | None = None,
     trace_objective: bool = False,
 ) -> tuple[Array, Diagnostics]:
-    """Run `update` for k = first, …, first + num_iters − 1 and stack its diagnostics."""
+    """Run `update` for k = first, …, first + num_iters − 1 and stack its diagnostics.
 
-    def body(carry, k):
-        z, memory = carry
-        step = update(k, z, memory)
-        diagnostics = observe(problem, z, step, trace_objective=trace_objective)
-        return (step.value, step.memory), diagnostics
+    `opening` is a cheaper equal of the first update, from a known starting point.
+    """
 
-    (z, _), diagnostics = lax.scan(body, (init, memory), first + jnp.arange(num_iters))
+    def observed(update):
+        def body(operands, carry, k):
+            z, memory = carry
+            step = update(operands, k, z, memory)
+            diagnostics = observe(problem, z, step, trace_objective=trace_objective)
+            return (step.value, step.memory), diagnostics
+
+        return body
+
+    (z, _), diagnostics = derivatives.scan(
+        observed(update),
+        operands,
+        (init, memory),
+        first + jnp.arange(num_iters),
+        Unrolled() if derivative is None else derivative,
+        opening=None if opening is None else observed(opening),
+    )
     return z, diagnostics
 
 
@@ -82,10 +109,20 @@ def observe(problem: LayerProblem, z: Array, step: Step, *, trace_objective: boo
     return Diagnostics(problem.norm(value - z), objective, finite)
 
 
-def solution(z: Array, diagnostics: Diagnostics) -> Solution:
+def solution(
+    problem: LayerProblem,
+    z: Array,
+    diagnostics: Diagnostics,
+    *,
+    certify: bool = False,
+    **fields: Any,
+) -> Solution:
     """The result, from the last iterate and the stacked diagnostics."""
     finite = jnp.all(diagnostics.finite, axis=0)
-    return Solution(z, diagnostics.residual, diagnostics.objective, finite)
+    certificate = problem.certificate(z) if certify else None
+    return Solution(
+        z, diagnostics.residual, diagnostics.objective, finite, certificate=certificate, **fields
+    )
 
 
 def starting_point(problem: LayerProblem, init: Array | None) -> Array:

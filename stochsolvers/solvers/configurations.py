@@ -6,13 +6,16 @@ numbers is hashable, and so can be a module's static attribute.
 """
 
 import abc
+import dataclasses
 from typing import Any, ClassVar, Protocol
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.estimators import Estimator, FeatureEstimator, Full, OutputCoordinates
+from stochsolvers.forms import FORMS, Form
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers._loop import Solution
+from stochsolvers.solvers.derivatives import DerivativeLike, canonical, unrolling
 from stochsolvers.solvers.ms2gd import ms2gd
 from stochsolvers.solvers.nsync import nsync
 from stochsolvers.solvers.prox_gd import prox_gd
@@ -82,12 +85,11 @@ class _Configuration(abc.ABC):
             if key is None:
                 _checks.fail("key", "a random key for a stochastic solver", None)
             return self._run(key, problem, estimator, steps)
-        return prox_gd(
-            problem,
-            step_size=steps,
-            num_iters=self._iterations(),
-            momentum=getattr(self, "momentum", False),
-        )
+        return self._run_full(problem, steps)
+
+    def _run_full(self, problem: LayerProblem, steps: Any) -> Solution:
+        """The algorithm when nothing is sampled."""
+        return prox_gd(problem, step_size=steps, num_iters=self._iterations())
 
     def _step_size(self) -> StepSizeLike:
         return self.step_size
@@ -111,18 +113,29 @@ class ProxGD(_Configuration):
     """`prox_gd` with `num_iters` iterations.
 
     Args:
-      num_iters: K ≥ 1.
+      num_iters: K ≥ 1, the cap where `tol` is given.
       step_size: a number, a schedule, a rule, or None for 1/L.
       momentum: FISTA.
+      form: which of the equal forms of ∇F to iterate, see `stochsolvers.forms`.
+      tol: where to stop, see `prox_gd`.
+      derivative: "unrolled", "remat", `Truncated(n)`, "implicit" or `Implicit(...)`; None is unrolled,
+        implicit where `tol` is given.
     """
 
     num_iters: int = static_field()
     step_size: StepSizeLike = None
     momentum: bool = static_field(default=False)
+    form: Form = static_field(default="auto", kw_only=True)
+    tol: Scalar | None = dataclasses.field(default=None, kw_only=True)
+    derivative: DerivativeLike = static_field(default=None, kw_only=True)
     stochastic: ClassVar[bool] = False
 
     def __post_init__(self):
         _checks.count("num_iters", self.num_iters)
+        _checks.member("form", self.form, FORMS)
+        canonical(self.derivative, stops=self.tol is not None)
+        if self.tol is not None:
+            _checks.non_negative("tol", self.tol)
 
     def _iterations(self):
         return self.num_iters
@@ -131,7 +144,18 @@ class ProxGD(_Configuration):
         return Full()
 
     def _run(self, key, problem, estimator, steps):
-        return prox_gd(problem, step_size=steps, num_iters=self.num_iters, momentum=self.momentum)
+        return self._run_full(problem, steps)
+
+    def _run_full(self, problem, steps):
+        return prox_gd(
+            problem,
+            step_size=steps,
+            num_iters=self.num_iters,
+            momentum=self.momentum,
+            form=self.form,
+            tol=self.tol,
+            derivative=self.derivative,
+        )
 
 
 @value_object
@@ -145,6 +169,7 @@ class ProxSG(_Configuration):
       decay: the factor of each iteration where `step_size` is None. The paper decays exponentially
         and does not state the rate; its experiments here use 0.9.
       sampling: an estimator in place of `tau`.
+      derivative: "unrolled", "remat" or `Truncated(n)`.
     """
 
     tau: int | float | None = static_field()
@@ -152,9 +177,11 @@ class ProxSG(_Configuration):
     step_size: StepSizeLike = None
     decay: Scalar = 1.0
     sampling: Estimator | None = None
+    derivative: DerivativeLike = static_field(default=None, kw_only=True)
 
     def __post_init__(self):
         _checks.count("num_iters", self.num_iters)
+        unrolling(self.derivative, "ProxSG")
         _checks.positive("decay", self.decay)
         if self.step_size is not None and self.decay != 1.0:
             _checks.fail("decay", "1.0 where step_size is given", self.decay)
@@ -170,7 +197,14 @@ class ProxSG(_Configuration):
         return as_sampling(self.tau, self.sampling)
 
     def _run(self, key, problem, estimator, steps):
-        return prox_sg(key, problem, step_size=steps, num_iters=self.num_iters, sampling=estimator)
+        return prox_sg(
+            key,
+            problem,
+            step_size=steps,
+            num_iters=self.num_iters,
+            sampling=estimator,
+            derivative=self.derivative,
+        )
 
 
 @value_object
@@ -184,6 +218,8 @@ class MS2GD(_Configuration):
       step_size: a number, a schedule, a rule, or None for 1/L.
       random_inner: random inner lengths.
       sampling: a feature estimator in place of `tau`.
+      form: which of the equal forms of the full gradient to use, see `stochsolvers.forms`.
+      derivative: "unrolled", "remat" or `Truncated(n)`, counted in outer iterations.
     """
 
     tau: int | float | None = static_field()
@@ -192,8 +228,12 @@ class MS2GD(_Configuration):
     step_size: StepSizeLike = None
     random_inner: bool = static_field(default=False)
     sampling: FeatureEstimator | None = None
+    form: Form = static_field(default="auto", kw_only=True)
+    derivative: DerivativeLike = static_field(default=None, kw_only=True)
 
     def __post_init__(self):
+        _checks.member("form", self.form, FORMS)
+        unrolling(self.derivative, "MS2GD")
         _checks.count("num_outer", self.num_outer)
         _checks.count("num_inner", self.num_inner)
         as_sampling(self.tau, self.sampling)
@@ -213,6 +253,8 @@ class MS2GD(_Configuration):
             num_inner=self.num_inner,
             random_inner=self.random_inner,
             sampling=estimator,
+            form=self.form,
+            derivative=self.derivative,
         )
 
 
@@ -225,14 +267,17 @@ class NSync(_Configuration):
       num_iters: K ≥ 1.
       step_size: a number, (n2,) of them, a schedule or a rule; None for 1/L. The default is the unit
         step of proposition 6; for more iterations take `InverseSeparable()`.
+      derivative: "unrolled", "remat" or `Truncated(n)`.
     """
 
     tau: int | float = static_field()
     num_iters: int = static_field()
     step_size: StepSizeLike = 1.0
+    derivative: DerivativeLike = static_field(default=None, kw_only=True)
     per_output: ClassVar[bool] = True
 
     def __post_init__(self):
+        unrolling(self.derivative, "NSync")
         _checks.count("num_iters", self.num_iters)
 
     def _iterations(self):
@@ -245,4 +290,11 @@ class NSync(_Configuration):
         return OutputCoordinates(1.0 if deterministic else self.tau)
 
     def _run(self, key, problem, estimator, steps):
-        return nsync(key, problem, tau=estimator.tau, num_iters=self.num_iters, step_size=steps)
+        return nsync(
+            key,
+            problem,
+            tau=estimator.tau,
+            num_iters=self.num_iters,
+            step_size=steps,
+            derivative=self.derivative,
+        )

@@ -5,14 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array
 from stochsolvers.estimators import FeatureEstimator, VarianceReduced
+from stochsolvers.forms import Form, gradient_form
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Diagnostics, Solution, Step
+from stochsolvers.solvers.derivatives import DerivativeLike, Unrolling, scan, unrolling
 from stochsolvers.solvers.prox_sg import as_sampling
 from stochsolvers.solvers.step_sizes import StepSizeLike, as_schedule, as_steps
 
@@ -28,7 +29,10 @@ def ms2gd(
     init: Array | None = None,
     random_inner: bool = False,
     sampling: FeatureEstimator | None = None,
+    form: Form = "auto",
+    derivative: DerivativeLike = None,
     trace_objective: bool = False,
+    certify: bool = False,
 ) -> Solution:
     r"""mS2GD: y ← z, μ ← ∇F(y), then M inner steps z ← prox_{ηg}(z − η[μ + ∇Ψ_S(z) − ∇Ψ_S(y)]).
 
@@ -47,7 +51,11 @@ def ms2gd(
       random_inner: draw the inner length t in 1..M with P(t) ∝ (1 − λη)^{M − t} (Konečný et al. 2016,
         algorithm 1; uniform without a ridge), once for each outer iteration and the whole batch.
       sampling: any feature estimator in place of `tau`.
+      form: which of the equal forms of the full gradient to use, see `stochsolvers.forms`.
+      derivative: "unrolled" (the default), "remat" or `Truncated(n)`, all counted in outer iterations;
+        see `solvers.derivatives`.
       trace_objective: also return P for every inner step.
+      certify: also return a bound on P(z) − min P at the last iterate.
 
     Returns:
       `Solution` with K = num_outer · num_inner inner steps; steps beyond a random inner length are
@@ -70,15 +78,26 @@ def ms2gd(
         base,
         as_steps(step_size),
         _loop.starting_point(problem, init),
+        unrolling(derivative, "ms2gd"),
         num_outer=num_outer,
         num_inner=num_inner,
         random_inner=random_inner,
+        form=form,
         trace_objective=trace_objective,
+        certify=certify,
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("num_outer", "num_inner", "random_inner", "trace_objective")
+    jax.jit,
+    static_argnames=(
+        "num_outer",
+        "num_inner",
+        "random_inner",
+        "form",
+        "trace_objective",
+        "certify",
+    ),
 )
 def _ms2gd(
     key: Array,
@@ -86,23 +105,29 @@ def _ms2gd(
     base: FeatureEstimator,
     steps: Any,
     z0: Array,
+    derivative: Unrolling,
     *,
     num_outer: int,
     num_inner: int,
     random_inner: bool,
+    form: Form,
     trace_objective: bool,
+    certify: bool,
 ) -> Solution:
     schedule = as_schedule(steps, problem, base)
+    gradient = gradient_form(problem, form, num_calls=num_outer)
 
-    def outer(z, epoch):
-        estimator = VarianceReduced.at(problem, z, base)
+    def outer(operands, z, epoch):
+        problem, gradient, base, schedule = operands
+        estimator = VarianceReduced(base, z, gradient(z))
         first = epoch * num_inner
         length_key = jax.random.fold_in(jax.random.fold_in(key, first), 0)
         length = num_inner
         if random_inner:
             length = _random_length(length_key, problem.ridge * schedule(first), num_inner)
 
-        def inner(j, z, memory):
+        def inner(operands, j, z, memory):
+            problem, estimator, schedule = operands
             step = schedule(j)
             point = z - step * estimator(jax.random.fold_in(key, j), problem, z)
             value = problem.prior.prox(point, step)
@@ -112,12 +137,20 @@ def _ms2gd(
             return Step(value, memory, point)
 
         return _loop.iterate(
-            problem, inner, z, num_inner, first=first, trace_objective=trace_objective
+            problem,
+            inner,
+            (problem, estimator, schedule),
+            z,
+            num_inner,
+            first=first,
+            trace_objective=trace_objective,
         )
 
-    z, diagnostics = lax.scan(outer, z0, jnp.arange(num_outer))
+    z, diagnostics = scan(
+        outer, (problem, gradient, base, schedule), z0, jnp.arange(num_outer), derivative
+    )
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), diagnostics)
-    return _loop.solution(z, Diagnostics(*flat))
+    return _loop.solution(problem, z, Diagnostics(*flat), certify=certify)
 
 
 def _random_length(key: Array, contraction: Array, num_inner: int) -> Array:

@@ -13,6 +13,7 @@ from stochsolvers.problems import LayerProblem
 from stochsolvers.sampling import num_sampled
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Solution, Step
+from stochsolvers.solvers.derivatives import DerivativeLike, Unrolling, unrolling
 from stochsolvers.solvers.step_sizes import (
     Constant,
     StepSizeLike,
@@ -57,7 +58,9 @@ def nsync(
     num_iters: int,
     step_size: StepSizeLike = 1.0,
     init: Array | None = None,
+    derivative: DerivativeLike = None,
     trace_objective: bool = False,
+    certify: bool = False,
 ) -> Solution:
     r"""Proximal coordinate descent, z_j ← prox_{g/v_j}(z_j − ∇_j F(z)/v_j) for j in a τ-nice S.
 
@@ -75,7 +78,9 @@ def nsync(
       step_size: 1/v_j: a number, one for each output (n2,), k -> step, or a rule;
         `InverseSeparable()` is the step that theory supports.
       init: z_0, zero by default.
+      derivative: "unrolled" (the default), "remat" or `Truncated(n)`; see `solvers.derivatives`.
       trace_objective: also return P(z_k) for every iteration.
+      certify: also return a bound on P(z_K) − min P.
 
     Raises:
       ValueError: at trace time, for a prior that is not separable, τ outside 1..n2, and as in
@@ -95,27 +100,34 @@ def nsync(
         coordinates,
         as_steps(step_size, per_output=True),
         _loop.starting_point(problem, init),
+        unrolling(derivative, "nsync"),
         num_iters=num_iters,
         enter_domain=init is None,
         trace_objective=trace_objective,
+        certify=certify,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("num_iters", "enter_domain", "trace_objective"))
+@functools.partial(
+    jax.jit, static_argnames=("num_iters", "enter_domain", "trace_objective", "certify")
+)
 def _nsync(
     key: Array,
     problem: LayerProblem,
     coordinates: OutputCoordinates,
     steps: Any,
     z0: Array,
+    derivative: Unrolling,
     *,
     num_iters: int,
     enter_domain: bool,
     trace_objective: bool,
+    certify: bool,
 ) -> Solution:
     schedule = as_schedule(steps, problem, coordinates)
 
-    def update(k, z, memory):
+    def update(operands, k, z, memory):
+        problem, schedule = operands
         step = schedule(k)
         if step.ndim:
             _checks.trailing("step_size", step, (problem.linear_map.out_features,))
@@ -125,5 +137,13 @@ def _nsync(
         value = jnp.where(touched, problem.prior.prox(point, step), z)
         return Step(value, memory, point)
 
-    z, diagnostics = _loop.iterate(problem, update, z0, num_iters, trace_objective=trace_objective)
-    return _loop.solution(z, diagnostics)
+    z, diagnostics = _loop.iterate(
+        problem,
+        update,
+        (problem, schedule),
+        z0,
+        num_iters,
+        derivative=derivative,
+        trace_objective=trace_objective,
+    )
+    return _loop.solution(problem, z, diagnostics, certify=certify)

@@ -12,6 +12,7 @@ from stochsolvers.problems import LayerProblem
 from stochsolvers.sampling import num_sampled
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Solution, Step
+from stochsolvers.solvers.derivatives import DerivativeLike, Unrolling, unrolling
 from stochsolvers.solvers.step_sizes import StepSizeLike, as_schedule, as_steps
 
 
@@ -24,7 +25,9 @@ def prox_sg(
     num_iters: int,
     init: Array | None = None,
     sampling: Estimator | None = None,
+    derivative: DerivativeLike = None,
     trace_objective: bool = False,
+    certify: bool = False,
 ) -> Solution:
     r"""Proximal stochastic gradient, z ← prox_{η_k g}(z − η_k ∇Ψ_{S_k}(z)).
 
@@ -41,7 +44,9 @@ def prox_sg(
       num_iters: number of iterations, static, ≥ 1.
       init: z_0, zero by default.
       sampling: any member of `stochsolvers.estimators` in place of `tau`.
+      derivative: "unrolled" (the default), "remat" or `Truncated(n)`; see `solvers.derivatives`.
       trace_objective: also return P(z_k) for every iteration.
+      certify: also return a bound on P(z_K) − min P.
 
     Returns:
       `Solution`; `finite` is False for an example whose iterates overflowed.
@@ -60,31 +65,44 @@ def prox_sg(
         as_sampling(tau, sampling, problem),
         as_steps(step_size),
         _loop.starting_point(problem, init),
+        unrolling(derivative, "prox_sg"),
         num_iters=num_iters,
         trace_objective=trace_objective,
+        certify=certify,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("num_iters", "trace_objective"))
+@functools.partial(jax.jit, static_argnames=("num_iters", "trace_objective", "certify"))
 def _prox_sg(
     key: Array,
     problem: LayerProblem,
     estimator: Estimator,
     steps: Any,
     z0: Array,
+    derivative: Unrolling,
     *,
     num_iters: int,
     trace_objective: bool,
+    certify: bool,
 ) -> Solution:
     schedule = as_schedule(steps, problem, estimator)
 
-    def update(k, z, memory):
+    def update(operands, k, z, memory):
+        problem, estimator, schedule = operands
         step = schedule(k)
         point = z - step * estimator(jax.random.fold_in(key, k), problem, z)
         return Step(problem.prior.prox(point, step), memory, point)
 
-    z, diagnostics = _loop.iterate(problem, update, z0, num_iters, trace_objective=trace_objective)
-    return _loop.solution(z, diagnostics)
+    z, diagnostics = _loop.iterate(
+        problem,
+        update,
+        (problem, estimator, schedule),
+        z0,
+        num_iters,
+        derivative=derivative,
+        trace_objective=trace_objective,
+    )
+    return _loop.solution(problem, z, diagnostics, certify=certify)
 
 
 def as_sampling(

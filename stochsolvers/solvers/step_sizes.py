@@ -152,13 +152,23 @@ def as_steps(step_size: StepSizeLike, *, per_output: bool = False) -> Any:
     return Constant(jnp.asarray(step_size))
 
 
-def as_schedule(
-    steps: Any, problem: LayerProblem, estimator: Estimator
-) -> Callable[[Array], Array]:
+@value_object
+class Schedule:
+    """k -> η_k in a problem's dtype, as a value that carries all it depends on."""
+
+    steps: Any
+    dtype: Any = static_field()
+
+    def __call__(self, k: Array | int) -> Array:
+        """The step size of iteration k."""
+        return jnp.asarray(self.steps(k), self.dtype)
+
+
+def as_schedule(steps: Any, problem: LayerProblem, estimator: Estimator) -> Schedule:
     """What `as_steps` returned as k -> η_k in the problem's dtype."""
     if isinstance(steps, StepSizeRule):
         steps = steps.schedule(steps.constant(problem, estimator), problem)
-    return lambda k: jnp.asarray(steps(k), problem.dtype)
+    return Schedule(steps, problem.dtype)
 
 
 def _inverse(constant, scale, decay, problem: LayerProblem) -> ExponentialDecay:

@@ -1,0 +1,225 @@
+"""Equal forms of the gradient: the same values as dense matrices, at fewer operations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import stochsolvers as ss
+from stochsolvers import forms
+
+PADDINGS = ("SAME", "VALID", "CIRCULAR", ((1, 0), (2, 1)), ((3, 4), (0, 5)))
+CASES = [
+    # spatial shape, kernel shape, dilation, groups
+    ((5, 7), (3, 3), (1, 1), 1),
+    ((6, 5), (2, 5), (1, 1), 2),
+    ((7, 7), (3, 2), (2, 1), 2),
+    ((3, 4), (1, 3), (1, 1), 4),
+]
+
+
+def conv_problem(rng, shape, kernel, dilation, groups, padding, *, batch=2, n1=4, n2=8):
+    conv = ss.Conv(
+        jnp.asarray(rng.normal(size=(*kernel, n1 // groups, n2))),
+        shape,
+        padding=padding,
+        kernel_dilation=dilation,
+        feature_group_count=groups,
+    )
+    inputs = jnp.asarray(rng.normal(size=(batch, *shape, n1)))
+    return ss.LayerProblem(conv, inputs, bias=jnp.asarray(rng.normal(size=n2)), ridge=0.1)
+
+
+def dense_problem(rng, n1=9, n2=6, batch=3, **options):
+    kernel, inputs = rng.normal(size=(n1, n2)), rng.normal(size=(batch, n1))
+    return ss.LayerProblem(ss.Dense(jnp.asarray(kernel)), jnp.asarray(inputs), **options)
+
+
+def matrix_of(linear_map):
+    """A as a dense matrix (outputs, inputs), column by column."""
+    size = int(np.prod(linear_map.in_shape))
+    basis = jnp.eye(size).reshape(size, *linear_map.in_shape)
+    return np.asarray(jax.jit(lambda A, e: A(e))(linear_map, basis)).reshape(size, -1).T
+
+
+@pytest.mark.parametrize("padding", PADDINGS, ids=str)
+@pytest.mark.parametrize(("shape", "kernel", "dilation", "groups"), CASES)
+def test_conv_forms_are_the_dense_matrix(rng, shape, kernel, dilation, groups, padding):
+    problem = conv_problem(rng, shape, kernel, dilation, groups, padding)
+    A = matrix_of(problem.linear_map)
+    z = rng.normal(size=problem.shape)
+    flat, x = z.reshape(2, -1), np.asarray(problem.inputs).reshape(2, -1)
+    data = ((flat @ A - x) @ A.T).reshape(problem.shape)
+    want = data - np.asarray(problem.bias) + 0.1 * z
+    curvature = (flat @ A @ A.T).reshape(problem.shape) + 0.1 * z
+    zero = -(x @ A.T).reshape(problem.shape) - np.asarray(problem.bias)
+
+    @jax.jit
+    def evaluate(problem, z):
+        values = [forms.gradient_form(problem, form, num_calls=1) for form in forms.FORMS]
+        return [(v(z), v.curvature(z), v.at_zero()) for v in values]
+
+    for value, curved, at_zero in evaluate(problem, z):
+        np.testing.assert_allclose(value, want, atol=1e-10)
+        np.testing.assert_allclose(curved, curvature, atol=1e-10)
+        np.testing.assert_allclose(at_zero, zero, atol=1e-10)
+
+
+@pytest.mark.parametrize(("n1", "n2"), [(9, 6), (5, 8), (7, 513), (3, 256), (4, 1)])
+def test_symmetric_product_by_blocks(rng, n1, n2):
+    matrix, weight = rng.normal(size=(n1, n2)), rng.normal(size=(n2, n2))
+
+    def loss(matrix):
+        return jnp.sum(weight * forms.symmetric_product(matrix))
+
+    value = forms.symmetric_product(jnp.asarray(matrix))
+    np.testing.assert_allclose(value, matrix.T @ matrix, atol=1e-12)
+    np.testing.assert_array_equal(value, value.T)
+    gradient = jax.grad(loss)(jnp.asarray(matrix))
+    np.testing.assert_allclose(gradient, matrix @ (weight + weight.T), atol=1e-10)
+
+
+def test_symmetric_product_has_both_modes_and_its_reverse_is_one_product(rng):
+    matrix = jnp.asarray(rng.normal(size=(5, 4)))
+    check_grads(forms.symmetric_product, (matrix,), order=2, modes=["fwd", "rev"], eps=1e-4)
+    n1, n2 = 256, 512
+    big = jax.ShapeDtypeStruct((n1, n2), jnp.float32)
+    weight = jax.ShapeDtypeStruct((n2, n2), jnp.float32)
+
+    def reverse(matrix, weight):
+        return jax.vjp(forms.symmetric_product, matrix)[1](weight)[0]
+
+    forward_flops = flops(forms.symmetric_product, big)
+    assert forward_flops < 0.66 * 2 * n1 * n2**2
+    assert flops(reverse, big, weight) < 1.05 * 2 * n1 * n2**2
+
+
+def flops(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+def solve(problem, form, momentum=False, **options):
+    return ss.prox_gd(problem, step_size=0.02, num_iters=6, form=form, momentum=momentum, **options)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_solutions_and_derivatives_do_not_depend_on_the_form(rng, momentum):
+    def loss(problem, form):
+        solution = solve(problem, form, momentum)
+        return jnp.sum(jnp.sin(solution.value)), solution
+
+    problems = [
+        (dense_problem(rng, bias=jnp.ones(6), ridge=0.2, prior=ss.prox.L1(0.1)), ("gram", "auto")),
+        (conv_problem(rng, (5, 4), (3, 3), (1, 1), 2, "SAME"), ("gram", "fourier", "auto")),
+        (conv_problem(rng, (5, 4), (3, 2), (1, 1), 1, "CIRCULAR"), ("gram", "fourier")),
+    ]
+    differentiate = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    for problem, names in problems:
+        want, literal = differentiate(problem, "literal")
+        for form in names:
+            got, solution = differentiate(problem, form)
+            np.testing.assert_allclose(solution.value, literal.value, atol=1e-9)
+            np.testing.assert_allclose(solution.residuals, literal.residuals, atol=1e-9)
+            for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-9)
+
+
+def test_ms2gd_takes_its_full_gradient_in_any_form(rng):
+    problem = conv_problem(rng, (4, 5), (3, 3), (1, 1), 1, "SAME")
+    values = [
+        ss.ms2gd(
+            jax.random.key(0), problem, tau=2, step_size=0.01, num_outer=2, num_inner=2, form=form
+        ).value
+        for form in ("literal", "fourier")
+    ]
+    np.testing.assert_allclose(*values, atol=1e-9)
+
+
+def test_float32_forms_agree_to_its_round_off(rng):
+    problem = dense_problem(rng, n1=300, n2=40, batch=8)
+    low = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), problem)
+    results = [
+        ss.prox_gd(low, step_size=1e-3, num_iters=20, form=form).value
+        for form in ("literal", "gram", "auto")
+    ]
+    assert all(value.dtype == jnp.float32 for value in results)
+    scale = np.max(np.abs(results[0]))
+    for value in results[1:]:
+        np.testing.assert_allclose(value, results[0], atol=2e-5 * scale)
+
+
+def test_an_iteration_of_the_gram_form_does_not_grow_with_n1():
+    def cost(n1, form):
+        def run(kernel, x):
+            problem = ss.LayerProblem(ss.Dense(kernel), x)
+            gradient = forms.gradient_form(problem, form, num_calls=1)
+            return lambda z: gradient(z)
+
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((n1, 64), (16, n1), (16, 64))]
+        whole = flops(lambda kernel, x, z: run(kernel, x)(z), *shapes)
+        twice = flops(lambda kernel, x, z: (g := run(kernel, x))(g(z)), *shapes)
+        return twice - whole
+
+    assert cost(1024, "gram") == cost(128, "gram")
+    assert cost(1024, "literal") > 7 * cost(128, "literal")
+
+
+def test_one_iteration_from_zero_costs_the_plain_layer():
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 128), (32, 256), (128,))]
+
+    def layer(kernel, x, bias):
+        return jax.nn.relu(x @ kernel + bias)
+
+    def solver(kernel, x, bias):
+        problem = ss.LayerProblem(ss.Dense(kernel), x, bias=bias)
+        return ss.prox_gd(problem, step_size=1.0, num_iters=1).value
+
+    assert flops(solver, *shapes) < 1.05 * flops(layer, *shapes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "n1", "n2", "num_calls", "best"),
+    [(128, 4096, 512, 9, "gram"), (128, 4096, 512, 1, "literal"), (8, 64, 512, 9, "literal")],
+)
+def test_auto_counts_operations_of_dense_maps(batch, n1, n2, num_calls, best):
+    problem = jax.eval_shape(
+        lambda: ss.LayerProblem(ss.Dense(jnp.zeros((n1, n2))), jnp.zeros((batch, n1)))
+    )
+    assert forms.cheapest_form(problem, num_calls) == best
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding", "strides", "best"),
+    [
+        ((3, 3, 64, 64), "CIRCULAR", 1, "fourier"),
+        ((3, 3, 3, 64), "SAME", 1, "literal"),
+        ((1, 1, 256, 64), "VALID", 1, "gram"),
+        ((3, 3, 64, 64), "CIRCULAR", 2, "literal"),
+    ],
+)
+def test_auto_counts_operations_of_convolutions(kernel, padding, strides, best):
+    def build():
+        conv = ss.Conv(jnp.zeros(kernel), (32, 32), padding=padding, strides=(strides, strides))
+        return ss.LayerProblem(conv, jnp.zeros((128, 32, 32, kernel[2])))
+
+    assert forms.cheapest_form(jax.eval_shape(build), 9) == best
+
+
+def test_what_has_no_such_form_is_refused(rng):
+    def conv(shape, **options):
+        return ss.LayerProblem(
+            ss.Conv(jnp.ones((5, 5, 1, 1)), shape, **options), jnp.ones((*shape, 1))
+        )
+
+    strided, wide = conv((6, 6), strides=(2, 2)), conv((1, 1), padding=((4, 4), (2, 2)))
+    for problem, form, message in [
+        (dense_problem(rng), "fourier", "linear map of form 'fourier': expected a convolution"),
+        (strided, "gram", r"linear map of form 'gram': expected strides \(1, 1\), got \(2, 2\)"),
+        (wide, "fourier", "expected padding no wider than the output"),
+        (wide, "newton", "form: expected one of 'auto'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            solve(problem, form)
+    with pytest.raises(ValueError, match="form: expected one of"):
+        ss.ProxGD(3, form="newton")
