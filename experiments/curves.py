@@ -52,7 +52,6 @@ class Board:
             self._last += 1
             for key, tag in TAGS.items():
                 writer.add_scalar(tag, record[key], self._last)
-        writer.flush()
 
     def finish(self, accuracy: float) -> None:
         """Write the test accuracy after the last epoch, and close the file."""
@@ -67,5 +66,5 @@ class Board:
 
             for old in folder.glob("events.out.tfevents.*"):
                 old.unlink()
-            self._writer = SummaryWriter(str(folder))
+            self._writer = SummaryWriter(str(folder), flush_secs=1)
         return self._writer
