@@ -1,5 +1,6 @@
 """The one scan that every solver runs in, and the result that every solver returns."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -109,20 +110,15 @@ def observe(problem: LayerProblem, z: Array, step: Step, *, trace_objective: boo
     return Diagnostics(problem.norm(value - z), objective, finite)
 
 
-def solution(
-    problem: LayerProblem,
-    z: Array,
-    diagnostics: Diagnostics,
-    *,
-    certify: bool = False,
-    **fields: Any,
-) -> Solution:
+def solution(z: Array, diagnostics: Diagnostics, **fields: Array) -> Solution:
     """The result, from the last iterate and the stacked diagnostics."""
     finite = jnp.all(diagnostics.finite, axis=0)
-    certificate = problem.certificate(z) if certify else None
-    return Solution(
-        z, diagnostics.residual, diagnostics.objective, finite, certificate=certificate, **fields
-    )
+    return Solution(z, diagnostics.residual, diagnostics.objective, finite, **fields)
+
+
+def certified(problem: LayerProblem, solution: Solution) -> Solution:
+    """The same with the certificate of its value."""
+    return dataclasses.replace(solution, certificate=problem.certificate(solution.value))
 
 
 def starting_point(problem: LayerProblem, init: Array | None) -> Array:

@@ -72,7 +72,7 @@ def ms2gd(
     base = as_sampling(tau, sampling, problem)
     if not isinstance(base, FeatureEstimator):
         _checks.fail("sampling", "an estimator that samples input features", type(base).__name__)
-    return _ms2gd(
+    solution = _ms2gd(
         key,
         problem,
         base,
@@ -84,8 +84,8 @@ def ms2gd(
         random_inner=random_inner,
         form=form,
         trace_objective=trace_objective,
-        certify=certify,
     )
+    return _loop.certified(problem, solution) if certify else solution
 
 
 @functools.partial(
@@ -96,7 +96,6 @@ def ms2gd(
         "random_inner",
         "form",
         "trace_objective",
-        "certify",
     ),
 )
 def _ms2gd(
@@ -112,7 +111,6 @@ def _ms2gd(
     random_inner: bool,
     form: Form,
     trace_objective: bool,
-    certify: bool,
 ) -> Solution:
     schedule = as_schedule(steps, problem, base)
     gradient = gradient_form(problem, form, num_calls=num_outer)
@@ -150,7 +148,7 @@ def _ms2gd(
         outer, (problem, gradient, base, schedule), z0, jnp.arange(num_outer), derivative
     )
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), diagnostics)
-    return _loop.solution(problem, z, Diagnostics(*flat), certify=certify)
+    return _loop.solution(z, Diagnostics(*flat))
 
 
 def _random_length(key: Array, contraction: Array, num_inner: int) -> Array:

@@ -94,7 +94,7 @@ def nsync(
         _checks.fail("prior of nsync", "a separable prior", type(problem.prior).__name__)
     coordinates = OutputCoordinates(tau)
     num_sampled(tau, problem.linear_map.out_features)
-    return _nsync(
+    solution = _nsync(
         key,
         problem,
         coordinates,
@@ -104,13 +104,11 @@ def nsync(
         num_iters=num_iters,
         enter_domain=init is None,
         trace_objective=trace_objective,
-        certify=certify,
     )
+    return _loop.certified(problem, solution) if certify else solution
 
 
-@functools.partial(
-    jax.jit, static_argnames=("num_iters", "enter_domain", "trace_objective", "certify")
-)
+@functools.partial(jax.jit, static_argnames=("num_iters", "enter_domain", "trace_objective"))
 def _nsync(
     key: Array,
     problem: LayerProblem,
@@ -122,7 +120,6 @@ def _nsync(
     num_iters: int,
     enter_domain: bool,
     trace_objective: bool,
-    certify: bool,
 ) -> Solution:
     schedule = as_schedule(steps, problem, coordinates)
 
@@ -146,4 +143,4 @@ def _nsync(
         derivative=derivative,
         trace_objective=trace_objective,
     )
-    return _loop.solution(problem, z, diagnostics, certify=certify)
+    return _loop.solution(z, diagnostics)

@@ -62,8 +62,8 @@ def prox_gd(
 
     Raises:
       ValueError: at trace time, for an iteration count below 1, a non-positive number as step size,
-        or an init of another shape,
-        a form that the map does not have, or a derivative that a tolerance does not allow.
+        an init of another shape, a form that the map does not have, or a derivative that a
+        tolerance does not allow.
 
     References:
       Bibi et al. 2019, eq. 3; Beck and Teboulle 2009.
@@ -73,7 +73,7 @@ def prox_gd(
     if tol is not None:
         _checks.non_negative("tol", tol)
         tol = jnp.asarray(tol, problem.dtype)
-    return _prox_gd(
+    solution = _prox_gd(
         problem,
         as_steps(step_size),
         _loop.starting_point(problem, init),
@@ -84,13 +84,13 @@ def prox_gd(
         from_zero=init is None,
         form=form,
         trace_objective=trace_objective,
-        certify=certify,
     )
+    return _loop.certified(problem, solution) if certify else solution
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("num_iters", "momentum", "from_zero", "form", "trace_objective", "certify"),
+    static_argnames=("num_iters", "momentum", "from_zero", "form", "trace_objective"),
 )
 def _prox_gd(
     problem: LayerProblem,
@@ -104,7 +104,6 @@ def _prox_gd(
     from_zero: bool,
     form: Form,
     trace_objective: bool,
-    certify: bool,
 ) -> Solution:
     schedule = as_schedule(steps, problem, Full())
     gradient = gradient_form(problem, form, num_calls=num_iters - from_zero)
@@ -137,7 +136,7 @@ def _prox_gd(
         z, diagnostics = _loop.iterate(
             problem, update, operands, z0, num_iters, derivative=derivative, **options
         )
-        return _loop.solution(problem, z, diagnostics, certify=certify)
+        return _loop.solution(z, diagnostics)
     frozen = lax.stop_gradient((operands, z0))
     ends = {}
     if tol is None:
@@ -149,7 +148,7 @@ def _prox_gd(
     step = 0.5 * jnp.minimum(schedule(0), schedule(num_iters - 1))
     step_map = ProxGradientMap(gradient, problem.prior, lax.stop_gradient(step))
     z = fixed_point(step_map, z, derivative, len(problem.batch_shape))
-    return _loop.solution(problem, z, diagnostics, certify=certify, **ends)
+    return _loop.solution(z, diagnostics, **ends)
 
 
 def _origin(z: Array, memory: Any) -> Array:

@@ -59,7 +59,7 @@ def prox_sg(
       Bibi et al. 2019, proposition 1; Xiao and Zhang 2014.
     """
     num_iters = _checks.count("num_iters", num_iters)
-    return _prox_sg(
+    solution = _prox_sg(
         key,
         problem,
         as_sampling(tau, sampling, problem),
@@ -68,11 +68,11 @@ def prox_sg(
         unrolling(derivative, "prox_sg"),
         num_iters=num_iters,
         trace_objective=trace_objective,
-        certify=certify,
     )
+    return _loop.certified(problem, solution) if certify else solution
 
 
-@functools.partial(jax.jit, static_argnames=("num_iters", "trace_objective", "certify"))
+@functools.partial(jax.jit, static_argnames=("num_iters", "trace_objective"))
 def _prox_sg(
     key: Array,
     problem: LayerProblem,
@@ -83,7 +83,6 @@ def _prox_sg(
     *,
     num_iters: int,
     trace_objective: bool,
-    certify: bool,
 ) -> Solution:
     schedule = as_schedule(steps, problem, estimator)
 
@@ -102,7 +101,7 @@ def _prox_sg(
         derivative=derivative,
         trace_objective=trace_objective,
     )
-    return _loop.solution(problem, z, diagnostics, certify=certify)
+    return _loop.solution(z, diagnostics)
 
 
 def as_sampling(
