@@ -19,3 +19,4 @@ from stochsolvers.nnx._layers import SolverRecord as SolverRecord
 from stochsolvers.nnx._layers import SolverState as SolverState
 from stochsolvers.nnx._layers import refresh_lipschitz as refresh_lipschitz
 from stochsolvers.nnx._reports import certify as certify
+from stochsolvers.nnx._reports import lipschitz_report as lipschitz_report

@@ -28,9 +28,8 @@ from stochsolvers._typing import Array
 from stochsolvers.lipschitz import lipschitz_constant, strong_convexity
 from stochsolvers.problems import LayerProblem
 from stochsolvers.reports import _table
-from stochsolvers.reports._norms import squared_norm_bracket
-from stochsolvers.solvers import Solution, Solver, StepSizeRule
-from stochsolvers.solvers.step_sizes import as_steps
+from stochsolvers.reports._bounds import expansion, first_step, is_exact, squared_norm_bracket
+from stochsolvers.solvers import Solution, Solver
 
 _ROUND_OFF = 64.0  # residuals below this many eps of the solution say nothing about the rate
 
@@ -77,20 +76,20 @@ def observe(
     problem, solution = lax.stop_gradient((problem, solution))
     linear_map, ridge = problem.linear_map, jnp.asarray(problem.ridge, problem.dtype)
     bracket = squared_norm_bracket(linear_map)
-    step = _first_step(solver, problem, step_constant, deterministic)
+    constant = 0.5 * (bracket.lower + bracket.upper)
+    if not is_exact(linear_map):
+        constant = lipschitz_constant(linear_map)
+    step = first_step(solver, problem, step_constant, deterministic)
     convexity = ridge + strong_convexity(linear_map)
-    bound = jnp.maximum(
-        jnp.abs(1.0 - step * convexity), jnp.abs(1.0 - step * (ridge + bracket.upper))
-    )
     eps = jnp.finfo(problem.dtype).eps
     floor = _ROUND_OFF * eps * problem.norm(jnp.asarray(solution.value, problem.dtype))
     return Observation(
         call=jnp.asarray(next(_calls.get() or itertools.repeat(0))),
-        lipschitz=lipschitz_constant(linear_map),
+        lipschitz=constant,
         lower=bracket.lower,
         upper=bracket.upper,
-        step_size=step,
-        contraction_bound=bound,
+        step_size=jnp.max(step),
+        contraction_bound=expansion(step, convexity, ridge + bracket.upper),
         num_iters=jnp.asarray(len(solution.residuals)),
         contraction=contraction(solution.residuals, floor),
         objective=problem.objective(solution.value),
@@ -110,20 +109,6 @@ def contraction(residuals: Array, floor: Array) -> Array:
     last = jnp.take_along_axis(residuals, jnp.maximum(steps, 0)[None], axis=0)[0]
     ratio = last / jnp.where(steps > 0, residuals[0], 1.0)
     return jnp.where(steps > 0, ratio ** (1.0 / jnp.maximum(steps, 1)), jnp.nan)
-
-
-def _first_step(
-    solver: Any, problem: LayerProblem, step_constant: Array | None, deterministic: bool
-) -> Array:
-    """η_0 of a configuration of this library, the largest where outputs differ; NaN for another."""
-    if not hasattr(solver, "_step_size"):
-        return jnp.asarray(jnp.nan, problem.dtype)
-    steps = as_steps(solver._step_size(), per_output=solver.per_output)
-    if isinstance(steps, StepSizeRule):
-        if step_constant is None or solver._moves(deterministic):
-            step_constant = steps.constant(problem, solver._estimator(deterministic))
-        steps = steps.schedule(step_constant, problem)
-    return jnp.max(jnp.asarray(steps(jnp.zeros((), int)), problem.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""Bounds on one layer: its squared spectral norm, its step sizes, how far its solver can amplify."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from stochsolvers._typing import Array
+from stochsolvers.linear_maps import Conv, LinearMap
+from stochsolvers.lipschitz import (
+    Bracket,
+    lipschitz_bracket,
+    operator_bracket,
+    strong_convexity,
+)
+from stochsolvers.problems import LayerProblem
+from stochsolvers.solvers import StepSizeRule
+from stochsolvers.solvers.step_sizes import as_steps
+
+
+def is_exact(linear_map: LinearMap) -> bool:
+    """Whether lemma 2 on the layer's own grid is the norm: dense, or circular with whole strides."""
+    if not isinstance(linear_map, Conv):
+        return True
+    sizes = zip(linear_map.spatial_shape, linear_map.strides, strict=True)
+    return linear_map.padding == "CIRCULAR" and all(n % s == 0 for n, s in sizes)
+
+
+def squared_norm_bracket(linear_map: LinearMap) -> Bracket:
+    """lower ≤ ||A||² ≤ upper: up to round-off where it is exact, around zero padding otherwise."""
+    exact = is_exact(linear_map)
+    return lipschitz_bracket(linear_map) if exact else operator_bracket(linear_map)
+
+
+def first_step(
+    solver: Any, problem: LayerProblem, step_constant: Array | None, deterministic: bool
+) -> Array:
+    """η_0, a scalar or one for each output; NaN for a solver that is no configuration of ours."""
+    if not is_configuration(solver):
+        return jnp.asarray(jnp.nan, problem.dtype)
+    return _steps(solver, problem, step_constant, deterministic)(jnp.zeros((), int))
+
+
+def solver_bound(
+    solver: Any, problem: LayerProblem, upper: Array, step_constant: Array | None
+) -> Array:
+    r"""A Lipschitz constant of x ↦ z_K for K steps along the full gradient from zero.
+
+    A proximal operator brings no two points further apart, so that
+
+        ℓ_{k+1} = max(|1 − η_k μ|, |1 − η_k (λ + upper)|) ℓ_k + η_k sqrt(upper),   ℓ_0 = 0,
+
+    μ = λ + λ_min(A A*). One step of size 1 gives sqrt(upper), the plain layer's.
+
+    Args:
+      solver: a configuration for which `has_bound` holds.
+      problem: of the layer, at any inputs.
+      upper: an upper bound on ||A||².
+      step_constant: what the layer keeps, or None.
+    """
+    steps = _steps(solver, problem, step_constant, True)
+    ridge = jnp.asarray(problem.ridge, problem.dtype)
+    convexity = ridge + strong_convexity(problem.linear_map)
+
+    def step(k, bound):
+        size = steps(k)
+        return expansion(size, convexity, ridge + upper) * bound + size * jnp.sqrt(upper)
+
+    return lax.fori_loop(0, solver._iterations(), step, jnp.zeros((), problem.dtype))
+
+
+def expansion(step: Array, convexity: Array, lipschitz: Array) -> Array:
+    """max(|1 − η μ|, |1 − η L|), the most by which z ↦ z − η ∇F(z) moves two points apart.
+
+    NaN for steps that differ between outputs, for which it says nothing.
+    """
+    if step.ndim:
+        return jnp.asarray(jnp.nan, step.dtype)
+    return jnp.maximum(jnp.abs(1.0 - step * convexity), jnp.abs(1.0 - step * lipschitz))
+
+
+def is_configuration(solver: Any) -> bool:
+    """Whether the solver tells its steps, as the configurations of this library do."""
+    return hasattr(solver, "_step_size")
+
+
+def has_bound(solver: Any) -> bool:
+    """Whether `solver_bound` holds: one step size for all outputs, no momentum, no stopping rule."""
+    if not is_configuration(solver) or solver.per_output:
+        return False
+    return not getattr(solver, "momentum", False) and getattr(solver, "tol", None) is None
+
+
+def _steps(
+    solver: Any, problem: LayerProblem, step_constant: Array | None, deterministic: bool
+) -> Callable[[Array], Array]:
+    steps = as_steps(solver._step_size(), per_output=solver.per_output)
+    if isinstance(steps, StepSizeRule):
+        if step_constant is None or solver._moves(deterministic):
+            step_constant = steps.constant(problem, solver._estimator(deterministic))
+        steps = steps.schedule(step_constant, problem)
+    return lambda k: jnp.asarray(steps(k), problem.dtype)

@@ -1,0 +1,242 @@
+r"""Spectral norms of a network's layers, and the Lipschitz bound that they prove.
+
+A network f = h_n ∘ f_n ∘ … ∘ h_1 ∘ f_1 ∘ h_0 of layers f_i with constants ℓ_i, and of functions h_i that
+bring no two points further apart, satisfies
+
+    ||f(x) − f(y)|| ≤ ℓ_1 ⋯ ℓ_n ||x − y||.
+
+ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference, and
+`solver_bound` for a solver. The product proves nothing where the output sees the input on a way around
+a layer, as with a residual connection, nor where there are parameters that no known layer accounts
+for: the bound is then infinite, and the report names the cause.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, Scalar
+from stochsolvers.linear_maps import LinearMap
+from stochsolvers.problems import LayerProblem
+from stochsolvers.reports import _table
+from stochsolvers.reports._bounds import has_bound, solver_bound, squared_norm_bracket
+from stochsolvers.reports._trace import Call, Trace
+
+_BYPASSED = "on one of several paths"
+_NOT_BOUNDED = "not bounded"
+
+
+@functools.singledispatch
+def lipschitz_report(model: Any, *args: Any, **options: Any) -> "LipschitzReport":
+    """Spectral norms of the layers of a network, and a bound on its Lipschitz constant.
+
+    Args:
+      model: an `nnx.Module`, with the arguments of `stochsolvers.nnx.lipschitz_report`, or a Linen
+        `nn.Module`, with those of `stochsolvers.linen.lipschitz_report`.
+      *args: see there.
+      **options: see there.
+
+    Returns:
+      `LipschitzReport`.
+    """
+    _checks.fail("model", "an nnx.Module or a linen.Module", type(model).__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a Flax room knows of one layer.
+
+    Attributes:
+      kind: name of the layer's class.
+      linear_map: A, or None.
+      scale: the factors of a normalisation at inference, one for each channel, or None.
+      solver: the configuration of a solver layer, or None.
+      ridge: λ of a solver layer.
+      step_constant: what a solver layer keeps, or None.
+
+    A part that is neither a map nor a normalisation has no bound.
+    """
+
+    kind: str
+    linear_map: LinearMap | None = None
+    scale: Array | None = None
+    solver: Any = None
+    ridge: Scalar = 0.0
+    step_constant: Array | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a norm to compute."""
+        return self.linear_map is not None or self.scale is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm:
+    """One call of a layer.
+
+    Attributes:
+      name: the layer's path in the network.
+      kind: name of its class.
+      input_shape: what it is called on, batch axes included; () for parameters outside known layers.
+      lower: a lower bound on its spectral norm ||A||, of its scale for a normalisation.
+      upper: an upper bound, infinite where there is none.
+      constant: a Lipschitz constant of the layer: `upper`, or what `solver_bound` gives for a solver.
+      note: what keeps the product from being a bound, or "".
+    """
+
+    name: str
+    kind: str
+    input_shape: tuple[int, ...]
+    lower: float
+    upper: float
+    constant: float
+    note: str
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether the two bounds agree to a thousandth, as they do for dense and circular layers."""
+        return self.upper <= 1.001 * self.lower
+
+
+@dataclasses.dataclass(frozen=True)
+class LipschitzReport:
+    """The layers of a network in call order; `str` is a table.
+
+    Attributes:
+      rows: one record for each call of a layer, and for each module with parameters that no known
+        layer accounts for.
+      between: names of the operations between the layers, which the bound takes to be 1-Lipschitz.
+        ReLU, tanh, sigmoid and pools of disjoint windows are; a scaling, GELU and overlapping pools
+        need not be.
+    """
+
+    rows: tuple[LayerNorm, ...]
+    between: tuple[str, ...]
+
+    @property
+    def product(self) -> float:
+        """The product of the layers' constants, whether or not it bounds the network's."""
+        return math.prod(row.constant for row in self.rows)
+
+    @property
+    def bound(self) -> float:
+        """A Lipschitz constant of the network: the product, or infinity where it proves nothing."""
+        return math.inf if any(row.note for row in self.rows) else self.product
+
+    def as_dict(self) -> dict[str, list[Any]]:
+        """A list for each column, as `pandas.DataFrame` takes it."""
+        return _table.columns(self.rows, LayerNorm)
+
+    def __str__(self) -> str:
+        """The aligned table, and the bound below it."""
+        headers = ("layer", "kind", "input", "||A||", "constant", "note")
+        lines = [_table.text(headers, [_cells(row) for row in self.rows])]
+        if math.isfinite(self.bound):
+            between = ", ".join(self.between)
+            given = f", if these are 1-Lipschitz: {between}" if between else ""
+            lines.append(f"Lipschitz bound of the network: {self.bound:.4g}{given}")
+        else:
+            lines.append(f"No Lipschitz bound of the network; product: {self.product:.4g}")
+        return "\n".join(lines)
+
+    def plot(self, ax: Any = None) -> Any:
+        """A bar for each layer's norm; a line shows the bracket where it is not exact.
+
+        Args:
+          ax: a matplotlib `Axes`; by default, those of a new figure.
+
+        Returns:
+          the `Axes`.
+
+        Raises:
+          ImportError: without matplotlib.
+        """
+        from stochsolvers.reports._chart import bar_chart
+
+        return bar_chart(self, ax)
+
+
+def norms_report(
+    trace: Trace, parts: Sequence[Part], strays: Mapping[str, int], kinds: Mapping[str, str]
+) -> LipschitzReport:
+    """The report on a traced network, all norms from one compiled call.
+
+    Args:
+      trace: of the forward pass.
+      parts: one for each of its calls.
+      strays: position of each module with parameters that no known layer accounts for, by name.
+      kinds: its class, by name.
+    """
+    arrays = [
+        (p.linear_map, p.scale, p.solver if has_bound(p.solver) else None, p.ridge, p.step_constant)
+        for p in parts
+        if p.bounded
+    ]
+    measured = iter(jax.device_get(_measure(arrays)))
+    rows = []
+    for call, part in zip(trace.calls, parts, strict=True):
+        numbers = next(measured) if part.bounded else (0.0, math.inf, math.inf)
+        rows.append((call.position, _row(call, part, numbers)))
+    for name, position in strays.items():
+        missing = LayerNorm(name, kinds[name], (), 0.0, math.inf, math.inf, _NOT_BOUNDED)
+        rows.append((position, missing))
+    rows.sort(key=lambda entry: entry[0])
+    return LipschitzReport(tuple(row for _, row in rows), trace.between)
+
+
+@jax.jit
+def _measure(parts: list[Any]) -> list[tuple[Array, Array, Array]]:
+    """Lower and upper bounds on each norm, and the layer's constant.
+
+    Layers of the same structure and shapes are one loop, so that a deep network compiles as fast as
+    its different layers.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, part in enumerate(parts):
+        leaves, structure = jax.tree.flatten(part)
+        key = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        groups.setdefault(key, []).append(i)
+    results: dict[int, tuple[Array, Array, Array]] = {}
+    for members in groups.values():
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(parts[i] for i in members))
+        measured = jax.lax.map(lambda part: _measure_one(*part), stacked)
+        for place, i in enumerate(members):
+            results[i] = jax.tree.map(lambda array, place=place: array[place], measured)
+    return [results[i] for i in range(len(parts))]
+
+
+def _measure_one(linear_map, scale, solver, ridge, step_constant):
+    if linear_map is None:
+        largest = jnp.max(jnp.abs(scale))
+        return largest, largest, largest
+    bracket = squared_norm_bracket(linear_map)
+    lower, upper = jnp.sqrt(bracket.lower), jnp.sqrt(bracket.upper)
+    if solver is None:
+        return lower, upper, upper
+    inputs = jnp.zeros(linear_map.in_shape, linear_map.kernel.dtype)
+    problem = LayerProblem(linear_map, inputs, ridge=ridge)
+    return lower, upper, solver_bound(solver, problem, bracket.upper, step_constant)
+
+
+def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:
+    lower, upper, constant = map(float, numbers)
+    note = "" if call.on_every_path else _BYPASSED
+    if not part.bounded:
+        note = _NOT_BOUNDED
+    elif part.solver is not None and not has_bound(part.solver):
+        constant, note = math.inf, _NOT_BOUNDED
+    return LayerNorm(call.label, part.kind, call.input_shape, lower, upper, constant, note)
+
+
+def _cells(row: LayerNorm) -> list[str]:
+    shape = "×".join(map(str, row.input_shape)) or "–"
+    norm = f"{row.upper:.4g}" if row.is_tight else f"[{row.lower:.4g}, {row.upper:.4g}]"
+    constant = f"{row.constant:.4g}" if math.isfinite(row.constant) else "–"
+    norm = norm if math.isfinite(row.upper) else "–"
+    return [row.name, row.kind, shape, norm, constant, row.note]
