@@ -1,0 +1,69 @@
+"""Prox-GD of a convolution against one plain convolution layer, in every form.
+
+python -m benchmarks.convolution
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import stochsolvers as ss
+from benchmarks import measure
+from benchmarks.record import Figure, Goal, Options, main
+
+CHANNELS, PIXELS, BATCH, ITERATIONS = 64, 32, 32, 10
+FORMS: dict[Any, Any] = {"SAME": ("literal", "fourier"), "CIRCULAR": ("literal", "gram", "fourier")}
+
+
+def benchmark(options: Options) -> Sequence[Figure]:
+    """Convolution 64→64, 3×3, on 32×32 pixels, 10 iterations of Prox-GD."""
+    channels, pixels, batch = (4, 8, 2) if options.quick else (CHANNELS, PIXELS, BATCH)
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, channels, channels)) / (3 * channels**0.5))
+    inputs = jnp.asarray(rng.standard_normal((batch, pixels, pixels, channels)))
+    kernel, inputs = kernel.astype(jnp.float32), inputs.astype(jnp.float32)
+    step = 1.0 / ss.lipschitz_constant(ss.Conv(kernel, (pixels, pixels)), grid="padded")
+    figures = []
+    for padding, forms in FORMS.items():
+
+        def plain(kernel, inputs, padding=padding):
+            return jax.nn.relu(ss.Conv(kernel, inputs.shape[1:3], padding=padding)(inputs))
+
+        def solved(form, kernel, inputs, padding=padding):
+            A = ss.Conv(kernel, inputs.shape[1:3], padding=padding)
+            problem = ss.LayerProblem(A, inputs)
+            return ss.prox_gd(problem, step_size=step, num_iters=ITERATIONS, form=form).value
+
+        calls: dict[str, Any] = {"plain": jax.jit(plain)}
+        for form in ("auto", *forms):
+            calls[form] = jax.jit(functools.partial(solved, form))
+        for form in forms:
+            np.testing.assert_allclose(
+                calls[form](kernel, inputs), calls["literal"](kernel, inputs), atol=1e-4
+            )
+        times = measure.interleaved(
+            {name: functools.partial(call, kernel, inputs) for name, call in calls.items()},
+            rounds=options.rounds,
+        )
+        seconds = {name: timing.median for name, timing in times.items()}
+        figures += [
+            Figure(
+                f"Prox-GD of a convolution {channels}→{channels}, 3×3 @ {pixels}×{pixels}, "
+                f"{padding}, batch {batch}, {ITERATIONS} iterations, form {form}",
+                "one plain layer",
+                times[form].over(times["plain"]),
+                goal=Goal("≤", 19) if form == "auto" else None,
+                floor=2.0 * ITERATIONS - 1 if form == "literal" else None,
+                detail={"seconds": seconds},
+            )
+            for form in ("auto", *forms)
+        ]
+    return figures
+
+
+if __name__ == "__main__":
+    main("convolution", benchmark, None)

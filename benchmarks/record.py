@@ -1,0 +1,159 @@
+"""What a benchmark measured, on disk; the page that shows it."""
+
+import dataclasses
+import datetime
+import json
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from benchmarks import measure
+from experiments import results
+
+HERE = Path(__file__).parent
+PAGE = HERE / "README.md"
+RESULTS = HERE / "results"
+NAMES = ("lipschitz", "dense", "convolution", "derivatives", "sampling", "training")
+_COMPARE = {"≤": operator.le, "≥": operator.ge}
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A bound on a figure: "≤" or "≥", and the number."""
+
+    relation: str
+    bound: float
+
+    def met_by(self, value: float) -> bool:
+        """Whether the figure meets it."""
+        return _COMPARE[self.relation](value, self.bound)
+
+    def __str__(self) -> str:
+        return f"{self.relation} {self.bound:.3g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One line of the page.
+
+    Attributes:
+      what: measured.
+      against: the other side of a ratio, or what an error is relative to.
+      value: a ratio of times, of bytes, or an error, as `unit` says.
+      unit: "×" for a ratio, else printed after the value.
+      goal: None where there is none.
+      floor: the same figure from operation counts and the measured rates; None where not computed.
+      detail: medians in seconds, sizes, and whatever else tells how the value came about.
+    """
+
+    what: str
+    against: str
+    value: float
+    unit: str = "×"
+    goal: Goal | None = None
+    floor: float | None = None
+    detail: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Command line of a benchmark."""
+
+    rounds: int = 15
+    """Samples of each side, interleaved."""
+    quick: bool = False
+    """Small sizes and two rounds: to see that it runs. Nothing is written."""
+
+
+def main(
+    name: str, benchmark: Callable[[Options], Sequence[Figure]], args: list[str] | None
+) -> None:
+    """Parse the command line, measure, write the results, redraw the page, print."""
+    options = tyro.cli(
+        Options, prog=f"python -m benchmarks.{name}", description=benchmark.__doc__, args=args
+    )
+    if options.quick:
+        options = dataclasses.replace(options, rounds=2)
+    figures = list(benchmark(options))
+    if not options.quick:
+        write(name, options, figures)
+        PAGE.write_text(page(read_all()))
+    print(results.format_table(*_table([{"figures": [as_dict(f) for f in figures]}])))
+
+
+def as_dict(figure: Figure) -> dict[str, Any]:
+    """As JSON."""
+    return dataclasses.asdict(figure)
+
+
+def write(name: str, options: Options, figures: Sequence[Figure]) -> None:
+    """One file for each benchmark and kind of device."""
+    environment = results.environment()
+    rates = {"matmul_flops": measure.matmul_rate(), "bytes": measure.bandwidth()}
+    content = {
+        "benchmark": name,
+        "command": f"python -m benchmarks.{name} --rounds {options.rounds}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **environment,
+        "rates_per_second": rates,
+        "figures": [as_dict(figure) for figure in figures],
+    }
+    path = RESULTS / f"{name}-{jax.default_backend()}.json"
+    with results.whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_all() -> list[dict[str, Any]]:
+    """The stored results, in the order of the page."""
+    contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return sorted(contents, key=lambda content: NAMES.index(content["benchmark"]))
+
+
+def page(contents: Sequence[dict[str, Any]]) -> str:
+    """The page in Markdown: a table for each device, then how and on what it was measured."""
+    parts = [(HERE / "HEADER.md").read_text().rstrip()]
+    for backend in dict.fromkeys(content["hardware"]["device"] for content in contents):
+        chosen = [c for c in contents if c["hardware"]["device"] == backend]
+        hardware = chosen[0]["hardware"]
+        parts.append(f"## {hardware['cores']} cores, {hardware['processor'] or backend}")
+        parts.append(results.markdown_table(*_table(chosen)))
+        runs = [_provenance(content) for content in chosen]
+        parts.append("Runs:\n\n" + "\n".join(f"- {run}" for run in runs))
+    parts.append((HERE / "NOTES.md").read_text().rstrip())
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(contents: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for content in contents:
+        for figure in content["figures"]:
+            goal = Goal(**figure["goal"]) if figure["goal"] else None
+            met = "" if goal is None else "yes" if goal.met_by(figure["value"]) else "**no**"
+            floor = "" if figure["floor"] is None else _number(figure["floor"], figure["unit"])
+            value = _number(figure["value"], figure["unit"])
+            text = "" if goal is None else f"{goal}{figure['unit']}"
+            rows.append([figure["what"], figure["against"], value, text, met, floor])
+    return ["what", "against", "measured", "goal", "met", "floor"], rows
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.3g}{unit}" if unit == "×" else f"{value:.2g}{unit}"
+
+
+def _provenance(content: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    rates = content["rates_per_second"]
+    return (
+        f"`{content['command']}`, {content['date']}; float32 matrix product "
+        f"{rates['matmul_flops'] / 1e9:.0f} GFLOP/s, elementwise pass {rates['bytes'] / 1e9:.1f} GB/s; "
+        f"{versions}"
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(read_all()))
+    print(f"written to {PAGE.relative_to(HERE.parent)}")
