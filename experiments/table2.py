@@ -89,8 +89,8 @@ class Config:
     precision: steps.Precision = "float32"
     """Of the plain layers; solvers, parameters and loss are float32."""
     seeds_at_once: bool = False
-    """Train a network from all --seeds in one vmapped step: quicker where a network leaves the device
-    idle, at the memory of as many networks and data sets."""
+    """Train a network from all --seeds in one vmapped step, at the memory of as many networks and data
+    sets; meant for an accelerator that one network leaves idle, and slower on a CPU."""
     tensorboard: bool = False
     """Write the curves of each network for TensorBoard as well, to --out/tensorboard."""
     machine: tyro.conf.OmitArgPrefixes[parallel.Machine] = dataclasses.field(
