@@ -99,6 +99,7 @@ def search(taps: Array, phases: Phases, *, gap: float, certify: bool) -> Found:
     found = Found(zero, zero, zero, origin, origin, vector)
 
     def visit(group, found):
+        group = group.astype(jnp.int32)
         real = slice(0, phases.num_real)
         rest = slice(phases.num_real, num_frequencies)
         for part, sines in ((real, None), (rest, phases.sines[rest])):
@@ -126,7 +127,7 @@ class _Sweep(NamedTuple):
         count, aliases, _ = cosines.shape
         size = aliases * self.taps.shape[1] * self.taps.shape[2]
         chunk = min(count, max(1, _CHUNK // size))
-        order = jnp.argsort(-self.bounds)
+        order = jnp.argsort(-self.bounds).astype(jnp.int32)
         order = jnp.pad(order, (0, -count % chunk), mode="edge")
 
         def unfinished(carry):

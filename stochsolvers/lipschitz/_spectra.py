@@ -1,5 +1,6 @@
 """Largest eigenvalues of Gram matrices: cheap bounds, Lanczos, a Cholesky certificate, round-off."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ def unit_round_off(dtype) -> float:
 def gamma(count: int, dtype) -> float:
     """γ_k = k u / (1 − k u): the relative error of k roundings in a row (Higham 2002, lemma 3.1)."""
     total = count * unit_round_off(dtype)
-    return total / (1 - total) if total < 0.5 else np.inf
+    return total / (1 - total) if total < 0.5 else math.inf
 
 
 def grams(symbols: Symbols) -> Array:
@@ -70,7 +71,7 @@ def gram_error(symbols: Symbols) -> Array:
     r"""Bound on the round-off of `grams` in the spectral norm, √2 γ || |M|ᵀ|M| ||₂ per matrix."""
     rows, dtype = symbols.re.shape[-2], symbols.re.dtype
     length = min(rows, _SLICE) + -(-rows // _SLICE) + 3
-    return np.sqrt(2) * gamma(length, dtype) * perron(symbols.modulus)
+    return math.sqrt(2) * gamma(length, dtype) * perron(symbols.modulus)
 
 
 def perron(matrix: Array) -> Array:
