@@ -25,6 +25,7 @@ from stochsolvers.lipschitz._spectra import Symbols
 from stochsolvers.lipschitz._taps import Phases
 
 _LANCZOS_STEPS = 32
+_LARGE = 256
 _CHUNK = 2**18  # entries of the blocks formed at once
 
 
@@ -97,13 +98,14 @@ def search(taps: Array, phases: Phases, *, gap: float, certify: bool) -> Found:
     zero, origin = jnp.zeros((), taps.dtype), jnp.zeros((), jnp.int32)
     vector = jnp.stack([_spectra.fixed_start(n, taps.dtype), jnp.zeros(n, taps.dtype)], axis=-1)
     found = Found(zero, zero, zero, origin, origin, vector)
+    # a second program for the few real blocks of a grid is worth its compilation if they are large
+    num_real = phases.num_real if n >= _LARGE or phases.num_real == num_frequencies else 0
 
     def visit(group, found):
         group = group.astype(jnp.int32)
-        real = slice(0, phases.num_real)
-        rest = slice(phases.num_real, num_frequencies)
-        for part, sines in ((real, None), (rest, phases.sines[rest])):
-            if part.start < part.stop:
+        parts = ((slice(0, num_real), None), (slice(num_real, None), phases.sines[num_real:]))
+        for part, sines in parts:
+            if len(phases.cosines[part]):
                 table = phases.cosines[part], sines
                 sweep = _Sweep(taps[group], table, bounds[group, part], gap, certify)
                 found = sweep(found, part.start, group)
@@ -113,7 +115,7 @@ def search(taps: Array, phases: Phases, *, gap: float, certify: bool) -> Found:
 
 
 class _Sweep(NamedTuple):
-    """The blocks of one group whose phases are all real, or those of the others."""
+    """Some blocks of one group; those with real phases have no sines in the table."""
 
     taps: Array
     table: tuple[np.ndarray, np.ndarray | None]

@@ -1,0 +1,265 @@
+"""The fast Lipschitz constant and its brackets against float64 singular values in numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from equivalence.plain_layers import Geometry, dense_matrix
+
+import stochsolvers as ss
+from stochsolvers.lipschitz import (
+    lipschitz_bracket,
+    lipschitz_constant,
+    lipschitz_refresh,
+    lipschitz_state,
+    operator_bracket,
+    singular_values,
+)
+
+RTOL = {jnp.float32: 1e-5, jnp.float64: 1e-9}
+
+
+def literal(kernel, shape):
+    """max_f σ_max(Â(f))², float64: the padded transform; taps beyond the grid wrap around."""
+    torus = np.zeros((*shape, *kernel.shape[2:]))
+    for row, column in np.ndindex(*kernel.shape[:2]):
+        torus[row % shape[0], column % shape[1]] += np.asarray(kernel[row, column], np.float64)
+    a_hat = np.fft.fft2(torus, axes=(0, 1))
+    return np.linalg.svd(a_hat, compute_uv=False).max() ** 2
+
+
+def low_pass(rng, size, n1, n2):
+    """Filters that decay in space, in channels and in frequency, as trained ones do."""
+    kernel = rng.normal(size=(size, size, n1, n2)) * np.arange(1, n1 + 1)[:, None] ** -0.5
+    return kernel * np.hanning(size + 2)[1:-1, None, None, None] + 0.05
+
+
+def adversaries():
+    """Kernels that are hard for a search, for Lanczos or for the arithmetic: (kernel, grid)."""
+    rng = np.random.default_rng(7)
+    n = 20
+    plain = rng.normal(size=(3, 3, n, n))
+    left, right = rng.normal(size=(3, 3, n, 1)), rng.normal(size=(1, 1, 1, n))
+    delta, pair = np.zeros((3, 3, n, n)), np.zeros((1, 2, n, n))
+    delta[1, 1] = np.linalg.qr(rng.normal(size=(n, n)))[0]
+    pair[0, 0], pair[0, 1] = np.eye(n), 1e-7 * rng.normal(size=(n, n))
+    start = np.random.default_rng(0).normal(size=n)  # what a fixed start might be
+    hidden = np.eye(n) + 2 * np.outer(plain[0, 0, 0], plain[0, 0, 0])
+    hidden = hidden - np.outer(hidden @ start, start) / (start @ start)
+    graded = plain * 10.0 ** -np.arange(n)
+    negative = -np.abs(plain)
+    yield from {
+        "plain": (plain, (6, 6)),
+        "rank one": (left * right, (6, 6)),
+        "orthogonal: all singular values and frequencies are equal": (delta, (6, 6)),
+        "frequencies that nearly tie": (pair, (4, 8)),
+        "hidden from the start vector": (hidden[None, None], (4, 4)),
+        "graded": (graded, (6, 6)),
+        "of one sign": (negative, (6, 6)),
+        "even taps": (rng.normal(size=(2, 4, n, n)), (7, 4)),
+        "one by one": (rng.normal(size=(1, 1, n, n)), (4, 4)),
+        "wraps around": (rng.normal(size=(5, 3, n, n)), (2, 3)),
+        "tall": (rng.normal(size=(3, 3, 3 * n, n)), (4, 4)),
+        "few channels": (rng.normal(size=(3, 3, 2, 5)), (6, 7)),
+        "one channel": (rng.normal(size=(3, 3, 1, 1)), (6, 7)),
+        "low pass": (low_pass(rng, 3, n, n), (6, 6)),
+        "small numbers": (plain * 1e-8, (6, 6)),
+        "large numbers": (plain * 1e8, (6, 6)),
+        "squares that underflow": (plain * 1e-25, (6, 6)),
+        "squares that overflow": (plain * 1e25, (6, 6)),
+        "subnormal": (plain * 1e-39, (6, 6)),
+        "zero": (0 * plain, (6, 6)),
+        "one number": (np.where(np.arange(n) == 3, 1.0, 0.0) * np.ones((1, 1, n, 1)), (4, 4)),
+    }.items()
+
+
+ADVERSARIES = dict(adversaries())
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def fast_and_bracket(kernel, shape):
+    conv = ss.Conv(kernel, shape)
+    return lipschitz_constant(conv), lipschitz_bracket(conv)
+
+
+CASES = [(name, jnp.float32) for name in ADVERSARIES] + [
+    (name, jnp.float64) for name, (_, shape) in ADVERSARIES.items() if shape == (6, 6)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda part: getattr(part, "__name__", part))
+def test_constant_and_bracket_of_adversaries(name, dtype):
+    kernel, shape = ADVERSARIES[name]
+    kernel = jnp.asarray(kernel, dtype)
+    value, (lower, upper) = fast_and_bracket(kernel, shape)
+    exact = literal(kernel, shape)
+    floats = jnp.finfo(dtype)
+    assert float(lower) <= exact <= float(upper)
+    assert value.dtype == lower.dtype == upper.dtype == dtype
+    if floats.tiny < exact < floats.max:
+        np.testing.assert_allclose(value, exact, rtol=RTOL[dtype])
+        assert upper <= lower * (1.01 if dtype == jnp.float32 else 1 + 1e-8)
+
+
+@pytest.mark.parametrize("features", [(20, 40), (5, 8)])
+def test_brackets_hold_for_many_kernels(features, rng):
+    kernels = rng.normal(size=(100, 3, 3, *features))
+    kernels[::2] *= np.exp(rng.normal(size=(50, 3, 3, features[0], 1)))
+    kernels[::3] += 0.3
+    kernels = kernels.astype(np.float32)
+    for kernel in kernels:
+        value, (lower, upper) = fast_and_bracket(jnp.asarray(kernel), (5, 4))
+        exact = literal(kernel, (5, 4))
+        assert float(lower) <= exact <= float(upper) <= 1.003 * float(lower)
+        np.testing.assert_allclose(value, exact, rtol=RTOL[jnp.float32])
+
+
+@pytest.mark.parametrize("make", ["random", "low pass"])
+def test_large_layer_in_single_precision(make, rng):
+    kernel = rng.normal(size=(3, 3, 512, 512)) if make == "random" else low_pass(rng, 3, 512, 512)
+    kernel = jnp.asarray(kernel, jnp.float32)
+    value, (lower, upper) = fast_and_bracket(kernel, (2, 2))
+    exact = literal(kernel, (2, 2))
+    np.testing.assert_allclose(value, exact, rtol=RTOL[jnp.float32])
+    assert float(lower) <= exact <= float(upper) <= 1.01 * float(lower)
+
+
+GEOMETRIES = {
+    "strided": Geometry((6, 4), (3, 2), 20, 24, "CIRCULAR", strides=(3, 2)),
+    "strided, many outputs": Geometry((4, 4), (3, 3), 5, 48, "CIRCULAR", strides=(2, 2)),
+    "grouped": Geometry((3, 4), (3, 2), 36, 40, "CIRCULAR", dilation=(2, 1), groups=2),
+    "depthwise": Geometry((4, 5), (3, 3), 7, 7, "CIRCULAR", groups=7),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries_against_the_dense_matrix(name, rng):
+    geometry = GEOMETRIES[name]
+    kernel = geometry.kernel(rng)
+    conv = ss.Conv(jnp.asarray(kernel), geometry.spatial_shape, **geometry.options)
+    expected = np.linalg.svd(dense_matrix(geometry, kernel), compute_uv=False)
+    np.testing.assert_allclose(lipschitz_constant(conv), expected[0] ** 2, rtol=RTOL[jnp.float64])
+    lower, upper = lipschitz_bracket(conv)
+    assert lower <= expected[0] ** 2 <= upper <= lower * (1 + 1e-8)
+    values = singular_values(conv)
+    assert values.shape == expected.shape
+    np.testing.assert_allclose(values, expected, atol=1e-12 * expected[0])
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (3, 4), (1, 5)])
+def test_dense_layers(shape, rng):
+    kernel = rng.normal(size=shape)
+    dense, expected = ss.Dense(jnp.asarray(kernel)), np.linalg.svd(kernel, compute_uv=False)
+    np.testing.assert_allclose(lipschitz_constant(dense), expected[0] ** 2, rtol=1e-9)
+    np.testing.assert_allclose(singular_values(dense), expected, rtol=1e-11)
+    for lower, upper in (lipschitz_bracket(dense), operator_bracket(dense)):
+        assert lower <= expected[0] ** 2 <= upper <= lower * (1 + 1e-8)
+
+
+def test_gradient_is_that_of_the_formula_and_of_finite_differences(rng):
+    kernel, direction = rng.normal(size=(2, 3, 3, 20, 18))
+
+    @functools.partial(jax.jit, static_argnames="method")
+    def value_and_slope(kernel, method):
+        def constant(kernel):
+            return lipschitz_constant(ss.Conv(kernel, (5, 4), strides=(1, 2)), method=method)
+
+        value, gradient = jax.value_and_grad(constant)(kernel)
+        _, forward = jax.jvp(constant, (kernel,), (jnp.asarray(direction),))
+        return value, jnp.vdot(gradient, direction), forward
+
+    step = 1e-6
+    after = value_and_slope(kernel + step * direction, "formula")[0]
+    before = value_and_slope(kernel - step * direction, "formula")[0]
+    for method in ("fast", "formula"):
+        _, slope, forward = value_and_slope(kernel, method)
+        np.testing.assert_allclose(slope, (after - before) / (2 * step), rtol=1e-6)
+        np.testing.assert_allclose(forward, slope, rtol=1e-10)
+
+
+def test_gradient_at_a_tie_is_a_subgradient():
+    identity = jnp.zeros((3, 3, 20, 20)).at[1, 1].set(jnp.eye(20))
+    gradient = jax.grad(lambda k: lipschitz_constant(ss.Conv(k, (4, 4))))(identity)
+    # the constant is homogeneous of degree two, so a subgradient g has <g, kernel> = 2 L
+    np.testing.assert_allclose(jnp.vdot(gradient, identity), 2.0, rtol=1e-12)
+
+
+def test_stacked_layers_by_vmap(rng):
+    kernels = jnp.asarray(rng.normal(size=(3, 3, 3, 20, 18)))
+    values, brackets = jax.vmap(lambda kernel: fast_and_bracket(kernel, (4, 4)))(kernels)
+    slopes = jax.vmap(jax.grad(lambda kernel: lipschitz_constant(ss.Conv(kernel, (4, 4)))))(kernels)
+    for k, kernel in enumerate(kernels):
+        np.testing.assert_allclose(values[k], literal(kernel, (4, 4)), rtol=1e-9)
+        assert brackets.lower[k] <= values[k] * (1 + 1e-9)
+        assert values[k] <= brackets.upper[k]
+        np.testing.assert_allclose(jnp.vdot(slopes[k], kernel), 2 * values[k], rtol=1e-9)
+
+
+def test_numbers_that_are_not_finite_come_through():
+    for bad in (jnp.nan, jnp.inf):
+        for features in (3, 20):
+            conv = ss.Conv(jnp.ones((3, 3, features, features)).at[0, 1, 2, 0].set(bad), (4, 4))
+            assert not jnp.isfinite(lipschitz_constant(conv))
+            assert not jnp.isfinite(lipschitz_bracket(conv).upper)
+
+
+def test_unknown_options_are_refused():
+    conv = ss.Conv(jnp.ones((3, 3, 1, 1)), (4, 4))
+    with pytest.raises(ValueError, match="'fast', 'formula'"):
+        lipschitz_constant(conv, method="exact")
+    for function in (lipschitz_bracket, singular_values, lipschitz_state):
+        with pytest.raises(ValueError, match="'layer', 'padded'"):
+            function(conv, grid="circular")
+    with pytest.raises(ValueError, match="num_iters"):
+        operator_bracket(conv, num_iters=0)
+    with pytest.raises(ValueError, match="taps of the layer"):
+        lipschitz_refresh(ss.Conv(jnp.ones((3, 1, 1, 1)), (4, 4)), lipschitz_state(conv))
+
+
+ZERO_PADDED = {
+    "same": Geometry((6, 5), (3, 3), 4, 5),
+    "strided": Geometry((7, 6), (3, 3), 6, 3, "SAME", strides=(2, 3)),
+    "explicit pads": Geometry((5, 4), (3, 2), 3, 4, ((2, 0), (1, 3)), dilation=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ZERO_PADDED)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_operator_bracket_is_tight_for_small_layers(name, dtype, rng):
+    geometry = ZERO_PADDED[name]
+    kernel = geometry.kernel(rng).astype(dtype)
+    exact = np.linalg.norm(dense_matrix(geometry, kernel.astype(np.float64)), 2) ** 2
+    conv = ss.Conv(jnp.asarray(kernel), geometry.spatial_shape, **geometry.options)
+    lower, upper = operator_bracket(conv)
+    assert float(lower) <= exact <= float(upper)
+    assert upper <= lower * (1.003 if dtype == jnp.float32 else 1 + 1e-8)
+
+
+@pytest.mark.parametrize("features", [(5, 6), (6, 5)])
+def test_operator_bracket_by_lanczos(features, rng):
+    """The steps that large layers take, on one whose dense matrix can still be decomposed."""
+    geometry = Geometry((14, 15), (3, 3), *features)
+    kernel = geometry.kernel(rng)
+    exact = np.linalg.norm(dense_matrix(geometry, kernel), 2) ** 2
+    for dtype, loss in ((jnp.float32, 3e-3), (jnp.float64, 1e-3)):
+        conv = ss.Conv(jnp.asarray(kernel, dtype), geometry.spatial_shape)
+        lower, upper = operator_bracket(conv, num_iters=40)
+        rounded = exact * (1 + 1e-6 * (dtype == jnp.float32))
+        assert (1 - loss) * exact <= float(lower) <= rounded
+        assert float(upper) >= exact
+        assert float(upper) == lipschitz_bracket(conv, grid="padded").upper
+
+
+def test_refresh_follows_a_moving_kernel(rng):
+    kernel = rng.normal(size=(3, 3, 20, 18))
+    state = lipschitz_state(ss.Conv(jnp.asarray(kernel), (4, 4)))
+    anchors = []
+    for step in (0, 1e-4, 1e-3, 1e-3, 1e-1, 1e-4):
+        kernel = kernel + step * rng.normal(size=kernel.shape)
+        before = state.anchor
+        (lower, upper), state = lipschitz_refresh(ss.Conv(jnp.asarray(kernel), (4, 4)), state)
+        assert lower <= literal(kernel, (4, 4)) <= upper <= 1.05 * lower
+        anchors.append(bool(jnp.all(before == state.anchor)))
+    assert anchors == [True, True, True, True, False, True]
