@@ -52,6 +52,10 @@ class Estimator(abc.ABC):
         Proximal stochastic gradient steps up to 1/(2𝓛) are safe (Gower et al. 2019, theorem 3.1).
         """
 
+    def prepare(self, problem: LayerProblem) -> "Estimator":
+        """The same estimator with what does not depend on z computed, for use in a loop."""
+        return self
+
     def __call__(self, key: Array, problem: LayerProblem, z: Array) -> Array:
         """An unbiased estimate of ∇F(z)."""
         return self.gradient(problem, z, self.draw(key, problem, z))
@@ -166,26 +170,38 @@ class Bernoulli(FeatureEstimator):
         return _padded_constant(problem) + (1.0 - q) / q * largest / n1 + problem.ridge
 
 
-class _ImportanceScores:
+class _ImportanceScores(FeatureEstimator):
     by: ImportanceScore
 
-    def scores(self, problem: LayerProblem, z: Array) -> Array:
-        r"""Unnormalised importances: L_i, or ||A_i|| · ||(A* z − x)_i||, shape (*batch, n1).
+    def prepare(self, problem: LayerProblem) -> "FeatureEstimator":
+        """The same estimator with the L_i computed, which both scores need."""
+        return _Prepared(self, _feature_constants(problem))
+
+    @abc.abstractmethod
+    def draw_by(self, key: Array, problem: LayerProblem, z: Array, constants: Array) -> Array:
+        """`draw`, given the L_i."""
+
+    def draw(self, key: Array, problem: LayerProblem, z: Array) -> Array:
+        """Weights (*batch, n1)."""
+        return self.draw_by(key, problem, z, _feature_constants(problem))
+
+    def probabilities(
+        self, problem: LayerProblem, z: Array, tau: int | Array, constants: Array
+    ) -> Array:
+        r"""Inclusion probabilities p_i, shape (*batch, n1), Σ p_i = τ.
+
+        Proportional to L_i, or to ||A_i|| · ||(A* z − x)_i||.
 
         The second is ||∇f_i(z)|| up to a constant for the terms' data part (their common − b is carried
         exactly and needs no sampling); for a convolution it is its upper bound.
         """
-        constants = _feature_constants(problem)
-        if self.by == "lipschitz":
-            shape = (*problem.batch_shape, constants.shape[0])
-            return jnp.broadcast_to(constants, shape).astype(problem.dtype)
+        if self.by == "lipschitz":  # the same for every example
+            p = sampling.inclusion_probabilities(constants.astype(problem.dtype), tau)
+            return jnp.broadcast_to(p, (*problem.batch_shape, *p.shape))
         squares = problem.residual(z) ** 2
         spatial = tuple(range(len(problem.batch_shape), squares.ndim - 1))
-        return jnp.sqrt(constants * jnp.sum(squares, axis=spatial)).astype(problem.dtype)
-
-    def probabilities(self, problem: LayerProblem, z: Array, tau: int | Array) -> Array:
-        """Inclusion probabilities p_i, shape (*batch, n1), Σ p_i = τ."""
-        return sampling.inclusion_probabilities(self.scores(problem, z), tau)
+        scores = jnp.sqrt(constants * jnp.sum(squares, axis=spatial)).astype(problem.dtype)
+        return sampling.inclusion_probabilities(scores, tau)
 
     def fixed_size_smoothness(self, problem: LayerProblem, tau: int | Array) -> Array:
         """The smaller of two bounds on 𝓛 for |S| = τ; for "gradient" scores p changes with z.
@@ -205,7 +221,7 @@ class _ImportanceScores:
 
 
 @value_object
-class SerialImportance(_ImportanceScores, FeatureEstimator):
+class SerialImportance(_ImportanceScores):
     r"""Serial importance sampling: one feature i, with P(i) = p_i ∝ its importance, w_i = 1/p_i.
 
     Args:
@@ -220,9 +236,9 @@ class SerialImportance(_ImportanceScores, FeatureEstimator):
     def __post_init__(self):
         _checks.member("by", self.by, ("lipschitz", "gradient"))
 
-    def draw(self, key: Array, problem: LayerProblem, z: Array) -> Array:
+    def draw_by(self, key: Array, problem: LayerProblem, z: Array, constants: Array) -> Array:
         """Weights (*batch, n1)."""
-        p = self.probabilities(problem, z, 1)
+        p = self.probabilities(problem, z, 1, constants)
         return sampling.serial_mask(key, p).astype(problem.dtype) / p
 
     def expected_smoothness(self, problem: LayerProblem) -> Array:
@@ -231,7 +247,7 @@ class SerialImportance(_ImportanceScores, FeatureEstimator):
 
 
 @value_object
-class Importance(_ImportanceScores, FeatureEstimator):
+class Importance(_ImportanceScores):
     r"""Non-serial importance sampling: |S| = τ, P(i ∈ S) = p_i = min(1, c s_i), w_i = 1[i ∈ S] / p_i.
 
     Args:
@@ -248,16 +264,32 @@ class Importance(_ImportanceScores, FeatureEstimator):
     def __post_init__(self):
         _checks.member("by", self.by, ("lipschitz", "gradient"))
 
-    def draw(self, key: Array, problem: LayerProblem, z: Array) -> Array:
+    def draw_by(self, key: Array, problem: LayerProblem, z: Array, constants: Array) -> Array:
         """Weights (*batch, n1)."""
         tau = sampling.num_sampled(self.tau, problem.linear_map.in_features)
-        p = self.probabilities(problem, z, tau)
+        p = self.probabilities(problem, z, tau, constants)
         return sampling.fixed_size_mask(key, p).astype(problem.dtype) / p
 
     def expected_smoothness(self, problem: LayerProblem) -> Array:
         """A bound that is valid for every sampling of size τ, and L + λ at τ = n1."""
         tau = sampling.num_sampled(self.tau, problem.linear_map.in_features)
         return self.fixed_size_smoothness(problem, tau)
+
+
+@value_object
+class _Prepared(FeatureEstimator):
+    """An importance sampling with its L_i at hand."""
+
+    base: _ImportanceScores
+    constants: Array
+
+    def draw(self, key: Array, problem: LayerProblem, z: Array) -> Array:
+        """Weights (*batch, n1)."""
+        return self.base.draw_by(key, problem, z, self.constants)
+
+    def expected_smoothness(self, problem: LayerProblem) -> Array:
+        """The base estimator's constant."""
+        return self.base.expected_smoothness(problem)
 
 
 @value_object

@@ -62,10 +62,7 @@ def tau_nice_mask(key: Array, tau: int | Array, n: int, batch_shape: tuple[int, 
     """
     tau = num_sampled(tau, n)
     shape = (*batch_shape, n)
-    low_bits = max(n - 1, 1).bit_length()
-    bits = jax.random.bits(key, shape, jnp.uint32)
-    position = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    scores = (bits >> low_bits << low_bits) | position
+    scores = _distinct_integers(key, shape)
 
     def halve(_, bracket):
         low, high = bracket  # count(scores <= high) >= tau always
@@ -77,6 +74,18 @@ def tau_nice_mask(key: Array, tau: int | Array, n: int, batch_shape: tuple[int, 
     bracket = jnp.zeros(edge, jnp.uint32), jnp.full(edge, 2**32 - 1, jnp.uint32)
     _, threshold = lax.fori_loop(0, 32, halve, bracket)
     return scores <= threshold
+
+
+def _distinct_integers(key: Array, shape: tuple[int, ...]) -> Array:
+    """Random integers, distinct along the last axis: their low bits are their positions."""
+    low_bits = _position_bits(shape[-1])
+    bits = jax.random.bits(key, shape, jnp.uint32)
+    position = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    return (bits >> low_bits << low_bits) | position
+
+
+def _position_bits(n: int) -> int:
+    return max(n - 1, 1).bit_length()
 
 
 def tau_nice_indices(key: Array, tau: int, n: int) -> Array:
@@ -112,7 +121,7 @@ def inclusion_probabilities(scores: Array, tau: int | Array) -> Array:
     tiny = jnp.finfo(scores.dtype).tiny
     scores = jnp.maximum(scores, jnp.maximum(floor, tiny * n))
     scores = scores / jnp.max(scores, axis=-1, keepdims=True)
-    descending = -jnp.sort(-scores, axis=-1)
+    descending = _descending(lax.stop_gradient(scores))
     tails = jnp.flip(jnp.cumsum(jnp.flip(descending, -1), axis=-1), -1)
     capped = jnp.arange(n)
     scale = (tau - capped) / tails  # c if exactly k = 0, 1, … scores are capped
@@ -120,8 +129,18 @@ def inclusion_probabilities(scores: Array, tau: int | Array) -> Array:
     # the capped set is the longest prefix in which every member exceeds its share
     num_capped = jnp.sum(jnp.cumprod(too_large, axis=-1), axis=-1, keepdims=True)
     num_capped = jnp.minimum(num_capped, n - 1)
-    chosen = jnp.take_along_axis(scale, num_capped, axis=-1)
-    return jnp.clip(chosen * scores, 0.0, 1.0)
+    # again as a sum over the uncapped, which has the derivative
+    uncapped = scores <= jnp.take_along_axis(descending, num_capped, axis=-1)
+    rest = tau - jnp.sum(~uncapped, axis=-1, keepdims=True)
+    share = rest / jnp.sum(jnp.where(uncapped, scores, 0.0), axis=-1, keepdims=True)
+    return jnp.where(uncapped, jnp.clip(share * scores, 0.0, 1.0), 1.0)
+
+
+def _descending(scores: Array) -> Array:
+    """Positive numbers sorted as the integers of their bits: the same order, several times faster."""
+    integer = jnp.dtype(f"uint{8 * scores.dtype.itemsize}")
+    ascending = jnp.sort(lax.bitcast_convert_type(scores, integer), axis=-1)
+    return jnp.flip(lax.bitcast_convert_type(ascending, scores.dtype), axis=-1)
 
 
 def systematic_mask(offset: Array, probabilities: Array) -> Array:
@@ -151,7 +170,9 @@ def fixed_size_mask(key: Array, probabilities: Array) -> Array:
     """Mask with |S| = Σ p_i and inclusion probabilities p_i: systematic in a random order."""
     order_key, offset_key = jax.random.split(key)
     shape = probabilities.shape
-    order = jnp.argsort(jax.random.bits(order_key, shape, jnp.uint32), axis=-1)
+    # sorting plain integers that carry their positions is several times faster than `argsort`
+    places = jnp.uint32(2 ** _position_bits(shape[-1]) - 1)
+    order = (jnp.sort(_distinct_integers(order_key, shape), axis=-1) & places).astype(jnp.int32)
     offset = jax.random.uniform(offset_key, shape[:-1], probabilities.dtype)
     mask = systematic_mask(offset, jnp.take_along_axis(probabilities, order, axis=-1))
-    return jnp.take_along_axis(mask, jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.put_along_axis(jnp.zeros(shape, bool), order, mask, axis=-1, inplace=False)

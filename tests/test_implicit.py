@@ -120,7 +120,7 @@ def test_implicit_where_the_solution_is_not_unique(rng):
 
     def loss(x, kernel):
         z = ss.prox_gd(
-            build(kernel, x, None), step_size=step, num_iters=900, derivative=Implicit()
+            build(kernel, x, None), step_size=step, num_iters=900, derivative=Implicit(tol=1e-8)
         ).value
         return jnp.sum(weight * (z @ kernel.T))
 

@@ -198,3 +198,30 @@ def test_zero_kernel_has_a_finite_solution():
     problem = ss.LayerProblem(ss.Dense(jnp.zeros((3, 2))), jnp.ones((1, 3)), bias=jnp.ones(2))
     solution = ss.prox_gd(problem, num_iters=4)
     assert np.all(solution.finite)
+
+
+def test_the_cost_of_shared_sampling_falls_with_tau():
+    """τ gathered columns: the work is that of a layer with τ inputs."""
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1000, 64), (32, 1000))]
+
+    def flops(sampling):
+        def run(kernel, x):
+            problem = ss.LayerProblem(ss.Dense(kernel), x)
+            options = {"sampling": sampling, "step_size": 0.01, "num_iters": 10}
+            return ss.prox_sg(KEY, problem, **options).value
+
+        return jax.jit(run).lower(*shapes).compile().cost_analysis()["flops"]
+
+    masks, shared = (flops(ss.estimators.TauNice(0.1, shared=s)) for s in (False, True))
+    assert shared < masks / 4
+
+
+@pytest.mark.parametrize("by", ["lipschitz", "gradient"])
+@pytest.mark.parametrize("tau", [1, 3])
+def test_prepared_importance_draws_the_same(rng, by, tau):
+    problem = Case(rng).problem
+    serial, fixed = ss.estimators.SerialImportance(by), ss.estimators.Importance(tau, by=by)
+    z = jnp.asarray(rng.normal(size=problem.shape))
+    for estimator in (serial, fixed):
+        plain, prepared = (e(KEY, problem, z) for e in (estimator, estimator.prepare(problem)))
+        np.testing.assert_allclose(prepared, plain, rtol=1e-12)

@@ -58,7 +58,7 @@ class Implicit:
       max_iters: the most conjugate-gradient iterations, static.
     """
 
-    tol: Scalar = 1e-6
+    tol: Scalar = 1e-5
     max_iters: int = static_field(default=200)
 
     def __post_init__(self):

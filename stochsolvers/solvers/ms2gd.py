@@ -144,9 +144,8 @@ def _ms2gd(
             trace_objective=trace_objective,
         )
 
-    z, diagnostics = scan(
-        outer, (problem, gradient, base, schedule), z0, jnp.arange(num_outer), derivative
-    )
+    operands = problem, gradient, base.prepare(problem), schedule
+    z, diagnostics = scan(outer, operands, z0, jnp.arange(num_outer), derivative)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), diagnostics)
     return _loop.solution(z, Diagnostics(*flat))
 

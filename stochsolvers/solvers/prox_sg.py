@@ -95,7 +95,7 @@ def _prox_sg(
     z, diagnostics = _loop.iterate(
         problem,
         update,
-        (problem, estimator, schedule),
+        (problem, estimator.prepare(problem), schedule),
         z0,
         num_iters,
         derivative=derivative,
