@@ -157,14 +157,21 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         inputs, kernel, bias = promoted
-        linear_map = _layers.conv_map(
-            kernel,
-            (inputs.shape[-3], inputs.shape[-2]),
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
-            input_dilation=self.input_dilation,
-            feature_group_count=self.feature_group_count,
-            mask=self.mask,
-        )
+        linear_map = linear_map_of(self, kernel, jnp.shape(inputs))
         return self._solve(linear_map, inputs, bias, skip, deterministic, certify)
+
+
+def linear_map_of(layer: nn.Dense | nn.Conv, kernel: Array, shape: tuple[int, ...]) -> LinearMap:
+    """The linear map A of a Flax layer with this kernel, for inputs of this shape."""
+    if isinstance(layer, nn.Dense):
+        return Dense(kernel)
+    return _layers.conv_map(
+        kernel,
+        (shape[-3], shape[-2]),
+        strides=layer.strides,
+        padding=layer.padding,
+        kernel_dilation=layer.kernel_dilation,
+        input_dilation=layer.input_dilation,
+        feature_group_count=layer.feature_group_count,
+        mask=layer.mask,
+    )

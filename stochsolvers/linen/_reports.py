@@ -5,12 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
+from flax.core import DenyList
 
 from stochsolvers import _layers, reports
 from stochsolvers._typing import Array
-from stochsolvers.linen._layers import RECORDS
+from stochsolvers.linen._layers import RECORDS, STATE, SolverLayer, linear_map_of
+
+_MUTABLE = DenyList(STATE)  # what a training pass writes is dropped; constants are not refreshed
 
 
 def certify(
@@ -47,9 +51,113 @@ def certify(
 def _observe(module, variables, rngs, traced, static):
     inputs, options = _layers.join_static(traced, static)
     with reports.numbered_calls():
-        _, written = module.apply(variables, *inputs, rngs=rngs, mutable=[RECORDS], **options)
+        _, written = module.apply(variables, *inputs, rngs=rngs, mutable=_MUTABLE, **options)
     flat = traverse_util.flatten_dict(written.get(RECORDS, {}))
-    return {"/".join(path[:-1]): calls for path, calls in flat.items()}
+    return {_label(path[:-1]): calls for path, calls in flat.items()}
 
 
 _observations = functools.partial(jax.jit, static_argnums=(0, 4))(_observe)
+
+
+@reports.lipschitz_report.register(nn.Module)
+def lipschitz_report(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    input_shape: tuple[int, ...],
+    *,
+    dtype: Any = None,
+    rngs: dict[str, Array] | None = None,
+    **options: Any,
+) -> reports.LipschitzReport:
+    r"""Spectral norms of the layers of a network, and a bound on its Lipschitz constant.
+
+    As `stochsolvers.nnx.lipschitz_report`, for `nn.Dense`, two-dimensional `nn.Conv`, their solvers and
+    `nn.BatchNorm`. Batch normalisation has a bound where it is called with `use_running_average`, so
+    pass what your network needs for that among the options. Solvers count as deterministic.
+
+    Args:
+      module: the network.
+      variables: its variables.
+      input_shape: of its input, batch axis included: (1, 32, 32, 3).
+      dtype: of its input; float32 by default.
+      rngs: keys of the random streams, where the call needs them.
+      **options: keyword arguments of the network's call, static, such as `train=False`.
+
+    Returns:
+      `LipschitzReport`, a row for each call of a layer, in call order.
+    """
+    layers: dict[str, nn.Module] = {}
+    variables = dict(variables)
+    parameters = variables.pop("params", {})
+
+    def mark(call, args, kwargs, context):
+        layer: Any = context.module
+        if context.method_name != "__call__" or not _is_known(layer, args, kwargs):
+            return call(*args, **kwargs)
+        label = _label(layer.path)
+        layers[label] = layer.clone(parent=None)
+        marked = reports.mark_input(args[0], label)
+        return reports.mark_output(call(marked, *args[1:], **kwargs), label)
+
+    def forward(parameters, inputs):
+        with nn.intercept_methods(mark):
+            return module.apply(
+                {"params": parameters, **variables}, inputs, rngs=rngs, mutable=_MUTABLE, **options
+            )[0]
+
+    inputs = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32 if dtype is None else dtype)
+    trace = reports.trace(forward, parameters, inputs)
+    flat: Any = traverse_util.flatten_dict({"params": parameters, **variables}, sep="/")
+    parts = [_part(layers[call.label], call, flat) for call in trace.calls]
+    owners = [
+        _label(tuple(key.key for key in path)[:-1])
+        for path, _ in jax.tree_util.tree_leaves_with_path(parameters)
+    ]
+    strays = {owners[index]: position for index, position in reversed(trace.strays.items())}
+    return reports.norms_report(trace, parts, strays, dict.fromkeys(strays, "parameters"))
+
+
+def _label(path: tuple[str, ...]) -> str:
+    return "/".join(path) or "(model)"
+
+
+def _is_known(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is that of a layer whose norm the report computes, with its own parameters."""
+    if not args or _within_reparametrisation(layer):
+        return False
+    if isinstance(layer, nn.BatchNorm):
+        given = (*args[1:], kwargs.get("use_running_average"))[0]
+        running = layer.use_running_average if given is None else given
+        return bool(running) and type(layer).__call__ is nn.BatchNorm.__call__
+    plain = (nn.Dense.__call__, nn.Conv.__call__, SolverLayer.__call__)
+    return isinstance(layer, nn.Dense | nn.Conv) and type(layer).__call__ in plain
+
+
+def _within_reparametrisation(layer: Any) -> bool:
+    """Whether a layer is called with other kernels than its own."""
+    while isinstance(layer, nn.Module):
+        if isinstance(layer, nn.WeightNorm | nn.SpectralNorm):
+            return True
+        layer = layer.parent
+    return False
+
+
+def _part(layer: Any, call: Any, flat: Mapping[str, Array]) -> reports.Part:
+    prefix = "" if call.label == "(model)" else f"{call.label}/"
+    kind = type(layer).__name__
+    if isinstance(layer, nn.BatchNorm):
+        scale = jax.lax.rsqrt(flat[f"batch_stats/{prefix}var"] + layer.epsilon)
+        return reports.Part(kind, scale=scale * flat.get(f"params/{prefix}scale", 1.0))
+    kernel = flat[f"params/{prefix}kernel"]
+    try:
+        linear_map = linear_map_of(layer, kernel, call.input_shape)
+    except ValueError:  # not a two-dimensional convolution, or one with other options
+        return reports.Part(kind)
+    if not isinstance(layer, SolverLayer):
+        return reports.Part(kind, linear_map)
+    kept = flat.get(f"{STATE}/{prefix}lipschitz")
+    if kept is not None and not flat[f"{STATE}/{prefix}refreshed"]:
+        kept = None
+    return reports.Part(
+        kind, linear_map, solver=layer.solver, ridge=layer.ridge, step_constant=kept
+    )

@@ -62,8 +62,8 @@ class Trace:
 
     Attributes:
       calls: of marked layers, in order.
-      strays: parameters, by their number, that reach the output other than through a marked layer,
-        and the position of their first use.
+      strays: parameters, by their number, that the output depends on and that are read outside the
+        marked layers, with the position of their first use.
       between: names of the operations on the input's way outside the marked layers.
     """
 
@@ -181,16 +181,15 @@ def _all(bits: list[int]) -> int:
 
 
 def _unmarked(steps: list[_Step], parameters: list[int], results: list[Any]) -> dict[int, int]:
-    reached = _reaching([s for s in steps if not s.name.startswith(_OUTPUT)], results)
-    first: dict[int, int] = {}
+    """Parameters that are read outside the marked layers, on the way to the results."""
+    useful, depth = _reaching(steps, results), 0
+    first: dict[int, int] = {number: len(steps) for number in results if number is not None}
     for position, step in enumerate(steps):
-        for number in step.reads:
-            first.setdefault(number, position)
-    return {
-        index: first.get(number, len(steps))
-        for index, number in enumerate(parameters)
-        if number in reached
-    }
+        depth += step.name.startswith(_INPUT) - step.name.startswith(_OUTPUT)
+        if depth == 0 and useful.intersection(step.writes):
+            for number in step.reads:
+                first[number] = min(position, first.get(number, position))
+    return {index: first[number] for index, number in enumerate(parameters) if number in first}
 
 
 def _reaching(steps: list[_Step], results: list[Any]) -> set[int]:

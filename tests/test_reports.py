@@ -1,0 +1,335 @@
+"""Reports on whole networks, against dense matrices in numpy and certificates layer by layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import stochsolvers as ss
+from experiments.networks import BlockConfig, LeNet, LeNetConfig
+from stochsolvers import reports
+
+ONE = ss.ProxGD(1, step_size=1.0)
+
+
+def dense_norm(function, shape):
+    """Largest singular value of a linear function, from its matrix column by column."""
+    columns = [
+        np.ravel(function(jnp.asarray(np.reshape(unit, (1, *shape)))))
+        for unit in np.eye(int(np.prod(shape)))
+    ]
+    return np.linalg.norm(np.stack(columns, 1), 2)
+
+
+def snapshot(model):
+    """Structure and modes, and the bits of every variable."""
+    graph, state = nnx.split(model)
+    leaves = [
+        np.asarray(jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v)
+        for v in jax.tree.leaves(state)
+    ]
+    return graph, leaves
+
+
+def assert_unchanged(model, before):
+    graph, leaves = snapshot(model)
+    assert graph == before[0]
+    for now, then in zip(leaves, before[1], strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+class Twice(nnx.Module):
+    """A convolution, a dense layer that is used twice, one that samples."""
+
+    def __init__(self, rngs):
+        self.conv = ss.nnx.SolverConv(
+            2, 3, (3, 3), padding="CIRCULAR", solver=ss.ProxGD(12), ridge=0.2, rngs=rngs
+        )
+        self.shared = ss.nnx.SolverLinear(48, 48, solver=ss.ProxGD(5), ridge=0.1, rngs=rngs)
+        self.alpha = ss.nnx.SolverLinear(48, 4, solver=ss.ProxSG(0.5, 6, decay=0.9), rngs=rngs)
+
+    def __call__(self, x, *, again=True):
+        x = self.shared(self.conv(x).reshape(len(x), -1))
+        x = nnx.remat(lambda layer, x: layer(x))(self.shared, x) if again else x
+        return self.alpha(x)
+
+
+@pytest.fixture
+def images(rng):
+    return jnp.asarray(rng.normal(size=(3, 4, 4, 2)), jnp.float32)
+
+
+def test_certificates_are_those_of_the_layers_own_problems(images):
+    model = Twice(nnx.Rngs(0, dropout=1))
+    before = snapshot(model)
+    report = ss.nnx.certify(model, images, deterministic=True)
+    assert_unchanged(model, before)
+    assert [row.name for row in report.rows] == ["conv", "shared", "shared", "alpha"]
+    x = images
+    for row, layer in zip(
+        report.rows, (model.conv, model.shared, model.shared, model.alpha), strict=True
+    ):
+        problem, solution = layer.problem(x), layer.solve(x, deterministic=True)
+        gap, objective = problem.certificate(solution.value), problem.objective(solution.value)
+        np.testing.assert_allclose(row.gap_max, np.max(gap), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(row.gap_mean, np.mean(gap), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            row.relative_gap, np.max(gap / np.abs(objective)), rtol=1e-3, atol=1e-5
+        )
+        norm = dense_norm(problem.linear_map, problem.linear_map.in_shape) ** 2
+        assert row.lower <= norm * (1 + 1e-6)
+        assert row.upper >= norm * (1 - 1e-6)
+        np.testing.assert_allclose([row.lower, row.upper, row.lipschitz], norm, rtol=2e-3)
+        ridge = layer.ridge
+        np.testing.assert_allclose(row.step_size, 1 / (norm + ridge), rtol=1e-3)
+        assert row.num_iters == layer.solver.num_iters
+        assert row.finite
+        if layer is not model.alpha:  # a constant step without momentum: theory holds
+            ratios = np.asarray(solution.residuals[1:] / solution.residuals[:-1])
+            assert np.max(ratios) <= row.contraction_bound * (1 + 1e-3)
+            first, *_, last = np.asarray(solution.residuals)
+            rate = (last / first) ** (1 / (row.num_iters - 1))
+            np.testing.assert_allclose(row.contraction, np.max(rate), rtol=1e-3)
+        x = solution.value.reshape(len(x), -1)
+    lines = str(report).splitlines()
+    assert len(lines) == 2 + len(report.rows)
+    assert len({len(line) for line in lines}) == 1  # aligned
+    assert report.as_dict()["name"] == ["conv", "shared", "shared", "alpha"]
+
+
+def test_one_compilation_serves_every_batch_and_samples_anew(images):
+    model = Twice(nnx.Rngs(0, dropout=1))
+    traces = []
+    call = Twice.__call__
+
+    class Counted(Twice):
+        def __call__(self, x, *, again=True):
+            traces.append(again)
+            return call(self, x, again=again)
+
+    model = Counted(nnx.Rngs(0, dropout=1))
+    one = ss.nnx.certify(model, images, again=False)
+    two = ss.nnx.certify(model, images + 1, again=False)
+    assert traces == [False]
+    assert len(one.rows) == 3
+    assert one.rows[0].gap_max != two.rows[0].gap_max
+    count = model.alpha.rngs.count[...]
+    model(images)
+    assert model.alpha.rngs.count[...] == count + 1  # certify drew nothing from the model's stream
+    assert ss.nnx.certify(model, images, again=False).rows[-1] != one.rows[-1]
+
+
+def test_layers_that_a_scan_stacks_have_rows_of_their_own(rng):
+    class Stack(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.vmap(lambda r: ss.nnx.SolverLinear(4, 4, solver=ss.ProxGD(3), rngs=r))
+            self.layers = make(rngs.split(2))
+
+        def __call__(self, x):
+            run = nnx.scan(lambda x, m: m(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            return run(x, self.layers)
+
+    model, x = Stack(nnx.Rngs(0)), jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
+    rows = ss.nnx.certify(model, x).rows
+    assert [row.name for row in rows] == ["layers[0]", "layers[1]"]
+    kernels = np.asarray(model.layers.kernel[...])
+    norms = [np.linalg.norm(kernel, 2) ** 2 for kernel in kernels]
+    np.testing.assert_allclose([row.lipschitz for row in rows], norms, rtol=1e-3)
+
+
+def test_a_layer_fills_in_its_certificate_on_request(rng):
+    layer = ss.nnx.SolverLinear(8, 5, solver=ss.ProxGD(20), ridge=0.1, rngs=nnx.Rngs(0))
+    x = jnp.asarray(rng.normal(size=(2, 8)), jnp.float32)
+    solution = layer.solve(x, certify=True)
+    want = layer.problem(x).certificate(solution.value)
+    np.testing.assert_allclose(solution.certificate, want, rtol=1e-6)
+    assert layer.solve(x).certificate is None
+    twin = ss.linen.SolverDense(5, solver=ss.ProxGD(20), ridge=0.1)
+    variables = {"params": {"kernel": layer.kernel[...], "bias": layer.bias[...]}}
+    ours = twin.apply(variables, x, method="solve", certify=True)
+    np.testing.assert_allclose(ours.certificate, want, rtol=1e-3, atol=1e-6)
+
+
+def test_measured_contraction_stops_at_round_off():
+    residuals = jnp.asarray([[1.0, 1.0], [0.5, 0.2], [0.25, 1e-9], [0.125, 0.0]])
+    rate = reports._certificates.contraction(residuals, jnp.asarray([1e-6, 1e-6]))
+    np.testing.assert_allclose(rate, [0.5, 0.2])
+    assert np.isnan(reports._certificates.contraction(residuals[:1], jnp.zeros(2))).all()
+
+
+class LinenNet(nn.Module):
+    prior: ss.Prior = ss.prox.NonNegative()
+
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        x = nn.relu(nn.Conv(3, (3, 3), strides=2, name="stem")(x))
+        x = nn.BatchNorm(use_running_average=deterministic, name="norm")(x)
+        x = nn.relu(nn.Dense(6, name="dense")(x.reshape(len(x), -1)))
+        last = ss.linen.SolverDense(
+            6, solver=ss.ProxSG(0.5, 4), prior=self.prior, ridge=0.1, name="last"
+        )
+        return last(last(x, deterministic=deterministic), deterministic=deterministic)
+
+
+@pytest.mark.parametrize("prior", [ss.prox.NonNegative(), ss.prox.L1(jnp.asarray([0.1] * 6))])
+def test_linen_certificates(images, prior):
+    model = LinenNet(prior)
+    variables = model.init(jax.random.key(0), images)
+    assert set(variables) == {"params", "batch_stats", "solver_state"}
+    report = ss.linen.certify(model, variables, images, deterministic=True)
+    assert [row.name for row in report.rows] == ["last", "last"]
+    _, state = model.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])
+    x = nn.relu(state["intermediates"]["dense"]["__call__"][0])
+    layer = ss.linen.SolverDense(6, solver=ss.ProxSG(0.5, 4), prior=prior, ridge=0.1)
+    own = {"params": variables["params"]["last"]}
+    for row in report.rows:
+        solution = layer.apply(own, x, deterministic=True, method="solve", certify=True)
+        np.testing.assert_allclose(row.gap_max, np.max(solution.certificate), rtol=1e-3, atol=1e-6)
+        x = solution.value
+    key = jax.random.key(1)
+    drawn = ss.linen.certify(model, variables, images, rngs={"dropout": key}, deterministic=True)
+    assert drawn.rows == report.rows  # nothing is sampled
+
+
+class Plain(nnx.Module):
+    def __init__(self, rngs, padding="CIRCULAR"):
+        self.conv = nnx.Conv(
+            2, 4, (3, 3), strides=2, padding=padding, feature_group_count=2, rngs=rngs
+        )
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.head = nnx.Linear(16, 5, rngs=rngs)
+        self.unused = nnx.Linear(3, 3, rngs=rngs)
+        self.norm.var[...] = jnp.asarray([0.2, 1.0, 4.0, 0.5], jnp.float32)
+        self.norm.scale[...] = jnp.asarray([-1.5, 0.3, 1.0, 0.2], jnp.float32)
+
+    def __call__(self, x):
+        x = nnx.relu(nnx.jit(lambda norm, x: norm(x))(self.norm, self.conv(x)))
+        return self.head(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("padding", ["CIRCULAR", "SAME"])
+def test_norms_and_their_product_are_those_of_dense_matrices(padding):
+    model = Plain(nnx.Rngs(0), padding)
+    before = snapshot(model)
+    report = ss.nnx.lipschitz_report(model, (7, 4, 4, 2))
+    assert_unchanged(model, before)
+    assert [row.name for row in report.rows] == ["conv", "norm", "head"]
+    assert [row.input_shape for row in report.rows] == [(7, 4, 4, 2), (7, 2, 2, 4), (7, 16)]
+    bias = model.conv(jnp.zeros((1, 4, 4, 2)))
+    conv = dense_norm(lambda x: model.conv(x) - bias, (4, 4, 2))
+    norm = 1.5 / np.sqrt(0.2 + 1e-5)
+    head = np.linalg.norm(np.asarray(model.head.kernel[...]), 2)
+    np.testing.assert_allclose([row.upper for row in report.rows], [conv, norm, head], rtol=1e-3)
+    np.testing.assert_allclose([row.lower for row in report.rows], [conv, norm, head], rtol=1e-3)
+    assert report.rows[0].lower <= conv * (1 + 1e-6)
+    assert conv * (1 - 1e-6) <= report.rows[0].upper
+    np.testing.assert_allclose(report.bound, conv * norm * head, rtol=2e-3)
+    assert report.between == ("relu",)
+    assert "1-Lipschitz: relu" in str(report)
+    assert report == ss.nnx.lipschitz_report(model, (7, 4, 4, 2))  # inner traces are cached
+
+
+def test_what_has_no_bound_is_named(rng):
+    norms = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Conv(3, 4, (3,), rngs=norms),
+        nnx.LayerNorm(4, rngs=norms),
+        nnx.SpectralNorm(nnx.Linear(4, 4, rngs=norms), rngs=norms),
+        nnx.gelu,
+        nnx.Linear(4, 2, rngs=norms),
+    )
+    report = ss.nnx.lipschitz_report(model, (1, 10, 3))
+    missing = [row.name for row in report.rows if row.note == "not bounded"]
+    assert missing == ["layers.0", "layers.1", "layers.2.layer_instance"]
+    assert report.bound == np.inf
+    assert "tanh" in report.between  # of the GELU
+    assert "No Lipschitz bound" in str(report)
+
+
+def test_residual_connections_are_found(rng):
+    first, second = (nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(i)) for i in (0, 1))
+    block = ss.nnx.SolverResNetBlock(first, second, solver=ONE)
+    stem = nnx.Conv(2, 2, (1, 1), rngs=nnx.Rngs(2))
+    report = ss.nnx.lipschitz_report(nnx.Sequential(stem, block), (1, 4, 4, 2))
+    notes = [row.note for row in report.rows]
+    assert notes == ["", "on one of several paths", ""]  # the skip enters the second solver
+    assert report.bound == np.inf
+    assert np.isfinite(report.product)
+
+
+def test_constant_of_a_solver_bounds_its_differences(rng):
+    solver = ss.ProxGD(7)
+    layer = ss.nnx.SolverLinear(
+        6, 9, solver=solver, prior=ss.prox.Zero(), ridge=0.05, rngs=nnx.Rngs(0)
+    )
+    (row,) = ss.nnx.lipschitz_report(layer, (1, 6)).rows
+    # with the zero prior z_K is linear in x: Σ_j (I − ηH)^j η Kᵀx
+    kernel = np.asarray(layer.kernel[...], np.float64)
+    hessian = kernel.T @ kernel + 0.05 * np.eye(9)
+    step = 1 / np.linalg.norm(hessian, 2)
+    powers = [np.linalg.matrix_power(np.eye(9) - step * hessian, j) for j in range(7)]
+    true = np.linalg.norm(sum(powers) @ (step * kernel.T), 2)
+    assert true <= row.constant
+    norm = np.linalg.norm(kernel, 2)
+    ell = 0.0
+    for _ in range(7):
+        ell = (1 - step * 0.05) * ell + step * norm
+    np.testing.assert_allclose(row.constant, ell, rtol=1e-3)
+    (unit,) = ss.nnx.lipschitz_report(
+        ss.nnx.SolverLinear(6, 9, solver=ONE, rngs=nnx.Rngs(0)), (1, 6)
+    ).rows
+    np.testing.assert_allclose(unit.constant, unit.upper, rtol=1e-4)
+    fista = ss.nnx.SolverLinear(6, 9, solver=ss.ProxGD(7, momentum=True), rngs=nnx.Rngs(0))
+    (free,) = ss.nnx.lipschitz_report(fista, (1, 6)).rows
+    assert free.constant == np.inf
+    assert np.isfinite(free.upper)
+
+
+def test_linen_report_has_the_norms_of_the_same_layers(images):
+    model = LinenNet()
+    variables = model.init(jax.random.key(0), images)
+    report = ss.linen.lipschitz_report(model, variables, images.shape)
+    assert [row.name for row in report.rows] == ["stem", "norm", "dense", "last", "last"]
+    params = variables["params"]
+    stem = nn.Conv(3, (3, 3), strides=2, use_bias=False)
+    kernel = {"params": {"kernel": params["stem"]["kernel"]}}
+    want = [dense_norm(lambda x: stem.apply(kernel, x), images.shape[1:]), 1 / np.sqrt(1 + 1e-5)]
+    want += [np.linalg.norm(params[name]["kernel"], 2) for name in ("dense", "last", "last")]
+    np.testing.assert_allclose([row.upper for row in report.rows], want, rtol=1e-3)
+    assert np.isfinite(report.bound)
+    # statistics of the batch have no bound
+    training = ss.linen.lipschitz_report(
+        model, variables, images.shape, rngs={"dropout": jax.random.key(0)}, deterministic=False
+    )
+    assert next(row.name for row in training.rows if row.note == "not bounded") == "norm"
+    assert training.bound == np.inf
+
+
+def test_dispatch_and_its_refusal():
+    layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    assert reports.lipschitz_report(layer, (1, 3)).rows[0].name == "(model)"
+    plain = nn.Dense(2)
+    variables = plain.init(jax.random.key(0), jnp.ones((1, 3)))
+    assert reports.lipschitz_report(plain, variables, (1, 3)).rows[0].kind == "Dense"
+    with pytest.raises(ValueError, match=r"model: expected an nnx\.Module or a linen\.Module"):
+        reports.lipschitz_report(jnp.ones(3))
+
+
+def test_lenet_report_and_chart(monkeypatch):
+    network = LeNet(LeNetConfig(block=BlockConfig("prox-sg")), rngs=nnx.Rngs(0, dropout=1))
+    report = ss.nnx.lipschitz_report(network, (1, *LeNetConfig().image_shape))
+    assert len(report.rows) == 5
+    assert np.isfinite(report.bound)
+    axes = report.plot()
+    assert [text.get_text() for text in axes.get_yticklabels()] == [r.name for r in report.rows]
+    np.testing.assert_allclose(
+        [b.get_width() for b in axes.patches], [r.upper for r in report.rows]
+    )
+    import matplotlib.pyplot as plt
+
+    plt.close(axes.figure)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match="needs matplotlib: pip install"):
+        report.plot()
