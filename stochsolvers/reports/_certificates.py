@@ -81,6 +81,7 @@ def observe(
         constant = lipschitz_constant(linear_map)
     step = first_step(solver, problem, step_constant, deterministic)
     convexity = ridge + strong_convexity(linear_map)
+    taken = len(solution.residuals) if solution.iterations is None else solution.iterations
     eps = jnp.finfo(problem.dtype).eps
     floor = _ROUND_OFF * eps * problem.norm(jnp.asarray(solution.value, problem.dtype))
     return Observation(
@@ -90,7 +91,7 @@ def observe(
         upper=bracket.upper,
         step_size=jnp.max(step),
         contraction_bound=expansion(step, convexity, ridge + bracket.upper),
-        num_iters=jnp.asarray(len(solution.residuals)),
+        num_iters=jnp.max(jnp.asarray(taken)),
         contraction=contraction(solution.residuals, floor),
         objective=problem.objective(solution.value),
         gap=gap,
@@ -122,7 +123,7 @@ class LayerCertificate:
       upper: an upper bound on ||A||².
       step_size: the first step, the largest where output features have their own; NaN for a solver
         that is no configuration of this library.
-      num_iters: K.
+      num_iters: K; with a tolerance, the most that an example took.
       gap_max: the certified gap of the batch's worst example, in units of the objective.
       gap_mean: its mean over the batch.
       relative_gap: the largest gap / |objective| of the batch.
