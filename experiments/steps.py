@@ -49,11 +49,11 @@ class TrainConfig:
 
 
 class State(NamedTuple):
-    """What a step changes: parameters, the model's other state, the momentum's velocity."""
+    """What a step changes: parameters, the model's other state, the optimiser's."""
 
     params: Any
     rest: Any
-    velocity: Any
+    optimiser: Any
 
 
 class Source(NamedTuple):
@@ -67,7 +67,7 @@ class Source(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """The optimiser's numbers: η, μ and λ of `sgd`."""
+    """The optimiser's numbers, λ the weight decay."""
 
     learning_rate: Any
     momentum: Any
@@ -79,15 +79,12 @@ def staged(rates: Sequence[float], step: int, total: int) -> float:
     return rates[min(len(rates) * step // total, len(rates) - 1)]
 
 
-def sgd(params: Any, velocity: Any, gradients: Any, rates: Rates) -> tuple[Any, Any]:
-    """v ← μ v + ∇f(w) + λ w;  w ← w − η v: SGD with momentum on f(w) + (λ/2)||w||²."""
-    velocity = jax.tree.map(
-        lambda v, g, w: rates.momentum * v + (g + rates.weight_decay * w),
-        velocity,
-        gradients,
-        params,
+def optimizer(rates: Rates) -> optax.GradientTransformation:
+    """SGD with momentum on the loss plus (λ/2)||w||²; the rates may be traced."""
+    return optax.chain(
+        optax.add_decayed_weights(rates.weight_decay),
+        optax.sgd(rates.learning_rate, momentum=rates.momentum),
     )
-    return jax.tree.map(lambda w, v: w - rates.learning_rate * v, params, velocity), velocity
 
 
 def augmented(key: jax.Array, images: jax.Array, *, padding: int = CROP_PADDING) -> jax.Array:
@@ -150,8 +147,9 @@ def compiled_step(graph: Any, *, augment: bool, together: bool) -> Callable[...,
         (loss, (rest, accuracy)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
             state.params, state.rest, images, labels
         )
-        params, velocity = sgd(state.params, state.velocity, gradients, rates)
-        return State(params, rest, velocity), jnp.stack([loss, accuracy])
+        updates, optimiser = optimizer(rates).update(gradients, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, rest, optimiser), jnp.stack([loss, accuracy])
 
     each = jax.vmap(step, in_axes=(0, 0, 0, None, None)) if together else step
     return jax.jit(each, donate_argnums=0)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -147,9 +146,8 @@ def _initial(
         set_mode(model, "train")
         ss.nnx.refresh_lipschitz(model)  # kept for an epoch, as in the paper
         parts.append(nnx.split(model, nnx.Param, ...))
-    states = [
-        State(params, rest, jax.tree.map(jnp.zeros_like, params)) for _, params, rest in parts
-    ]
+    optimiser = steps.optimizer(steps.Rates(0.0, config.momentum, config.weight_decay))
+    states = [State(params, rest, optimiser.init(params)) for _, params, rest in parts]
     return parts[0][0], steps.stack(states)
 
 

@@ -69,13 +69,14 @@ def test_learning_rates_take_equal_parts(rates, total):
 
 
 def test_optimiser_is_sgd_with_momentum_and_weight_decay(rng):
-    weight, velocity = jnp.asarray(2.0), jnp.asarray(0.0)
+    weight, optimizer = jnp.asarray(2.0), steps.optimizer(steps.Rates(1e-2, 0.9, 5e-4))
+    state = optimizer.init(weight)
     expected, momentum = 2.0, 0.0
     for gradient in rng.normal(size=5):
         momentum = 0.9 * momentum + gradient + 5e-4 * expected
         expected -= 1e-2 * momentum
-        rates = steps.Rates(1e-2, 0.9, 5e-4)
-        weight, velocity = steps.sgd(weight, velocity, jnp.asarray(gradient), rates)
+        updates, state = optimizer.update(jnp.asarray(gradient), state, weight)
+        weight = weight + updates
         np.testing.assert_allclose(weight, expected, rtol=1e-6)
 
 
