@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import stochsolvers as ss
 from benchmarks import measure
@@ -30,8 +31,15 @@ def benchmark(options: Options) -> Sequence[Figure]:
     figures = []
     for padding, forms in FORMS.items():
 
-        def plain(kernel, inputs, padding=padding):
-            return jax.nn.relu(ss.Conv(kernel, inputs.shape[1:3], padding=padding)(inputs))
+        layer = nnx.Conv(
+            channels, channels, (3, 3), padding=padding, use_bias=False, rngs=nnx.Rngs(0)
+        )
+
+        layer.kernel[...] = kernel
+        graphdef, weights = nnx.split(layer)
+
+        def plain(kernel, inputs, graphdef=graphdef, weights=weights):
+            return jax.nn.relu(nnx.merge(graphdef, weights)(inputs))
 
         def solved(form, kernel, inputs, padding=padding):
             A = ss.Conv(kernel, inputs.shape[1:3], padding=padding)

@@ -29,29 +29,37 @@ QUICK = ((3, 8, 8), (8, 16, 4))
 
 
 @jax.jit
-def literal(kernel: jax.Array, shape: jax.Array) -> jax.Array:
-    """Lemma 2 in jax.numpy; `shape` is an array of the grid's shape."""
-    spectrum = jnp.fft.fft2(kernel, s=shape.shape, axes=(0, 1))
+def literal(kernel: jax.Array) -> jax.Array:
+    """Lemma 2 in jax.numpy, of a kernel on its torus."""
+    spectrum = jnp.fft.fft2(kernel, axes=(0, 1))
     gram = jnp.einsum("uvij,uvik->uvjk", spectrum, spectrum.conj(), precision="highest")
     return jnp.max(jnp.linalg.eigh(gram)[0])
 
 
-def in_numpy(kernel: np.ndarray, pixels: int) -> float:
-    """Lemma 2 by singular values, as Sedghi et al. print it."""
-    spectrum = np.fft.fft2(kernel, (pixels, pixels), axes=(0, 1))
+def in_numpy(kernel: np.ndarray) -> float:
+    """Lemma 2 by singular values, as Sedghi et al. print it, of a kernel on its torus."""
+    spectrum = np.fft.fft2(kernel, axes=(0, 1))
     return float(np.linalg.svd(spectrum, compute_uv=False).max() ** 2)
 
 
-def in_torch(kernel: Any, pixels: int, *, singular_values: bool) -> float:
+def in_torch(kernel: Any, *, singular_values: bool) -> float:
     """Half the spectrum, then singular values or the eigenvalues of the smaller Gram matrix."""
     torch: Any = importlib.import_module("torch")
 
-    spectrum = torch.fft.rfft2(kernel, (pixels, pixels), dim=(0, 1))
+    spectrum = torch.fft.rfft2(kernel.movedim((0, 1), (2, 3))).movedim((2, 3), (0, 1))
     if singular_values:
         return float(torch.linalg.svdvals(spectrum).max() ** 2)
     if spectrum.shape[-2] > spectrum.shape[-1]:
         spectrum = spectrum.mT
     return float(torch.linalg.eigvalsh(spectrum @ spectrum.mH).max())
+
+
+def on_torus(kernel: np.ndarray, pixels: int) -> np.ndarray:
+    """The kernel in the corner of a grid; taps beyond a grid smaller than the kernel wrap around."""
+    torus = np.zeros((pixels, pixels, *kernel.shape[2:]), kernel.dtype)
+    rows = np.arange(len(kernel)) % pixels
+    np.add.at(torus, (rows[:, None], rows), kernel)
+    return torus
 
 
 def he_normal(rng: np.random.Generator, n1: int, n2: int) -> np.ndarray:
@@ -90,7 +98,7 @@ def _family(
         kernel = draw(rng, n1, n2).astype(np.float32)
         kernels[n1, n2, pixels] = kernel
         A = ss.Conv(jnp.asarray(kernel), (pixels, pixels))
-        exact = in_numpy(kernel.astype(np.float64), pixels)
+        exact = in_numpy(on_torus(kernel.astype(np.float64), pixels))
         found, (lower, upper) = float(fast(A)), tuple(map(float, bracket(A)))
         errors.append(abs(found - exact) / exact)
         widths.append((upper - lower) / exact)
@@ -132,14 +140,15 @@ def _family(
 def _sides(A: ss.Conv, kernel: np.ndarray, pixels: int, fast, bracket) -> dict[str, Any]:
     torch: Any = importlib.import_module("torch")
 
-    tensor, shape = torch.from_numpy(kernel), jnp.zeros((pixels, pixels))
+    torus = on_torus(kernel, pixels)
+    in_jax, tensor = jnp.asarray(torus), torch.from_numpy(torus)
     return {
         "ours": lambda: fast(A),
         "bracket": lambda: bracket(A),
-        "literal": lambda: literal(A.kernel, shape),
-        "numpy": lambda: in_numpy(kernel, pixels),
-        "torch rfft2 + svdvals": lambda: in_torch(tensor, pixels, singular_values=True),
-        "torch rfft2 + eigvalsh": lambda: in_torch(tensor, pixels, singular_values=False),
+        "literal": lambda: literal(in_jax),
+        "numpy": lambda: in_numpy(torus),
+        "torch rfft2 + svdvals": lambda: in_torch(tensor, singular_values=True),
+        "torch rfft2 + eigvalsh": lambda: in_torch(tensor, singular_values=False),
     }
 
 

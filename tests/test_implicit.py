@@ -70,6 +70,33 @@ PRIORS = {
 }
 
 
+@pytest.mark.parametrize("prior", [ss.prox.NonNegative(), ss.prox.SymmetricLogBarrier(0.5)])
+def test_a_warm_start_is_the_gradient_of_the_bias_of_each_example(rng, prior):
+    kernel, x, bias = arrays_of(rng, n1=30, n2=20)
+    biases = jnp.broadcast_to(bias, (len(x), 20))
+    step, weight = step_for(kernel), rng.normal(size=biases.shape)
+
+    def gradient(**options):
+        def loss(kernel, biases):
+            problem = build(kernel, x, biases, prior=prior)
+            derivative = Implicit(1e-13, **options)
+            z = ss.prox_gd(problem, step_size=step, num_iters=900, derivative=derivative).value
+            return jnp.sum(weight * z)
+
+        return gradients(loss, kernel, biases)
+
+    def error(found):
+        return max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(found, exact, strict=True))
+
+    exact = gradient()
+    nearby = 1.001 * exact[1]
+    assert error(gradient(guess=exact[1], max_iters=1)) < 1e-9
+    assert error(gradient(guess=nearby, max_iters=3)) < 0.02 * error(gradient(max_iters=3))
+    assert error(gradient(guess=jnp.asarray(rng.normal(size=biases.shape)))) < 1e-9
+    with pytest.raises(ValueError, match="guess of Implicit: expected the solution's shape"):
+        gradient(guess=exact[1][:2])
+
+
 @pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS.keys())
 def test_implicit_is_unrolled_at_convergence(rng, prior):
     kernel, x, bias = arrays_of(rng, n1=6, n2=4)

@@ -13,7 +13,7 @@ NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]\d+)?")
 
 
 def test_there_are_examples_with_output():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
 @pytest.mark.parametrize(("code", "printed"), BLOCKS)

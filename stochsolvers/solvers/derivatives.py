@@ -56,10 +56,14 @@ class Implicit:
     Args:
       tol: relative residual at which an example's linear system counts as solved; may be traced.
       max_iters: the most conjugate-gradient iterations, static.
+      guess: warm start in reverse mode, shaped as the solution: the gradient of the same loss with
+        respect to a bias of each example (`LayerProblem.bias`, given in the solution's shape) at a
+        nearby point. A constant to derivatives.
     """
 
     tol: Scalar = 1e-5
     max_iters: int = static_field(default=200)
+    guess: Array | None = None
 
     def __post_init__(self):
         _checks.positive("tol of Implicit", self.tol)

@@ -14,6 +14,9 @@ Forward mode needs w = (I − D M)⁻¹ b, reverse mode u = (I − M D)⁻¹ v:
 
     w = b + D M (b + p), r = D M b;         u = v + M p, r = D v.
 
+In reverse mode p = D u, so the gradient of the loss with respect to a bias of each example is η p. It is
+what a later call at a nearby point can start its linear solve from (`Implicit.guess`).
+
 Where the restricted system is singular (a fixed point that is not unique) it is consistent for losses
 that do not tell the fixed points apart; for other right-hand sides the iteration stops at the
 directions without curvature, and leaves their part out. The step is half the solver's, so that M ⪰ 0
@@ -30,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stochsolvers import _checks
 from stochsolvers._typing import Array, value_object
 from stochsolvers.forms import Gradient
 from stochsolvers.prox import Prior
@@ -59,38 +63,47 @@ def fixed_point(step_map: ProxGradientMap, z: Array, options: Implicit, batch_nd
     Forward and reverse mode. Examples, the first `batch_ndim` axes, are solved side by side, each
     until it meets the tolerance.
     """
-    tol = jnp.asarray(options.tol, z.dtype)
+    tol, guess = jnp.asarray(options.tol, z.dtype), options.guess
+    if guess is not None:
+        if guess.shape != z.shape:
+            _checks.fail("guess of Implicit", f"the solution's shape {z.shape}", guess.shape)
+        guess = guess.astype(z.dtype)
     settings = (options.max_iters, batch_ndim)
-    return _fixed_point(settings, step_map, lax.stop_gradient(z), lax.stop_gradient(tol))
+    return _fixed_point(settings, step_map, *lax.stop_gradient((z, tol, guess)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _fixed_point(
-    settings: tuple[int, int], step_map: ProxGradientMap, z: Array, tol: Array
+    settings: tuple[int, int],
+    step_map: ProxGradientMap,
+    z: Array,
+    tol: Array,
+    guess: Array | None,
 ) -> Array:
     return z
 
 
 @_fixed_point.defjvp
 def _fixed_point_jvp(settings: tuple[int, int], primals: Any, tangents: Any) -> tuple[Array, Array]:
-    step_map, z, tol = primals
+    step_map, z, tol, guess = primals
+    start = None if guess is None else guess / step_map.step
     _, moved = jax.jvp(lambda m: m(z), (step_map,), (tangents[0],))
     _, D = jax.linearize(lambda v: step_map.prior.prox(v, step_map.step), step_map.point(z))
 
     def M(a):  # noqa: N802 - a matrix
         return a - step_map.step * step_map.gradient.curvature(a)
 
-    def conjugate_gradients(right_side):
-        return _conjugate_gradients(D, M, right_side, tol, *settings)
+    def conjugate_gradients(right_side, start=None):
+        return _conjugate_gradients(D, M, right_side, start, tol, *settings)
 
     def solve(_, b):
         return b + D(M(b + conjugate_gradients(D(M(b)))))
 
     def transpose_solve(_, v):
-        return v + M(conjugate_gradients(D(v)))
+        return v + M(conjugate_gradients(D(v), start))
 
     tangent = lax.custom_linear_solve(lambda w: w - D(M(w)), moved, solve, transpose_solve)
-    return _fixed_point(settings, step_map, z, tol), tangent
+    return _fixed_point(settings, step_map, z, tol, guess), tangent
 
 
 class _Iterate(NamedTuple):
@@ -105,9 +118,15 @@ class _Iterate(NamedTuple):
 
 
 def _conjugate_gradients(
-    D: Any, M: Any, right_side: Array, tol: Array, max_iters: int, batch_ndim: int
+    D: Any,
+    M: Any,
+    right_side: Array,
+    start: Array | None,
+    tol: Array,
+    max_iters: int,
+    batch_ndim: int,
 ) -> Array:
-    """(I − D M)⁻¹ r for each example, in the M semi-inner product."""
+    """(I − D M)⁻¹ r for each example, in the M semi-inner product, from `start` or zero."""
     axes = tuple(range(batch_ndim, right_side.ndim))
     eps = jnp.finfo(right_side.dtype).eps
 
@@ -117,9 +136,14 @@ def _conjugate_gradients(
     def spread(weights):
         return jnp.expand_dims(weights, axes)
 
-    M_right = M(right_side)
-    start = dot(right_side, M_right)
-    target = tol**2 * start
+    residual, M_residual = right_side, M(right_side)
+    target = tol**2 * dot(residual, M_residual)
+    if start is None:
+        start = jnp.zeros_like(right_side)
+    else:
+        residual = right_side - start + D(M(start))
+        M_residual = M(residual)
+    rho = dot(residual, M_residual)
 
     def unfinished(carry):
         k, state = carry
@@ -139,7 +163,5 @@ def _conjugate_gradients(
         d, Md = r + spread(beta) * s.d, Mr + spread(beta) * s.Md
         return k + 1, _Iterate(p, r, d, Md, rho, running & (rho > target))
 
-    first = _Iterate(
-        jnp.zeros_like(right_side), right_side, right_side, M_right, start, start > 0.0
-    )
+    first = _Iterate(start, residual, residual, M_residual, rho, rho > target)
     return lax.while_loop(unfinished, step, (0, first))[1].p
