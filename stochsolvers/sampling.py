@@ -89,8 +89,9 @@ def _position_bits(n: int) -> int:
 
 
 def tau_nice_indices(key: Array, tau: int, n: int) -> Array:
-    """Indices (τ,) of one τ-nice sampling, for a subset shared by a whole batch."""
-    return jax.random.choice(key, n, (_checks.count("tau", tau, maximum=n),), replace=False)
+    """Indices (τ,), ascending, of the ones of `tau_nice_mask`: a subset shared by a whole batch."""
+    tau = _checks.count("tau", tau, maximum=n)
+    return jnp.nonzero(tau_nice_mask(key, tau, n), size=tau)[0]
 
 
 def bernoulli_mask(
