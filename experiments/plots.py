@@ -1,7 +1,7 @@
 """Pictures of a run: accuracy over epochs, residuals over the iterations of a solver."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +43,46 @@ class Curve:
     band: tuple[np.ndarray, np.ndarray] | None = None
 
 
-def accuracy(path: Path, curves: Sequence[Curve], *, title: str) -> None:
-    """Validation accuracy over epochs, the legend beside the axes."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.2), layout="constrained")
-        axes = figure.subplots()
-        _draw(axes, curves)
-        axes.set(title=title, xlabel="epoch", ylabel="validation accuracy (%)")
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-        figure.savefig(path, metadata={"Software": None})
+Panels = Mapping[str, Sequence[Curve]]
+"""Curves under the titles of their axes."""
 
 
-def residuals(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]], *, title: str) -> None:
+def accuracy(path: Path, panels: Panels, *, title: str) -> None:
+    """Validation accuracy over epochs, one panel for each comparison."""
+    _panels(path, panels, title, xlabel="epoch", ylabel="validation accuracy (%)")
+
+
+def residuals(path: Path, panels: Panels, *, title: str) -> None:
     """Residuals over iterations on a logarithmic scale, one panel for each layer."""
+    ylabel = "‖z$_k$ − z$_{k−1}$‖ / ‖z$_K$‖"
+    _panels(path, panels, title, xlabel="iteration k", ylabel=ylabel, yscale="log")
+
+
+def _panels(path: Path, panels: Panels, title: str, *, xlabel: str, ylabel: str, **axis: Any):
+    """Axes side by side, at most three in a row, with one legend for all of them."""
+    count = len(panels)
+    columns = 2 if count == 4 else min(count, 3)
+    rows = -(-count // columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
-        grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
-        for axes, (name, curves) in zip(grid[0], panels, strict=True):
+        size = (3.4 * max(columns, 2), 3.0 * rows + 0.9)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        handles: dict[str, Any] = {}
+        for axes, (name, curves) in zip(grid, panels.items(), strict=False):
             _draw(axes, curves)
-            axes.set(title=name, xlabel="iteration k", yscale="log")
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
-        grid[0][0].set_ylabel("‖z$_k$ − z$_{k−1}$‖ / ‖z$_K$‖")
+            axes.set(title=name, **axis)
+            handles |= {line.get_label(): line for line in axes.lines}
+        for axes in grid[count:]:
+            axes.set_visible(False)
+        for axes in grid[max(0, count - columns) : count]:
+            axes.set_xlabel(xlabel)
+            axes.tick_params(labelbottom=True)
+        for axes in grid[::columns]:
+            axes.set_ylabel(ylabel)
         figure.suptitle(title)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=max(columns, 2)
+        )
         figure.savefig(path, metadata={"Software": None})
 
 

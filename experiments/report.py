@@ -9,6 +9,7 @@ which samples at test time, is another column.
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -205,50 +206,80 @@ def write(folder: Path, rows: Rows) -> None:
         text = page(rows, notes.read_text() if notes.exists() else "")
         with results.whole_file(target) as partial:
             partial.write_text(text)
-    curves, panels = accuracy_curves(rows), residual_panels(rows)
     title = ", ".join(dict.fromkeys(str(row["dataset"]) for row in rows))
-    drawings = (
-        (curves, lambda path: plots.accuracy(path, curves, title=title)),
-        (panels, lambda path: plots.residuals(path, panels, title=title)),
-    )
-    for name, (content, draw) in zip(PICTURES, drawings, strict=True):
-        if content:
-            results.write_figure(folder / name, draw)
+    contents = accuracy_panels(rows), residual_panels(rows)
+    for name, panels, draw in zip(
+        PICTURES, contents, (plots.accuracy, plots.residuals), strict=True
+    ):
+        if panels:
+            results.write_figure(folder / name, functools.partial(draw, panels=panels, title=title))
 
 
-def accuracy_curves(rows: Rows) -> list[plots.Curve]:
+def accuracy_panels(rows: Rows) -> dict[str, list[plots.Curve]]:
     """Validation accuracy over epochs, mean over the seeds, with a band from least to greatest."""
+    titles, colors = _labels(rows), _Colors()
     groups: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if row["kind"] == "epoch":
             epochs = groups.setdefault(name_of(row), {})
             epochs.setdefault(row["epoch"], []).append(row["validation_accuracy"])
-    curves = []
+    panels: dict[str, list[plots.Curve]] = {}
     for name, epochs in groups.items():
+        title, label = titles[name]
         x = np.array(sorted(epochs))
         low, mean, high = (np.array([f(epochs[k]) for k in x]) for f in (np.min, np.mean, np.max))
         band = (low, high) if max(map(len, epochs.values())) > 1 else None
-        curves.append(plots.Curve(name, x, mean, len(curves), "dropout" in name, band))
-    return curves
+        plain = "dropout" in label or "baseline" in label
+        panels.setdefault(title, []).append(plots.Curve(label, x, mean, colors[label], plain, band))
+    return panels
 
 
-def residual_panels(rows: Rows) -> list[tuple[str, list[plots.Curve]]]:
+def residual_panels(rows: Rows) -> dict[str, list[plots.Curve]]:
     """Relative residuals inside the solvers of the first seed, one panel for each layer."""
+    titles, colors = _labels(rows), _Colors()
     panels: dict[str, list[plots.Curve]] = {}
-    colors: dict[str, int] = {}
     seen = set()
     for row in rows:
         key = (name_of(row), row["layer"], row["deterministic"]) if _is_residual(row) else None
         if key is None or key in seen:
             continue
         seen.add(key)
-        color = colors.setdefault(name_of(row), len(colors))
+        title, label = titles[name_of(row)]
         how = "full gradient" if row["deterministic"] else "sampled"
-        label, x = f"{name_of(row)}, {how}", 1 + np.arange(len(row["middle"]))
+        x = 1 + np.arange(len(row["middle"]))
         band = None if row["deterministic"] else (np.array(row["low"]), np.array(row["high"]))
-        curve = plots.Curve(label, x, np.array(row["middle"]), color, row["deterministic"], band)
-        panels.setdefault(f"{row['layer']} layer", []).append(curve)
-    return list(panels.items())
+        curve = plots.Curve(
+            f"{label}, {how}", x, np.array(row["middle"]), colors[label], row["deterministic"], band
+        )
+        panels.setdefault(f"{title}, {row['layer']} layer", []).append(curve)
+    return panels
+
+
+class _Colors(dict[str, int]):
+    """A colour for each label, in the order in which they are first asked for."""
+
+    def __missing__(self, label: str) -> int:
+        return self.setdefault(label, len(self))
+
+
+def _labels(rows: Rows) -> dict[str, tuple[str, str]]:
+    """Name of a network to the title of its comparison, the words common to all, and what is its own."""
+    comparisons: dict[Any, list[str]] = {}
+    for row in rows:
+        names = comparisons.setdefault(row.get("study") or row.get("variant"), [])
+        if name_of(row) not in names:
+            names.append(name_of(row))
+    labels = {}
+    for names in comparisons.values():
+        words = [name.split() for name in names]
+        common = 0
+        for column in zip(*(name[:-1] for name in words), strict=False):
+            if len(set(column)) > 1:
+                break
+            common += 1
+        for name, parts in zip(names, words, strict=True):
+            labels[name] = " ".join(parts[:common]), " ".join(parts[common:])
+    return labels
 
 
 def _is_residual(row: Mapping[str, Any]) -> bool:

@@ -84,7 +84,10 @@ def test_notes_are_kept_and_a_page_by_hand_is_too(folders):
 
 
 def test_curves_are_means_over_seeds(folders):
-    solver, dropout = report.accuracy_curves(report.load(folders))
+    panels = report.accuracy_panels(report.load(folders))
+    assert list(panels) == ["D-D"]
+    solver, dropout = panels["D-D"]
+    assert (solver.label, dropout.label) == ("Prox-SG", "dropout")
     np.testing.assert_array_equal(solver.y, [50.5, 60.5])
     np.testing.assert_array_equal(solver.band, [[50, 60], [51, 61]])
     assert (solver.dashed, dropout.dashed) == (False, True)
