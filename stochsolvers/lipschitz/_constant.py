@@ -11,7 +11,7 @@ from jax import lax
 from stochsolvers import _checks
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import LinearMap
-from stochsolvers.lipschitz import _spectra
+from stochsolvers.lipschitz import _hermitian, _spectra
 from stochsolvers.lipschitz._formula import lipschitz_formula
 from stochsolvers.lipschitz._search import Found, search, symbols
 from stochsolvers.lipschitz._taps import Grid, Phases, taps_and_phases
@@ -156,12 +156,12 @@ def _largest_eigenvalues(taps: Array, phases: Phases) -> tuple[Array, Array]:
             continue
         cosines = jnp.asarray(phases.cosines[part], taps.dtype)
         blocks = jax.vmap(symbols, (0, None, None))(taps, cosines, sines)
-        grams = _spectra.grams(blocks)
+        grams = _hermitian.grams(blocks, sliced=True).joined
         if grams.shape[-1] == 1:
             values.append(jnp.real(grams).ravel())
         else:
-            values.append(jnp.linalg.eigvalsh(grams)[..., -1].ravel())
-        errors.append(_spectra.gram_error(blocks).ravel())
+            values.append(_spectra.largest_eigenvalues(grams).ravel())
+        errors.append(_hermitian.gram_error(blocks).ravel())
     return jnp.concatenate(values), jnp.concatenate(errors)
 
 

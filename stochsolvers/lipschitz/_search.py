@@ -12,7 +12,9 @@ tried again; if they stall, all of its eigenvalues are computed. The number of s
 the records in a sequence, the logarithm of its length for kernels without structure.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +22,16 @@ import numpy as np
 from jax import lax
 
 from stochsolvers._typing import Array
-from stochsolvers.lipschitz import _spectra
-from stochsolvers.lipschitz._spectra import Symbols
-from stochsolvers.lipschitz._taps import Phases
+from stochsolvers.lipschitz import _hermitian, _spectra
+from stochsolvers.lipschitz._hermitian import Symbols
+from stochsolvers.lipschitz._taps import Nodes, Phases
 
 _LANCZOS_STEPS = 32
 _LARGE = 256
 _CHUNK = 2**18  # entries of the blocks formed at once
+
+_Form: TypeAlias = Callable[[Array], tuple[Symbols, Array]]
+"""From the numbers of some blocks to their Gram matrices and bounds on the round-off of those."""
 
 
 class Found(NamedTuple):
@@ -103,32 +108,72 @@ def search(taps: Array, phases: Phases, *, gap: float, certify: bool) -> Found:
 
     def visit(group, found):
         group = group.astype(jnp.int32)
+        own = taps[group]
+        if phases.nodes is not None:
+            form = _interpolated(own, phases.nodes, certify=certify)
+            return _Sweep(form, bounds[group], n * n, gap, certify)(found, 0, group)
         parts = ((slice(0, num_real), None), (slice(num_real, None), phases.sines[num_real:]))
         for part, sines in parts:
             if len(phases.cosines[part]):
-                table = phases.cosines[part], sines
-                sweep = _Sweep(taps[group], table, bounds[group, part], gap, certify)
+                form = _direct(own, phases.cosines[part], sines, certify=certify)
+                sweep = _Sweep(form, bounds[group, part], aliases * own[0].size, gap, certify)
                 found = sweep(found, part.start, group)
         return found
 
     return lax.fori_loop(0, taps.shape[0], visit, found)
 
 
-class _Sweep(NamedTuple):
-    """Some blocks of one group; those with real phases have no sines in the table."""
+def _direct(taps: Array, cosines: np.ndarray, sines: np.ndarray | None, *, certify: bool) -> _Form:
+    """Gram matrices from their blocks; no sines for those with real phases."""
+    table = jax.tree.map(lambda part: jnp.asarray(part, taps.dtype), (cosines, sines))
 
-    taps: Array
-    table: tuple[np.ndarray, np.ndarray | None]
+    def form(numbers):
+        blocks = symbols(taps, *jax.tree.map(lambda part: part[numbers], table))
+        errors = _hermitian.gram_error(blocks) if certify else jnp.zeros(len(numbers), taps.dtype)
+        return _hermitian.grams(blocks, sliced=certify), errors
+
+    return form
+
+
+def _interpolated(taps: Array, nodes: Nodes, *, certify: bool) -> _Form:
+    r"""Gram matrices from those at the nodes, G(f) = Σ_g D(f − g) G(g).
+
+    Round-off: that of the G(g) and 20 more roundings of every term are multiplied by Σ_g |D(f − g)|; D itself
+    is known to 2^-48.
+    """
+    cosines, sines, real, imaginary, absolute = (jnp.asarray(part, taps.dtype) for part in nodes)
+    blocks = symbols(taps, cosines, sines)
+    grams = _hermitian.grams(blocks, sliced=certify)
+    count, n = grams.re.shape[:2]
+    pairs = tuple(zip((real, imaginary), jax.tree.leaves(grams), strict=True))
+    errors = jnp.zeros(len(real), taps.dtype)
+    if certify:
+        known = 2.0**-48 / (32 * _spectra.unit_round_off(taps.dtype))
+        errors = (absolute + known) @ _hermitian.gram_error(blocks, extra=20)
+
+    def form(numbers):
+        re, im = (
+            jnp.matmul(weights[numbers], part.reshape(count, n * n), precision="highest")
+            for weights, part in pairs
+        )
+        return Symbols(re.reshape(-1, n, n), im.reshape(-1, n, n)), errors[numbers]
+
+    return form
+
+
+class _Sweep(NamedTuple):
+    """Some blocks of one group, of `size` entries each."""
+
+    form: _Form
     bounds: Array
+    size: int
     gap: float
     certify: bool
 
     def __call__(self, found: Found, first: int, group: Array) -> Found:
         """Visit all blocks, the first of which has the number `first` in the full table."""
-        cosines, sines = jax.tree.map(lambda part: jnp.asarray(part, self.taps.dtype), self.table)
-        count, aliases, _ = cosines.shape
-        size = aliases * self.taps.shape[1] * self.taps.shape[2]
-        chunk = min(count, max(1, _CHUNK // size))
+        count = len(self.bounds)
+        chunk = min(count, max(1, _CHUNK // self.size))
         order = jnp.argsort(-self.bounds).astype(jnp.int32)
         order = jnp.pad(order, (0, -count % chunk), mode="edge")
 
@@ -140,30 +185,33 @@ class _Sweep(NamedTuple):
         def visit(carry):
             k, found = carry
             numbers = lax.dynamic_slice_in_dim(order, k * chunk, chunk)
-            phases = jax.tree.map(lambda part: part[numbers], (cosines, sines))
-            blocks = symbols(self.taps, *phases)
-            return k + 1, self._settle(found, blocks, numbers + first, group)
+            fresh = k * chunk + jnp.arange(chunk) < count  # the last few are padded
+            return k + 1, self._settle(found, numbers, fresh, first, group)
 
         return lax.while_loop(unfinished, visit, (0, found))[1]
 
-    def _settle(self, found: Found, blocks: Symbols, numbers: Array, group: Array) -> Found:
+    def _settle(
+        self, found: Found, numbers: Array, fresh: Array, first: int, group: Array
+    ) -> Found:
         """Work on a few blocks until all of them are settled."""
-        grams = _spectra.grams(blocks)
-        slacks = (
-            _spectra.gram_error(blocks)
-            if self.certify
-            else jnp.zeros(len(numbers), self.taps.dtype)
-        )
-        start = _spectra.fixed_start(grams.shape[-1], grams.dtype)
+        grams, slacks = self.form(numbers)
+        dtype = found.value.dtype if grams.im is None else grams.joined.dtype
+        start = _spectra.fixed_start(grams.re.shape[-1], dtype)
+        unsure = jnp.zeros((), bool), jnp.zeros((), found.value.dtype)
+
+        def block(at):
+            return jax.tree.map(lambda part: part[at], grams)
 
         def unsettled(trial):
             return jnp.max(trial.bounds) > trial.found.ceiling
 
         def work(trial):
             at = jnp.argmax(trial.bounds)
-            holds, error = _spectra.cholesky_certificate(
-                grams[at], trial.found.ceiling, certify=self.certify
+            level = trial.found.ceiling
+            certificate = functools.partial(
+                _hermitian.cholesky_certificate, block(at), level, certify=self.certify
             )
+            holds, error = lax.cond(level > 0, certificate, lambda: unsure)
             return lax.cond(holds, settle, improve, trial, at, error)
 
         def settle(trial, at, error):
@@ -173,7 +221,8 @@ class _Sweep(NamedTuple):
             )
 
         def improve(trial, at, _):
-            theta, vector = _spectra.lanczos(lambda x: grams[at] @ x, trial.vector, _LANCZOS_STEPS)
+            matrix = block(at).joined
+            theta, vector = _spectra.lanczos(lambda x: matrix @ x, trial.vector, _LANCZOS_STEPS)
             stalled = theta <= trial.theta * (1 + self.gap / 8)
             return lax.cond(stalled, solve, accept, trial, at, theta, vector)
 
@@ -186,7 +235,7 @@ class _Sweep(NamedTuple):
                     jnp.maximum(theta, found.value),
                     jnp.maximum(theta * (1 + self.gap), found.ceiling),
                     found.slack,
-                    jnp.where(better, numbers[at], found.frequency),
+                    jnp.where(better, numbers[at] + first, found.frequency),
                     jnp.where(better, group, found.group),
                     jnp.where(better, pair, found.vector),
                 ),
@@ -196,15 +245,17 @@ class _Sweep(NamedTuple):
             )
 
         def solve(trial, at, *_):
-            vector = jnp.linalg.eigh(grams[at])[1][:, -1]
-            theta = jnp.real(jnp.vdot(vector, grams[at] @ vector))
+            matrix = block(at).joined
+            vector = jnp.linalg.eigh(matrix)[1][:, -1]
+            theta = jnp.real(jnp.vdot(vector, matrix @ vector))
             trial = accept(trial, at, theta, vector)
             # a Cholesky factorisation that still fails is at the limit of round-off
             ceiling = trial.found.ceiling * (1 + self.gap)
             return trial._replace(found=trial.found._replace(ceiling=ceiling))
 
         zero = jnp.zeros((), found.value.dtype)
-        trial = _Trial(found, _spectra.norm_bounds(grams), zero, start)
+        bounds = jnp.where(fresh, _hermitian.norm_bounds(grams), -jnp.inf)
+        trial = _Trial(found, bounds, zero, start)
         trial = lax.while_loop(unsettled, work, trial)
         skipped = jnp.max(jnp.where(trial.bounds > -jnp.inf, slacks, 0))
         slack = jnp.maximum(trial.found.slack, skipped)

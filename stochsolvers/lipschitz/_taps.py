@@ -22,6 +22,27 @@ from stochsolvers.linear_maps import Conv, LinearMap
 
 Grid: TypeAlias = Literal["layer", "padded"]
 
+_NODES_PAY = 1.5  # frequencies for each node, above which interpolation is faster
+
+
+class Nodes(NamedTuple):
+    """Few frequencies g that determine the Gram matrix at every f, G(f) = Σ_g D(f − g) G(g).
+
+    G(f) = Σ_δ C_δ exp(2πi f·δ) has δ from −(k − 1) to k − 1, so that its values on a grid of 2k − 1 points
+    an axis determine it, D the Dirichlet kernel Σ_δ exp(2πi f·δ) / (2k − 1).
+
+    Attributes:
+      cosines, sines: phases as in `Phases`, (nodes, 1, taps), of half of the nodes, zero first.
+      real, imaginary: weights (frequencies, nodes) of the two parts of G(g), g and −g together.
+      absolute: Σ |D| over g and −g.
+    """
+
+    cosines: np.ndarray
+    sines: np.ndarray
+    real: np.ndarray
+    imaginary: np.ndarray
+    absolute: np.ndarray
+
 
 class Phases(NamedTuple):
     """exp(−2πi f·p_t) / sqrt(aliases) for half of the frequencies, those with real phases first.
@@ -29,11 +50,13 @@ class Phases(NamedTuple):
     Attributes:
       cosines, sines: float64 arrays (frequencies, aliases, taps) in host memory.
       num_real: how many of the frequencies, the first ones, have no imaginary part.
+      nodes: if they are far fewer than the frequencies.
     """
 
     cosines: np.ndarray
     sines: np.ndarray
     num_real: int
+    nodes: Nodes | None = None
 
 
 def check_grid(grid: str) -> None:
@@ -101,4 +124,35 @@ def _phases(
     order = np.argsort(~is_real, kind="stable")
     sines = np.where(is_real[:, None, None], 0.0, np.sin(angles))
     scale = 1 / math.sqrt(sh * sw)
-    return Phases(scale * np.cos(angles)[order], scale * sines[order], int(is_real.sum()))
+    nodes = None
+    if sh * sw == 1:
+        step = np.stack([p[:, 0, 0] * dilation[0], q[:, 0, 0] * dilation[1]])
+        nodes = _nodes(step[:, order], shape, kernel)
+    return Phases(scale * np.cos(angles)[order], scale * sines[order], int(is_real.sum()), nodes)
+
+
+def _nodes(step: np.ndarray, shape: tuple[int, int], kernel: tuple[int, int]) -> Nodes | None:
+    """The nodes for frequencies with phases 2π step / shape from tap to tap, (2, frequencies)."""
+    grid = 2 * kernel[0] - 1, 2 * kernel[1] - 1
+    half = np.stack(np.divmod(half_spectrum(*grid), grid[1]))  # zero is the first
+    if half.shape[1] * _NODES_PAY > step.shape[1]:
+        return None
+
+    def dirichlet(sign):
+        weights = np.ones((step.shape[1], half.shape[1]))
+        for s, length, g, points in zip(step, shape, sign * half, grid, strict=True):
+            # whole numbers up to the cosine, so that only it is rounded
+            turns = (s[:, None] * points - g * length) % (length * points)
+            lags = np.arange(points) - points // 2
+            turns = turns[..., None] * lags % (length * points)
+            weights *= np.mean(np.cos(2 * np.pi / (length * points) * turns), axis=-1)
+        return weights
+
+    here, mirrored = dirichlet(1), dirichlet(-1)
+    mirrored[:, 0] = 0.0  # zero is its own mirror image
+    taps = np.stack(np.divmod(np.arange(kernel[0] * kernel[1]), kernel[1]))
+    turns = np.einsum("xg,xt->gt", half / np.array(grid)[:, None], taps)
+    angles = -2 * np.pi * turns[:, None, :]
+    return Nodes(
+        np.cos(angles), np.sin(angles), here + mirrored, here - mirrored, abs(here) + abs(mirrored)
+    )
