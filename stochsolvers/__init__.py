@@ -37,6 +37,7 @@ from stochsolvers.lipschitz import output_lipschitz_constants as output_lipschit
 from stochsolvers.lipschitz import singular_values as singular_values
 from stochsolvers.problems import LayerProblem as LayerProblem
 from stochsolvers.prox import Prior as Prior
+from stochsolvers.reports import certify as certify
 from stochsolvers.reports import lipschitz_report as lipschitz_report
 from stochsolvers.solvers import MS2GD as MS2GD
 from stochsolvers.solvers import Implicit as Implicit

@@ -64,7 +64,7 @@ def images(rng):
 def test_certificates_are_those_of_the_layers_own_problems(images):
     model = Twice(nnx.Rngs(0, dropout=1))
     before = snapshot(model)
-    report = ss.nnx.certify(model, images, deterministic=True)
+    report = ss.certify(model, images, deterministic=True)
     assert_unchanged(model, before)
     assert [row.name for row in report.rows] == ["conv", "shared", "shared", "alpha"]
     x = images
@@ -178,7 +178,7 @@ def test_linen_certificates(images, prior):
     model = LinenNet(prior)
     variables = model.init(jax.random.key(0), images)
     assert set(variables) == {"params", "batch_stats", "solver_state"}
-    report = ss.linen.certify(model, variables, images, deterministic=True)
+    report = ss.certify(model, variables, images, deterministic=True)
     assert [row.name for row in report.rows] == ["last", "last"]
     _, state = model.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])
     x = nn.relu(state["intermediates"]["dense"]["__call__"][0])
@@ -313,8 +313,9 @@ def test_dispatch_and_its_refusal():
     plain = nn.Dense(2)
     variables = plain.init(jax.random.key(0), jnp.ones((1, 3)))
     assert reports.lipschitz_report(plain, variables, (1, 3)).rows[0].kind == "Dense"
-    with pytest.raises(ValueError, match=r"model: expected an nnx\.Module or a linen\.Module"):
-        reports.lipschitz_report(jnp.ones(3))
+    for report in (ss.lipschitz_report, ss.certify):
+        with pytest.raises(ValueError, match=r"model: expected an nnx\.Module or a linen\.Module"):
+            report(jnp.ones(3))
 
 
 def test_lenet_report_and_chart(monkeypatch):

@@ -17,6 +17,7 @@ from stochsolvers.linen._layers import RECORDS, STATE, SolverLayer, linear_map_o
 _MUTABLE = DenyList(STATE)  # what a training pass writes is dropped; constants are not refreshed
 
 
+@reports.certify.register(nn.Module)
 def certify(
     module: nn.Module,
     variables: Mapping[str, Any],

@@ -13,6 +13,7 @@ from stochsolvers.nnx._dropout import linear_map_of
 from stochsolvers.nnx._layers import SolverLayer, SolverRecord
 
 
+@reports.certify.register(nnx.Module)
 def certify(
     model: nnx.Module, *inputs: Any, deterministic: bool | None = None, **options: Any
 ) -> reports.CertificateReport:

@@ -15,6 +15,7 @@ one before.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from stochsolvers import _checks
 from stochsolvers._typing import Array
 from stochsolvers.lipschitz import lipschitz_constant, strong_convexity
 from stochsolvers.problems import LayerProblem
@@ -36,6 +38,22 @@ _ROUND_OFF = 64.0  # residuals below this many eps of the solution say nothing a
 _calls: contextvars.ContextVar[Iterator[int] | None] = contextvars.ContextVar(
     "_calls", default=None
 )
+
+
+@functools.singledispatch
+def certify(model: Any, *args: Any, **options: Any) -> "CertificateReport":
+    """How well every solver layer of a network solves its problem at a batch, as a table.
+
+    Args:
+      model: an `nnx.Module`, with the arguments of `stochsolvers.nnx.certify`, or a Linen `nn.Module`,
+        with those of `stochsolvers.linen.certify`.
+      *args: see there.
+      **options: see there.
+
+    Returns:
+      `CertificateReport`.
+    """
+    _checks.fail("model", "an nnx.Module or a linen.Module", type(model).__name__)
 
 
 @contextlib.contextmanager
