@@ -8,6 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"_typing", "_checks"},
+    {"_linalg"},
     {"linear_maps", "prox", "tensor_product"},
     {"sampling"},
     {"lipschitz"},

@@ -5,7 +5,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from stochsolvers import _checks
+from stochsolvers import _checks, _linalg
 from stochsolvers._typing import Array, static_field, value_object
 from stochsolvers.prox import _spectra
 from stochsolvers.prox._base import Prior, Weighted, finite_where
@@ -119,7 +119,7 @@ class NuclearNorm(Weighted):
         return self._matrices(jnp.broadcast_to(weight, self._weight_shape(like)))[..., 0]
 
     def _singular_values(self, u):
-        return jnp.linalg.svd(self._matrices(u), compute_uv=False)
+        return _linalg.singular_values(self._matrices(u))
 
     def _value(self, u):
         return jnp.sum(self._threshold(self._gamma(u), u) * self._singular_values(u))
@@ -134,7 +134,7 @@ class NuclearNorm(Weighted):
 
     def _dual_projection(self, w, margin):
         radius = self._threshold(jax.nn.relu(self._gamma(w) - margin), w)
-        left, sigma, right = jnp.linalg.svd(self._matrices(w), full_matrices=False)
+        left, sigma, right = _linalg.svd(self._matrices(w))
         clipped = _spectra.product(left * jnp.minimum(sigma, radius)[..., None, :], right)
         return jnp.moveaxis(clipped, (-2, -1), self.axes)
 
@@ -168,7 +168,7 @@ class PositiveSemidefinite(Prior):
 
     def _semidefinite(self, matrices, sign):
         """Whether sign · (symmetric part) ⪰ 0, up to round-off."""
-        values = sign * jnp.linalg.eigvalsh(_spectra.symmetric(matrices), symmetrize_input=False)
+        values = sign * _linalg.eigvalsh(_spectra.symmetric(matrices))
         scale = jnp.max(jnp.abs(values), -1, keepdims=True, initial=0)
         return values >= -_round_off(matrices, (-2, -1)) * scale
 
@@ -188,7 +188,7 @@ class PositiveSemidefinite(Prior):
     def _dual_projection(self, w, margin):
         w, margin = self._matrices(w), jnp.broadcast_to(margin, self._weight_shape(w))
         symmetric = _spectra.symmetric(w)
-        values, vectors = jnp.linalg.eigh(symmetric, symmetrize_input=False)
+        values, vectors = _linalg.eigh(symmetric)
         values = jnp.minimum(values, -self._matrices(margin)[..., 0])
         z = _spectra.product(vectors * values[..., None, :], jnp.swapaxes(vectors, -1, -2))
         return jnp.moveaxis(_spectra.symmetric(z) + (w - symmetric), (-2, -1), self.axes)

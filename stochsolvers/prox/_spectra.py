@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from stochsolvers import _linalg
 from stochsolvers._typing import Array
 
 
@@ -31,7 +32,7 @@ def _divided_differences(x: Array, threshold: ArrayLike) -> Array:
 @jax.custom_jvp
 def clip_eigenvalues(matrix: Array) -> Array:
     """Q max(Λ, 0) Qᵀ for a symmetric matrix QΛQᵀ."""
-    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    values, vectors = _linalg.eigh(matrix)
     kept = vectors * jax.nn.relu(values)[..., None, :]
     return symmetric(product(kept, jnp.swapaxes(vectors, -1, -2)))
 
@@ -40,7 +41,7 @@ def clip_eigenvalues(matrix: Array) -> Array:
 def _clip_eigenvalues_jvp(primals, tangents):
     # Daleckii–Krein: dF = Q (Γ ∘ Qᵀ dS Q) Qᵀ with Γ the divided differences.
     (matrix,), (tangent,) = primals, tangents
-    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    values, vectors = _linalg.eigh(matrix)
     transposed = jnp.swapaxes(vectors, -1, -2)
     kept = vectors * jax.nn.relu(values)[..., None, :]
     inner = _divided_differences(values, 0) * product(transposed, tangent, vectors)
@@ -50,7 +51,7 @@ def _clip_eigenvalues_jvp(primals, tangents):
 @jax.custom_jvp
 def shrink(matrix: Array, threshold: Array) -> Array:
     """P max(Σ − c, 0) Qᵀ for PΣQᵀ, c of shape (..., 1)."""
-    left, sigma, right = jnp.linalg.svd(matrix, full_matrices=False)
+    left, sigma, right = _linalg.svd(matrix)
     return product(left * jax.nn.relu(sigma - threshold)[..., None, :], right)
 
 
@@ -60,7 +61,7 @@ def _shrink_jvp(primals, tangents):
     # meets (f_i − f_j)/(σ_i − σ_j), the skew part (f_i + f_j)/(σ_i + σ_j), and what lies outside
     # the ranges of P and Q meets f_i/σ_i.
     (matrix, threshold), (tangent, dthreshold) = primals, tangents
-    left, sigma, right = jnp.linalg.svd(matrix, full_matrices=False)
+    left, sigma, right = _linalg.svd(matrix)
     left_t, right_t = jnp.swapaxes(left, -1, -2), jnp.swapaxes(right, -1, -2)
     shrunk = jax.nn.relu(sigma - threshold)
     safe = jnp.where(shrunk > 0, sigma, 1)
