@@ -17,7 +17,8 @@ from stochsolvers._typing import Array
 from stochsolvers.lipschitz._spectra import gamma, perron, unit_round_off
 
 _SLICE = 128  # length of one inner product of a Gram matrix; the worst round-off grows with it
-_LEAF, _HALF_LEAF = 32, 16  # orders of a Cholesky factor and of a triangular solve in LAPACK
+_LEAF, _HALF_LEAF = 32, 16  # orders of a factor that has to be inverted, and of a triangular solve
+_THREADS = 64  # LAPACK factors complex matrices of this order with threads of its own
 
 
 class Symbols(NamedTuple):
@@ -92,11 +93,10 @@ def cholesky_certificate(gram: Symbols, level: Array, *, certify: bool) -> tuple
     r"""Whether τ I − G has a Cholesky factorisation, and e with λ_max(G) ≤ τ + e if it has.
 
     The factor satisfies RᴴR = τ I − G + E. Substitution in any order and any blocks contributes
-    |E₁| ≤ 4 γ |R|ᴴ|R| (Higham 2002, theorem 10.3; a complex product of three real ones has error √10 γ).
-    The inverse W of a block R_kk on the diagonal, with which the rows P_k beside it are multiplied instead of
-    being solved for, contributes |R_kkᴴ R_k − P_k| ≤ 8 γ |R_kk|ᴴ|W||P_k|, in the Frobenius norm at most
-    8 γ || |R_kk|ᴴ|W| || ||P_k||. e bounds both, and the rounding of the diagonal, after the fact; it is 0 if
-    not `certify`.
+    |E| ≤ 4 γ |R|ᴴ|R| (Higham 2002, theorem 10.3; a complex product of three real ones has error √10 γ).
+    Beside a block R_kk on the diagonal, R_k = W P_k with its inverse W instead of a solution, which
+    contributes |R_kkᴴ R_k − P_k| ≤ 8 γ |R_kk|ᴴ|W||P_k|, and 8 γ || |R_kk|ᴴ|W| || ||P_k|| in the Frobenius
+    norm. e bounds both, and the rounding of the diagonal, after the fact; it is 0 if not `certify`.
 
     Args:
       gram: one matrix, (n, n).
@@ -109,10 +109,9 @@ def cholesky_certificate(gram: Symbols, level: Array, *, certify: bool) -> tuple
     succeeded = factor.rows.re[-1, -1] > 0  # NaN in all blocks from the one that breaks down
     if not certify:
         return succeeded, jnp.zeros_like(level)
-    substitution = gamma((4 if gram.im is not None else 1) * (n + 16), dtype) * perron(
-        factor.rows.modulus
-    )
-    inverses = gamma(8 * (_LEAF + 8), dtype) * factor.condition * jnp.sqrt(2 * factor.solved)
+    constant = 1 if gram.im is None else 4
+    substitution = gamma(constant * (n + 16), dtype) * perron(factor.rows.modulus)
+    inverses = gamma(8 * (_LEAF + 8), dtype) * jnp.sqrt(2 * factor.squares)
     return succeeded, substitution + inverses + 4 * unit_round_off(dtype) * level
 
 
@@ -123,21 +122,21 @@ class _Factor(NamedTuple):
       rows: R, upper triangular.
       halves: factors of the two halves of the diagonal and the block between them; () for a leaf.
       inverse: R⁻¹ of a leaf, or None if nothing is beside it.
-      condition: the largest || |R_kk|ᴴ|W| || of all leaves with an inverse.
-      solved: Σ ||P_k||² of the rows that were multiplied with one.
+      condition: || |R_kk|ᴴ|W| ||₂² of a leaf, or a bound on it.
+      squares: Σ || |R_kk|ᴴ|W| ||² ||P_k||² over the leaves whose inverse was used.
     """
 
     rows: Symbols
     halves: tuple
     inverse: Symbols | None
     condition: Array
-    solved: Array
+    squares: Array
 
 
 def _factor(matrix: Symbols, *, last: bool) -> _Factor:
     """The Cholesky factor of one matrix; the `last` block has nothing to its right."""
     n, zero = matrix.re.shape[-1], jnp.zeros((), matrix.re.dtype)
-    if n <= _LEAF:
+    if n <= _LEAF or (last and n < _THREADS):
         lower = lax.linalg.cholesky(matrix.joined, symmetrize_input=False)
         rows = split(lower.conj().T)
         if last:
@@ -145,10 +144,10 @@ def _factor(matrix: Symbols, *, last: bool) -> _Factor:
         inverse = _inverse(lower)
         product = jnp.matmul(jnp.abs(lower), jnp.abs(inverse), precision="highest")
         norms = jnp.max(jnp.sum(product, axis=0)) * jnp.max(jnp.sum(product, axis=1))
-        return _Factor(rows, (), split(inverse.conj().T), jnp.sqrt(norms), zero)
+        return _Factor(rows, (), split(inverse.conj().T), norms, zero)
     top, bottom = slice(n // 2), slice(n // 2, None)
     first = _factor(matrix.cut(top, top), last=False)
-    across, solved = _solve(first, matrix.cut(top, bottom))
+    across, squares = _solve(first, matrix.cut(top, bottom))
     rest = jax.tree.map(jnp.subtract, matrix.cut(bottom, bottom), _gram(across))
     second = _factor(rest, last=last)
     below = jax.tree.map(lambda part: jnp.zeros_like(part.T), across)
@@ -156,15 +155,16 @@ def _factor(matrix: Symbols, *, last: bool) -> _Factor:
         _stack(_stack(first.rows, across, -1), _stack(below, second.rows, -1), -2),
         (first, across, second),
         None,
-        jnp.maximum(first.condition, second.condition),
-        first.solved + second.solved + solved,
+        zero,
+        first.squares + second.squares + squares,
     )
 
 
 def _solve(factor: _Factor, right: Symbols) -> tuple[Symbols, Array]:
-    """R⁻ᴴ B by substitution from leaf to leaf, and Σ ||P_k||² of what their inverses were applied to."""
+    """R⁻ᴴ B by substitution from leaf to leaf, and the sum of `squares` over the leaves."""
     if factor.inverse is not None:
-        return _adjoint_product(factor.inverse, right), jnp.sum(right.modulus**2)
+        squares = factor.condition * jnp.sum(right.modulus**2)
+        return _adjoint_product(factor.inverse, right), squares
     first, across, second = factor.halves
     h = across.re.shape[0]
     top, above = _solve(first, right.cut(slice(h)))
