@@ -22,11 +22,11 @@ RTOL = {jnp.float32: 1e-5, jnp.float64: 1e-9}
 
 
 def literal(kernel, shape):
-    """max_f σ_max(Â(f))², float64: the padded transform; taps beyond the grid wrap around."""
+    """max_f σ_max(Â(f))², float64: half of the padded transform; taps beyond the grid wrap around."""
     torus = np.zeros((*shape, *kernel.shape[2:]))
     for row, column in np.ndindex(*kernel.shape[:2]):
         torus[row % shape[0], column % shape[1]] += np.asarray(kernel[row, column], np.float64)
-    a_hat = np.fft.fft2(torus, axes=(0, 1))
+    a_hat = np.fft.rfft2(torus, axes=(0, 1))
     return np.linalg.svd(a_hat, compute_uv=False).max() ** 2
 
 
