@@ -1,4 +1,4 @@
-r"""The constants by their formulas: transform the padded kernel, decompose every block."""
+r"""The constants by their formulas: every block, and the decomposition of each."""
 
 import functools
 import math
@@ -6,16 +6,25 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from stochsolvers import _linalg
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
-from stochsolvers.lipschitz._taps import Grid, check_grid, compute_dtype, half_spectrum, torus
+from stochsolvers.lipschitz._taps import (
+    Grid,
+    check_grid,
+    compute_dtype,
+    half_spectrum,
+    taps_and_phases,
+    torus,
+)
 
 
 def lipschitz_formula(linear_map: LinearMap, grid: Grid) -> Array:
     """max_f λ_max(Â(f) Â(f)ᴴ) from the eigenvalues of every block."""
     blocks = _symbol(linear_map, grid)
-    return jnp.maximum(jnp.max(jnp.linalg.eigvalsh(_smaller_gram(blocks))), 0.0)
+    return jnp.maximum(jnp.max(_linalg.eigvalsh(_smaller_gram(blocks))), 0.0)
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -27,13 +36,13 @@ def feature_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") 
     References:
       Bibi et al. 2019, section 5.
     """
-    blocks = _symbol(linear_map, grid)  # (frequencies, groups, outputs, aliases, inputs)
+    blocks = _blocks(linear_map, grid)
     columns = jnp.moveaxis(blocks, -1, -3)  # (frequencies, groups, inputs, outputs, aliases)
     if columns.shape[-1] == 1:
         squared = jnp.sum(jnp.abs(columns) ** 2, axis=(-2, -1))
     else:
         gram = jnp.einsum("...oa,...ob->...ab", columns.conj(), columns, precision="highest")
-        squared = jnp.linalg.eigvalsh(gram)[..., -1]
+        squared = _linalg.eigvalsh(gram)[..., -1]
     norms = jnp.max(squared, axis=0).reshape(-1)
     return linear_map.in_features * norms
 
@@ -44,7 +53,7 @@ def output_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -
 
     They are the coordinate constants of F, which the step sizes of `nsync` need.
     """
-    blocks = _symbol(linear_map, grid)
+    blocks = _blocks(linear_map, grid)
     return jnp.max(jnp.sum(jnp.abs(blocks) ** 2, axis=(-2, -1)), axis=0).reshape(-1)
 
 
@@ -62,14 +71,24 @@ def strong_convexity(linear_map: LinearMap) -> Array:
         )
         if linear_map.padding != "CIRCULAR" or not divides:
             return jnp.zeros((), dtype)
-    blocks = _symbol(linear_map, "layer")
+    blocks = _blocks(linear_map, "layer")
     blocks = blocks.reshape(*blocks.shape[:-2], -1)
     if blocks.shape[-2] > blocks.shape[-1]:
         return jnp.zeros((), dtype)
     gram = jnp.matmul(blocks, blocks.conj().swapaxes(-1, -2), precision="highest")
-    eigenvalues = jnp.linalg.eigvalsh(gram)
+    eigenvalues = _linalg.eigvalsh(gram)
     slack = 8 * blocks.shape[-1] * jnp.finfo(dtype).eps * jnp.max(eigenvalues)
     return jnp.maximum(jnp.min(eigenvalues) - slack, 0.0)
+
+
+def _blocks(linear_map: LinearMap, grid: Grid) -> Array:
+    """Blocks for half of the frequencies, from the taps: (frequencies, groups, outputs, aliases, inputs)."""
+    taps, phases = taps_and_phases(linear_map, grid)
+    re, im = (
+        jnp.einsum("fat,gtio->fgoai", jnp.asarray(part, taps.dtype), taps, precision="highest")
+        for part in (phases.cosines, phases.sines)
+    )
+    return re if phases.num_real == len(phases.cosines) else lax.complex(re, im)
 
 
 def _smaller_gram(blocks: Array) -> Array:
@@ -97,7 +116,7 @@ def singular_values(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
       Sedghi et al. 2019, The singular values of convolutional layers.
     """
     blocks = _symbol(linear_map, grid)
-    values = jnp.linalg.svd(blocks.reshape(*blocks.shape[:-2], -1), compute_uv=False)
+    values = _linalg.singular_values(blocks.reshape(*blocks.shape[:-2], -1))
     if isinstance(linear_map, Conv):
         shape, strides = torus(linear_map, grid)
         rows, columns = (n // s for n, s in zip(shape, strides, strict=True))

@@ -41,16 +41,6 @@ def perron(matrix: Array) -> Array:
     return 1.05 * jnp.max(step(x) / x, axis=-1)
 
 
-def largest_eigenvalues(grams: Array) -> Array:
-    """λ_max of Hermitian matrices (..., n, n), one after another.
-
-    Two batches of eigenvalues at once, of two layers in one program, can lock up the threads of jaxlib 0.10.
-    """
-    n = grams.shape[-1]
-    values = lax.map(lambda gram: jnp.linalg.eigvalsh(gram)[-1], grams.reshape(-1, n, n))
-    return values.reshape(grams.shape[:-2])
-
-
 def lanczos(apply: Callable[[Array], Array], start: Array, num_steps: int) -> tuple[Array, Array]:
     r"""The top Ritz pair (θ, v) of a Hermitian map G ⪰ 0 in a Krylov space, θ = vᴴGv ≤ λ_max(G), ||v|| = 1.
 
