@@ -174,6 +174,7 @@ class Conv:
     def adjoint(self, z: Array) -> Array:
         """A*(z), the transposed convolution, shape (..., H', W', n2) to (..., H, W, n1)."""
         _checks.trailing("argument of Conv.adjoint", z, self.out_shape)
+        z = z.astype(jnp.promote_types(z.dtype, self.kernel.dtype))
         batch = z.shape[:-3]
         return self._transposed(z.reshape(-1, *self.out_shape)).reshape(*batch, *self.in_shape)
 
@@ -208,14 +209,54 @@ class Conv:
         return self._correlate(x, self.kernel, self.pads, self.out_shape[0], strides=self.strides)
 
     def _transposed(self, z: Array) -> Array:
-        """A correlation with the flipped kernel; behind strides, what XLA transposes itself."""
-        if self.strides != (1, 1):
-            z = z.astype(jnp.promote_types(z.dtype, self.kernel.dtype))
-            template = jax.ShapeDtypeStruct((z.shape[0], *self.in_shape), z.dtype)
-            return jax.linear_transpose(self._forward, template)(z)[0]
-        reach = zip(self.pads, self.dilated_kernel_shape, strict=True)
-        pads = tuple((k - 1 - low, k - 1 - high) for (low, high), k in reach)
-        return self._correlate(z, self._flipped_kernel(), pads, self.spatial_shape[0])
+        """A correlation with the flipped kernel; behind strides, of the kernel's phases.
+
+        XLA's own transpose of strides is as fast on CPU, and its derivative thirty times slower.
+        """
+        template = jax.ShapeDtypeStruct((z.shape[0], *self.in_shape), z.dtype)
+        if self.strides == (1, 1):
+            reach = zip(self.pads, self.dilated_kernel_shape, strict=True)
+            pads = tuple((k - 1 - low, k - 1 - high) for (low, high), k in reach)
+            return self._correlate(z, self._flipped_kernel(), pads, self.spatial_shape[0])
+        if self.kernel_dilation == (1, 1):
+            x = self._on_phases()._transposed(z)
+            return jax.linear_transpose(self._phases, template)(x)[0]
+        return jax.linear_transpose(self._forward, template)(z)[0]
+
+    def _phases(self, x: Array) -> Array:
+        """The padded input in blocks of one stride, (B, rows, columns, groups · sh · sw · n1 / groups)."""
+        groups, padded = self.feature_group_count, []
+        if self.padding == "CIRCULAR":
+            x = jnp.pad(x, ((0, 0), *self.pads, (0, 0)), mode="wrap")
+        sizes = zip(x.shape[1:3], self.pads, self._phase_counts, self.strides, strict=True)
+        for size, (low, _), (count, _), stride in sizes:
+            low = 0 if self.padding == "CIRCULAR" else low
+            padded.append((low, count * stride - size - low, 0))
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padded, (0, 0, 0)])
+        (rows, _), (columns, _), (sh, sw) = *self._phase_counts, self.strides
+        x = x.reshape(-1, rows, sh, columns, sw, groups, self.kernel.shape[2])
+        return x.transpose(0, 1, 3, 5, 2, 4, 6).reshape(
+            -1, rows, columns, sh * sw * self.in_features
+        )
+
+    def _on_phases(self) -> "Conv":
+        """The map of unit stride from `_phases` to the outputs."""
+        (rows, kh), (columns, kw), (sh, sw) = *self._phase_counts, self.strides
+        full = [(0, kh * sh - self.kernel.shape[0]), (0, kw * sw - self.kernel.shape[1])]
+        kernel = jnp.pad(self.kernel, [*full, (0, 0), (0, 0)])
+        kernel = kernel.reshape(kh, sh, kw, sw, *self.kernel.shape[2:]).transpose(0, 2, 1, 3, 4, 5)
+        return Conv(
+            kernel.reshape(kh, kw, -1, self.out_features),
+            (rows, columns),
+            padding="VALID",
+            feature_group_count=self.feature_group_count,
+        )
+
+    @property
+    def _phase_counts(self) -> tuple[tuple[int, int], ...]:
+        """Blocks of one stride that the input fills, and that a filter fills, for each axis."""
+        taps = (-(-k // s) for k, s in zip(self.kernel.shape[:2], self.strides, strict=True))
+        return tuple((n + k - 1, k) for n, k in zip(self.out_shape[:2], taps, strict=True))
 
     def _correlate(
         self,
@@ -228,12 +269,20 @@ class Conv:
     ) -> Array:
         """Windows of a batch, padded with zeros or, if CIRCULAR, with the opposite border.
 
-        A circular convolution computes one row too many, from a row of zeros: XLA's CPU backend is up
-        to three times slower at convolutions that pad nothing.
+        XLA's CPU backend is slow at convolutions that pad nothing, and at derivatives of those that
+        pad more than half a filter. What is more is padded first; where nothing is left to pad, one
+        row too many is computed, from a row of zeros.
         """
         dtype = jnp.promote_types(x.dtype, kernel.dtype)
+        wide = any(2 * max(pair) > k for pair, k in zip(pads, kernel.shape, strict=False))
         if self.padding == "CIRCULAR":
             x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="wrap")
+            pads = ((0, 0), (0, 0))
+        elif wide:  # the other pads may be negative
+            around = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
+            x = lax.pad(x, jnp.zeros((), x.dtype), around)
+            pads = ((0, 0), (0, 0))
+        if max(kernel.shape[:2]) > 1 and not any(map(any, pads)):
             pads = ((0, 1), (0, 0))
         y = lax.conv_general_dilated(
             x.astype(dtype),
