@@ -1,5 +1,9 @@
 """Reports on whole networks, against dense matrices in numpy and certificates layer by layer."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -334,3 +338,19 @@ def test_lenet_report_and_chart(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match="needs matplotlib: pip install"):
         report.plot()
+
+
+SEVERAL_LAYERS = """
+from flax import nnx
+import stochsolvers as ss
+from experiments.networks import BlockConfig, LeNet, LeNetConfig
+model = LeNet(LeNetConfig(block=BlockConfig("prox-sg")), rngs=nnx.Rngs(0, dropout=1))
+for _ in range(10):
+    ss.lipschitz_report(model, (1, 32, 32, 3))
+"""
+
+
+def test_layers_of_one_report_do_not_wait_for_each_others_threads():
+    # with XLA's threads on, which conftest turns off
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_X64": "0"}
+    subprocess.run([sys.executable, "-c", SEVERAL_LAYERS], env=environment, check=True, timeout=240)
