@@ -18,35 +18,32 @@ from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solution, Solver
 
 
-def conv_map(
-    kernel: Array,
-    spatial_shape: tuple[int, int],
-    *,
-    strides: Any,
-    padding: Any,
-    kernel_dilation: Any,
-    input_dilation: Any,
-    feature_group_count: int,
-    mask: Array | None,
-) -> Conv:
-    """A `Conv` from the options of a Flax convolution, or an error for those it has no equal for."""
+def conv_map(layer: Any, kernel: Array, spatial_shape: tuple[int, ...]) -> Conv:
+    """A `Conv` with the options of a Flax convolution, for inputs of (H, W) pixels.
+
+    Raises:
+      ValueError: for options that it has no equal for.
+    """
     if kernel.ndim != 4:
         _checks.fail("kernel of a solver convolution", "4 axes (two spatial)", kernel.shape)
-    if tuple(np.broadcast_to(1 if input_dilation is None else input_dilation, (2,))) != (1, 1):
+    input_dilation = 1 if layer.input_dilation is None else layer.input_dilation
+    if tuple(np.broadcast_to(input_dilation, (2,))) != (1, 1):
         _checks.fail("input_dilation of a solver convolution", "1", input_dilation)
-    if mask is not None:
-        _checks.fail("mask of a solver convolution", "None", f"an array of shape {mask.shape}")
+    if layer.mask is not None:
+        got = f"an array of shape {layer.mask.shape}"
+        _checks.fail("mask of a solver convolution", "None", got)
+    padding = layer.padding
     if isinstance(padding, int):
         padding = ((padding, padding),) * 2
     elif not isinstance(padding, str):
         padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
     return Conv(
         kernel,
-        spatial_shape,
-        strides=_checks.pair_of_counts("strides", strides or 1),
+        cast(tuple[int, int], spatial_shape),
+        strides=_checks.pair_of_counts("strides", layer.strides or 1),
         padding=cast(Padding, padding),
-        kernel_dilation=_checks.pair_of_counts("kernel_dilation", kernel_dilation or 1),
-        feature_group_count=feature_group_count,
+        kernel_dilation=_checks.pair_of_counts("kernel_dilation", layer.kernel_dilation or 1),
+        feature_group_count=layer.feature_group_count,
     )
 
 

@@ -165,13 +165,4 @@ def linear_map_of(layer: nn.Dense | nn.Conv, kernel: Array, shape: tuple[int, ..
     """The linear map A of a Flax layer with this kernel, for inputs of this shape."""
     if isinstance(layer, nn.Dense):
         return Dense(kernel)
-    return _layers.conv_map(
-        kernel,
-        (shape[-3], shape[-2]),
-        strides=layer.strides,
-        padding=layer.padding,
-        kernel_dilation=layer.kernel_dilation,
-        input_dilation=layer.input_dilation,
-        feature_group_count=layer.feature_group_count,
-        mask=layer.mask,
-    )
+    return _layers.conv_map(layer, kernel, shape[-3:-1])

@@ -133,13 +133,4 @@ def linear_map_of(layer: nnx.Linear | nnx.Conv, inputs_shape: tuple[int, ...]) -
     """The linear map A of a Flax layer, for inputs of this shape."""
     if isinstance(layer, nnx.Linear):
         return Dense(layer.kernel[...])
-    return _layers.conv_map(
-        layer.kernel[...],
-        (inputs_shape[-3], inputs_shape[-2]),
-        strides=layer.strides,
-        padding=layer.padding,
-        kernel_dilation=layer.kernel_dilation,
-        input_dilation=layer.input_dilation,
-        feature_group_count=layer.feature_group_count,
-        mask=layer.mask,
-    )
+    return _layers.conv_map(layer, layer.kernel[...], inputs_shape[-3:-1])

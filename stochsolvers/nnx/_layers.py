@@ -283,7 +283,7 @@ class SolverConv(SolverLayer, nnx.Conv):
     def _lipschitz_constant(self) -> Array | None:
         if self.spatial_shape is None:
             return None
-        conv = self._conv(self.kernel[...], self.spatial_shape)
+        conv = _layers.conv_map(self, self.kernel[...], self.spatial_shape)
         return _layers.step_constant(self.solver, conv, self.ridge)
 
     def _linear_map(self, kernel: Array, inputs: Array) -> Conv:
@@ -291,19 +291,7 @@ class SolverConv(SolverLayer, nnx.Conv):
             _checks.fail("shape of SolverConv's inputs", "(..., H, W, features)", inputs.shape)
         if self.spatial_shape not in (None, inputs.shape[-3:-1]):
             _checks.fail("spatial shape of the inputs", self.spatial_shape, inputs.shape[-3:-1])
-        return self._conv(kernel, (inputs.shape[-3], inputs.shape[-2]))
-
-    def _conv(self, kernel: Array, spatial_shape: tuple[int, int]) -> Conv:
-        return _layers.conv_map(
-            kernel,
-            spatial_shape,
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
-            input_dilation=self.input_dilation,
-            feature_group_count=self.feature_group_count,
-            mask=self.mask,
-        )
+        return _layers.conv_map(self, kernel, inputs.shape[-3:-1])
 
 
 def refresh_lipschitz(model: nnx.Module) -> None:
