@@ -103,11 +103,17 @@ class Checkpoints:
         try:
             items = ocp.args.Composite(record=ocp.args.JsonRestore())
             record = self._manager.restore(step, args=items)["record"]
+        except Exception as error:
+            raise _unreadable(folder, _reason(error)) from error
+        try:
             identity, progress = record["identity"], record["progress"]
             lists = {key: tuple(progress[key]) for key in ("metrics", "history")}
             progress = Progress(**progress | lists)
-        except Exception as error:
-            raise _unreadable(folder, _reason(error)) from error
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder}: the checkpoint has another layout than this revision writes "
+                f"({_reason(error)}). It is left as it is; train into another folder."
+            ) from error
         differences = differing(identity, self.identity)
         if differences:
             raise CheckpointError(f"{folder}: belongs to another run: {differences}")

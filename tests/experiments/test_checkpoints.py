@@ -155,6 +155,19 @@ def test_corrupt_checkpoints_are_refused_and_left(uninterrupted, folder, damage)
     assert_same(toys.train(folder), uninterrupted)
 
 
+def test_a_checkpoint_of_another_layout_is_refused_and_left(folder):
+    (record,) = (
+        path
+        for path in (folder / str(3 * toys.STEPS) / "record").iterdir()
+        if "success" not in path.name
+    )
+    record.write_text(record.read_text().replace('"metrics"', '"losses"'))
+    before = contents(folder)
+    with pytest.raises(checkpoints.CheckpointError, match="another layout than this revision"):
+        toys.train(folder)
+    assert contents(folder) == before
+
+
 @pytest.mark.parametrize(
     ("changes", "tau", "message"),
     [
