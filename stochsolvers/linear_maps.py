@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stochsolvers import _checks
+from stochsolvers import _checks, _convolution
 from stochsolvers._typing import Array, static_field, value_object
 
 Padding: TypeAlias = Literal["SAME", "VALID", "CIRCULAR"] | Sequence[tuple[int, int]]
-_DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
 @value_object
@@ -206,18 +205,16 @@ class Conv:
         return full.reshape(kh, kw, groups * n_in, n2)
 
     def _forward(self, x: Array) -> Array:
-        return self._correlate(x, self.kernel, self.pads, self.out_shape[0], strides=self.strides)
+        return self._correlate(x, self.kernel, self.pads, strides=self.strides)
 
     def _transposed(self, z: Array) -> Array:
-        """A correlation with the flipped kernel; behind strides, of the kernel's phases.
-
-        XLA's own transpose of strides is as fast on CPU, and its derivative thirty times slower.
-        """
+        """A correlation with the flipped kernel; behind strides, of the kernel's phases."""
         template = jax.ShapeDtypeStruct((z.shape[0], *self.in_shape), z.dtype)
         if self.strides == (1, 1):
             reach = zip(self.pads, self.dilated_kernel_shape, strict=True)
-            pads = tuple((k - 1 - low, k - 1 - high) for (low, high), k in reach)
-            return self._correlate(z, self._flipped_kernel(), pads, self.spatial_shape[0])
+            rows, columns = ((k - 1 - low, k - 1 - high) for (low, high), k in reach)
+            kernel = _convolution.flipped(self.kernel, self.feature_group_count)
+            return self._correlate(z, kernel, (rows, columns))
         if self.kernel_dilation == (1, 1):
             x = self._on_phases()._transposed(z)
             return jax.linear_transpose(self._phases, template)(x)[0]
@@ -259,53 +256,20 @@ class Conv:
         return tuple((n + k - 1, k) for n, k in zip(self.out_shape[:2], taps, strict=True))
 
     def _correlate(
-        self,
-        x: Array,
-        kernel: Array,
-        pads: tuple[tuple[int, int], ...],
-        rows: int,
-        *,
-        strides: tuple[int, int] = (1, 1),
+        self, x: Array, kernel: Array, pads: _convolution.Pads, *, strides: tuple[int, int] = (1, 1)
     ) -> Array:
-        """Windows of a batch, padded with zeros or, if CIRCULAR, with the opposite border.
-
-        XLA's CPU backend is slow at convolutions that pad nothing, and at derivatives of those that
-        pad more than half a filter. What is more is padded first; where nothing is left to pad, one
-        row too many is computed, from a row of zeros.
-        """
-        dtype = jnp.promote_types(x.dtype, kernel.dtype)
-        wide = any(2 * max(pair) > k for pair, k in zip(pads, kernel.shape, strict=False))
+        """Windows of a batch, padded with zeros or, if CIRCULAR, with the opposite border."""
         if self.padding == "CIRCULAR":
             x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="wrap")
             pads = ((0, 0), (0, 0))
-        elif wide:  # the other pads may be negative
-            around = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
-            x = lax.pad(x, jnp.zeros((), x.dtype), around)
-            pads = ((0, 0), (0, 0))
-        if max(kernel.shape[:2]) > 1 and not any(map(any, pads)):
-            pads = ((0, 1), (0, 0))
-        y = lax.conv_general_dilated(
-            x.astype(dtype),
-            kernel.astype(dtype),
-            strides,
+        return _convolution.correlate(
+            x,
+            kernel,
             pads,
-            rhs_dilation=self.kernel_dilation,
-            dimension_numbers=_DIMENSION_NUMBERS,
-            feature_group_count=self.feature_group_count,
+            strides=strides,
+            dilation=self.kernel_dilation,
+            groups=self.feature_group_count,
         )
-        return y[:, :rows]
-
-    def _flipped_kernel(self) -> Array:
-        """The kernel (kh, kw, n2 / groups, n1) of the adjoint.
-
-        The barrier keeps XLA from folding the flip into the convolution's window, a form for which
-        its CPU backend has no fast routine.
-        """
-        groups, n2 = self.feature_group_count, self.out_features
-        kh, kw, n_in, _ = self.kernel.shape
-        blocks = self.kernel[::-1, ::-1].reshape(kh, kw, n_in, groups, n2 // groups)
-        flipped = blocks.transpose(0, 1, 4, 3, 2).reshape(kh, kw, n2 // groups, groups * n_in)
-        return lax.optimization_barrier(flipped)
 
 
 LinearMap: TypeAlias = Dense | Conv

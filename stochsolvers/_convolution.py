@@ -1,0 +1,145 @@
+r"""Correlations with derivatives that XLA's CPU backend computes fast, inside loops too.
+
+The backend has one fast routine, for images (batch, rows, columns, features) and kernels (rows, columns,
+features, outputs). Outside loops it rewrites the transposed convolutions that JAX derives into
+that form; in the body of a loop it does not, and they take ten to forty times as long. Here
+
+    y = K ⋆ x,   x̄ = (flipped K)ᵀ ⋆ ȳ,   K̄ = ȳᵀ ⋆ xᵀ,
+
+are all written in that form. In the last the examples are the features. On other backends these are
+JAX's own derivatives.
+"""
+
+import functools
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from stochsolvers._typing import Array
+
+Pair: TypeAlias = tuple[int, int]
+Pads: TypeAlias = tuple[Pair, ...]
+_DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+def correlate(
+    x: Array,
+    kernel: Array,
+    pads: Pads,
+    *,
+    strides: Pair = (1, 1),
+    base: Pair = (1, 1),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> Array:
+    """Σ_{a, b, i} kernel[a, b, i, j] x̃[s p + d a, s q + d b, i] of a batch, x̃ padded with zeros.
+
+    Args:
+      x: shape (B, H, W, n1).
+      kernel: shape (kh, kw, n1 / groups, n2).
+      pads: (low, high) for rows and columns; negative ones cut off.
+      strides: s.
+      base: distance of the pixels of x in x̃, zeros between them.
+      dilation: d.
+      groups: of features.
+    """
+    dtype = jnp.promote_types(x.dtype, kernel.dtype)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    geometry = _Geometry(pads, strides, base, dilation, groups)
+    return (_correlate if jax.default_backend() == "cpu" else _lax)(x, kernel, geometry)
+
+
+class _Geometry(NamedTuple):
+    pads: Pads
+    strides: Pair
+    base: Pair
+    dilation: Pair
+    groups: int
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _correlate(x: Array, kernel: Array, geometry: _Geometry) -> Array:
+    return _fast(x, kernel, geometry)
+
+
+def _tangent(geometry: _Geometry, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """The derivatives as transposes of the transposes, so that reverse mode runs the latter."""
+    x, kernel = primals
+    (pads, strides, base, dilation, groups), axes = geometry, range(2)
+    y = _correlate(x, kernel, geometry)
+    starts = [low for low, _ in pads]
+    reach = [dilation[i] * (kernel.shape[i] - 1) for i in axes]
+    beyond = [
+        strides[i] * (y.shape[1 + i] - 1) - base[i] * (x.shape[1 + i] - 1) - starts[i] for i in axes
+    ]
+
+    def gradient_of_x(y: Array) -> Array:
+        around = tuple((reach[i] - starts[i], -beyond[i]) for i in axes)
+        return _fast(y, flipped(kernel, groups), _Geometry(around, base, strides, dilation, groups))
+
+    def gradient_of_kernel(y: Array) -> Array:
+        around = tuple((starts[i], reach[i] + beyond[i]) for i in axes)
+        features = x.reshape(*x.shape[:3], groups, -1).transpose(4, 1, 2, 3, 0)
+        features = lax.optimization_barrier(features.reshape(*features.shape[:3], -1))
+        windows = lax.optimization_barrier(y.transpose(1, 2, 0, 3))
+        products = _fast(features, windows, _Geometry(around, dilation, base, strides, groups))
+        return lax.optimization_barrier(products).transpose(1, 2, 0, 3)
+
+    directions = zip((gradient_of_x, gradient_of_kernel), tangents, strict=True)
+    parts = [
+        jax.linear_transpose(gradient, y)(direction)[0]
+        for gradient, direction in directions
+        if not isinstance(direction, SymbolicZero)
+    ]
+    return y, functools.reduce(jnp.add, parts)
+
+
+_correlate.defjvp(_tangent, symbolic_zeros=True)
+
+
+def flipped(kernel: Array, groups: int) -> Array:
+    """The kernel (kh, kw, n2 / groups, n1) of the adjoint.
+
+    The barrier keeps XLA from folding the flip into the convolution's window.
+    """
+    kh, kw, n_in, n2 = kernel.shape
+    blocks = kernel[::-1, ::-1].reshape(kh, kw, n_in, groups, n2 // groups)
+    turned = blocks.transpose(0, 1, 4, 3, 2).reshape(kh, kw, n2 // groups, groups * n_in)
+    return lax.optimization_barrier(turned)
+
+
+def _fast(x: Array, kernel: Array, geometry: _Geometry) -> Array:
+    """`_lax` without the cases that XLA's CPU backend is slow at.
+
+    An odd number of features gets one more, of zeros; an image smaller than the filter is padded
+    first; and where nothing is left to pad, one row too many is computed, from a row of zeros.
+    """
+    pads, strides, base, dilation, groups = geometry
+    if groups == 1 and x.shape[-1] > 1 and x.shape[-1] % 2:
+        x = jnp.pad(x, ((0, 0),) * 3 + ((0, 1),))
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    sizes = zip(x.shape[1:3], base, kernel.shape[:2], dilation, strict=False)
+    if any(b * (n - 1) < d * (k - 1) for n, b, k, d in sizes):
+        around = [(low, high, b - 1) for (low, high), b in zip(pads, base, strict=True)]
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
+        x, pads, base = lax.optimization_barrier(x), ((0, 0), (0, 0)), (1, 1)
+    rows = None
+    if max(kernel.shape[:2]) > 1 and not any(map(any, pads)):
+        pads, rows = ((0, strides[0]), (0, 0)), -1
+    return _lax(x, kernel, _Geometry(pads, strides, base, dilation, groups))[:, :rows]
+
+
+def _lax(x: Array, kernel: Array, geometry: _Geometry) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        geometry.strides,
+        geometry.pads,
+        lhs_dilation=geometry.base,
+        rhs_dilation=geometry.dilation,
+        dimension_numbers=_DIMENSION_NUMBERS,
+        feature_group_count=geometry.groups,
+    )

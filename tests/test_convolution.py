@@ -1,0 +1,119 @@
+"""Our rule for a convolution's derivatives, against JAX's own of the same convolution."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stochsolvers as ss
+from stochsolvers import _convolution
+
+CASES = {
+    "same": {"pads": ((1, 1), (1, 1))},
+    "odd features": {"inputs": 3, "pads": ((1, 1), (1, 1))},
+    "nothing padded": {"pads": ((0, 0), (0, 0))},
+    "one pixel per filter": {"shape": (1, 1), "pads": ((0, 0), (0, 0))},
+    "negative": {"pads": ((-1, 2), (0, -1))},
+    "wide": {"pads": ((5, 4), (3, 6))},
+    "small image": {"size": (2, 3), "shape": (4, 5), "pads": ((3, 2), (2, 4))},
+    "strides": {"size": (8, 9), "pads": ((1, 2), (1, 0)), "strides": (2, 3)},
+    "base": {"pads": ((1, 2), (2, 0)), "base": (2, 3)},
+    "dilation": {"size": (8, 9), "pads": ((2, 1), (0, 3)), "dilation": (2, 2)},
+    "groups": {"inputs": 6, "pads": ((1, 1), (1, 1)), "groups": 2},
+    "everything": {
+        "size": (5, 6),
+        "pads": ((3, 2), (1, 4)),
+        "strides": (3, 2),
+        "base": (2, 1),
+        "dilation": (1, 2),
+        "groups": 2,
+        "inputs": 6,
+    },
+}
+
+
+def problem(seed, *, size=(6, 5), shape=(3, 2), inputs=4, groups=1, **geometry):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(3, *size, inputs)))
+    kernel = jnp.asarray(rng.normal(size=(*shape, inputs // groups, 4)))
+
+    def ours(x, kernel):
+        return jnp.sin(_convolution.correlate(x, kernel, groups=groups, **geometry)).sum()
+
+    def theirs(x, kernel):
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            geometry.get("strides", (1, 1)),
+            geometry["pads"],
+            lhs_dilation=geometry.get("base"),
+            rhs_dilation=geometry.get("dilation"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+        return jnp.sin(y).sum()
+
+    return ours, theirs, (x, kernel)
+
+
+def agree(ours, theirs, *operands):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10),
+        jax.jit(ours)(*operands),
+        jax.jit(theirs)(*operands),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_jax(case):
+    ours, theirs, operands = problem(0, **CASES[case])
+    agree(jax.value_and_grad(ours, (0, 1)), jax.value_and_grad(theirs, (0, 1)), *operands)
+
+
+@pytest.mark.parametrize("argument", [0, 1])
+def test_gradient_of_one_argument(argument):
+    ours, theirs, operands = problem(1, **CASES["strides"])
+    agree(jax.grad(ours, argument), jax.grad(theirs, argument), *operands)
+
+
+@pytest.mark.parametrize("case", ["same", "everything"])
+def test_forward_and_second_derivatives_and_batches(case):
+    ours, theirs, operands = problem(2, **CASES[case])
+    directions = tuple(jnp.cos(operand) for operand in operands)
+
+    def products(f):
+        def gradient(*operands):
+            return jax.grad(f, (0, 1))(*operands)
+
+        def all_of(*operands):
+            forward = jax.jvp(f, operands, directions)[1]
+            hessian = jax.jvp(gradient, operands, directions)[1]
+            reverse = jax.vjp(gradient, *operands)[1](directions)
+            stacks = [jnp.stack([operand, 2 * operand]) for operand in operands]
+            images = jax.vmap(gradient, (0, None))(stacks[0], operands[1])
+            kernels = jax.vmap(gradient, (None, 0))(operands[0], stacks[1])
+            return forward, hessian, reverse, images, kernels
+
+        return all_of
+
+    agree(products(ours), products(theirs), *operands)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a form for XLA's CPU backend")
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_a_solver_is_differentiated_in_the_form_that_has_a_fast_routine(strides):
+    x = jnp.ones((2, 8, 8, 3), jnp.float32)
+
+    def loss(kernel, x):
+        conv = ss.Conv(kernel, (8, 8), strides=strides)
+        problem = ss.LayerProblem(conv, x)
+        return ss.prox_gd(problem, step_size=0.1, num_iters=5, form="literal").value.sum()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(jnp.ones((3, 3, 3, 4), jnp.float32), x)
+    convolutions = re.findall(r" convolution\(.*", compiled.compile().as_text())
+    assert len(convolutions) >= 4
+    for text in convolutions:
+        assert "dim_labels=b01f_01io->b01f" in text
+        assert "rhs_reversal" not in text
