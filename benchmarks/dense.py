@@ -5,7 +5,7 @@ python -m benchmarks.dense
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -70,13 +70,6 @@ def in_jaxopt(
     return solver.run(z0, None, kernel, bias, inputs).params
 
 
-def value_and_gradient(layer: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Value and gradient, with respect to all arrays, of a sum of squares of the output."""
-    return jax.jit(
-        jax.value_and_grad(lambda *args: 0.5 * jnp.sum(layer(*args) ** 2), argnums=(0, 1, 2))
-    )
-
-
 def flops(n1: int, n2: int, batch: int, num_iters: int) -> tuple[float, float]:
     """Operations, in units of one plain layer, of a forward pass and of one with its gradient.
 
@@ -101,7 +94,7 @@ def _against_plain(size: tuple[int, int, int], rounds: int) -> Iterator[Figure]:
     layers = {k: functools.partial(solved, step, k) for k in FORWARD}
     for kind, wrap, goals in (
         ("forward", jax.jit, FORWARD),
-        ("value and gradient", value_and_gradient, BACKWARD),
+        ("value and gradient", measure.value_and_gradient, BACKWARD),
     ):
         calls = {"plain": wrap(plain), **{str(k): wrap(layer) for k, layer in layers.items()}}
         times = measure.interleaved(
@@ -121,8 +114,8 @@ def _against_plain(size: tuple[int, int, int], rounds: int) -> Iterator[Figure]:
 def _against_jaxopt(sizes: Sequence[Any], rounds: int) -> Iterator[Figure]:
     for size, bound in sizes:
         args, step = arrays(*size)
-        ours = value_and_gradient(functools.partial(solved, step, PEER_ITERATIONS))
-        theirs = value_and_gradient(functools.partial(in_jaxopt, step, PEER_ITERATIONS))
+        ours = measure.value_and_gradient(functools.partial(solved, step, PEER_ITERATIONS))
+        theirs = measure.value_and_gradient(functools.partial(in_jaxopt, step, PEER_ITERATIONS))
         (value, gradient), (other, other_gradient) = ours(*args), theirs(*args)
         np.testing.assert_allclose(value, other, rtol=1e-4)
         for ours_part, theirs_part in zip(gradient, other_gradient, strict=True):

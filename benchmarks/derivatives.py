@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import stochsolvers as ss
 from benchmarks import measure
-from benchmarks.dense import arrays, value_and_gradient
+from benchmarks.dense import arrays
 from benchmarks.record import Figure, Goal, Options, main
 
 SIZE, ITERATIONS, RIDGE = (512, 512, 128), 100, 0.1
@@ -41,11 +41,11 @@ def benchmark(options: Options) -> Sequence[Figure]:
         return ss.prox_gd(problem, step_size=step_size, **settings).value
 
     calls = {
-        name: value_and_gradient(functools.partial(solved, settings))
+        name: measure.value_and_gradient(functools.partial(solved, settings))
         for name, settings in KINDS.items()
     }
     at_optimum = {"num_iters": 50 * ITERATIONS, "derivative": ss.Implicit(1e-7)}
-    _, exact = value_and_gradient(functools.partial(solved, at_optimum))(*args)
+    _, exact = measure.value_and_gradient(functools.partial(solved, at_optimum))(*args)
     forward = jax.jit(functools.partial(solved, {}))
     times = measure.interleaved(
         {name: functools.partial(call, *args) for name, call in calls.items()}

@@ -84,3 +84,14 @@ def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
     analysis = jax.jit(function).lower(*args).compile().memory_analysis()
     assert analysis is not None
     return int(analysis.temp_size_in_bytes)
+
+
+def value_and_gradient(layer: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Value and gradient, with respect to all arguments, of half the output's sum of squares."""
+
+    @jax.jit
+    def both(*args: jax.Array) -> Any:
+        every = tuple(range(len(args)))
+        return jax.value_and_grad(lambda *args: 0.5 * jnp.sum(layer(*args) ** 2), every)(*args)
+
+    return both
