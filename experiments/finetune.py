@@ -27,7 +27,6 @@ from experiments import (
     curves,
     data,
     evaluation,
-    networks,
     parallel,
     report,
     results,
@@ -204,7 +203,7 @@ def _run_study(
             _say(f"{name}, seed {seed}: {accuracy} % in {trained.seconds:.0f} s")
         return trained.model
 
-    baseline = network(first, networks.compiled(study.build), options.train_config(seed))
+    baseline = network(first, study.build, options.train_config(seed))
     for arm in arms:
         if not stored.final(arm=arm.name, **about):
             network(arm, swapped(baseline, arm), options.finetune_config(seed))

@@ -175,7 +175,7 @@ def _train_and_test(
     names = {seed: (variant, block.method, seed) for seed in datasets}
     boards = {seed: stored.board(*names[seed]) for seed in datasets}
     trained = training.train_together(
-        networks.compiled(lambda rngs: LeNet(network, rngs=rngs)),
+        lambda rngs: LeNet(network, rngs=rngs),
         datasets,
         config.train_config(config.seeds[0]),
         label=_name(network),

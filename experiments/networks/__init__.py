@@ -15,7 +15,6 @@ from experiments.networks.blocks import DropoutSolver as DropoutSolver
 from experiments.networks.blocks import HiddenLayer as HiddenLayer
 from experiments.networks.blocks import Method as Method
 from experiments.networks.blocks import Variant as Variant
-from experiments.networks.blocks import compiled as compiled
 from experiments.networks.blocks import has_stochastic_solver as has_stochastic_solver
 from experiments.networks.blocks import hidden_layer as hidden_layer
 from experiments.networks.blocks import set_mode as set_mode

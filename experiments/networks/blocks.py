@@ -230,15 +230,6 @@ def swap_conv(
     )
 
 
-def compiled(build: Callable[[nnx.Rngs], Any]) -> Callable[[nnx.Rngs], Any]:
-    """The same construction of a network as one program, instead of one for each of its arrays."""
-
-    def construct(rngs: nnx.Rngs) -> Any:
-        return nnx.jit(build)(rngs)
-
-    return construct
-
-
 def solver_of(layer: Any) -> ss.nnx.SolverLinear | ss.nnx.SolverConv | None:
     """The solver in a layer, or None in a plain one."""
     if isinstance(layer, DropoutSolver):

@@ -9,7 +9,7 @@ import pytest
 import toys
 from flax import nnx
 
-from experiments import checkpoints, data, networks, table2, training
+from experiments import checkpoints, data, table2, training
 from experiments.networks import BlockConfig, LeNet, LeNetConfig
 
 SEEDS = (0, 3)
@@ -37,7 +37,9 @@ def test_digits():
         train = data.Split(whole.train.images[:100], whole.train.labels[:100])
         few[seed] = dataclasses.replace(whole, train=train)
 
-    build = networks.compiled(lambda rngs: LeNet(network, rngs=rngs))
+    def build(rngs):
+        return LeNet(network, rngs=rngs)
+
     both = training.train_together(build, few, config, label="both")
     for seed, found in zip(SEEDS, both, strict=True):
         alone = dataclasses.replace(config, seed=seed)
