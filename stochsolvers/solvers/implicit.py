@@ -60,7 +60,7 @@ class ProxGradientMap:
 def fixed_point(step_map: ProxGradientMap, z: Array, options: Implicit, batch_ndim: int) -> Array:
     """z, with the derivative of the fixed point of `step_map` that it is taken for.
 
-    Forward and reverse mode. Examples, the first `batch_ndim` axes, are solved side by side, each
+    Forward and reverse mode, of every order. Examples, the first `batch_ndim` axes, are solved side by side, each
     until it meets the tolerance.
     """
     tol, guess = jnp.asarray(options.tol, z.dtype), options.guess
@@ -87,8 +87,10 @@ def _fixed_point(
 def _fixed_point_jvp(settings: tuple[int, int], primals: Any, tangents: Any) -> tuple[Array, Array]:
     step_map, z, tol, guess = primals
     start = None if guess is None else guess / step_map.step
-    _, moved = jax.jvp(lambda m: m(z), (step_map,), (tangents[0],))
-    _, D = jax.linearize(lambda v: step_map.prior.prox(v, step_map.step), step_map.point(z))
+    # the solution itself, not z: derivatives of this derivative pass through it
+    solution = _fixed_point(settings, step_map, z, tol, guess)
+    _, moved = jax.jvp(lambda m: m(solution), (step_map,), (tangents[0],))
+    _, D = jax.linearize(lambda v: step_map.prior.prox(v, step_map.step), step_map.point(solution))
 
     def M(a):  # noqa: N802 - a matrix
         return a - step_map.step * step_map.gradient.curvature(a)
@@ -103,7 +105,7 @@ def _fixed_point_jvp(settings: tuple[int, int], primals: Any, tangents: Any) -> 
         return v + M(conjugate_gradients(D(v), start))
 
     tangent = lax.custom_linear_solve(lambda w: w - D(M(w)), moved, solve, transpose_solve)
-    return _fixed_point(settings, step_map, z, tol, guess), tangent
+    return solution, tangent
 
 
 class _Iterate(NamedTuple):
