@@ -90,12 +90,6 @@ def pair_of_counts(what: str, value: Any) -> tuple[int, int]:
     return count(what, pair[0]), count(what, pair[1])
 
 
-def rank_at_least(what: str, array: Any, minimum: int) -> None:
-    """Require at least `minimum` axes."""
-    if jnp.ndim(array) < minimum:
-        fail(f"shape of {what}", f"at least {minimum} axes", jnp.shape(array))
-
-
 def trailing(what: str, array: Any, shape: tuple[int, ...]) -> None:
     """Require that the array's last axes have exactly this shape (leading batch axes are free)."""
     if jnp.shape(array)[max(jnp.ndim(array) - len(shape), 0) :] != shape:
@@ -105,7 +99,7 @@ def trailing(what: str, array: Any, shape: tuple[int, ...]) -> None:
 def broadcastable(what: str, array: Any, shape: tuple[int, ...]) -> None:
     """Require that the array broadcasts to `shape` without changing it."""
     try:
-        fits = np.broadcast_shapes(jnp.shape(array), shape) == shape
+        fits = jnp.broadcast_shapes(jnp.shape(array), shape) == shape
     except ValueError:
         fits = False
     if not fits:

@@ -6,8 +6,8 @@ that form; in the body of a loop it does not, and they take ten to forty times a
 
     y = K ⋆ x,   x̄ = (flipped K)ᵀ ⋆ ȳ,   K̄ = ȳᵀ ⋆ xᵀ,
 
-are all written in that form. In the last the examples are the features. On other backends these are
-JAX's own derivatives.
+are all written in that form. In the last the examples are the features. Where the default backend is
+another one, and within `shard_map`, these are JAX's own convolution and derivatives: the same values.
 """
 
 import functools
@@ -49,7 +49,12 @@ def correlate(
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     geometry = _Geometry(pads, strides, base, dilation, groups)
-    return (_correlate if jax.default_backend() == "cpu" else _lax)(x, kernel, geometry)
+    # transposes by hand do not know the types of shard_map, and symbolic sizes are not compared
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    known = all(isinstance(n, int) and n > 0 for n in x.shape)
+    if jax.default_backend() != "cpu" or manual or not known:
+        return _lax(x, kernel, geometry)
+    return _correlate(x, kernel, geometry)
 
 
 class _Geometry(NamedTuple):

@@ -115,7 +115,12 @@ def gradient_form(problem: LayerProblem, form: Form, *, num_calls: int) -> Gradi
 
 
 def cheapest_form(problem: LayerProblem, num_calls: int) -> Form:
-    """The form with the least operations over `num_calls` gradients, from shapes alone."""
+    """The form with the least operations over `num_calls` gradients, from shapes alone.
+
+    "literal" where a size is symbolic (`jax.export`).
+    """
+    if not all(isinstance(n, int) for n in problem.batch_shape):
+        return "literal"
     forms: tuple[Form, ...] = ("literal", "gram", "fourier")
     possible: list[Form] = [
         f for f in forms if f == "literal" or not _refusal(problem.linear_map, f)

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import stochsolvers as ss
 from stochsolvers import _convolution
@@ -117,3 +120,48 @@ def test_a_solver_is_differentiated_in_the_form_that_has_a_fast_routine(strides)
     for text in convolutions:
         assert "dim_labels=b01f_01io->b01f" in text
         assert "rhs_reversal" not in text
+
+
+def test_an_empty_batch_has_gradients_of_zero():
+    ours, _, (x, kernel) = problem(3, **CASES["same"])
+    of_x, of_kernel = jax.grad(ours, (0, 1))(x[:0], kernel)
+    assert of_x.shape == (0, *x.shape[1:])
+    np.testing.assert_array_equal(of_kernel, jnp.zeros_like(kernel))
+
+
+def test_low_precision_stays_what_it_is():
+    ours, _, (x, kernel) = problem(4, **CASES["same"])
+    exact = jax.grad(ours, (0, 1))(x, kernel)
+    rounded = jax.grad(ours, (0, 1))(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    for low, high in zip(rounded, exact, strict=True):
+        assert low.dtype == jnp.bfloat16
+        np.testing.assert_allclose(low.astype(high.dtype), high, atol=0.1 * jnp.max(jnp.abs(high)))
+
+
+def test_solvers_differentiate_within_shard_map_and_export_for_any_batch():
+    conv_shape = (6, 6)
+    kernel, x = jnp.ones((3, 3, 3, 4)) / 9, jnp.linspace(-1, 1, 2 * 36 * 3).reshape(2, 6, 6, 3)
+
+    def loss(kernel, x):
+        layer = ss.LayerProblem(ss.Conv(kernel, conv_shape), x)
+        return ss.prox_gd(layer, step_size=0.1, num_iters=3).value.sum()
+
+    def sharded(kernel, x):
+        rows = P("examples")
+        return jax.shard_map(
+            lambda kernel, x: jax.lax.psum(loss(kernel, x), "examples"),
+            mesh=jax.make_mesh((1,), ("examples",), axis_types=(AxisType.Auto,)),
+            in_specs=(P(), rows),
+            out_specs=P(),
+        )(kernel, x)
+
+    want = jax.jit(jax.grad(loss, (0, 1)))(kernel, x)
+    got = jax.jit(jax.grad(sharded, (0, 1)))(kernel, x)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+    (batch,) = export.symbolic_shape("batch")
+    shapes = (kernel, jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype))
+    saved = export.export(jax.jit(jax.grad(loss, (0, 1))))(*shapes)
+    for one, other in zip(saved.call(kernel, x), want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samples import each_prior
 
 import stochsolvers as ss
 from stochsolvers.solvers import Implicit, Truncated
@@ -64,21 +65,6 @@ def test_implicit_is_the_formula_on_the_active_set(rng, step_scale):
         np.testing.assert_allclose(one, other, atol=1e-8)
 
 
-PRIORS = (
-    ss.prox.Zero(),
-    ss.prox.NonNegative(),
-    ss.prox.SquaredHinge(0.3),
-    ss.prox.LogBarrier(0.3),
-    ss.prox.SymmetricLogBarrier(0.3),
-    ss.prox.IntervalLogBarrier(0.3),
-    ss.prox.L1(0.3),
-    ss.prox.Box(-0.3, 0.4),
-    ss.prox.GroupL2(0.3),
-    ss.prox.NuclearNorm(0.3),
-    ss.prox.PositiveSemidefinite(),
-)
-
-
 @pytest.mark.parametrize("prior", [ss.prox.NonNegative(), ss.prox.SymmetricLogBarrier(0.5)])
 def test_a_warm_start_is_the_gradient_of_the_bias_of_each_example(rng, prior):
     kernel, x, bias = arrays_of(rng, n1=30, n2=20)
@@ -106,7 +92,7 @@ def test_a_warm_start_is_the_gradient_of_the_bias_of_each_example(rng, prior):
         gradient(guess=exact[1][:2])
 
 
-@pytest.mark.parametrize("prior", PRIORS, ids=lambda prior: type(prior).__name__)
+@each_prior
 def test_implicit_is_unrolled_at_convergence_to_second_order(rng, prior):
     kernel = jnp.asarray(rng.normal(size=(4, 3)))
     x, bias = 2.0 * jnp.asarray(rng.normal(size=(2, 1, 3, 4))), jnp.asarray(rng.normal(size=3))

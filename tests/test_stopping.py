@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samples import each_prior
 
 import stochsolvers as ss
 from stochsolvers.solvers import Status
@@ -81,6 +82,38 @@ def test_the_cap_and_divergence_are_reported(problem):
     np.testing.assert_array_equal(solution.finite, [True, True, False, True])
     healthy = np.array([0, 1, 3])
     np.testing.assert_allclose(solution.value[healthy], solve(problem, tol=1e-4).value[healthy])
+
+
+@pytest.mark.parametrize("entry", [1e20, jnp.inf, jnp.nan])
+def test_a_constant_that_overflows_is_not_convergence(entry):
+    A = ss.Dense(jnp.full((4, 3), entry, jnp.float32))
+    problem = ss.LayerProblem(A, jnp.ones((2, 4), jnp.float32), prior=ss.prox.L1(0.1))
+    solution = ss.prox_gd(problem, num_iters=5, tol=1e-3)
+    np.testing.assert_array_equal(solution.status, Status.DIVERGED)
+    np.testing.assert_array_equal(solution.finite, False)
+
+
+@each_prior
+def test_a_stopped_example_is_its_own_fixed_point_for_every_prior(rng, prior):
+    A = ss.Conv(jnp.asarray(rng.normal(size=(2, 2, 2, 3)) / 3), (3, 3))
+    x = jnp.asarray(rng.normal(size=(3, 3, 3, 2)) * np.array([0.1, 1, 9]).reshape(3, 1, 1, 1))
+    step, tol = 0.1, 1e-6
+
+    @jax.jit
+    def run(x):
+        problem = ss.LayerProblem(A, x, prior=prior, ridge=0.5)
+        solution = ss.prox_gd(problem, step_size=step, num_iters=500, tol=tol)
+        z = solution.value
+        again = prior.prox(z - step * problem.gradient(z), step)
+        return solution, problem.norm(again - z), problem.norm(z)
+
+    together, moved, size = run(x)
+    np.testing.assert_array_equal(together.status, Status.CONVERGED)
+    assert np.all(moved <= tol * np.maximum(1.0, size))
+    for i in range(3):
+        alone, _, _ = run(x[i : i + 1])
+        np.testing.assert_array_equal(alone.iterations, together.iterations[i : i + 1])
+        np.testing.assert_allclose(alone.value, together.value[i : i + 1], atol=1e-10)
 
 
 def test_no_tolerance_no_status(problem):

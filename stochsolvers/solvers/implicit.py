@@ -60,8 +60,8 @@ class ProxGradientMap:
 def fixed_point(step_map: ProxGradientMap, z: Array, options: Implicit, batch_ndim: int) -> Array:
     """z, with the derivative of the fixed point of `step_map` that it is taken for.
 
-    Forward and reverse mode, of every order. Examples, the first `batch_ndim` axes, are solved side by side, each
-    until it meets the tolerance.
+    Forward and reverse mode, of every order. Examples, the first `batch_ndim` axes, are solved side
+    by side, each until it meets the tolerance.
     """
     tol, guess = jnp.asarray(options.tol, z.dtype), options.guess
     if guess is not None:

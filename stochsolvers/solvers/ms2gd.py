@@ -146,7 +146,9 @@ def _ms2gd(
 
     operands = problem, gradient, base.prepare(problem), schedule
     z, diagnostics = scan(outer, operands, z0, jnp.arange(num_outer), derivative)
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), diagnostics)
+    flat = jax.tree.map(
+        lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), diagnostics
+    )
     return _loop.solution(z, Diagnostics(*flat))
 
 

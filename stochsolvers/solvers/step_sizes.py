@@ -172,7 +172,8 @@ def as_schedule(steps: Any, problem: LayerProblem, estimator: Estimator) -> Sche
 
 
 def _inverse(constant, scale, decay, problem: LayerProblem) -> ExponentialDecay:
-    # a map that is zero has no curvature to set a step: any will do, and 1 keeps it finite
+    # a map that is zero has no curvature to set a step: any will do, and 1 keeps it finite; with one
+    # that overflows the step would be 0, and an iterate that does not move would pass for a solution
     constant = jnp.asarray(constant, problem.dtype)
-    initial = jnp.where(constant > 0, scale / jnp.where(constant > 0, constant, 1.0), 1.0)
-    return ExponentialDecay(initial, decay)
+    initial = scale / jnp.where(jnp.isfinite(constant), constant, jnp.nan)
+    return ExponentialDecay(jnp.where(constant == 0, 1.0, initial), decay)
