@@ -2,15 +2,15 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
-from flax.core import DenyList
+from flax.core import DenyList, tracers
 
-from stochsolvers import _layers, reports
+from stochsolvers import _checks, _layers, reports
 from stochsolvers._typing import Array
 from stochsolvers.linen._layers import RECORDS, STATE, SolverLayer, linear_map_of
 
@@ -29,9 +29,18 @@ def certify(
 
     One `apply`, compiled once for each module and shape; no variable is updated.
 
+    What the layers record is the collection "solver_records". `nn.jit`, `nn.remat` and, with the same
+    solver layers in every branch, `nn.cond` lift it as they are; `nn.scan` and `nn.vmap` where it is
+    among their axes, as in
+
+        nn.scan(Block, variable_axes={"params": 0, "solver_records": 0}, ...)
+
+    and then each layer of the stack, or each step, has a row. Other loops and JAX's own transforms do
+    not lift it.
+
     Args:
-      module: the network.
-      variables: its variables.
+      module: the network, not bound to variables.
+      variables: its variables, as `init` returns them.
       *inputs: of the network, for instance a batch of images.
       rngs: keys of the random streams, where layers sample.
       **options: keyword arguments of the network's call, such as a `deterministic` of its own. Arrays
@@ -39,7 +48,11 @@ def certify(
 
     Returns:
       `CertificateReport`, a row for each call of a solver layer, in call order.
+
+    Raises:
+      ValueError: for an empty batch, and for a solver layer within a transform that drops its records.
     """
+    _check_variables(variables)
     traced, static = _layers.split_static((inputs, options))
     try:
         hash(module)
@@ -51,10 +64,38 @@ def certify(
 
 def _observe(module, variables, rngs, traced, static):
     inputs, options = _layers.join_static(traced, static)
-    with reports.numbered_calls():
-        _, written = module.apply(variables, *inputs, rngs=rngs, mutable=_MUTABLE, **options)
+    called = []
+
+    def note(call, args, kwargs, context):
+        layer, scope = context.module, cast(Any, context.module.scope)
+        if isinstance(layer, SolverLayer) and context.method_name == "solve":
+            called.append(_label(layer.path))
+            leaks = scope.trace_level != tracers.current_trace()  # a transform of JAX
+            if leaks or not layer.is_mutable_collection(RECORDS):
+                reports.lost(called[-1], _KEPT_BY)
+        return call(*args, **kwargs)
+
+    with reports.numbered_calls(), nn.intercept_methods(note):
+        try:
+            _, written = module.apply(variables, *inputs, rngs=rngs, mutable=_MUTABLE, **options)
+        except TypeError as error:  # a branch or a loop, of another structure now
+            if called and RECORDS in str(error):
+                reports.lost(called[-1], _KEPT_BY)
+            raise
     flat = traverse_util.flatten_dict(written.get(RECORDS, {}))
     return {_label(path[:-1]): calls for path, calls in flat.items()}
+
+
+_KEPT_BY = (
+    'one that lifts "solver_records", such as nn.scan(..., variable_axes={"solver_records": 0, ...}), '
+    "or nn.cond with the same solver layers in every branch"
+)
+
+
+def _check_variables(variables: Any) -> None:
+    if not isinstance(variables, Mapping):
+        got = type(variables).__name__
+        _checks.fail("variables", "the collections that init returns (see Module.unbind)", got)
 
 
 _observations = functools.partial(jax.jit, static_argnums=(0, 4))(_observe)
@@ -87,6 +128,7 @@ def lipschitz_report(
     Returns:
       `LipschitzReport`, a row for each call of a layer, in call order.
     """
+    _check_variables(variables)
     layers: dict[str, nn.Module] = {}
     variables = dict(variables)
     parameters = variables.pop("params", {})

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import errors, nnx
 
 from stochsolvers import _layers, reports
 from stochsolvers.nnx._dropout import linear_map_of
@@ -22,9 +22,14 @@ def certify(
     One forward pass of a copy of the model, compiled once for each structure and shape. The model
     itself is unchanged: parameters, statistics, random streams and modes.
 
+    The model may call its solver layers directly, and within `nnx.jit`, `nnx.remat`, `nnx.grad`,
+    `nnx.vmap` and `nnx.scan` over a stack of layers (one row for each of the stack), and `nnx.cond` and
+    `nnx.switch` with the same solver layers in every branch (one row, of the branch taken). Other
+    transforms drop what the layers record: JAX's own, loops (`nnx.fori_loop`, `nnx.while_loop`), and
+    `nnx.vmap` and `nnx.scan` with one layer for all steps.
+
     Args:
-      model: calls its solver layers directly or within NNX transforms. Layers that sample do so, as
-        in any other call of the model.
+      model: holds its solver layers. Layers that sample do so, as in any other call of the model.
       *inputs: of the model, for instance a batch of images.
       deterministic: True for full gradients and no dropout, False to sample; None, the default, for
         the modes that the modules have.
@@ -32,6 +37,9 @@ def certify(
 
     Returns:
       `CertificateReport`, a row for each call of a solver layer, in call order.
+
+    Raises:
+      ValueError: for an empty batch, and for a solver layer within a transform that drops its records.
     """
     graph, state = nnx.split(model)
     traced, static = _layers.split_static((inputs, options))
@@ -44,11 +52,49 @@ def _observations(graph, state, traced, static, deterministic):
     model = nnx.merge(graph, state, copy=True)
     if deterministic is not None:
         model.set_attributes(deterministic=deterministic, raise_if_not_found=False)
+    called = _listen(model)
     inputs, options = _layers.join_static(traced, static)
     with reports.numbered_calls():
-        _, records = nnx.capture(model, SolverRecord)(*inputs, **options)
+        try:
+            _, records = nnx.capture(model, SolverRecord)(*inputs, **options)
+        except (TypeError, ValueError) as error:  # a branch or a loop, of another structure now
+            if called and "__captures__" in str(error):
+                reports.lost(called[-1], _KEPT_BY)
+            raise
     flat = nnx.to_flat_state(records)
-    return {_name(path[:-1]): record.get_value() for path, record in flat}
+    seen = {_name(path[:-1]): record.get_value() for path, record in flat}
+    for name in called:
+        if name not in seen:
+            reports.lost(name, _KEPT_BY)
+    return seen
+
+
+_KEPT_BY = (
+    "none, nnx.jit, nnx.remat, nnx.grad, nnx.vmap or nnx.scan over a stack of layers, "
+    "or nnx.cond with the same solver layers in every branch"
+)
+
+
+def _listen(model: nnx.Module) -> list[str]:
+    """Make the solver layers write their names on the list that is returned, as they are called."""
+    called: list[str] = []
+
+    def listening(cls: Any, name: str) -> Any:
+        def solve(self, *args, **options):
+            called.append(name)
+            try:
+                self.report_label = name  # NNX refuses within transforms of JAX
+            except errors.TraceContextError:
+                reports.lost(name, _KEPT_BY)
+            return cls.solve(self, *args, **options)
+
+        return type(cls.__name__, (cls,), {"solve": solve})
+
+    for path, module in list(nnx.iter_modules(model)):
+        if isinstance(module, SolverLayer):
+            module.report_label = _name(path)  # pyright: ignore[reportAttributeAccessIssue]
+            object.__setattr__(module, "__class__", listening(type(module), _name(path)))
+    return called
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -5,6 +5,7 @@ from stochsolvers.reports._certificates import LayerCertificate as LayerCertific
 from stochsolvers.reports._certificates import Observation as Observation
 from stochsolvers.reports._certificates import certificate_report as certificate_report
 from stochsolvers.reports._certificates import certify as certify
+from stochsolvers.reports._certificates import lost as lost
 from stochsolvers.reports._certificates import numbered_calls as numbered_calls
 from stochsolvers.reports._certificates import observe as observe
 from stochsolvers.reports._lipschitz import LayerNorm as LayerNorm

@@ -65,18 +65,38 @@ def solver_bound(
 
     def step(k, bound):
         size = steps(k)
-        return expansion(size, convexity, ridge + upper) * bound + size * jnp.sqrt(upper)
+        return _expansion(size, convexity, ridge + upper) * bound + size * jnp.sqrt(upper)
 
     return lax.fori_loop(0, solver._iterations(), step, jnp.zeros((), problem.dtype))
 
 
-def expansion(step: Array, convexity: Array, lipschitz: Array) -> Array:
-    """max(|1 − η μ|, |1 − η L|), the most by which z ↦ z − η ∇F(z) moves two points apart.
+def guarantee(
+    solver: Any,
+    problem: LayerProblem,
+    upper: Array,
+    step_constant: Array | None,
+    deterministic: bool,
+) -> Array:
+    r"""max(|1 − η μ|, |1 − η (λ + upper)|) if every step is that of one η along the full gradient, else NaN.
 
-    NaN for steps that differ between outputs, for which it says nothing.
+    Then z_{k+1} − z_k = T z_k − T z_{k−1} for one map T, which brings two points closer by that factor.
     """
-    if step.ndim:
-        return jnp.asarray(jnp.nan, step.dtype)
+    none = jnp.asarray(jnp.nan, problem.dtype)
+    if not is_configuration(solver) or getattr(solver, "momentum", False):
+        return none
+    if solver.stochastic and not deterministic:
+        return none
+    steps = _steps(solver, problem, step_constant, deterministic)
+    sizes = lax.map(steps, jnp.arange(solver._iterations()))
+    if sizes.ndim > 1:  # one for each output
+        return none
+    ridge = jnp.asarray(problem.ridge, problem.dtype)
+    factor = _expansion(sizes[0], ridge + strong_convexity(problem.linear_map), ridge + upper)
+    return jnp.where(jnp.all(sizes == sizes[0]), factor, none)
+
+
+def _expansion(step: Array, convexity: Array, lipschitz: Array) -> Array:
+    """max(|1 − η μ|, |1 − η L|), the most by which z ↦ z − η ∇F(z) moves two points apart."""
     return jnp.maximum(jnp.abs(1.0 - step * convexity), jnp.abs(1.0 - step * lipschitz))
 
 

@@ -5,11 +5,12 @@ For one solve of problem P(z) = F(z) + g(z) by iterates z_1, …, z_K with resid
     gap            P(z_K) − min P ≤ gap                          (`LayerProblem.certificate`)
     relative gap   gap / |P(z_K)|
     contraction    (r_m / r_1)^(1/(m − 1)),  m the last iteration whose residual is above round-off
-    bound          max(|1 − η μ|, |1 − η L|),  μ = λ + λ_min(A A*),  L = λ + λ_max(A A*)
+    guaranteed     max(|1 − η μ|, |1 − η L|),  μ = λ + λ_min(A A*),  L = λ + λ_max(A A*)
 
-The bound is the factor by which a proximal step of size η along the full gradient brings two points
-closer; with η = 1/L it is 1 − μ/L, and no residual of `ProxGD` without momentum exceeds it times the
-one before.
+The guarantee is the factor by which a proximal step of size η along the full gradient brings two
+points closer; with η = 1/L it is 1 − μ/L. Where all steps are that one map, as for `ProxGD` without
+momentum at a constant step, r_{k+1} is at most that factor times r_k. Momentum, sampled gradients,
+steps that change and steps that differ between outputs have no such guarantee, and none is shown.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,10 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array
-from stochsolvers.lipschitz import lipschitz_constant, strong_convexity
+from stochsolvers.lipschitz import lipschitz_constant
 from stochsolvers.problems import LayerProblem
 from stochsolvers.reports import _table
-from stochsolvers.reports._bounds import expansion, first_step, is_exact, squared_norm_bracket
+from stochsolvers.reports._bounds import first_step, guarantee, is_exact, squared_norm_bracket
 from stochsolvers.solvers import Solution, Solver
 
 _ROUND_OFF = 64.0  # residuals below this many eps of the solution say nothing about the rate
@@ -66,8 +67,36 @@ def numbered_calls() -> Iterator[None]:
         _calls.reset(token)
 
 
+def lost(layer: str, wanted: str) -> NoReturn:
+    """Refuse a transform that would drop what a layer shows of itself.
+
+    Args:
+      layer: its path in the network.
+      wanted: the transforms that keep it.
+    """
+    _checks.fail(
+        f"transform around the solver layer {layer!r}", wanted, "one that drops its records"
+    )
+
+
 class Observation(NamedTuple):
-    """What one solve shows of itself; the last four fields have an entry for each example."""
+    """What one solve shows of itself.
+
+    Attributes:
+      call: its number in the order of the trace.
+      lipschitz: L = λ_max(A A*) on the layer's own grid, without the ridge.
+      lower: a lower bound on ||A||².
+      upper: an upper bound on ||A||².
+      step_size: the first step, the largest where outputs have their own; NaN where unknown.
+      contraction_bound: the guaranteed factor of the residuals; NaN where there is no guarantee.
+      num_iters: the iterations taken, the most of an example.
+      contraction: measured factor of the residuals, shape (*batch,); NaN where there is none.
+      objective: P(z_K), shape (*batch,).
+      gap: its certified gap, shape (*batch,).
+      finite: whether every iterate was finite, shape (*batch,).
+
+    Fields without a shape are scalars. A transformation that stacks layers stacks all of them.
+    """
 
     call: Array
     lipschitz: Array
@@ -92,13 +121,12 @@ def observe(
 ) -> Observation:
     """Measure one solve, whose certificate is `gap`."""
     problem, solution = lax.stop_gradient((problem, solution))
-    linear_map, ridge = problem.linear_map, jnp.asarray(problem.ridge, problem.dtype)
+    linear_map = problem.linear_map
     bracket = squared_norm_bracket(linear_map)
     constant = 0.5 * (bracket.lower + bracket.upper)
     if not is_exact(linear_map):
         constant = lipschitz_constant(linear_map)
     step = first_step(solver, problem, step_constant, deterministic)
-    convexity = ridge + strong_convexity(linear_map)
     taken = len(solution.residuals) if solution.iterations is None else solution.iterations
     eps = jnp.finfo(problem.dtype).eps
     floor = _ROUND_OFF * eps * problem.norm(jnp.asarray(solution.value, problem.dtype))
@@ -108,7 +136,7 @@ def observe(
         lower=bracket.lower,
         upper=bracket.upper,
         step_size=jnp.max(step),
-        contraction_bound=expansion(step, convexity, ridge + bracket.upper),
+        contraction_bound=guarantee(solver, problem, bracket.upper, step_constant, deterministic),
         num_iters=jnp.max(jnp.asarray(taken)),
         contraction=contraction(solution.residuals, floor),
         objective=problem.objective(solution.value),
@@ -147,7 +175,8 @@ class LayerCertificate:
       relative_gap: the largest gap / |objective| of the batch.
       contraction: measured factor of the residuals for each iteration, the batch's worst; NaN where
         fewer than two residuals are above round-off.
-      contraction_bound: the factor that theory gives a full gradient step of the first size.
+      contraction_bound: the factor that theory guarantees; NaN where it guarantees none (momentum,
+        sampled gradients, steps that change or that differ between outputs).
       finite: whether every iterate of every example was finite.
     """
 
@@ -209,6 +238,8 @@ def certificate_report(
 
 def _row(name: str, seen: Observation) -> LayerCertificate:
     gap, objective = np.asarray(seen.gap), np.abs(seen.objective)
+    if not gap.size:
+        _checks.fail(f"batch of the solver layer {name!r}", "at least one example", "none")
     relative = np.divide(gap, objective, out=np.full_like(gap, np.inf), where=objective > 0)
     relative = np.where(gap == 0, 0.0, np.where(np.isinf(gap), np.inf, relative))
     rates = seen.contraction[np.isfinite(seen.contraction)]
@@ -233,11 +264,15 @@ def _cells(row: LayerCertificate) -> list[str]:
         row.name if row.finite else f"{row.name} (not finite)",
         f"{row.lipschitz:.4g}",
         f"[{row.lower:.4g}, {row.upper:.4g}]",
-        f"{row.step_size:.3g}",
+        _number(row.step_size, ".3g"),
         str(row.num_iters),
         f"{row.gap_max:.1e}",
         f"{row.gap_mean:.1e}",
         f"{row.relative_gap:.1e}",
-        "–" if np.isnan(row.contraction) else f"{row.contraction:.4f}",
-        f"{row.contraction_bound:.4f}",
+        _number(row.contraction, ".4f"),
+        _number(row.contraction_bound, ".4f"),
     ]
+
+
+def _number(value: float, style: str) -> str:
+    return "–" if np.isnan(value) else format(value, style)
