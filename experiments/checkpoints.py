@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from experiments import parallel
 
 KEPT = 2
+TERMINATION = (signal.SIGTERM, signal.SIGINT)
 
 
 class CheckpointError(RuntimeError):
@@ -163,17 +164,29 @@ def differing(found: Any, expected: Any, name: str = "") -> str:
 
 @contextlib.contextmanager
 def deferred_termination() -> Iterator[list[int]]:
-    """Collect SIGTERM in a list, instead of obeying it, while the block runs."""
+    """Collect SIGTERM and SIGINT in a list, instead of obeying them, while the block runs.
+
+    A second Ctrl-C is obeyed at once.
+    """
     received: list[int] = []
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in TERMINATION}
+
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
+
     try:
-        previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+        for number in TERMINATION:
+            signal.signal(number, receive)
     except ValueError:  # only the main thread handles signals
         yield received
         return
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def host_arrays(state: Any) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from experiments import archive
+from experiments import archive, checkpoints
 
 DatasetName: TypeAlias = str
 """One of `NAMES`, or the path of an .npz file."""
@@ -58,37 +58,67 @@ class Dataset:
         return height, width, channels
 
 
-def load(name: DatasetName, data_dir: Path, *, seed: int) -> Dataset:
-    """Load a data set and hold out a tenth of its training images for validation.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set as it was read: what does not depend on a seed.
+
+    Attributes:
+      name: of the data set; of a file, without folder and suffix.
+      train: to learn from and to validate on.
+      test: read once, at the end.
+      classes: names of the classes.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+
+    def dataset(self, seed: int, examples: int | None = None) -> Dataset:
+        """Hold out a tenth of the training images, chosen by the seed, for validation.
+
+        With `examples`, so many of the others are kept, chosen by the seed as well; the statistics are
+        those of all.
+        """
+        train, validation = hold_out(self.train, VALIDATION_FRACTION, seed=seed)
+        mean, std = pixel_statistics(train.images)
+        if examples is not None and examples < len(train):
+            chosen = np.random.default_rng([seed, 2]).permutation(len(train))[:examples]
+            chosen.sort()
+            train = Split(train.images[chosen], train.labels[chosen])
+        return Dataset(self.name, train, validation, self.test, self.classes, mean, std)
+
+    def sha256(self) -> str:
+        """Of all images and labels."""
+        splits = (self.train, self.test)
+        return checkpoints.digest(array for s in splits for array in (s.images, s.labels))
+
+
+def read(name: DatasetName, data_dir: Path) -> Source:
+    """Read a data set.
 
     Args:
       name: "digits" is embedded in scikit-learn; "cifar10" and "cifar100" are read from `data_dir`;
         FILE.npz is read by `npz`.
       data_dir: folder of archives and of what is prepared from them.
-      seed: of the permutation that chooses the validation images.
 
     Raises:
       archive.DataError: the name is unknown; an archive or a file is missing or corrupt.
     """
-    check_name(name)
     if name == "digits":
-        train, test, classes = digits()
-    elif name in NAMES:
-        train, test, classes = _cifar(name, data_dir)
-    else:
-        train, test, classes = npz(Path(name))
-        name = Path(name).stem
-    train, validation = hold_out(train, VALIDATION_FRACTION, seed=seed)
-    mean, std = pixel_statistics(train.images)
-    return Dataset(name, train, validation, test, classes, mean, std)
-
-
-def check_name(name: DatasetName) -> None:
-    """Raise `archive.DataError` for what is neither a known name nor the path of an .npz file."""
-    if name not in NAMES and Path(name).suffix != ".npz":
+        return Source(name, *digits())
+    if name in NAMES:
+        return Source(name, *_cifar(name, data_dir))
+    if Path(name).suffix != ".npz":
         raise archive.DataError(
             f"dataset: expected {', '.join(NAMES)} or the path of an .npz file, got {name}"
         )
+    return Source(Path(name).stem, *npz(Path(name)))
+
+
+def load(name: DatasetName, data_dir: Path, *, seed: int) -> Dataset:
+    """`read` a data set and split it by a seed."""
+    return read(name, data_dir).dataset(seed)
 
 
 def _cifar(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:

@@ -52,6 +52,8 @@ class Config:
     """Folder of figure2.png."""
     points: int = 801
     """Abscissas a curve."""
+    smoke: bool = False
+    """As with the tables; the whole figure takes seconds, so it changes nothing."""
 
 
 def curves(panel: Panel, points: int) -> tuple[np.ndarray, np.ndarray, dict[float, np.ndarray]]:

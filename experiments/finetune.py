@@ -5,34 +5,16 @@ might do as much, so the unswapped network is finetuned here as well, for the sa
 control. What the swap brings is the difference between the two finetuned networks.
 """
 
-import contextlib
 import dataclasses
-import signal
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import tyro
 from flax import nnx
-from jax.sharding import Mesh
 
-from experiments import (
-    archive,
-    checkpoints,
-    comparison,
-    curves,
-    data,
-    evaluation,
-    parallel,
-    report,
-    results,
-    training,
-)
-from experiments.options import Options
+from experiments import data, results, tables, training
+from experiments.options import FinetuneOptions
 
 Accuracy = tuple[float, float | None]
 """In percent, with the standard deviation over trials."""
@@ -79,19 +61,10 @@ class Study:
 
 
 class Table(NamedTuple):
-    """A table: its name, its studies of a data set, and more pictures.
-
-    Attributes:
-      name: of the module.
-      studies: from the filled options and a data set.
-      draw: more pictures, from the final rows and the folder; None for none.
-      files: the names of those pictures.
-    """
+    """A table: the name of its module, and its studies from the filled options and a data set."""
 
     name: str
     studies: Callable[[Any, data.Dataset], Sequence[Study]]
-    draw: Callable[[list[dict[str, Any]], Path], None] | None = None
-    files: tuple[str, ...] = ()
 
 
 def copied(model: Any) -> Any:
@@ -112,56 +85,36 @@ def swapped(baseline: Any, arm: Arm) -> Callable[[nnx.Rngs], Any]:
     return build
 
 
-def run(table: Table, options: Options) -> list[dict[str, Any]]:
-    """Run what is not finished yet, write the files, and return all final rows."""
+def run(table: Table, options: FinetuneOptions) -> list[tables.Row]:
+    """Run what is not finished yet, write the files, and return all rows."""
     options = options.filled()
-    data.check_name(options.dataset)
-    mesh = options.machine.mesh()
-    files = (report.CSV, report.PAGE, *report.PICTURES, *table.files)
-    stored = results.Run(
-        options.out,
-        options.settings(table.name),
-        files=files,
-        overwrite=options.overwrite,
-        tensorboard=options.tensorboard,
-    )
-    for seed in options.seeds:
-        dataset = _load(options, seed)
+
+    def builds(dataset: data.Dataset) -> Iterator[tables.Build]:
         for study in table.studies(options, dataset):
-            _run_study(study, dataset, options, seed, mesh, stored)
-    if parallel.is_first():
-        report.write(options.out, stored.rows)
-        if table.draw is not None:
-            table.draw(stored.finals, options.out)
-    return stored.finals
+            yield study.build
+            for arm in study.arms:
+                yield lambda rngs, study=study, arm=arm: swapped(study.build(rngs), arm)(rngs)
 
-
-def _load(options: Options, seed: int) -> data.Dataset:
-    dataset = data.load(options.dataset, options.data_dir, seed=seed)
-    if options.examples is None or options.examples >= len(dataset.train):
-        return dataset
-    chosen = np.random.default_rng([seed, 2]).permutation(len(dataset.train))[: options.examples]
-    chosen.sort()
-    train = data.Split(dataset.train.images[chosen], dataset.train.labels[chosen])
-    return dataclasses.replace(dataset, train=train)
+    with tables.opened(table.name, options, builds) as job:
+        for seed in options.seeds:
+            dataset = job.source.dataset(seed, options.examples)
+            for study in table.studies(options, dataset):
+                _run_study(study, dataset, options, seed, job)
+    return job.stored.rows
 
 
 def _run_study(
-    study: Study,
-    dataset: data.Dataset,
-    options: Options,
-    seed: int,
-    mesh: Mesh,
-    stored: results.Run,
+    study: Study, dataset: data.Dataset, options: FinetuneOptions, seed: int, job: tables.Job
 ) -> None:
-    """Train the baseline, and go on from it in every way that is not finished yet."""
+    """Train the baseline, and go on from it in every way that is not finished yet.
+
+    A network that diverges is a row without an accuracy; nothing goes on from such a baseline.
+    """
     first = Arm("baseline", "baseline", paper=study.paper)
     arms = (Arm("control", "baseline, finetuned"), *study.arms)
-    about = {"study": study.name, "seed": seed}
-    if all(stored.final(arm=arm.name, **about) for arm in (first, *arms)):
-        return
+    about, stored = {"study": study.name, "seed": seed}, job.stored
 
-    def network(arm: Arm, build: Callable[[nnx.Rngs], Any], config: training.TrainConfig) -> Any:
+    def network(arm: Arm, build: tables.Build, config: training.TrainConfig) -> Any:
         name = f"{study.label} {arm.label}"
         tags = {"dataset": dataset.name, "name": name, **about, "arm": arm.name}
         final = {
@@ -171,7 +124,7 @@ def _run_study(
             "config": {**study.settings, **arm.settings, "training": dataclasses.asdict(config)},
             **results.environment(),
         }
-        finished = stored.final(arm=arm.name, **about)
+        known = stored.final(arm=arm.name, **about)
         place = f"{study.name}-{arm.name}-seed{seed}"
         after = 0 if arm.name == "baseline" else options.epochs or 0
         board = stored.board(place, after=after)
@@ -182,74 +135,27 @@ def _run_study(
                 config,
                 label=name,
                 checkpoint=stored.checkpoint(place),
-                mesh=mesh,
-                watch=None if finished else board.show,
+                mesh=job.mesh,
+                watch=None if known else board.show,
             )
         except training.DivergenceError as error:
-            if arm.swap is None:
-                raise
-            stored.add([{"kind": "final", **tags, "accuracy": None, **final, "error": str(error)}])
-            _say(f"{error}")
+            stored.add(tables.diverged(tags, error, final))
             return None
-        if not finished:
-            scores = scored(trained, dataset, options.trials, mesh)
+        if not known:
+            scores = tables.scored(trained, dataset, options.trials, job.mesh)
             board.finish(scores["accuracy"])
-            rows: list[dict[str, Any]] = [
-                {"kind": "epoch", **tags, **record, "epoch": after + int(record["epoch"])}
-                for record in trained.history
-            ]
-            stored.add([*rows, {"kind": "final", **tags, **scores, **final}])
-            accuracy = results.percent(scores["accuracy"], scores["std"])
-            _say(f"{name}, seed {seed}: {accuracy} % in {trained.seconds:.0f} s")
+            stored.add(tables.finished(tags, trained, scores, final, after=after))
         return trained.model
 
+    rows = [stored.final(arm=arm.name, **about) for arm in (first, *arms)]
+    if all(rows) or (rows[0] and rows[0]["accuracy"] is None):
+        return
     baseline = network(first, study.build, options.train_config(seed))
-    for arm in arms:
-        if not stored.final(arm=arm.name, **about):
+    for arm, row in zip(arms, rows[1:], strict=True):
+        if baseline is not None and not row:
             network(arm, swapped(baseline, arm), options.finetune_config(seed))
 
 
-def _say(text: str) -> None:
-    if parallel.is_first():
-        print(text, flush=True)
-
-
-def scored(
-    trained: training.Trained, dataset: data.Dataset, trials: int, mesh: Mesh
-) -> dict[str, Any]:
-    """Test and validation accuracy, sampled as in the paper and along the full gradient."""
-    model, scores = trained.model, {}
-    sampled = model.is_stochastic
-    for prefix, split in (("validation_", dataset.validation), ("", dataset.test)):
-        accuracies = evaluation.evaluate(
-            model, split, dataset, trials=trials if sampled else 1, mesh=mesh
-        )
-        scores[f"{prefix}accuracy"] = float(accuracies.mean())
-        scores[f"{prefix}std"] = float(accuracies.std()) if sampled else None
-        full = None
-        if sampled:
-            full = evaluation.evaluate(model, split, dataset, deterministic=True, mesh=mesh)
-        scores[f"{prefix}full_gradient_accuracy"] = None if full is None else float(full[0])
-    return {
-        **scores,
-        "trials": trials if sampled else 1,
-        "parameters": training.count_parameters(model),
-        "train_seconds": trained.seconds,
-    }
-
-
-def main(table: Table, config: type[Options], args: list[str] | None) -> None:
-    """Parse the command line, run, print the table."""
-    with contextlib.suppress(ValueError):  # only the main thread may: so that a kill cleans up
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    options: Any = tyro.cli(config, prog=f"python -m experiments.{table.name}", args=args)
-    expected = (
-        *(archive.DataError, checkpoints.CheckpointError, results.FolderError, OSError),
-        *(parallel.DeviceError, training.ConfigurationError, training.DivergenceError),
-        curves.MissingError,
-    )
-    try:
-        finals = run(table, options)
-    except expected as error:
-        sys.exit(f"error: {error}")
-    _say(f"\n{comparison.table(finals)}\nwritten to {options.out}")
+def main(table: Table, config: type[FinetuneOptions], args: list[str] | None) -> None:
+    """Run a table's command."""
+    tables.main(table.name, config, lambda options: run(table, options), args)

@@ -45,17 +45,26 @@ class Curve:
 
 Panels = Mapping[str, Sequence[Curve]]
 """Curves under the titles of their axes."""
+SEEDS = "mean over the seeds, band from least to greatest"
+IMAGES = "of one seed: median over images, band around the middle 80%"
 
 
-def accuracy(path: Path, panels: Panels, *, title: str) -> None:
+def accuracy(path: Path, contents: Panels, *, title: str) -> None:
     """Validation accuracy over epochs, one panel for each comparison."""
-    _panels(path, panels, title, xlabel="epoch", ylabel="validation accuracy (%)")
+    title = _titled(title, [curve for curves in contents.values() for curve in curves], SEEDS)
+    _panels(path, contents, title, xlabel="epoch", ylabel="validation accuracy (%)")
 
 
-def residuals(path: Path, panels: Panels, *, title: str) -> None:
+def residuals(path: Path, contents: Panels, *, title: str) -> None:
     """Residuals over iterations on a logarithmic scale, one panel for each layer."""
+    title = f"{title}\n{IMAGES}"
     ylabel = "‖z$_k$ − z$_{k−1}$‖ / ‖z$_K$‖"
-    _panels(path, panels, title, xlabel="iteration k", ylabel=ylabel, yscale="log")
+    _panels(path, contents, title, xlabel="iteration k", ylabel=ylabel, yscale="log")
+
+
+def _titled(title: str, curves: Sequence[Curve], note: str) -> str:
+    """The title, with a line on the bands if there are any."""
+    return f"{title}\n{note}" if any(curve.band is not None for curve in curves) else title
 
 
 def _panels(path: Path, panels: Panels, title: str, *, xlabel: str, ylabel: str, **axis: Any):
@@ -86,16 +95,20 @@ def _panels(path: Path, panels: Panels, title: str, *, xlabel: str, ylabel: str,
         figure.savefig(path, metadata={"Software": None})
 
 
-def rates(path: Path, curves: Sequence[Curve], *, title: str) -> None:
+def rates(path: Path, contents: Sequence[Curve], *, title: str) -> None:
     """Test accuracy over dropout rates, which stand at equal distances."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
-        values = sorted({rate for curve in curves for rate in curve.x})
-        placed = [dataclasses.replace(c, x=np.searchsorted(values, c.x)) for c in curves]
+        values = sorted({rate for curve in contents for rate in curve.x})
+        placed = [dataclasses.replace(c, x=np.searchsorted(values, c.x)) for c in contents]
         _draw(axes, placed)
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        axes.set(title=title, xlabel="dropout rate p", ylabel="test accuracy (%)")
+        axes.set(
+            title=_titled(title, contents, SEEDS),
+            xlabel="dropout rate p",
+            ylabel="test accuracy (%)",
+        )
         axes.legend()
         figure.savefig(path, metadata={"Software": None})
 

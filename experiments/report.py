@@ -1,38 +1,47 @@
 """Tables and pictures from stored results.
 
-    python -m experiments.report DIR
+    python -m experiments.report
+    python -m experiments.report DIR DIR
     python -m experiments.report DIR DIR --out DIR
 
-Several folders make one table, as runs of other seeds do. Accuracies are means over the seeds, with
-their standard deviation over the seeds; the standard deviation over the trials of one trained network,
-which samples at test time, is another column.
+Every folder is redrawn in its place; with --out, several make one table, as runs of other seeds do.
+Accuracies are means over the seeds, with their sample standard deviation over the seeds (n − 1); the
+standard deviation over the trials of one trained network (n), which samples at test time, is another
+column, its mean over the seeds. Where a seed diverged, there is no mean.
 """
 
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
-from experiments import networks, plots, results
+from experiments import panels, plots, results
+from experiments.panels import Rows, grouped, lost, name_of
 
-Rows = Sequence[Mapping[str, Any]]
 CSV, PAGE, NOTES = "summary.csv", "README.md", "NOTES.md"
-PICTURES = ("accuracy.png", "residual.png")
+PICTURES = {
+    "accuracy.png": "validation accuracy over epochs, mean over the seeds, band from least to greatest",
+    "residual.png": "inside the solvers of one seed, median over images, band around the middle 80%; "
+    "dashed along the full gradient",
+    "rates.png": "test accuracy over dropout rates, mean over the seeds, band from least to greatest",
+}
+OLD = ("table2.csv",)
+"""What earlier revisions wrote in the place of the summary."""
+FILES = (CSV, PAGE, *PICTURES, *OLD)
+STORED = Path(__file__).parent / "results"
 MARK = "<!-- Drawn by python -m experiments.report; remarks belong in NOTES.md. -->"
 PAPER_DATASETS = ("cifar10", "cifar100")
 COLUMNS = (
-    *("dataset", "name", "seeds", "accuracy", "seed_std", "trial_std", "trials"),
+    *("dataset", "name", "seeds", "diverged", "accuracy", "seed_std", "trial_std", "trials"),
     *("full_gradient_accuracy", "full_gradient_seed_std", "validation_accuracy"),
     *("validation_seed_std", "paper_accuracy", "paper_std", "difference", "gain", "gain_seed_std"),
     *("epochs", "batch_size", "parameters", "train_seconds"),
 )
-
-
 BASELINES = ("dropout", "control")
 
 
@@ -40,23 +49,17 @@ BASELINES = ("dropout", "control")
 class Config:
     """Redraw the table and the pictures of stored results."""
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders with a results.jsonl."""
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Folders with a results.jsonl, in themselves or in folders below; by default experiments/results."""
     out: Path | None = None
-    """Folder to write to; by default the folder itself, if there is one only."""
+    """Make one table of all of them, in this folder; by default each is redrawn where it is."""
 
 
 def summarise(rows: Rows) -> list[dict[str, Any]]:
     """One row for each network of the final rows: means over its seeds, and two kinds of spread."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["kind"] == "final":
-            groups.setdefault((row["dataset"], name_of(row)), []).append(row)
-    baselines = {
-        _family(row): row["accuracy"]
-        for row in rows
-        if row["kind"] == "final" and _role(row) in BASELINES and row["accuracy"] is not None
-    }
+    finals = [row for row in rows if row["kind"] == "final"]
+    baselines = {_family(row): row["accuracy"] for row in finals if _role(row) in BASELINES}
+    groups = grouped(finals, lambda row: (row["dataset"], name_of(row)))
     return [_summary(dataset, name, group, baselines) for (dataset, name), group in groups.items()]
 
 
@@ -71,7 +74,7 @@ def _family(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _summary(
-    dataset: str, name: str, group: Rows, baselines: Mapping[tuple[Any, ...], float]
+    dataset: str, name: str, group: Rows, baselines: Mapping[tuple[Any, ...], float | None]
 ) -> dict[str, Any]:
     first = group[0]
     accuracy, seed_std = _over_seeds(group, "accuracy")
@@ -81,18 +84,17 @@ def _summary(
     validation, validation_std = _over_seeds(group, "validation_accuracy")
     comparable = dataset in PAPER_DATASETS
     paper = first.get("paper_accuracy") if comparable else None
+    swapped = _role(first) not in (None, "baseline", *BASELINES)
+    pairs = [(row["accuracy"], baselines.get(_family(row)) if swapped else None) for row in group]
     gains = [  # seed by seed: both networks had the same validation split
-        {"gain": row["accuracy"] - baselines[key]}
-        for row in group
-        if row["accuracy"] is not None  # else it diverged
-        and _role(row) not in (None, "baseline", *BASELINES)
-        and (key := _family(row)) in baselines
+        {"gain": None if None in pair else pair[0] - pair[1]} for pair in pairs
     ]
     gain, gain_std = _over_seeds(gains, "gain")
     return {
         "dataset": dataset,
         "name": name,
         "seeds": " ".join(str(row["seed"]) for row in group),
+        "diverged": lost(group),
         "accuracy": accuracy,
         "seed_std": seed_std,
         "trial_std": _over_seeds(group, "std")[0],
@@ -116,29 +118,39 @@ def _summary(
 
 
 def _over_seeds(group: Rows, key: str) -> tuple[Any, float | None]:
-    """Mean and sample standard deviation over seeds; the latter needs two."""
-    values = [row[key] for row in group if row.get(key) is not None]
-    if not values:
+    """Mean and sample standard deviation over seeds, n − 1, for two or more; neither if one lacks it."""
+    values: list[Any] = [row.get(key) for row in group]
+    if None in values:
         return None, None
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def name_of(row: Mapping[str, Any]) -> str:
-    """The network of a row."""
-    names: Mapping[Any, str] = networks.NAMES
-    return row.get("name") or f"{row['variant']} {names.get(row['method'], row['method'])}"
-
-
 def table(rows: Rows) -> str:
-    """The summary as aligned text."""
+    """The summary as aligned text, with what there is to know about it."""
+    rows = panels.ordered(rows)
+    finals = [row for row in rows if row["kind"] == "final"]
     header = ["network", "test %", "± trials", "full gradient", "validation %", "gain", "paper"]
-    return results.format_table(header, [_cells(row) for row in summarise(rows)])
+    seeds = len({row["seed"] for row in finals})
+    summaries = summarise(rows)
+    lines = [
+        results.format_table(header, list(map(_cells, summaries))),
+        f"{panels.title_of(finals)}, {seeds} seed{'s' if seeds > 1 else ''}"
+        + ("; ± beside a number is over seeds." if seeds > 1 else "."),
+    ]
+    if any("finetune_epochs" in row for row in finals):
+        epochs = f"{finals[0]['epochs']} + {finals[0]['finetune_epochs']}"
+        lines.append(f"Epochs: {epochs} here, 300 + finetuning in the paper.")
+        lines.append("The gain is over the baseline that was finetuned for the same epochs.")
+    if all(row["paper_accuracy"] is None for row in summaries):
+        datasets = ", ".join(dict.fromkeys(row["dataset"] for row in finals))
+        lines.append(f"The paper has no numbers for this network on {datasets}.")
+    return "\n".join(lines)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["name"],
-        results.percent(row["accuracy"], row["seed_std"]),
+        row["diverged"] or results.percent(row["accuracy"], row["seed_std"]),
         "" if row["trial_std"] is None else f"{row['trial_std']:.3f}",
         results.percent(row["full_gradient_accuracy"], row["full_gradient_seed_std"]),
         results.percent(row["validation_accuracy"], row["validation_seed_std"]),
@@ -147,8 +159,18 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def page(rows: Rows, notes: str = "") -> str:
+CAPTION = """\
+Test accuracy after the last epoch, the test images read once. ± after an accuracy is the sample standard
+deviation over seeds (n − 1), given two or more; ± trials that over repeated tests of one trained network
+(n), which samples, mean over the seeds. Full gradient: the same network without sampling. Difference:
+from the paper. Validation %: of a network that samples, the mean of as many tests; rows without a
+validation_std have a single one. Gain: over dropout in the same layers or, for a swapped network, over
+the baseline that was finetuned as long, seed by seed. Where a seed diverged, there is no mean."""
+
+
+def page(rows: Rows, pictures: Iterable[str] = (), notes: str = "") -> str:
     """The results page: paper, ours, difference, schedule, seeds, hardware."""
+    rows = panels.ordered(rows)
     summaries = summarise(rows)
     header = ["network", "paper", "ours, test %", "± trials", "full gradient", "difference"]
     header += ["validation %", "gain", "schedule", "seeds", "hardware"]
@@ -165,17 +187,14 @@ def page(rows: Rows, notes: str = "") -> str:
         if "versions" in row
     )
     parts = [
-        f"{MARK}\n# Results on {', '.join(dict.fromkeys(row['dataset'] for row in summaries))}",
+        f"{MARK}\n# {panels.title_of(finals)}",
         results.markdown_table(header, lines),
-        "Test accuracy after the last epoch, the test images read once. ± after an accuracy is the "
-        "standard deviation over seeds, given two or more; ± trials that over repeated tests of one "
-        "trained network, which samples. Full gradient: the same network without sampling. "
-        "Difference: from the paper. Gain: over dropout in the same layers or, for a swapped "
-        "network, over the baseline that was finetuned as long, seed by seed.",
+        CAPTION,
+        "\n".join(f"- `{name}`: {PICTURES[name]}." for name in pictures),
         "Versions: " + "; ".join(versions) + ".",
-        *([notes.strip()] if notes.strip() else []),
+        notes.strip(),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _schedule(row: Mapping[str, Any]) -> str:
@@ -198,131 +217,92 @@ def _hardware(row: Mapping[str, Any]) -> str:
     return f"{hardware.get('cores', '?')} cores, {processor}" if device == "cpu" else device
 
 
-def write(folder: Path, rows: Rows) -> None:
-    """Write the summary, the page and the pictures; a page by another hand is kept."""
+def write(folder: Path, rows: Rows) -> list[str]:
+    """Write the summary, the page and the pictures; a page by another hand is kept.
+
+    Returns:
+      what is kept though it could not be drawn, and what was removed, a line for each.
+    """
+    rows, remarks = panels.ordered(rows), []
     results.write_csv(folder / CSV, COLUMNS, summarise(rows))
+    for name in OLD:
+        if (folder / name).exists():
+            (folder / name).unlink()
+            remarks.append(f"{folder / name}: removed, {CSV} takes its place")
+    title = panels.title_of(rows)
+    drawings = (
+        (panels.accuracy(rows), plots.accuracy),
+        (panels.residuals(rows), plots.residuals),
+        (panels.rates(rows), plots.rates),
+    )
+    for name, (contents, draw) in zip(PICTURES, drawings, strict=True):
+        if contents:
+            drawing = functools.partial(draw, contents=contents, title=title)
+            results.write_figure(folder / name, drawing)
+        elif (folder / name).exists():
+            remarks.append(f"{folder / name}: kept, the rows hold nothing to draw it from")
     target, notes = folder / PAGE, folder / NOTES
     if not target.exists() or target.read_text().startswith(MARK):
-        text = page(rows, notes.read_text() if notes.exists() else "")
+        pictures = [name for name in PICTURES if (folder / name).exists()]
+        text = page(rows, pictures, notes.read_text() if notes.exists() else "")
         with results.whole_file(target) as partial:
             partial.write_text(text)
-    title = ", ".join(dict.fromkeys(str(row["dataset"]) for row in rows))
-    contents = accuracy_panels(rows), residual_panels(rows)
-    for name, panels, draw in zip(
-        PICTURES, contents, (plots.accuracy, plots.residuals), strict=True
-    ):
-        if panels:
-            results.write_figure(folder / name, functools.partial(draw, panels=panels, title=title))
+    else:
+        remarks.append(f"{target}: kept, it was written by hand")
+    return remarks
 
 
-def accuracy_panels(rows: Rows) -> dict[str, list[plots.Curve]]:
-    """Validation accuracy over epochs, mean over the seeds, with a band from least to greatest."""
-    titles, colors = _labels(rows), _Colors()
-    groups: dict[str, dict[int, list[float]]] = {}
-    for row in rows:
-        if row["kind"] == "epoch":
-            epochs = groups.setdefault(name_of(row), {})
-            epochs.setdefault(row["epoch"], []).append(row["validation_accuracy"])
-    panels: dict[str, list[plots.Curve]] = {}
-    for name, epochs in groups.items():
-        title, label = titles[name]
-        x = np.array(sorted(epochs))
-        low, mean, high = (np.array([f(epochs[k]) for k in x]) for f in (np.min, np.mean, np.max))
-        band = (low, high) if max(map(len, epochs.values())) > 1 else None
-        plain = "dropout" in label or "baseline" in label
-        panels.setdefault(title, []).append(plots.Curve(label, x, mean, colors[label], plain, band))
-    return panels
+def found(folders: Iterable[Path]) -> list[Path]:
+    """The folders with results, in themselves or below.
 
-
-def residual_panels(rows: Rows) -> dict[str, list[plots.Curve]]:
-    """Relative residuals inside the solvers of the first seed, one panel for each layer."""
-    titles, colors = _labels(rows), _Colors()
-    panels: dict[str, list[plots.Curve]] = {}
-    seen = set()
-    for row in rows:
-        key = (name_of(row), row["layer"], row["deterministic"]) if _is_residual(row) else None
-        if key is None or key in seen:
-            continue
-        seen.add(key)
-        title, label = titles[name_of(row)]
-        how = "full gradient" if row["deterministic"] else "sampled"
-        x = 1 + np.arange(len(row["middle"]))
-        band = None if row["deterministic"] else (np.array(row["low"]), np.array(row["high"]))
-        curve = plots.Curve(
-            f"{label}, {how}", x, np.array(row["middle"]), colors[label], row["deterministic"], band
-        )
-        panels.setdefault(f"{title}, {row['layer']} layer", []).append(curve)
-    return panels
-
-
-class _Colors(dict[str, int]):
-    """A colour for each label, in the order in which they are first asked for."""
-
-    def __missing__(self, label: str) -> int:
-        return self.setdefault(label, len(self))
-
-
-def _labels(rows: Rows) -> dict[str, tuple[str, str]]:
-    """Name of a network to the title of its comparison, the words common to all, and what is its own."""
-    comparisons: dict[Any, list[str]] = {}
-    for row in rows:
-        names = comparisons.setdefault(row.get("study") or row.get("variant"), [])
-        if name_of(row) not in names:
-            names.append(name_of(row))
-    labels = {}
-    for names in comparisons.values():
-        words = [name.split() for name in names]
-        common = 0
-        for column in zip(*(name[:-1] for name in words), strict=False):
-            if len(set(column)) > 1:
-                break
-            common += 1
-        for name, parts in zip(names, words, strict=True):
-            labels[name] = " ".join(parts[:common]), " ".join(parts[common:])
-    return labels
-
-
-def _is_residual(row: Mapping[str, Any]) -> bool:
-    return row["kind"] == "residuals"
+    Raises:
+      results.FolderError: one has none.
+    """
+    every: list[Path] = []
+    for folder in folders:
+        below = sorted(path.parent for path in folder.rglob(results.ROWS))
+        if not below:
+            raise results.FolderError(f"{folder}: has no {results.ROWS}")
+        every += below
+    return every
 
 
 def load(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """The rows of several folders, in their order.
 
     Raises:
-      results.FolderError: a folder has no results, or two have the same network and seed.
+      results.FolderError: a folder is damaged or has no finished network, or two have the same network
+        and seed.
     """
     rows: list[dict[str, Any]] = []
     seen: dict[tuple[Any, ...], Path] = {}
     for folder in folders:
-        path = folder / results.ROWS
-        if not path.exists():
-            raise results.FolderError(f"{folder}: has no {results.ROWS}")
-        found = results.read_jsonl(path)
-        for row in found:
+        stored = results.read_rows(folder / results.ROWS)
+        for row in stored:
             if row["kind"] == "final":
                 key = (row["dataset"], name_of(row), row["seed"])
                 if key in seen:
                     what = f"{key[1]} on {key[0]} with seed {key[2]}"
                     raise results.FolderError(f"{folder} and {seen[key]} both hold {what}")
                 seen[key] = folder
-        rows += found
+        if folder not in seen.values():
+            raise results.FolderError(f"{folder}: has no finished network")
+        rows += stored
     return rows
 
 
 def main(args: list[str] | None = None) -> None:
-    """Parse the command line, print the table, write the files."""
+    """Parse the command line, print the tables, write the files."""
     config = tyro.cli(Config, prog="python -m experiments.report", args=args)
     try:
-        rows = load(config.folders)
-        out = config.out or (config.folders[0] if len(config.folders) == 1 else None)
-        if out is None:
-            print(page(rows))
-            return
-        write(out, rows)
+        folders = found(config.folders or [STORED])
+        groups = {config.out: folders} if config.out else {each: [each] for each in folders}
+        for out, group in groups.items():
+            rows = load(group)
+            remarks = write(out, rows)
+            print("\n".join([table(rows), *remarks, f"written to {out}\n"]))
     except (results.FolderError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{table(rows)}\nwritten to {out}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import importlib.metadata
 import io
 import json
@@ -20,6 +21,12 @@ from experiments import checkpoints, curves, parallel
 PACKAGES = ("stochsolvers", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 ROWS, SETTINGS = "results.jsonl", "config.json"
 CHECKPOINTS, CURVES = "checkpoints", "tensorboard"
+KEYS = {
+    "epoch": ("dataset", "epoch", "validation_accuracy"),
+    "residuals": ("layer", "deterministic", "low", "middle", "high"),
+    "final": ("dataset", "seed", "accuracy"),
+}
+"""Kinds of rows, and what each of them must hold."""
 
 
 @contextlib.contextmanager
@@ -65,11 +72,11 @@ def write_figure(path: Path, draw: Callable[[Path], None]) -> None:
         draw(partial)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of `write_jsonl`.
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run.
 
     Raises:
-      FolderError: a line is not a JSON object; names it.
+      FolderError: a line is not a JSON object, or lacks what its kind must hold; names it.
     """
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -79,12 +86,45 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise FolderError(f"{path}: line {number} is not JSON ({error})") from None
         if not isinstance(row, dict):
             raise FolderError(f"{path}: line {number} is not a JSON object")
+        if row.get("kind") not in KEYS:
+            expected = ", ".join(KEYS)
+            raise FolderError(
+                f"{path}: line {number}: expected a kind among {expected}, got {row.get('kind')}"
+            )
+        named = "name" in row or {"variant", "method"} <= row.keys()
+        lacking = [key for key in KEYS[row["kind"]] if key not in row] + ["name"] * (not named)
+        if lacking:
+            raise FolderError(f"{path}: line {number} lacks {', '.join(lacking)}")
         rows.append(row)
     return rows
 
 
 class FolderError(RuntimeError):
     """A folder of results is damaged, or belongs to another run."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if absent, for one command; the system releases it if the process dies.
+
+    Raises:
+      FolderError: another command holds it.
+    """
+    if not parallel.is_first():  # the first process holds it for all of them
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderError(f"{folder}: another command is writing there") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 class Run:
@@ -101,7 +141,6 @@ class Run:
 
     Raises:
       FolderError: the folder belongs to another run, or is damaged.
-      curves.MissingError: the package that writes the curves is not installed.
     """
 
     def __init__(
@@ -113,8 +152,6 @@ class Run:
         overwrite: bool = False,
         tensorboard: bool = False,
     ):
-        if tensorboard:
-            curves.check_installed()
         self.folder = folder
         self._curves = tensorboard and parallel.is_first()
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
@@ -123,7 +160,7 @@ class Run:
             self._clear(files)
         elif (folder / ROWS).exists():
             self._check_settings()
-            self.rows = read_jsonl(folder / ROWS)
+            self.rows = read_rows(folder / ROWS)
 
     def final(self, **tags: Any) -> dict[str, Any] | None:
         """The final row with these entries, or None if that network is not finished."""

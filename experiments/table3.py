@@ -23,7 +23,7 @@ PAPER = {"cifar10": (77.30, 78.51), "cifar100": (44.20, 45.53)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(options.Options):
+class Config(options.FinetuneOptions):
     """Train AlexNet, swap its first layer for a solver, finetune, and print the accuracies."""
 
     out: Path = Path("runs/table3")
@@ -35,7 +35,8 @@ class Config(options.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        options.check_methods(self.methods, self.num_iters)
+        options.check_methods(self.methods)
+        options.check_solver(self.num_iters)
 
 
 def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:

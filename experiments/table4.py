@@ -41,7 +41,7 @@ stated, and taken to be both."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(options.Options):
+class Config(options.FinetuneOptions):
     """Train VGG16, swap its hidden layers for solvers, finetune, and print the accuracies."""
 
     out: Path = Path("runs/table4")
@@ -57,7 +57,8 @@ class Config(options.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        options.check_methods(self.methods, self.num_iters, self.decay)
+        options.check_methods(self.methods)
+        options.check_solver(self.num_iters, self.decay)
 
 
 def arms(config: Config, paper: dict[str, finetune.Accuracy]) -> list[finetune.Arm]:

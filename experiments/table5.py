@@ -17,10 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 from flax import nnx
 
-from experiments import comparison, data, finetune, networks, options, plots, results
+from experiments import data, finetune, networks, options
 from experiments.networks import NAMES, BlockConfig, Method, swap_hidden
 
 Head = Literal["vgg16", "alexnet", "lenet"]
@@ -35,14 +34,12 @@ PAPER: dict[float, tuple[finetune.Accuracy, finetune.Accuracy]] = {
 """For VGG16 on CIFAR-100, by dropout rate: the baseline's accuracy, and the solver's over 20 trials."""
 
 LABELS = {"vgg16": "VGG16", "alexnet": "AlexNet", "lenet": "LeNet"}
-ARMS = {"baseline": "baseline", "control": "baseline, finetuned"}
 ALEXNET_HIDDEN = 256
 SMOKE_RATES = (0.5, 0.95)
-PICTURE = "rates.png"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(options.Options):
+class Config(options.FinetuneOptions):
     """Train a network for each dropout rate, swap its last hidden layer, finetune, print accuracies."""
 
     out: Path = Path("runs/table5")
@@ -61,7 +58,8 @@ class Config(options.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        options.check_methods(self.methods, self.num_iters, self.decay)
+        options.check_methods(self.methods)
+        options.check_solver(self.num_iters, self.decay)
         if not self.rates or not all(0 <= rate < 1 for rate in self.rates):
             raise ValueError(f"rates: expected dropout rates in [0, 1), got {self.rates}")
 
@@ -128,23 +126,7 @@ def _block(config: Config, method: Method, rate: float) -> BlockConfig:
     return BlockConfig(method, rate=rate, num_iters=config.num_iters, decay=config.decay)
 
 
-def draw(finals: list[dict[str, Any]], out: Path) -> None:
-    """Accuracy over the dropout rate: baseline, finetuned baseline, solvers; the mean over seeds."""
-    curves = []
-    groups = comparison.grouped(finals)
-    for color, arm in enumerate(dict.fromkeys(row["arm"] for row in finals)):
-        rows = [group for (_, name), group in groups.items() if name == arm]
-        points = [
-            (group[0]["config"]["rate"], comparison.mean_of(group, "accuracy")) for group in rows
-        ]
-        x, y = (np.array(values, float) for values in zip(*sorted(points), strict=True))
-        plain = arm in ("baseline", "control")
-        curves.append(plots.Curve(ARMS.get(arm) or NAMES[arm], x, y, color, dashed=plain))
-    title = f"{LABELS[finals[0]['config']['head']]}, {finals[0]['dataset']}"
-    results.write_figure(out / PICTURE, lambda path: plots.rates(path, curves, title=title))
-
-
-TABLE = finetune.Table("table5", studies, draw, (PICTURE,))
+TABLE = finetune.Table("table5", studies)
 
 
 def main(args: list[str] | None = None) -> None:

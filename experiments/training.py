@@ -1,6 +1,7 @@
 """Training of a network: the paper's schedule, one compiled step in a Python loop."""
 
 import dataclasses
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,11 @@ Watch = Callable[[Sequence[Record]], None]
 
 
 class DivergenceError(RuntimeError):
-    """The loss stopped being finite."""
+    """The loss of a seed stopped being finite."""
+
+    def __init__(self, message: str, seed: int):
+        super().__init__(message)
+        self.seed = seed
 
 
 class ConfigurationError(ValueError):
@@ -75,8 +80,8 @@ def train_together(
       data: of each seed: its training split is learned, its validation split watched once an epoch.
       config: of the optimiser, but for the seed.
       label: for the progress bar and for errors.
-      checkpoint: a folder, saved to once an epoch, and on SIGTERM, which then ends the program with
-        status 143. A run that finds its own checkpoint there goes on as if it had not stopped.
+      checkpoint: a folder, saved to once an epoch, and on SIGTERM or Ctrl-C, which then end the program
+        with status 143 or 130. A run that finds its own checkpoint there goes on as if it had not stopped.
       mesh: devices that share each batch; by default one.
       watches: one for each seed, or none.
 
@@ -87,7 +92,7 @@ def train_together(
       checkpoints.CheckpointError: of another run, corrupt, or impossible to write.
     """
     mesh, seeds = mesh or parallel.data_mesh(), tuple(data)
-    (count,) = {_steps_per_epoch(each, config, mesh) for each in data.values()}
+    (count,) = {steps_per_epoch(each, config, mesh) for each in data.values()}
     total = config.epochs * count
     graph, state = _initial(build, seeds, config)
     progress, store = Progress(history=((),) * len(seeds)), None
@@ -125,7 +130,7 @@ def train_together(
                 store.save(state, progress)
             _show(watches, progress)
             if parallel.anywhere(terminated):
-                sys.exit(143)
+                _stop(bar, progress.step, terminated, saved=store is not None)
     if store is not None:
         store.close()
     states = steps.unstack(parallel.gather((state.params, state.rest)), len(seeds))
@@ -151,7 +156,8 @@ def _initial(
     return parts[0][0], steps.stack(states)
 
 
-def _steps_per_epoch(data: Dataset, config: TrainConfig, mesh: Mesh) -> int:
+def steps_per_epoch(data: Dataset, config: TrainConfig, mesh: Mesh) -> int:
+    """Whole batches in an epoch; raises a `ConfigurationError` if there is none."""
     if config.epochs < 1:
         raise ConfigurationError(f"epochs: expected at least 1, got {config.epochs}")
     if not 1 <= config.batch_size <= len(data.train):
@@ -257,8 +263,17 @@ def _check_finite(metrics: np.ndarray, label: str, seeds: Sequence[int], first_s
         raise DivergenceError(
             f"{label}, seed {seeds[k]}: the loss is {metrics[step, k, 0]} at step "
             f"{first_step + step + 1}. "
-            "Try a smaller learning rate or, with a solver, a smaller decay."
+            "Try a smaller --learning-rate or, with a solver, a smaller --decay.",
+            seeds[k],
         )
+
+
+def _stop(bar: tqdm, step: int, received: Sequence[int], *, saved: bool) -> None:
+    """End the program, by the signal that it received, or that another process did."""
+    if parallel.is_first():
+        there = "; the same command goes on from there" if saved else ""
+        bar.write(f"stopped at step {step}{there}", file=sys.stderr)
+    sys.exit(128 + (received[0] if received else signal.SIGTERM))
 
 
 def _postfix(history: Sequence[Sequence[Record]]) -> dict[str, str]:

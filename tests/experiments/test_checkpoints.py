@@ -92,14 +92,20 @@ def test_kill_9_in_the_middle_of_a_save(uninterrupted, tmp_path):
     assert_same(toys.train(tmp_path / "run"), uninterrupted)
 
 
-@pytest.mark.parametrize("step", [1, toys.STEPS + 2, 2 * toys.STEPS])
-def test_sigterm_saves_and_stops(uninterrupted, tmp_path, monkeypatch, step):
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(training, "tqdm", toys.interrupted_bar(step, signal.SIGTERM))
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(1, signal.SIGTERM), (toys.STEPS + 2, signal.SIGINT), (2 * toys.STEPS, signal.SIGTERM)],
+)
+def test_a_signal_saves_and_stops(uninterrupted, tmp_path, monkeypatch, capsys, step, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(training, "tqdm", toys.interrupted_bar(step, number))
     with pytest.raises(SystemExit) as caught:
         toys.train(tmp_path / "run")
-    assert caught.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert caught.value.code == 128 + number
+    assert (
+        f"stopped at step {step}; the same command goes on from there\n" in capsys.readouterr().err
+    )
+    assert signal.getsignal(number) is before
     assert steps_in(tmp_path / "run")[-1] == step
     monkeypatch.undo()
     assert_same(toys.train(tmp_path / "run"), uninterrupted)

@@ -4,6 +4,9 @@ import contextlib
 import csv
 import io
 import json
+import shutil
+import subprocess
+import sys
 
 import events
 import jax
@@ -13,13 +16,13 @@ from archives import files_under
 from flax import nnx
 
 from experiments import (
-    comparison,
     curves,
     data,
     finetune,
     networks,
     report,
     results,
+    table2,
     table3,
     table4,
     table5,
@@ -94,7 +97,7 @@ def test_table5_rows_files_and_print(lenet_rows, images):
         assert row["versions"]["jax"]
         assert 0 <= row["accuracy"] <= 100
     assert len({row["parameters"] for row in finals(rows)}) == 1
-    for name in ("accuracy.png", table5.PICTURE):
+    for name in ("accuracy.png", "rates.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     with (out / report.CSV).open() as file:
         assert [line["name"] for line in csv.DictReader(file)] == [
@@ -282,15 +285,68 @@ def test_a_diverging_swap_is_a_row(images, tmp_path, monkeypatch):
 
     def diverging(build, dataset, config, *, label, **options):
         if "Prox-SG" in label:
-            raise training.DivergenceError(f"{label}: the loss is nan at step 3.")
+            raise training.DivergenceError(f"{label}: the loss is nan at step 3.", 0)
         return train(build, dataset, config, label=label, **options)
 
     monkeypatch.setattr(training, "train", diverging)
     options = ("--network", "lenet", "--rates", "0.5", "--num-iters", "2")
-    rows, printed = run(table5, images, tmp_path, *options)
+    with pytest.raises(SystemExit, match=r"^error: diverged: LeNet p = 0.5 Prox-SG, seed 0$"):
+        run(table5, images, tmp_path, *options)
+    rows = results.read_rows(tmp_path / results.ROWS)
     assert finals(rows)[-1]["accuracy"] is None
     assert "nan at step 3" in finals(rows)[-1]["error"]
-    assert "diverged" in printed
+
+
+def test_nothing_goes_on_from_a_baseline_that_diverged(images, tmp_path, monkeypatch):
+    labels = []
+
+    def diverging(build, dataset, config, *, label, **options):
+        labels.append(label)
+        raise training.DivergenceError(f"{label}: the loss is nan at step 3.", 0)
+
+    monkeypatch.setattr(training, "train", diverging)
+    options = ("--network", "lenet", "--rates", "0.9", "0.5")
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"p = 0.9 baseline, seed 0; LeNet p"):
+            run(table5, images, tmp_path, *options)
+    assert labels == ["LeNet p = 0.9 baseline", "LeNet p = 0.5 baseline"]
+
+
+def test_a_folder_belongs_to_one_data_set(lenet_rows, images, tmp_path):
+    """By what the file holds; where it lies is of no matter."""
+    out, rows, _ = lenet_rows
+    options = ("--network", "lenet", "--rates", "0.5", "--num-iters", "2")
+    elsewhere = tmp_path / "halves.npz"
+    shutil.copy(images, elsewhere)
+    assert run(table5, elsewhere, out, *options)[0] == rows
+    with np.load(images) as file:
+        arrays = dict(file)
+    arrays["images"][0, 0, 0] ^= 1
+    np.savez(elsewhere, **arrays)
+    with pytest.raises(SystemExit, match=r"^error: .*another run: data_sha256 is \w+… there"):
+        run(table5, elsewhere, out, *options)
+
+
+def test_a_folder_is_written_by_one_command(images, tmp_path):
+    command = ["-m", "experiments.table3", "--dataset", str(images), "--out", str(tmp_path)]
+    with results.locked(tmp_path):
+        second = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert second.returncode == 1
+    assert second.stderr == f"error: {tmp_path}: another command is writing there\n"
+    with results.locked(tmp_path):  # it is released
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", [table2, table3, table5])
+def test_images_too_small_are_one_clear_line(module, tmp_path):
+    path = tmp_path / "tiny.npz"
+    np.savez(path, images=np.zeros((40, 7, 7), np.uint8), labels=np.arange(40) % 2)
+    options = ["--dataset", str(path), "--out", str(tmp_path / "out"), "--batch-size", "8"]
+    message = r"^error: tiny: image_shape: expected at least (8×8|16×16) pixels, got \(7, 7, 1\)$"
+    with pytest.raises(SystemExit, match=message):
+        module.main(options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_table_separates_seeds_from_trials():
@@ -307,10 +363,12 @@ def test_the_table_separates_seeds_from_trials():
             ("prox-sg", 53.0 + 2 * seed, 0.25),
         )
     ]
-    lines = comparison.table(rows).splitlines()
-    assert lines[2].split() == ["control", "50.50", "±", "0.707", "1.00"]
-    assert lines[3].split() == ["prox-sg", "54.00", "±", "1.414", "0.250", "+3.50", "1.00"]
-    assert "± beside the accuracy is over seeds" in "\n".join(lines)
+    lines = report.table(rows).splitlines()
+    control = "control 50.50 ± 0.707 50.50 ± 0.707 1.00 ± 0.000"
+    assert lines[2].split() == control.split()
+    solver = "prox-sg 54.00 ± 1.414 0.250 54.00 ± 1.414 1.00 ± 0.000 3.50 ± 0.707"
+    assert lines[3].split() == solver.split()
+    assert "± beside a number is over seeds" in "\n".join(lines)
 
 
 @pytest.mark.parametrize(

@@ -111,4 +111,4 @@ def test_devices_are_counted():
 def test_batches_are_split_evenly():
     mesh = jax.sharding.AbstractMesh((3,), (parallel.AXIS,))
     with pytest.raises(training.ConfigurationError, match="a multiple of the 3 devices, got 16"):
-        training._steps_per_epoch(toys.dataset(), toys.CONFIG, mesh)
+        training.steps_per_epoch(toys.dataset(), toys.CONFIG, mesh)

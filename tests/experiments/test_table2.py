@@ -75,7 +75,7 @@ def test_all_networks_and_files(everything):
     assert [float(row["accuracy"]) for row in table] == [row["accuracy"] for row in finals]
     assert all(row["full_gradient_accuracy"] and not row["seed_std"] for row in table)
 
-    for name in report.PICTURES:
+    for name in ("accuracy.png", "residual.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert "76.23 ± 0.206" in printed
     assert "68.54" in printed
@@ -90,7 +90,7 @@ def test_finished_networks_are_not_trained_again(everything, tmp_path, monkeypat
     assert run(tiny_cifar, folder, *options, "dropout", "prox-sg") == rows
 
     # the final row of the last network is lost, its checkpoint is not
-    kept = [row for row in results.read_jsonl(folder / "results.jsonl") if row["method"] != "fista"]
+    kept = [row for row in results.read_rows(folder / "results.jsonl") if row["method"] != "fista"]
     results.write_jsonl(folder / "results.jsonl", kept)
     monkeypatch.undo()
     monkeypatch.setattr(training, "_epoch_steps", lambda *_: None)
@@ -153,12 +153,62 @@ def test_missing_archive_is_one_clear_line(tmp_path, monkeypatch):
         (["--decay", "1.5"], "decay: expected a factor"),
         (["--variants", "ND-ND"], "ND-ND"),
         (["--variants"], "expected at least one"),
+        (["--seeds", "-3"], "seeds: expected at least one, not negative, each once"),
+        (["--seeds", "0", "0"], "seeds: expected at least one, not negative, each once"),
+        (["--learning-rate", "0"], "learning_rate: expected a positive rate"),
+        (["--num-iters", "0"], "num_iters: expected at least 1"),
     ],
 )
 def test_bad_options(options, message, capsys):
     with pytest.raises(SystemExit):
         table2.main(options)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset", "typo"], "dataset: expected digits, .*, got typo"),
+        (["--dataset", "absent.npz"], "absent.npz: no such file"),
+        (["--batch-size", "91"], "batch_size: expected 1 to 90"),
+        (["--devices", "99"], "devices: expected 1"),
+    ],
+)
+def test_a_mistaken_command_removes_nothing(everything, tmp_path, options, message):
+    tiny_cifar, out, _, _ = everything
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    before = contents(folder)
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        run(tiny_cifar, folder, "--overwrite", *options)
+    assert contents(folder) == before
+
+
+def test_a_diverging_network_does_not_stop_the_others(tmp_path, monkeypatch):
+    """With two seeds at once, the one that is left begins again alone."""
+    calls = []
+
+    def train(build, datasets, config, *, label, **options):
+        calls.append((label, tuple(datasets)))
+        if label == "ND-D dropout" and 4 in datasets:
+            raise training.DivergenceError(f"{label}, seed 4: the loss is nan at step 3.", 4)
+        raise training.DivergenceError(f"{label}: the loss is inf at step 1.", min(datasets))
+
+    monkeypatch.setattr(training, "train_together", train)
+    options = ["--seeds", "4", "1", "--seeds-at-once", "--variants", "ND-D", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"^error: diverged: ND-D dropout, seed 4; ND-D dropout"):
+        table2.main(options)
+    assert calls == [
+        *[("ND-D dropout", (4, 1)), ("ND-D dropout", (1,))],
+        *[("ND-D Prox-SG", (4, 1)), ("ND-D Prox-SG", (4,))],
+    ]
+    rows = results.read_rows(tmp_path / "results.jsonl")
+    assert [row["accuracy"] for row in rows] == [None] * 4
+    assert "diverged 2 of 2" in (tmp_path / "README.md").read_text()
+    calls.clear()
+    with pytest.raises(SystemExit, match="diverged"):  # nothing is tried again
+        table2.main(options)
+    assert not calls
 
 
 def test_impossible_batch_is_one_clear_line(tiny_cifar, tmp_path):
@@ -173,11 +223,16 @@ def test_more_devices_than_there_are_is_one_clear_line(tiny_cifar, tmp_path):
 
 
 def test_smoke_and_defaults():
-    assert table2.Config(smoke=True).train_config(0).epochs == 2
-    assert table2.Config(smoke=True, epochs=5).train_config(0).epochs == 5
-    assert table2.Config(dataset="cifar10").train_config(4) == training.TrainConfig(seed=4)
-    changed = table2.Config(dataset="cifar10", augment=True, precision="bf16").train_config(4)
-    assert changed == training.TrainConfig(seed=4, augment=True, precision="bf16")
+    def optimiser(**options):
+        return table2.Config(**options).filled().train_config(4)
+
+    assert optimiser(smoke=True).epochs == 2
+    assert optimiser(smoke=True, epochs=5).epochs == 5
+    assert optimiser(dataset="cifar10") == training.TrainConfig(seed=4)
+    changed = optimiser(dataset="cifar10", augment=True, precision="bf16", learning_rate=0.003)
+    assert changed == training.TrainConfig(
+        learning_rates=(3e-3, 3e-4, 3e-5), seed=4, augment=True, precision="bf16"
+    )
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):

@@ -1,0 +1,136 @@
+"""From rows to the curves of the pictures."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import networks
+from experiments.plots import Curve
+
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+Panels = dict[str, list[Curve]]
+
+
+def name_of(row: Row) -> str:
+    """The network of a row."""
+    names: Mapping[Any, str] = networks.NAMES
+    return row.get("name") or f"{row['variant']} {names.get(row['method'], row['method'])}"
+
+
+def title_of(rows: Rows) -> str:
+    """Networks and data sets: "LeNet on digits"; table 2 has no other network than the LeNet."""
+    kinds = ("LeNet" if row.get("variant") else name_of(row).split()[0] for row in rows)
+    datasets = (str(row["dataset"]) for row in rows)
+    return " on ".join(", ".join(dict.fromkeys(names)) for names in (kinds, datasets))
+
+
+def ordered(rows: Rows) -> list[Row]:
+    """By ascending dropout rate of the studies that have one; otherwise as they are."""
+    rates = {row["study"]: rate for row in rows if (rate := _rate(row)) is not None}
+    return sorted(rows, key=lambda row: rates.get(row.get("study"), 0.0))
+
+
+def _rate(row: Row) -> float | None:
+    return row.get("config", {}).get("rate") if row.get("study") else None
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """The rows by a key, in order of appearance."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def lost(finals: Rows) -> str:
+    """How many of the final rows of a network, one for each seed, diverged, in words; "" for none."""
+    count = sum(row["accuracy"] is None for row in finals)
+    return f"diverged {count} of {len(finals)}" if count else ""
+
+
+def accuracy(rows: Rows) -> Panels:
+    """Validation accuracy over epochs, mean over the seeds, with a band from least to greatest."""
+    labels, colors = _labels(rows), _colors(rows)
+    finals = grouped((row for row in rows if row["kind"] == "final"), name_of)
+    panels: Panels = {}
+    for name, group in grouped((r for r in rows if r["kind"] == "epoch"), name_of).items():
+        title, label = labels[name]
+        epochs = grouped(group, lambda row: row["epoch"])
+        x = sorted(epochs)
+        values = [[row["validation_accuracy"] for row in epochs[k]] for k in x]
+        missing = lost(finals.get(name, []))
+        full = f"{label}, {missing}" if missing else label
+        curve = _over_seeds(full, np.array(x), values, colors[label], plain=_is_plain(label))
+        panels.setdefault(title, []).append(curve)
+    return panels
+
+
+def residuals(rows: Rows) -> Panels:
+    """Relative residuals inside the solvers of the first seed, one panel for each layer."""
+    labels, colors = _labels(rows), _colors(rows)
+    panels: Panels = {}
+    curves = grouped(
+        (row for row in rows if row["kind"] == "residuals"),
+        lambda row: (name_of(row), row["layer"], row["deterministic"]),
+    )
+    for (name, layer, deterministic), (row, *_) in curves.items():
+        title, label = labels[name]
+        how = "full gradient" if deterministic else "sampled"
+        low, middle, high = (np.array(row[key]) for key in ("low", "middle", "high"))
+        x, band = 1 + np.arange(len(middle)), None if deterministic else (low, high)
+        curve = Curve(f"{label}, {how}", x, middle, colors[label], deterministic, band)
+        panels.setdefault(f"{title}, {layer} layer", []).append(curve)
+    return panels
+
+
+def rates(rows: Rows) -> list[Curve]:
+    """Test accuracy over the dropout rate, likewise over seeds; a gap where a seed diverged."""
+    labels, colors = _labels(rows), _colors(rows)
+    finals = [row for row in rows if row["kind"] == "final" and _rate(row) is not None]
+    curves = []
+    for label, group in grouped(finals, lambda row: labels[name_of(row)][1]).items():
+        points = grouped(group, _rate)
+        x = sorted(points)
+        values = [
+            [np.nan if lost(points[rate]) else row["accuracy"] for row in points[rate]]
+            for rate in x
+        ]
+        curve = _over_seeds(label, np.array(x), values, colors[label], plain=_is_plain(label))
+        curves.append(curve)
+    return curves
+
+
+def _over_seeds(
+    label: str, x: np.ndarray, values: Sequence[Sequence[float]], color: int, *, plain: bool
+) -> Curve:
+    low, mean, high = (np.array([f(each) for each in values]) for f in (np.min, np.mean, np.max))
+    band = (low, high) if max(map(len, values)) > 1 else None
+    return Curve(label, x, mean, color, plain, band)
+
+
+def _is_plain(label: str) -> bool:
+    return "dropout" in label or "baseline" in label
+
+
+def _colors(rows: Rows) -> dict[str, int]:
+    """A colour for each label, the same in every picture of the rows."""
+    labels = dict.fromkeys(label for _, label in _labels(rows).values())
+    return {label: k for k, label in enumerate(labels)}
+
+
+def _labels(rows: Rows) -> dict[str, tuple[str, str]]:
+    """Name of a network to the title of its comparison, the words common to all, and what is its own."""
+    labels = {}
+    for group in grouped(rows, lambda row: row.get("study") or row.get("variant")).values():
+        names = list(dict.fromkeys(map(name_of, group)))
+        words = [name.split() for name in names]
+        common = 0
+        for column in zip(*(name[:-1] for name in words), strict=False):
+            if len(set(column)) > 1:
+                break
+            common += 1
+        for name, parts in zip(names, words, strict=True):
+            labels[name] = " ".join(parts[:common]), " ".join(parts[common:])
+    return labels

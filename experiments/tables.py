@@ -1,0 +1,172 @@
+"""What the commands of tables 2 to 5 share: the run around the networks, their scores and rows."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import tyro
+from flax import nnx
+from jax.sharding import Mesh
+
+from experiments import (
+    archive,
+    checkpoints,
+    curves,
+    data,
+    evaluation,
+    parallel,
+    report,
+    results,
+    training,
+)
+from experiments.options import Options
+
+Row = dict[str, Any]
+Build = Callable[[nnx.Rngs], Any]
+EXPECTED = (
+    *(archive.DataError, checkpoints.CheckpointError, results.FolderError, OSError),
+    *(parallel.DeviceError, training.ConfigurationError, curves.MissingError),
+)
+"""What a command answers with one line."""
+
+
+class Job(NamedTuple):
+    """What a run works with: its data, its devices, its folder."""
+
+    source: data.Source
+    mesh: Mesh
+    stored: results.Run
+
+
+@contextlib.contextmanager
+def opened(
+    table: str, options: Options, builds: Callable[[data.Dataset], Iterable[Build]]
+) -> Iterator[Job]:
+    """The job of a command; at the end of the block, its page, table and pictures are written.
+
+    The data, the devices and the networks are checked before anything is made or removed.
+
+    Args:
+      table: name of the module.
+      options: filled.
+      builds: what makes the networks, for a data set of this shape.
+
+    Raises:
+      training.ConfigurationError: a network does not fit the images, or a batch the devices.
+      results.FolderError: the folder is another run's, damaged, or in use.
+    """
+    if options.tensorboard:
+        curves.check_installed()
+    mesh = options.machine.mesh()
+    source = data.read(options.dataset, options.data_dir)
+    first = source.dataset(options.seeds[0], options.examples)
+    training.steps_per_epoch(first, options.train_config(0), mesh)
+    try:
+        for build in builds(first):
+            nnx.eval_shape(lambda build=build: build(nnx.Rngs(0)))
+    except ValueError as error:
+        raise training.ConfigurationError(f"{first.name}: {error}") from error
+    with results.locked(options.out):
+        stored = results.Run(
+            options.out,
+            {**options.settings(table), "data_sha256": source.sha256()},
+            files=report.FILES,
+            overwrite=options.overwrite,
+            tensorboard=options.tensorboard,
+        )
+        yield Job(source, mesh, stored)
+        if parallel.is_first():
+            for remark in report.write(options.out, stored.rows):
+                say(remark)
+
+
+def say(text: str) -> None:
+    """Print, in the first process alone."""
+    if parallel.is_first():
+        print(text, flush=True)
+
+
+def scored(trained: training.Trained, dataset: data.Dataset, trials: int, mesh: Mesh) -> Row:
+    """Test and validation accuracy in percent, sampled as in the paper and along the full gradient.
+
+    A network that samples is tested `trials` times: the mean, and the standard deviation of those
+    trials about it (over n, not n − 1: they are all there are of this network's table entry).
+    """
+    model, scores = trained.model, {}
+    sampled = model.is_stochastic
+    for prefix, split in (("validation_", dataset.validation), ("", dataset.test)):
+        accuracies = evaluation.evaluate(
+            model, split, dataset, trials=trials if sampled else 1, mesh=mesh
+        )
+        scores[f"{prefix}accuracy"] = float(accuracies.mean())
+        scores[f"{prefix}std"] = float(accuracies.std()) if sampled else None
+        full = None
+        if sampled:
+            full = evaluation.evaluate(model, split, dataset, deterministic=True, mesh=mesh)
+        scores[f"{prefix}full_gradient_accuracy"] = None if full is None else float(full[0])
+    return {
+        **scores,
+        "trials": trials if sampled else 1,
+        "parameters": training.count_parameters(model),
+        "train_seconds": trained.seconds,
+    }
+
+
+def finished(
+    tags: Mapping[str, Any], trained: training.Trained, scores: Row, final: Row, *, after: int = 0
+) -> list[Row]:
+    """The rows of a network: its epochs, which come after so many, and the final one; says so."""
+    accuracy = results.percent(scores["accuracy"], scores["std"])
+    say(f"{tags['name']}, seed {tags['seed']}: {accuracy} % in {trained.seconds:.0f} s")
+    epochs = [
+        {"kind": "epoch", **tags, **record, "epoch": after + int(record["epoch"])}
+        for record in trained.history
+    ]
+    return [*epochs, {"kind": "final", **tags, **scores, **final}]
+
+
+def diverged(tags: Mapping[str, Any], error: training.DivergenceError, final: Row) -> list[Row]:
+    """The row of a network without an accuracy; says so."""
+    say(str(error))
+    return [{"kind": "final", **tags, "accuracy": None, **final, "error": str(error)}]
+
+
+def main(
+    table: str, config: type[Any], run: Callable[[Any], list[Row]], args: list[str] | None
+) -> None:
+    """Parse the command line, run, print the table; fail if a network diverged."""
+    options: Any = tyro.cli(config, prog=f"python -m experiments.{table}", args=args)
+    try:
+        with _stoppable():
+            rows = run(options)
+    except EXPECTED as error:
+        sys.exit(f"error: {error}")
+    say(f"\n{report.table(rows)}\nwritten to {options.out}")
+    failed = [row for row in rows if row["kind"] == "final" and row["accuracy"] is None]
+    if failed:
+        names = (f"{report.name_of(row)}, seed {row['seed']}" for row in failed)
+        sys.exit(f"error: diverged: {'; '.join(names)}")
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """End the program on SIGTERM and Ctrl-C with a word, cleaning up; in training it saves first."""
+
+    def stop(number: int, _: Any) -> None:
+        print("stopped; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(128 + number)
+
+    previous = {number: signal.getsignal(number) for number in checkpoints.TERMINATION}
+    try:
+        for number in previous:
+            signal.signal(number, stop)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
