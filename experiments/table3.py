@@ -42,7 +42,7 @@ class Config(options.FinetuneOptions):
 def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     """The one study of this table."""
     network = AlexNetConfig(dataset.image_shape, len(dataset.classes), config.width or 1.0)
-    paper = PAPER.get(dataset.name) if config.width == 1.0 else None
+    paper = PAPER.get(config.dataset) if config.width == 1.0 else None
 
     def arm(method: Literal["prox-gd", "fista"]) -> finetune.Arm:
         block = BlockConfig(method, num_iters=config.num_iters)

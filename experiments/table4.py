@@ -89,7 +89,7 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     network = VGG16Config(
         dataset.image_shape, len(dataset.classes), config.width or 1.0, config.batch_norm
     )
-    paper = PAPER.get(dataset.name, {}) if config.width == 1.0 else {}
+    paper = PAPER.get(config.dataset, {}) if config.width == 1.0 else {}
     return [
         finetune.Study(
             "vgg16",

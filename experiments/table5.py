@@ -88,7 +88,7 @@ def builder(config: Config, dataset: data.Dataset) -> tuple[Callable[[nnx.Rngs],
 def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     """A study for each rate."""
     make, network = builder(config, dataset)
-    known = config.network == "vgg16" and dataset.name == "cifar100" and config.width == 1.0
+    known = config.network == "vgg16" and config.dataset == "cifar100" and config.width == 1.0
 
     def study(rate: float) -> finetune.Study:
         def with_last(method: Method) -> Callable[[Any, nnx.Rngs], None]:

@@ -2,11 +2,11 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import events
 import jax
@@ -238,15 +238,16 @@ def test_the_papers_numbers_stand_where_they_are_comparable():
     names = tuple(map(str, range(100)))
 
     def papers(module, config, dataset="cifar100"):
-        these = data.Dataset(dataset, split, split, split, names, *statistics)
+        these = data.Dataset(Path(dataset).stem, split, split, split, names, *statistics)
         return [
             paper
-            for study in module.studies(config, these)
+            for study in module.studies(dataclasses.replace(config, dataset=dataset), these)
             for paper in (study.paper, *(arm.paper for arm in study.arms))
         ]
 
     assert papers(table3, table3.Config(width=1.0)) == [(44.20, None), (45.53, None)]
     assert papers(table3, table3.Config(width=0.5)) == [None, None]
+    assert papers(table3, table3.Config(width=1.0), "own/cifar100.npz") == [None, None]
     expected = [(70.27, None), (70.95, 0.042), (70.44, 0.077), (71.10, None)]
     assert papers(table4, table4.Config(width=1.0)) == expected
     assert papers(table4, table4.Config(width=1.0), "digits") == [None] * 4
@@ -328,11 +329,9 @@ def test_a_folder_belongs_to_one_data_set(lenet_rows, images, tmp_path):
 
 
 def test_a_folder_is_written_by_one_command(images, tmp_path):
-    command = ["-m", "experiments.table3", "--dataset", str(images), "--out", str(tmp_path)]
-    with results.locked(tmp_path):
-        second = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    assert second.returncode == 1
-    assert second.stderr == f"error: {tmp_path}: another command is writing there\n"
+    message = f"^error: {tmp_path}: another command is writing there$"
+    with results.locked(tmp_path), pytest.raises(SystemExit, match=message):
+        run(table3, images, tmp_path)
     with results.locked(tmp_path):  # it is released
         pass
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,9 @@ import contextlib
 import csv
 import io
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -209,6 +211,17 @@ def test_a_diverging_network_does_not_stop_the_others(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="diverged"):  # nothing is tried again
         table2.main(options)
     assert not calls
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_training_ends_with_a_word(number, tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(table2.data, "read", lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as caught:
+        table2.main(["--out", str(tmp_path)])
+    assert caught.value.code == 128 + number
+    assert capsys.readouterr().err == "stopped; the same command goes on from what is saved\n"
+    assert signal.getsignal(number) is before
 
 
 def test_impossible_batch_is_one_clear_line(tiny_cifar, tmp_path):
