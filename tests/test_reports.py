@@ -90,7 +90,8 @@ def test_certificates_are_those_of_the_layers_own_problems(images):
         np.testing.assert_allclose(row.step_size, 1 / (norm + ridge), rtol=1e-3)
         assert row.num_iters == layer.solver.num_iters
         assert row.finite
-        if layer is not model.alpha:  # a constant step without momentum: theory holds
+        assert np.isnan(row.contraction_bound) == (layer is model.alpha)  # whose steps decay
+        if layer is not model.alpha:
             ratios = np.asarray(solution.residuals[1:] / solution.residuals[:-1])
             assert np.max(ratios) <= row.contraction_bound * (1 + 1e-3)
             first, *_, last = np.asarray(solution.residuals)
@@ -163,6 +164,155 @@ def test_measured_contraction_stops_at_round_off():
     assert np.isnan(reports._certificates.contraction(residuals[:1], jnp.zeros(2))).all()
 
 
+class Beside(nnx.Module):
+    """Solver layers on the same input."""
+
+    def __init__(self, solvers):
+        self.layers = nnx.List(
+            ss.nnx.SolverLinear(12, 6, solver=solver, ridge=0.1, rngs=nnx.Rngs(0, dropout=1))
+            for solver in solvers
+        )
+
+    def __call__(self, x):
+        return [layer(x) for layer in self.layers]
+
+
+def test_guarantees_are_those_of_theory_alone(rng):
+    x = jnp.asarray(rng.normal(size=(2, 12)), jnp.float32)
+    model = Beside(
+        [
+            ss.ProxGD(6),
+            ss.ProxSG(0.5, 6),
+            ss.ProxSG(0.2, 6, decay=0.9),
+            ss.ProxGD(6, momentum=True),
+            ss.ProxGD(6, step_size=ss.exponential_decay(0.1, 0.9)),
+            ss.NSync(2, 6, step_size=ss.InverseSeparable()),
+        ]
+    )
+    kernel = np.asarray(model.layers[0].kernel[...], np.float64)
+    smallest, *_, largest = np.linalg.eigvalsh(kernel.T @ kernel) + 0.1
+    for deterministic, guaranteed in [(False, 1), (True, 2)]:  # full gradients, constant steps
+        report = ss.certify(model, x, deterministic=deterministic)
+        for row in report.rows[:guaranteed]:
+            np.testing.assert_allclose(row.contraction_bound, 1 - smallest / largest, rtol=1e-3)
+            assert row.contraction <= row.contraction_bound
+        assert np.isnan([row.contraction_bound for row in report.rows[guaranteed:]]).all()
+        assert "nan" not in str(report)
+
+
+def test_an_empty_batch_is_refused():
+    layer = ss.nnx.SolverLinear(3, 2, solver=ONE, rngs=nnx.Rngs(0))
+    wanted = r"batch of the solver layer '\(model\)': expected at least one example"
+    with pytest.raises(ValueError, match=wanted):
+        ss.certify(layer, jnp.ones((0, 3)))
+
+
+class Within(nnx.Module):
+    """A solver layer, called within some transform."""
+
+    def __init__(self, call, rngs):
+        self.inner = ss.nnx.SolverLinear(3, 3, solver=ONE, rngs=rngs)
+        self.call = call
+
+    def __call__(self, x):
+        return self.call(self.inner, x)
+
+
+def same(layer, x):
+    return layer(x)
+
+
+def test_transforms_that_keep_the_records():
+    x = jnp.ones((2, 3))
+    (plain,) = ss.certify(Within(same, nnx.Rngs(0)), x).rows
+    for call in [
+        lambda layer, x: nnx.remat(same)(layer, x),
+        lambda layer, x: nnx.cond(True, same, lambda m, x: m(2 * x), layer, x),
+    ]:
+        (row,) = ss.certify(Within(call, nnx.Rngs(0)), x).rows
+        assert row.name == "inner"
+        np.testing.assert_allclose(row.gap_max, plain.gap_max, rtol=1e-5)
+
+
+DROPPING = {
+    "cond": lambda m, x: nnx.cond(True, same, lambda m, x: x, m, x),
+    "loop": lambda m, x: nnx.fori_loop(0, 2, lambda i, c: (c[0], c[0](c[1])), (m, x))[1],
+    "one layer for all steps": lambda m, x: nnx.scan(
+        lambda x, m: m(x), in_axes=(nnx.Carry, None), out_axes=nnx.Carry, length=2
+    )(x, m),
+    "one layer for all rows": lambda m, x: nnx.vmap(same, in_axes=(None, 0))(m, x),
+    "jax.vmap": lambda m, x: jax.vmap(m)(x),
+    "jax.lax.scan": lambda m, x: jax.lax.scan(lambda x, _: (m(x), None), x, None, length=2)[0],
+}
+
+
+@pytest.mark.parametrize("call", DROPPING.values(), ids=DROPPING.keys())
+def test_no_solver_layer_is_dropped_in_silence(call):
+    with pytest.raises(ValueError, match=r"transform around the solver layer 'inner': expected"):
+        ss.certify(Within(call, nnx.Rngs(0)), jnp.ones((2, 3)))
+
+
+class LinenBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return ss.linen.SolverDense(3, solver=ONE, name="inner")(x), None
+
+
+class LinenWithin(nn.Module):
+    """A solver layer within a transform that lifts these collections."""
+
+    transform: str
+    axes: tuple[str, ...] = ("params",)
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"variable_axes": dict.fromkeys(self.axes, 0), "split_rngs": {"params": True}}
+        if self.transform == "scan":
+            return nn.scan(LinenBlock, length=2, **options)(name="block")(x, None)[0]
+        if self.transform == "vmap":
+            layer = nn.vmap(ss.linen.SolverDense, in_axes=None, axis_size=2, **options)
+            return layer(3, solver=ONE, name="inner")(x)
+        layer = ss.linen.SolverDense(3, solver=ONE, name="inner")
+        if self.transform == "jax.vmap" and not self.is_initializing():
+            return jax.vmap(layer)(x)
+        if self.transform == "cond" and not self.is_initializing():
+            return nn.cond(True, lambda m, x: layer(x), lambda m, x: x, self, x)
+        return layer(x)
+
+
+@pytest.mark.parametrize("transform", ["scan", "vmap"])
+def test_linen_layers_of_a_stack_have_rows_where_their_records_are_lifted(transform):
+    x = jnp.ones((2, 3))
+    model = LinenWithin(transform)
+    variables = model.init(jax.random.key(0), x)
+    wanted = r"inner': expected one that lifts \"solver_records\".*variable_axes"
+    with pytest.raises(ValueError, match=wanted):
+        ss.certify(model, variables, x)
+    rows = ss.certify(LinenWithin(transform, ("params", "solver_records")), variables, x).rows
+    name = {"scan": "block/inner", "vmap": "inner"}[transform]
+    assert [row.name for row in rows] == [f"{name}[0]", f"{name}[1]"]
+    (kernels,) = (leaf for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim == 3)
+    norms = [np.linalg.norm(kernel, 2) ** 2 for kernel in np.asarray(kernels)]
+    np.testing.assert_allclose([row.lipschitz for row in rows], norms, rtol=1e-3)
+
+
+@pytest.mark.parametrize("transform", ["jax.vmap", "cond"])
+def test_no_linen_solver_layer_is_dropped_in_silence(transform):
+    model, x = LinenWithin(transform), jnp.ones((2, 3))
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"transform around the solver layer 'inner': expected"):
+        ss.certify(model, variables, x)
+
+
+def test_a_bound_linen_module_is_refused():
+    layer = ss.linen.SolverDense(3, solver=ONE)
+    bound = layer.bind(layer.init(jax.random.key(0), jnp.ones((1, 3))))
+    with pytest.raises(ValueError, match=r"variables: expected the collections that init returns"):
+        ss.certify(bound, jnp.ones((1, 3)))
+    with pytest.raises(ValueError, match=r"variables: expected the collections that init returns"):
+        ss.lipschitz_report(bound, (1, 3), (1, 3))
+
+
 class LinenNet(nn.Module):
     prior: ss.Prior = ss.prox.NonNegative()
 
@@ -231,7 +381,8 @@ def test_norms_and_their_product_are_those_of_dense_matrices(padding):
     assert conv * (1 - 1e-6) <= report.rows[0].upper
     np.testing.assert_allclose(report.bound, conv * norm * head, rtol=2e-3)
     assert report.between == ("relu",)
-    assert "1-Lipschitz: relu" in str(report)
+    assert report.factor == 1.0
+    assert "of which 1 between the layers: relu" in str(report)
     assert report == ss.nnx.lipschitz_report(model, (7, 4, 4, 2))  # inner traces are cached
 
 
@@ -249,7 +400,135 @@ def test_what_has_no_bound_is_named(rng):
     assert missing == ["layers.0", "layers.1", "layers.2.layer_instance"]
     assert report.bound == np.inf
     assert "tanh" in report.between  # of the GELU
+    assert "integer_pow" in report.unknown
     assert "No Lipschitz bound" in str(report)
+
+
+class Between(nnx.Module):
+    """Two dense layers and a function between them."""
+
+    def __init__(self, function):
+        self.first = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.last = nnx.Linear(4, 4, rngs=nnx.Rngs(1))
+        self.function = function
+
+    def __call__(self, x):
+        return self.last(self.function(self.first(x)))
+
+
+def test_operations_between_the_layers_count_with_their_constants(rng):
+    points = rng.normal(size=(2, 2000, 4)) * 2
+    points[1, 1000:] = points[0, 1000:] + 1e-4 * rng.normal(size=(1000, 4))  # slopes
+    for function in [
+        lambda x: 3 * nnx.relu(x) / 2 + 1,
+        lambda x: x + jnp.tanh(x),
+        lambda x: jnp.concatenate([x[..., :2], 2 * x[..., :2]], -1),
+        lambda x: jnp.clip(x, -1, 1).mean(-1, keepdims=True).repeat(4, -1),
+        lambda x: nnx.avg_pool(x[..., None], (3,), (1,), "SAME").squeeze(-1),
+        lambda x: nnx.max_pool(x[..., None], (3,), (1,), "SAME").squeeze(-1),
+        lambda x: nnx.leaky_relu(x, 2.0),
+        nnx.elu, nnx.selu, nnx.celu, nnx.silu, nnx.softplus, nnx.hard_tanh, nnx.sigmoid,
+    ]:  # fmt: skip
+        report = ss.lipschitz_report(Between(function), (1, 4))
+        x, y = jnp.asarray(points)
+        moved = np.linalg.norm(function(x) - function(y), axis=-1)
+        steepest = np.max(moved / np.linalg.norm(x - y, axis=-1))
+        assert np.isfinite(report.factor), report.unknown
+        assert steepest <= report.factor * (1 + 1e-5)
+        assert report.factor <= 4 * steepest  # nor is it vacuous
+        assert report.unknown == ()
+        np.testing.assert_allclose(report.bound, report.factor * report.product)
+
+
+def test_an_operation_without_a_constant_is_named():
+    for function, name in [
+        (jnp.sign, "sign"),
+        (jnp.exp, "exp"),
+        (jnp.square, "square"),
+        (lambda x: x * jnp.tanh(x), "mul"),
+        (lambda x: jnp.where(x > 0, x, 1.0), "gt"),
+        (lambda x: jnp.round(x).astype(int).astype(float), "round"),
+        (lambda x: jax.lax.scan(lambda c, _: (-c, None), x, None, length=2)[0], "scan"),
+    ]:
+        report = ss.lipschitz_report(Between(function), (1, 4))
+        assert report.unknown[0] == name
+        assert report.bound == np.inf
+        assert np.isfinite(report.product)
+        assert f"No Lipschitz constant is known of: {name}" in str(report)
+
+
+def test_an_output_that_ignores_the_input_has_the_bound_zero():
+    for function in [jnp.ones_like, lambda x: 0 * x]:
+        report = ss.lipschitz_report(Between(function), (1, 4))
+        assert report.bound == 0
+        assert "0, its output does not depend on the input" in str(report)
+
+
+def test_a_norm_is_one_number_only_where_both_bounds_show_it():
+    for lower, shown in [(1.999, "[1.999, 2]"), (1.99999, " 2 ")]:
+        row = reports.LayerNorm("a", "Conv", (1,), lower, 2.0, 2.0, "")
+        assert row.is_tight
+        assert shown in str(reports.LipschitzReport((row,), (), 1.0, ()))
+
+
+def test_norms_of_one_structure_are_one_program(caplog):
+    def network(seed):
+        norms = nnx.Rngs(seed)
+        return nnx.Sequential(
+            nnx.Linear(7, 5, rngs=norms),
+            nnx.BatchNorm(5, rngs=norms),
+            ss.nnx.SolverLinear(5, 3, solver=ss.ProxGD(3), rngs=norms),
+            nnx.Linear(3, 3, rngs=norms),
+        )
+
+    one, two = network(0), network(1)
+    compiled = []
+    for model in (one, two):
+        caplog.clear()
+        with jax.log_compiles():
+            report = ss.lipschitz_report(model, (1, 7))
+        messages = [r.getMessage() for r in caplog.records]
+        compiled.append([m for m in messages if m.startswith("Compiling ")])
+        assert len(report.rows) == 4
+    assert [len(messages) for messages in compiled] == [1, 0]
+    assert "_measure" in compiled[0][0]
+
+
+def test_layers_without_a_norm_are_named_in_both_interfaces():
+    class Mixed(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(7, 4, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+            self.wide = nnx.ConvTranspose(4, 4, (3,), rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+            self.gain = nnx.Param(jnp.ones(4))
+            self.head = nnx.Linear(4, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.gain * self.norm(self.wide(self.attention(self.embed(x)))))
+
+    report = ss.lipschitz_report(Mixed(nnx.Rngs(0)), (2, 5), dtype=jnp.int32)
+    missing = {row.name for row in report.rows if row.note == "not bounded"}
+    parts = {f"attention.{part}" for part in ("query", "key", "value", "out")}
+    assert missing == {"embed", "wide", "(model)"} | parts
+    assert {row.name for row in report.rows} - missing == {"norm", "head"}
+    assert report.bound == np.inf
+
+    class Twin(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Embed(7, 4, name="embed")(x)
+            x = nn.MultiHeadDotProductAttention(2, name="attention")(x)
+            x = nn.ConvTranspose(4, (3,), name="wide")(x)
+            x = nn.BatchNorm(use_running_average=True, name="norm")(x)
+            return nn.Dense(2, name="head")(x * self.param("gain", nn.initializers.ones, (4,)))
+
+    model = Twin()
+    variables = model.init(jax.random.key(0), jnp.zeros((2, 5), int))
+    report = ss.lipschitz_report(model, variables, (2, 5), dtype=jnp.int32)
+    missing = {row.name for row in report.rows if row.note == "not bounded"}
+    assert missing == {"embed", "wide", "(model)"} | {p.replace(".", "/") for p in parts}
+    assert {row.name for row in report.rows} - missing == {"norm", "head"}
 
 
 def test_residual_connections_are_found(rng):
@@ -258,7 +537,8 @@ def test_residual_connections_are_found(rng):
     stem = nnx.Conv(2, 2, (1, 1), rngs=nnx.Rngs(2))
     report = ss.nnx.lipschitz_report(nnx.Sequential(stem, block), (1, 4, 4, 2))
     notes = [row.note for row in report.rows]
-    assert notes == ["", "on one of several paths", ""]  # the skip enters the second solver
+    # the skip goes around the first solver, and enters the second beside its input
+    assert notes == ["", "on one of several paths", "on one of several paths"]
     assert report.bound == np.inf
     assert np.isfinite(report.product)
 

@@ -189,8 +189,8 @@ def _part(layer: Any, call: Any, flat: Mapping[str, Array]) -> reports.Part:
     prefix = "" if call.label == "(model)" else f"{call.label}/"
     kind = type(layer).__name__
     if isinstance(layer, nn.BatchNorm):
-        scale = jax.lax.rsqrt(flat[f"batch_stats/{prefix}var"] + layer.epsilon)
-        return reports.Part(kind, scale=scale * flat.get(f"params/{prefix}scale", 1.0))
+        scale, variance = flat.get(f"params/{prefix}scale"), flat[f"batch_stats/{prefix}var"]
+        return reports.Part(kind, normalisation=(scale, variance, layer.epsilon))
     kernel = flat[f"params/{prefix}kernel"]
     try:
         linear_map = linear_map_of(layer, kernel, call.input_shape)

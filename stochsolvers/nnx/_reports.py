@@ -113,9 +113,10 @@ def lipschitz_report(
     `nnx.Linear`, two-dimensional `nnx.Conv` and their solvers have a certified norm: exact for dense
     layers and circular padding, a bracket under zero padding. `nnx.BatchNorm` has its scale. What
     else has parameters (attention, `Embed`, `ConvTranspose`, one- and three-dimensional convolutions,
-    layers within `nnx.scan`, …) is named as not bounded. Between the layers the bound relies on
-    1-Lipschitz operations, which the report lists: activations such as ReLU, and pools of disjoint
-    windows. A residual or parallel connection is found, and makes the bound infinite.
+    layers within `nnx.scan`, …) is named as not bounded. Operations between the layers count with
+    their own constants: 1 for ReLU, tanh, softplus and pools of disjoint windows, |c| for a
+    scaling by c. One that has none, such as `sign`, or none that is known is named, and makes the bound
+    infinite; so does a residual or parallel connection around a layer.
 
     Args:
       model: the network.
@@ -186,8 +187,8 @@ def _marking(cls: Any) -> Any:
 def _part(layer: Any, input_shape: tuple[int, ...]) -> reports.Part:
     kind = type(layer).__name__
     if isinstance(layer, nnx.BatchNorm):
-        scale = jax.lax.rsqrt(layer.var[...] + layer.epsilon)
-        return reports.Part(kind, scale=scale if layer.scale is None else scale * layer.scale[...])
+        scale = None if layer.scale is None else layer.scale[...]
+        return reports.Part(kind, normalisation=(scale, layer.var[...], layer.epsilon))
     try:
         part = reports.Part(kind, linear_map_of(layer, input_shape))
     except ValueError:  # not a two-dimensional convolution, or one with other options

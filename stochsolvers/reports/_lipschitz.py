@@ -1,14 +1,15 @@
 r"""Spectral norms of a network's layers, and the Lipschitz bound that they prove.
 
-A network f = h_n ∘ f_n ∘ … ∘ h_1 ∘ f_1 ∘ h_0 of layers f_i with constants ℓ_i, and of functions h_i that
-bring no two points further apart, satisfies
+A network f = h_n ∘ f_n ∘ … ∘ h_1 ∘ f_1 ∘ h_0 of layers f_i with constants ℓ_i, and of functions h_i
+with constants c_i, satisfies
 
-    ||f(x) − f(y)|| ≤ ℓ_1 ⋯ ℓ_n ||x − y||.
+    ||f(x) − f(y)|| ≤ c_0 ⋯ c_n ℓ_1 ⋯ ℓ_n ||x − y||.
 
 ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference, and
-`solver_bound` for a solver. The product proves nothing where the output sees the input on a way around
-a layer, as with a residual connection, nor where there are parameters that no known layer accounts
-for: the bound is then infinite, and the report names the cause.
+`solver_bound` for a solver; the c_i are read off the operations between the layers. The product proves
+nothing where the output sees the input on a way around a layer, as with a residual connection, where
+there are parameters that no known layer accounts for, nor where an operation has no constant that is
+known: the bound is then infinite, and the report names the cause.
 """
 
 import dataclasses
@@ -55,7 +56,8 @@ class Part:
     Attributes:
       kind: name of the layer's class.
       linear_map: A, or None.
-      scale: the factors of a normalisation at inference, one for each channel, or None.
+      normalisation: γ or None, v and ε of a normalisation at inference, which scales its channels by
+        γ / sqrt(v + ε); or None.
       solver: the configuration of a solver layer, or None.
       ridge: λ of a solver layer.
       step_constant: what a solver layer keeps, or None.
@@ -65,7 +67,7 @@ class Part:
 
     kind: str
     linear_map: LinearMap | None = None
-    scale: Array | None = None
+    normalisation: tuple[Array | None, Array, Scalar] | None = None
     solver: Any = None
     ridge: Scalar = 0.0
     step_constant: Array | None = None
@@ -73,7 +75,7 @@ class Part:
     @property
     def bounded(self) -> bool:
         """Whether there is a norm to compute."""
-        return self.linear_map is not None or self.scale is not None
+        return self.linear_map is not None or self.normalisation is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ class LayerNorm:
 
     @property
     def is_tight(self) -> bool:
-        """Whether the two bounds agree to a thousandth, as they do for dense and circular layers."""
+        """Whether the bounds agree to a thousandth, as for dense and circular layers; `plot` uses it."""
         return self.upper <= 1.001 * self.lower
 
 
@@ -111,13 +113,17 @@ class LipschitzReport:
     Attributes:
       rows: one record for each call of a layer, and for each module with parameters that no known
         layer accounts for.
-      between: names of the operations between the layers, which the bound takes to be 1-Lipschitz.
-        ReLU, tanh, sigmoid and pools of disjoint windows are; a scaling, GELU and overlapping pools
-        need not be.
+      between: names of the operations between the layers.
+      factor: their part of the bound, c_0 ⋯ c_n; 1 for activations such as ReLU and pools of disjoint
+        windows, 0 where the output does not depend on the input, infinite where it is not known.
+      unknown: names of the operations that have no constant, or none that is known, such as `sign` and
+        the product of two functions of the input.
     """
 
     rows: tuple[LayerNorm, ...]
     between: tuple[str, ...]
+    factor: float
+    unknown: tuple[str, ...]
 
     @property
     def product(self) -> float:
@@ -126,23 +132,31 @@ class LipschitzReport:
 
     @property
     def bound(self) -> float:
-        """A Lipschitz constant of the network: the product, or infinity where it proves nothing."""
-        return math.inf if any(row.note for row in self.rows) else self.product
+        """A Lipschitz constant of the network; infinite where none is proved."""
+        if self.factor == 0.0:
+            return 0.0
+        return math.inf if any(row.note for row in self.rows) else self.factor * self.product
 
     def as_dict(self) -> dict[str, list[Any]]:
         """A list for each column, as `pandas.DataFrame` takes it."""
         return _table.columns(self.rows, LayerNorm)
 
     def __str__(self) -> str:
-        """The aligned table, and the bound below it."""
+        """The aligned table, a norm as one number where its bounds agree in all four digits shown."""
         headers = ("layer", "kind", "input", "||A||", "constant", "note")
         lines = [_table.text(headers, [_cells(row) for row in self.rows])]
-        if math.isfinite(self.bound):
-            between = ", ".join(self.between)
-            given = f", if these are 1-Lipschitz: {between}" if between else ""
-            lines.append(f"Lipschitz bound of the network: {self.bound:.4g}{given}")
+        if self.factor == 0.0:
+            lines.append(
+                "Lipschitz bound of the network: 0, its output does not depend on the input"
+            )
+        elif math.isfinite(self.bound):
+            names = ", ".join(self.between)
+            between = f", of which {self.factor:.4g} between the layers: {names}" if names else ""
+            lines.append(f"Lipschitz bound of the network: {self.bound:.4g}{between}")
         else:
             lines.append(f"No Lipschitz bound of the network; product: {self.product:.4g}")
+        if self.unknown and self.factor:
+            lines.append(f"No Lipschitz constant is known of: {', '.join(self.unknown)}")
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:
@@ -174,7 +188,13 @@ def norms_report(
       kinds: its class, by name.
     """
     arrays = [
-        (p.linear_map, p.scale, p.solver if has_bound(p.solver) else None, p.ridge, p.step_constant)
+        (
+            p.linear_map,
+            p.normalisation,
+            p.solver if has_bound(p.solver) else None,
+            p.ridge,
+            p.step_constant,
+        )
         for p in parts
         if p.bounded
     ]
@@ -187,7 +207,8 @@ def norms_report(
         missing = LayerNorm(name, kinds[name], (), 0.0, math.inf, math.inf, _NOT_BOUNDED)
         rows.append((position, missing))
     rows.sort(key=lambda entry: entry[0])
-    return LipschitzReport(tuple(row for _, row in rows), trace.between)
+    rows = tuple(row for _, row in rows)
+    return LipschitzReport(rows, trace.between, trace.factor, trace.unknown)
 
 
 @jax.jit
@@ -211,9 +232,12 @@ def _measure(parts: list[Any]) -> list[tuple[Array, Array, Array]]:
     return [results[i] for i in range(len(parts))]
 
 
-def _measure_one(linear_map, scale, solver, ridge, step_constant):
+def _measure_one(linear_map, normalisation, solver, ridge, step_constant):
     if linear_map is None:
-        largest = jnp.max(jnp.abs(scale))
+        scale, variance, epsilon = normalisation
+        largest = jnp.max(
+            jnp.abs(1.0 if scale is None else scale) * jax.lax.rsqrt(variance + epsilon)
+        )
         return largest, largest, largest
     bracket = squared_norm_bracket(linear_map)
     lower, upper = jnp.sqrt(bracket.lower), jnp.sqrt(bracket.upper)
@@ -236,7 +260,8 @@ def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:
 
 def _cells(row: LayerNorm) -> list[str]:
     shape = "×".join(map(str, row.input_shape)) or "–"
-    norm = f"{row.upper:.4g}" if row.is_tight else f"[{row.lower:.4g}, {row.upper:.4g}]"
+    ends = f"{row.lower:.4g}", f"{row.upper:.4g}"
+    norm = ends[0] if ends[0] == ends[1] else f"[{', '.join(ends)}]"
     constant = f"{row.constant:.4g}" if math.isfinite(row.constant) else "–"
     norm = norm if math.isfinite(row.upper) else "–"
     return [row.name, row.kind, shape, norm, constant, row.note]

@@ -8,24 +8,17 @@ cond) are not entered.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from stochsolvers._typing import Array
+from stochsolvers.reports._between import CALLS, Value, amplification, body, literal, operation
 
 _INPUT, _OUTPUT = "stochsolvers:input:", "stochsolvers:output:"
-_ENTERED = (
-    "jit",
-    "pjit",
-    "closed_call",
-    "remat2",
-    "checkpoint",
-    "custom_jvp_call",
-    "custom_vjp_call",
-)
 _SHAPE_ONLY = ("reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy")
 
 
@@ -65,11 +58,16 @@ class Trace:
       strays: parameters, by their number, that the output depends on and that are read outside the
         marked layers, with the position of their first use.
       between: names of the operations on the input's way outside the marked layers.
+      factor: a Lipschitz constant of the network if every layer's is 1; 0 where the output does not
+        depend on the input, infinite where one of the operations has none that is known.
+      unknown: names of those.
     """
 
     calls: tuple[Call, ...]
     strays: dict[int, int]
     between: tuple[str, ...]
+    factor: float
+    unknown: tuple[str, ...]
 
 
 def trace(function: Callable[..., Any], parameters: Any, inputs: Any) -> Trace:
@@ -80,19 +78,35 @@ def trace(function: Callable[..., Any], parameters: Any, inputs: Any) -> Trace:
     steps: list[_Step] = []
     results = _flatten(jaxpr, arguments, values, steps)
     count = len(jax.tree.leaves(parameters))
-    calls, between = _follow(steps, set(arguments[count:]), results)
     strays = _unmarked(steps, arguments[:count], results)
-    return Trace(calls, strays, between)
+    calls, between, factor, unknown = _follow(steps, arguments[count:], results)
+    return Trace(calls, strays, between, factor, unknown)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """One equation: what it reads and writes, by number."""
+    """One equation: what it reads and writes, by number; None for literals and constants."""
 
     name: str
-    reads: tuple[int, ...]
+    equation: Any
+    operands: tuple[int | None, ...]
     writes: tuple[int, ...]
-    shape: tuple[int, ...]
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return tuple(number for number in self.operands if number is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.equation.invars[0].aval.shape)
+
+    def factor(self, factors: Mapping[int, float]) -> float:
+        """The largest constant of its results, given those of the numbered values."""
+        operands = [
+            literal(atom) or Value(0.0 if number is None else factors.get(number, 0.0))
+            for atom, number in zip(self.equation.invars, self.operands, strict=True)
+        ]
+        return amplification(self.equation, operands)
 
 
 def _flatten(jaxpr: Any, arguments: list[Any], values: Iterator[int], steps: list[_Step]):
@@ -105,72 +119,71 @@ def _flatten(jaxpr: Any, arguments: list[Any], values: Iterator[int], steps: lis
 
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        inner = next(filter(None, map(_body, equation.params.values())), None)
-        if name in _ENTERED and inner is not None and _has_mark(inner):
+        inner = next(filter(None, map(body, equation.params.values())), None)
+        if name in CALLS and inner is not None and _has_mark(inner):
             results = _flatten(inner, read(equation.invars), values, steps)
         else:
             results = [next(values) for _ in equation.outvars]
-            first = equation.invars[0].aval if equation.invars else None
             steps.append(
-                _Step(
-                    _operation(equation),
-                    tuple(number for number in read(equation.invars) if number is not None),
-                    tuple(results),
-                    tuple(getattr(first, "shape", ())),
-                )
+                _Step(operation(equation), equation, tuple(read(equation.invars)), tuple(results))
             )
         numbers.update(zip(equation.outvars, results, strict=True))
     return read(jaxpr.outvars)
-
-
-def _operation(equation: Any) -> str:
-    """The name of a jitted function or of a primitive; of a call of one operation, the latter's."""
-    for body in filter(None, map(_body, equation.params.values())):
-        if equation.primitive.name in _ENTERED[2:] and len(body.eqns) == 1:
-            return _operation(body.eqns[0])
-    return str(equation.params.get("name", equation.primitive.name))
-
-
-def _body(parameter: Any) -> Any:
-    """The jaxpr of a call, open or closed, or None."""
-    body = getattr(parameter, "jaxpr", parameter)
-    return body if hasattr(body, "eqns") else None
 
 
 def _has_mark(jaxpr: Any) -> bool:
     for equation in jaxpr.eqns:
         if str(equation.params.get("name")).startswith((_INPUT, _OUTPUT)):
             return True
-        bodies = filter(None, map(_body, equation.params.values()))
-        if equation.primitive.name in _ENTERED and any(map(_has_mark, bodies)):
+        bodies = filter(None, map(body, equation.params.values()))
+        if equation.primitive.name in CALLS and any(map(_has_mark, bodies)):
             return True
     return False
 
 
-def _follow(steps: list[_Step], inputs: set[int], results: list[Any]):
-    """Calls in order, each with whether it dominates the output; names of what is between them."""
-    through = dict.fromkeys(
-        inputs, 0
-    )  # value -> bits of the calls on every path from the input to it
+def _follow(steps: list[_Step], inputs: list[int], results: list[Any]):
+    """Calls in order, each with whether it dominates the output; what is between them."""
+    # value -> bits of the calls on every path from the input to it; its constant if theirs are 1
+    through, factors = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, 1.0)
     opened: list[tuple[str, tuple[int, ...], int]] = []
     closed: list[tuple[str, tuple[int, ...], int]] = []
-    useful, between = _reaching(steps, results), {}
+    inside: set[int] = set()  # what the open call has made of its input
+    entered = 0  # bits of the calls that the input enters another way, too
+    reaching, between, unknown = _reaching(steps, results), {}, {}
     for position, step in enumerate(steps):
-        seen = [through[number] for number in step.reads if number in through]
+        seen = [number for number in step.reads if number in through]
+        if opened and not inside.issuperset(seen):
+            entered |= 1 << len(closed)
         if step.name.startswith(_INPUT):
+            inside = inside if opened else set()
             opened.append((step.name.removeprefix(_INPUT), step.shape, position))
+        inside.update(step.writes)
         call = opened.pop() if step.name.startswith(_OUTPUT) else None
-        if seen:
-            bits = _all(seen)
-            if call is not None:
-                bits |= 1 << len(closed)
-                closed.append(call)
-            elif not opened and step.name not in _SHAPE_ONLY and useful.intersection(step.writes):
+        if not seen:
+            continue
+        bits, factor = _all([through[n] for n in seen]), max(factors[n] for n in seen)
+        if call is not None:
+            bits |= 1 << len(closed)
+            closed.append(call)
+        elif not opened:
+            factor, useful = step.factor(factors), not reaching.isdisjoint(step.writes)
+            if useful and step.name not in _SHAPE_ONLY:
                 between[step.name] = None
-            through.update(dict.fromkeys(step.writes, bits))
-    dominating = _all([through[number] for number in results if number in through] or [0])
+            if useful and factor == math.inf:
+                unknown[step.name] = None
+            factor = 1.0 if factor == math.inf else factor  # to find all that is unknown
+        through.update(dict.fromkeys(step.writes, bits))
+        factors.update(dict.fromkeys(step.writes, factor))
+    ends = [number for number in results if number in through]
+    dominating = _all([through[number] for number in ends] or [0]) & ~entered
     calls = [Call(*call, bool(dominating >> i & 1)) for i, call in enumerate(closed)]
-    return tuple(sorted(calls, key=lambda call: call.position)), tuple(between)
+    factor = math.inf if unknown else math.hypot(*(factors[number] for number in ends))
+    return (
+        tuple(sorted(calls, key=lambda call: call.position)),
+        tuple(between),
+        factor,
+        tuple(unknown),
+    )
 
 
 def _all(bits: list[int]) -> int:
