@@ -9,20 +9,21 @@ activation. Leading axes of x are batch axes: one problem for each example.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stochsolvers import _checks, lipschitz
+from stochsolvers import _checks, lipschitz, prox
 from stochsolvers._typing import Array, Scalar, real, value_object
 from stochsolvers.linear_maps import LinearMap
-from stochsolvers.prox import NonNegative, Prior
 
 _REPAIR_STEPS = 300
 _REPAIR_MARGIN = 0.1
-_POOR = 1e-3  # of the objective: a bound above it is worth the search for a better one
+_POOR = 16.0  # times the gap: a bound above it is worth the search for a better one
 
 
 @value_object
@@ -47,7 +48,7 @@ class LayerProblem:
     inputs: Array
     _: dataclasses.KW_ONLY
     bias: Array | None = None
-    prior: Prior = NonNegative()
+    prior: prox.Prior = prox.NonNegative()
     ridge: Scalar = 0.0
 
     def __post_init__(self):
@@ -136,20 +137,20 @@ class LayerProblem:
     def certificate(self, z: Array) -> Array:
         r"""A certified optimality gap: P(z) − min P ≤ certificate(z), for each example.
 
-        The smallest of three bounds, each zero at the optimum of the problems it is made for. With
-        μ = λ + λ_min(A A*) > 0, F lies above a paraboloid of curvature μ, whose sum with g is least at
-        one proximal step u:
+        The smallest of three bounds. With μ = λ + λ_min(A A*) > 0, F lies above a paraboloid of curvature
+        μ, whose sum with g is least at one proximal step u:
 
             g(z) − g(u) + <∇F(z), z − u> − (μ/2) ||u − z||²,       u = prox_{g/μ}(z − ∇F(z)/μ).
 
-        The others need no curvature. They are Fenchel gaps at dual points ν, r = A* z − x the residual,
+        The others need no curvature. They are Fenchel gaps at dual points r + d, r = A* z − x,
 
-            g(z) + g*(w) − <b, z> + λ ||z||² + ½ ||r||² + ½ ||ν||² + <ν, x>,    w = b − λ z − A ν,
+            g(z) + g*(w) − <w, z> + ½ ||d||²,      w = −∇F(z) − A d ∈ dom g*,
 
-        once at shrunken residuals ν = s r, 0 ≤ s ≤ 1, and, where the bounds so far are poor, at ν = r + d
-        with a small d, found by accelerated gradient steps, that brings w into the domain of g*.
-        Round-off of ∇F is added to the bounds. The value is +inf where z is infeasible, and where no
-        dual point was found, as when the problem is unbounded below.
+        once at shrunken residuals, d = −δ r, and, where the bounds so far may be far above the gap, with
+        a small d found by accelerated gradient steps. All go to zero with the gap, to the round-off
+        ε |A| |A*| |z| of ∇F times the size of z, which is added to them: the value is never below the gap
+        of the arrays as they are. It is +inf where z is infeasible, and where no dual point was found,
+        as when the problem is unbounded below.
 
         Returns:
           shape (*batch,), in units of the objective. Not differentiable.
@@ -177,14 +178,6 @@ class LayerProblem:
                     axis,
                 )
 
-    def _gradient_round_off(self, z: Array) -> Array:
-        """A bound on the norm of the rounding error of ∇F(z), from the sizes of what it adds up."""
-        A, eps = self.linear_map, jnp.finfo(self.dtype).eps
-        bias = jnp.zeros(self.shape, self.dtype) if self.bias is None else self.bias
-        bias = jnp.broadcast_to(bias, self.shape)
-        size = self.norm(A(A.adjoint(z))) + self.norm(A(self.inputs))
-        return 16.0 * eps * (size + self.norm(bias) + self.ridge * self.norm(z))
-
     def _bias_product(self, z: Array) -> Array:
         if self.bias is None:
             return jnp.zeros(self.batch_shape, self.dtype)
@@ -196,96 +189,212 @@ class LayerProblem:
         return jnp.asarray(z, self.dtype)
 
 
+class _Point(NamedTuple):
+    """z with what is computed from it, and entrywise bounds on the errors of that."""
+
+    z: Array
+    value: Array  # g(z)
+    residual: Array  # r = A* z − x
+    residual_error: Array
+    image: Array  # A r
+    image_error: Array
+    offset: Array  # λ z − b
+    offset_error: Array
+    gradient: Array
+    gradient_error: Array
+    constant: Array  # L, at least ||A||²
+    absolute: LinearMap  # |A|
+    round_off: float  # ε of an entry of A x
+
+
+def _point(problem: LayerProblem, z: Array) -> _Point:
+    """|error of r| ≤ ε |A*| |z|, |error of A r| ≤ |A| (|error of r| + ε |r|): the sums may cancel."""
+    A, eps = problem.linear_map, jnp.finfo(problem.dtype).eps
+    residual = problem.residual(z)
+    image, offset = A(residual), problem.with_bias_and_ridge(jnp.zeros_like(z), z)
+    absolute = dataclasses.replace(A, kernel=jnp.abs(A.kernel))
+    forward, back = (_round_off(A.kernel.size // n, z) for n in (A.out_features, A.in_features))
+    residual_error = back * absolute.adjoint(jnp.abs(z)) + eps * jnp.abs(residual)
+    image_error = absolute(residual_error + forward * jnp.abs(residual))
+    pull = jnp.abs(problem.ridge * z)
+    offset_error = jnp.where(pull > 0, 2.0 * eps * (pull + jnp.abs(offset)), 0.0)
+    gradient_error = image_error + offset_error + 2.0 * eps * (jnp.abs(image) + jnp.abs(offset))
+    return _Point(
+        *(z, problem.prior_value(z), residual, residual_error, image, image_error),
+        *(offset, offset_error, image + offset, gradient_error),
+        jnp.maximum(lipschitz.lipschitz_constant(A, grid="padded"), 1e-30),
+        *(absolute, forward),
+    )
+
+
+def _round_off(count: int, like: Array) -> float:
+    """ε with |error| ≤ ε Σ|t| for a sum of `count` products t, added one after another.
+
+    n u up to 64 products, and 8 √n u above, which independent roundings exceed with a probability
+    below 1e-13 (Higham and Mary 2019, theorem 2.4).
+    """
+    return (2.1 + min(0.525 * count, 4.2 * math.sqrt(count))) * float(jnp.finfo(like.dtype).eps)
+
+
+def _tree_round_off(shape: tuple[int, ...], like: Array) -> float:
+    """The same for a sum over an array of that shape, in the trees that XLA's reductions are."""
+    return (8.0 + 4.0 * math.log2(max(math.prod(shape), 1))) * float(jnp.finfo(like.dtype).eps)
+
+
+def _spectral_round_off(problem: LayerProblem, array: Array) -> Array:
+    """A bound on the norm of the round-off of decompositions, for priors that are not separable."""
+    size = 0 if problem.prior.separable else max(problem.linear_map.out_shape)
+    return 8.0 * size * jnp.finfo(problem.dtype).eps * problem.norm(array)
+
+
+def _evaluation(problem: LayerProblem, scale: Array, duals: Array) -> Array:
+    """The round-off of g, g* and sums over an example, from the sum of the sizes of their terms.
+
+    Logarithms have terms of both signs, with a unit of their own: they are added here.
+    """
+    if isinstance(problem.prior, prox.LogBarrier):
+        scale += problem.sum(jnp.broadcast_to(problem.prior.gamma, duals.shape))
+    if isinstance(problem.prior, prox.SymmetricLogBarrier | prox.IntervalLogBarrier):
+        scale += problem.sum(jnp.abs(duals) + problem.prior.gamma)
+    return _tree_round_off(problem.linear_map.out_shape, duals) * scale
+
+
+def _spread(problem: LayerProblem, values: Array) -> Array:
+    """A number for each example, with an axis for each of the variable's."""
+    return jnp.expand_dims(values, tuple(range(values.ndim, len(problem.shape))))
+
+
 @jax.jit
 def _certificate(problem: LayerProblem, z: Array) -> Array:
     with jax.default_matmul_precision("highest"):
-        gradient, noise = problem.gradient(z), problem._gradient_round_off(z)
-        bound = jnp.fmin(
-            _curvature_gap(problem, z, gradient, noise), _scaled_gap(problem, z, noise)
-        )
-        poor = jnp.any(~(bound <= _POOR * jnp.abs(problem.objective(z))))
-        return jnp.fmin(bound, _repaired_gap(problem, z, gradient, noise, wanted=poor))
+        point = _point(problem, z)
+        bound = jnp.fmin(_curvature_gap(problem, point), _scaled_gap(problem, point))
+        bound = jnp.fmin(bound, _repaired_gap(problem, point, bound))
+    return jnp.where(jnp.isnan(bound), jnp.inf, bound)
 
 
-def _curvature_gap(problem: LayerProblem, z: Array, gradient: Array, noise: Array) -> Array:
+def _curvature_gap(problem: LayerProblem, point: _Point) -> Array:
     """The strong-convexity bound, +inf for μ = 0."""
-    mu = problem.ridge + lipschitz.strong_convexity(problem.linear_map)
+    A, z, gradient, eps = problem.linear_map, point.z, point.gradient, jnp.finfo(problem.dtype).eps
+    mu = (problem.ridge + lipschitz.strong_convexity(A)) * (1.0 - 4.0 * eps)
     safe_mu = jnp.where(mu > 0, mu, 1.0)
     u = problem.prior.prox(z - gradient / safe_mu, 1.0 / safe_mu)
-    move = u - z
-    descent = problem.sum(gradient * move) + 0.5 * safe_mu * problem.sum(move**2)
-    prior_gain = problem.prior_value(z) - problem.prior_value(u)
-    gap = jnp.maximum(prior_gain - descent, 0.0)
-    eps = jnp.finfo(problem.dtype).eps
+    move, value = u - z, problem.prior_value(u)
+    products, curve = gradient * move, 0.5 * safe_mu * problem.sum(move**2)
+    gap = jnp.maximum(point.value - value - problem.sum(products) - curve, 0.0)
+    # u is the point of a gradient that is off by the errors of ∇F and, in units of it, of the prox
+    sizes = jnp.abs(gradient) + safe_mu * (jnp.abs(z) + jnp.abs(u))
+    noise = 8.0 * eps * problem.norm(sizes) + _spectral_round_off(problem, sizes)
+    noise += problem.norm(point.gradient_error - point.image_error)
+    # the error of A r is |A| |error of r|, or ||A|| ||error of r||, whichever is smaller
+    frobenius = jnp.sqrt(math.prod(A.out_shape[:-1]) * jnp.sum(A.kernel**2))
+    through = jnp.sqrt(point.constant) * problem.norm(point.residual_error)
+    through += point.round_off * frobenius * problem.norm(point.residual)
+    noise += jnp.minimum(1.01 * through, problem.norm(point.image_error))
     slack = noise * problem.norm(move) + noise**2 / (2.0 * safe_mu)
-    slack += 16.0 * eps * (jnp.abs(problem.prior_value(u)) + problem.sum(jnp.abs(gradient * move)))
+    scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(products)) + curve
+    slack += _evaluation(problem, scale, gradient)
     return jnp.where(mu > 0, gap + slack, jnp.inf)
 
 
-def _scaled_gap(problem: LayerProblem, z: Array, noise: Array) -> Array:
-    """The least Fenchel gap at ν = s r, r = A* z − x, over a few s in [0, 1]."""
-    A, prior, eps = problem.linear_map, problem.prior, jnp.finfo(problem.dtype).eps
-    residual = problem.residual(z)
-    image = A(residual)
-    offset = problem.with_bias_and_ridge(jnp.zeros_like(z), z)  # λ z − b
-    squares, fit = problem.sum(residual**2), problem.sum(residual * problem.inputs)
-    common = problem.prior_value(z) + problem.sum(offset * z) + 0.5 * squares
-    axes = tuple(range(len(problem.batch_shape), z.ndim))
+def _fenchel_gap(problem: LayerProblem, point: _Point, w: Array, error: Array) -> Array:
+    r"""Φ(w) = g(z) + g*(w) − <w, z> for any w within `error` of the one given, round-off included.
 
-    def gap(s):
-        # at s = 0 the point is b − λ z, free of the round-off that A r carries
-        w, tolerance = -offset - s * image, 2.0 * jnp.sign(s) * noise
-        inside = prior.dual_projection(w, jnp.expand_dims(tolerance, axes))
-        conjugate = problem.per_example(prior.conjugate)(w)
-        bound = common + conjugate + 0.5 * s**2 * squares + s * fit
-        scale = problem.sum(jnp.abs(offset * z)) + squares + jnp.abs(s * fit) + jnp.abs(conjugate)
-        slack = s * noise * problem.norm(z) + 16.0 * eps * jnp.where(conjugate < jnp.inf, scale, 0)
-        allowed = problem.norm(w - inside) <= 0.5 * tolerance
-        return jnp.where(allowed, jnp.maximum(bound, 0.0) + slack, jnp.inf)
-
-    shrink = jnp.concatenate([1.0 - 0.5 ** jnp.arange(0.0, 24.0, 2.0), jnp.ones(1)])
-    return jnp.min(lax.map(gap, shrink.astype(problem.dtype)), axis=0)
+    Convexity gives Φ(w + e) ≤ Φ(w) + Σ |e| max |∇Φ(w ± error)| for separable g*. For the others, which
+    are indicators, ∇Φ = −z.
+    """
+    z, conjugate = point.z, problem.per_example(problem.prior.conjugate)
+    derivative = jax.grad(lambda w: jnp.sum(conjugate(w)))
+    slope = jnp.maximum(*(jnp.abs(derivative(end) - z) for end in (w - error, w + error)))
+    value = conjugate(w)
+    gap = jnp.maximum(point.value + value - problem.sum(w * z), 0.0)
+    scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(w) * (jnp.abs(z) + slope))
+    slack = problem.sum(error * slope) + _evaluation(problem, scale, w)
+    return jnp.where(_in_domain(problem, w, error), gap + slack, jnp.inf)
 
 
-def _repaired_gap(
-    problem: LayerProblem, z: Array, gradient: Array, noise: Array, *, wanted: Array
-) -> Array:
-    """The Fenchel gap at ν = r + d; +inf for the examples for which no d was found."""
-    A, prior = problem.linear_map, problem.prior
-    extra_axes = tuple(range(len(problem.batch_shape), z.ndim))
-    tolerance = jnp.expand_dims(noise, extra_axes)
-    violation = problem.norm(gradient + prior.dual_projection(-gradient, 2.0 * tolerance))
+def _in_domain(problem: LayerProblem, w: Array, error: Array) -> Array:
+    """Whether g* is finite at all points within `error` of w, for each example."""
+    prior, conjugate = problem.prior, problem.per_example(problem.prior.conjugate)
+    if prior.separable:
+        return jnp.isfinite(conjugate(w - error)) & jnp.isfinite(conjugate(w + error))
+    radius = problem.norm(error) + _spectral_round_off(problem, w)
+    margin = 1.25 * _spread(problem, radius)
+    near = problem.norm(w - prior.dual_projection(w, margin)) <= 0.25 * radius
+    # a ball that is smaller than the margin has no point that far inside
+    ball = jnp.broadcast_to(margin, w.shape)
+    return near & (jnp.isfinite(conjugate(ball)) | jnp.isfinite(conjugate(-ball)))
+
+
+def _scaled_gap(problem: LayerProblem, point: _Point) -> Array:
+    """The least Fenchel gap at ν = (1 − δ) r over δ = 0, …, 2⁻⁴, 2⁻², 1."""
+    floats = jnp.finfo(problem.dtype)
+    image_error = point.image_error + 4.0 * floats.eps * jnp.abs(point.image)
+    # at δ = 1 the point is b − λ z, free of the round-off that A r carries
+    sum_error = 2.0 * floats.eps * jnp.abs(point.offset)
+    squares = problem.sum((jnp.abs(point.residual) + point.residual_error) ** 2)
+    squares *= 0.5 * (1.0 + _tree_round_off(problem.linear_map.in_shape, point.z))
+
+    def gap(shrink):
+        s = 1.0 - shrink
+        error = s * image_error + jnp.sign(s) * sum_error + point.offset_error
+        w = -point.offset - s * point.image
+        return _fenchel_gap(problem, point, w, error) + shrink**2 * squares
+
+    shrinks = [2.0**-k for k in range(0, floats.nmant + 1, 2)]
+    return jnp.min(lax.map(gap, jnp.asarray([*shrinks, 0.0], problem.dtype)), axis=0)
+
+
+def _repaired_gap(problem: LayerProblem, point: _Point, bound: Array) -> Array:
+    """The Fenchel gap at ν = r + d, d = 0 where `bound` is of the order of the gap or of round-off."""
+    A, prior, gradient = problem.linear_map, problem.prior, point.gradient
+    reach = 1.2 * point.gradient_error
+    if not prior.separable:
+        noise = problem.norm(reach) + _spectral_round_off(problem, gradient)
+        reach = _spread(problem, noise)
+    outside = problem.norm(gradient + prior.dual_projection(-gradient, 1.5 * reach))
     # aim a little inside the domain, in proportion to how far outside the point is
-    margin = 2.0 * tolerance + _REPAIR_MARGIN * jnp.expand_dims(violation, extra_axes)
-    step = 1.0 / jnp.maximum(lipschitz.lipschitz_constant(A, grid="padded"), 1e-30)
-
-    def dual_point(d):
-        return -gradient - A(d)
-
-    def inside(d):
-        w = dual_point(d)
-        return problem.norm(w - prior.dual_projection(w, 2.0 * tolerance)) <= noise
+    margin = 1.5 * reach + _REPAIR_MARGIN * _spread(problem, outside)
 
     def unfinished(carry):
-        k, _, _, _, done = carry
-        return wanted & (k < _REPAIR_STEPS) & ~jnp.all(done)
+        return (carry[0] < _REPAIR_STEPS) & ~jnp.all(carry[-1])
 
     def repair(carry):
         k, d, ahead, t, done = carry
-        w = dual_point(ahead)
-        moved = ahead + step * A.adjoint(w - prior.dual_projection(w, margin))
-        moved = jnp.where(jnp.expand_dims(done, x_axes), d, moved)
+        w = -gradient - A(ahead)
+        pull = w - prior.dual_projection(w, margin)
+        if prior.separable:
+            done |= _in_domain(problem, w, reach)
+        else:
+            inside = _spread(problem, problem.norm(pull)) <= margin - 1.25 * reach
+            done |= jnp.reshape(inside, done.shape)
+        moved = ahead + A.adjoint(pull) / point.constant
         t_next = 0.5 * (1.0 + jnp.sqrt(1.0 + 4.0 * t**2))
-        return k + 1, moved, moved + (t - 1.0) / t_next * (moved - d), t_next, done | inside(moved)
+        following = moved + (t - 1.0) / t_next * (moved - d)
+        keep = _spread(problem, done)  # x has as many axes as z
+        return k + 1, jnp.where(keep, d, moved), jnp.where(keep, ahead, following), t_next, done
 
-    x_axes = tuple(range(len(problem.batch_shape), problem.inputs.ndim))
-    zero = jnp.zeros_like(problem.inputs)
-    start = (0, zero, zero, jnp.ones((), problem.dtype), inside(zero))
-    _, d, _, _, done = lax.while_loop(unfinished, repair, start)
-    conjugate = problem.per_example(prior.conjugate)(dual_point(d))
-    gap = problem.prior_value(z) + conjugate + problem.sum(gradient * z)
-    gap += problem.sum(A.adjoint(z) * d) + 0.5 * problem.sum(d**2)
-    eps = jnp.finfo(problem.dtype).eps
-    scale = problem.sum(jnp.abs(gradient * z)) + jnp.where(done, jnp.abs(conjugate), 0.0)
-    slack = noise * problem.norm(z) + 16.0 * eps * scale
-    return jnp.where(done, jnp.maximum(gap, 0.0) + slack, jnp.inf)
+    zero, done = jnp.zeros_like(problem.inputs), ~_is_poor(problem, point, reach, bound)
+    start = (0, zero, zero, jnp.ones((), problem.dtype), done)
+    d = lax.while_loop(unfinished, repair, start)[2]
+    shift, eps = A(d), jnp.finfo(problem.dtype).eps
+    error = point.gradient_error + point.round_off * point.absolute(jnp.abs(d))
+    error += 2.0 * eps * (jnp.abs(gradient) + jnp.abs(shift))
+    squares = (1.0 + _tree_round_off(A.in_shape, d)) * problem.sum(d**2)
+    return _fenchel_gap(problem, point, -gradient - shift, error) + 0.5 * squares
+
+
+def _is_poor(problem: LayerProblem, point: _Point, reach: Array, bound: Array) -> Array:
+    """Whether a bound is far above the gap and the round-off, and a dual point has room for it.
+
+    The gap is at least what a proximal step of size 1/L gains, (L/2) ||u − z||².
+    """
+    prior, z, gradient = problem.prior, point.z, point.gradient
+    smoothness = point.constant + problem.ridge
+    move = prior.prox(z - gradient / smoothness, 1.0 / smoothness) - z
+    gain = 0.5 * smoothness * problem.sum(move**2)
+    scale = jnp.abs(point.value) + problem.sum(jnp.abs(gradient * z))
+    floor = problem.sum(reach * jnp.abs(z)) + _evaluation(problem, scale, gradient)
+    inner = prior.dual_projection(-gradient, 1.5 * reach)
+    room = _in_domain(problem, inner, reach) if prior.separable else True
+    return jnp.isfinite(floor) & room & ~(bound <= _POOR * (gain + floor))
