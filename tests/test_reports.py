@@ -101,6 +101,7 @@ def test_certificates_are_those_of_the_layers_own_problems(images):
     lines = str(report).splitlines()
     assert len(lines) == 2 + len(report.rows)
     assert len({len(line) for line in lines}) == 1  # aligned
+    assert "nan" not in str(report)
     assert report.as_dict()["name"] == ["conv", "shared", "shared", "alpha"]
 
 
@@ -164,40 +165,34 @@ def test_measured_contraction_stops_at_round_off():
     assert np.isnan(reports._certificates.contraction(residuals[:1], jnp.zeros(2))).all()
 
 
-class Beside(nnx.Module):
-    """Solver layers on the same input."""
-
-    def __init__(self, solvers):
-        self.layers = nnx.List(
-            ss.nnx.SolverLinear(12, 6, solver=solver, ridge=0.1, rngs=nnx.Rngs(0, dropout=1))
-            for solver in solvers
-        )
-
-    def __call__(self, x):
-        return [layer(x) for layer in self.layers]
-
-
 def test_guarantees_are_those_of_theory_alone(rng):
-    x = jnp.asarray(rng.normal(size=(2, 12)), jnp.float32)
-    model = Beside(
-        [
-            ss.ProxGD(6),
-            ss.ProxSG(0.5, 6),
-            ss.ProxSG(0.2, 6, decay=0.9),
-            ss.ProxGD(6, momentum=True),
-            ss.ProxGD(6, step_size=ss.exponential_decay(0.1, 0.9)),
-            ss.NSync(2, 6, step_size=ss.InverseSeparable()),
-        ]
-    )
-    kernel = np.asarray(model.layers[0].kernel[...], np.float64)
+    kernel = rng.normal(size=(12, 6))
+    problem = ss.LayerProblem(ss.Dense(jnp.asarray(kernel)), jnp.ones(12), ridge=0.1)
     smallest, *_, largest = np.linalg.eigvalsh(kernel.T @ kernel) + 0.1
-    for deterministic, guaranteed in [(False, 1), (True, 2)]:  # full gradients, constant steps
-        report = ss.certify(model, x, deterministic=deterministic)
-        for row in report.rows[:guaranteed]:
-            np.testing.assert_allclose(row.contraction_bound, 1 - smallest / largest, rtol=1e-3)
-            assert row.contraction <= row.contraction_bound
-        assert np.isnan([row.contraction_bound for row in report.rows[guaranteed:]]).all()
-        assert "nan" not in str(report)
+
+    def guarantee(solver, deterministic=False):
+        return reports._bounds.guarantee(solver, problem, largest - 0.1, None, deterministic)
+
+    for solver, deterministic, step in [
+        (ss.ProxGD(6), False, 1 / largest),
+        (ss.ProxGD(6, step_size=0.01), False, 0.01),
+        (ss.ProxSG(0.5, 6), True, 1 / largest),
+    ]:
+        want = max(abs(1 - step * smallest), abs(1 - step * largest))
+        np.testing.assert_allclose(guarantee(solver, deterministic), want, rtol=1e-6)
+    for solver in [
+        ss.ProxSG(0.5, 6),
+        ss.ProxGD(6, momentum=True),
+        ss.ProxGD(6, step_size=ss.exponential_decay(0.1, 0.9)),
+        ss.NSync(2, 6, step_size=ss.InverseSeparable()),
+    ]:
+        assert np.isnan(guarantee(solver))
+    assert np.isnan(guarantee(ss.ProxSG(0.5, 6, decay=0.9), deterministic=True))
+
+
+def test_a_network_without_solver_layers_says_so():
+    report = ss.certify(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((1, 3)))
+    assert (report.rows, str(report)) == ((), "No solver layer was called.")
 
 
 def test_an_empty_batch_is_refused():
@@ -223,15 +218,18 @@ def same(layer, x):
 
 
 def test_transforms_that_keep_the_records():
+    def call(layer, x):
+        x = nnx.remat(same)(layer, x)
+        return nnx.cond(True, lambda m, x: m(2 * x), same, layer, x)
+
     x = jnp.ones((2, 3))
-    (plain,) = ss.certify(Within(same, nnx.Rngs(0)), x).rows
-    for call in [
-        lambda layer, x: nnx.remat(same)(layer, x),
-        lambda layer, x: nnx.cond(True, same, lambda m, x: m(2 * x), layer, x),
-    ]:
-        (row,) = ss.certify(Within(call, nnx.Rngs(0)), x).rows
-        assert row.name == "inner"
-        np.testing.assert_allclose(row.gap_max, plain.gap_max, rtol=1e-5)
+    model = Within(call, nnx.Rngs(0))
+    rows = ss.certify(model, x).rows
+    assert [row.name for row in rows] == ["inner", "inner"]
+    for row in rows:
+        solution = model.inner.solve(x, certify=True)
+        np.testing.assert_allclose(row.gap_max, np.max(solution.certificate), rtol=1e-4, atol=1e-6)
+        x = 2 * solution.value
 
 
 DROPPING = {

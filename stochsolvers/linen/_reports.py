@@ -13,6 +13,7 @@ from flax.core import DenyList, tracers
 from stochsolvers import _checks, _layers, reports
 from stochsolvers._typing import Array
 from stochsolvers.linen._layers import RECORDS, STATE, SolverLayer, linear_map_of
+from stochsolvers.reports import _certificates, _lipschitz, _trace
 
 _MUTABLE = DenyList(STATE)  # what a training pass writes is dropped; constants are not refreshed
 
@@ -59,7 +60,7 @@ def certify(
         observe = functools.partial(_observations, module)
     except TypeError:  # arrays among its attributes: nothing to remember the compilation by
         observe = jax.jit(functools.partial(_observe, module), static_argnums=3)
-    return reports.certificate_report(observe(variables, rngs, traced, static))
+    return _certificates.certificate_report(observe(variables, rngs, traced, static))
 
 
 def _observe(module, variables, rngs, traced, static):
@@ -72,15 +73,15 @@ def _observe(module, variables, rngs, traced, static):
             called.append(_label(layer.path))
             leaks = scope.trace_level != tracers.current_trace()  # a transform of JAX
             if leaks or not layer.is_mutable_collection(RECORDS):
-                reports.lost(called[-1], _KEPT_BY)
+                _certificates.lost(called[-1], _KEPT_BY)
         return call(*args, **kwargs)
 
-    with reports.numbered_calls(), nn.intercept_methods(note):
+    with _certificates.numbered_calls(), nn.intercept_methods(note):
         try:
             _, written = module.apply(variables, *inputs, rngs=rngs, mutable=_MUTABLE, **options)
         except TypeError as error:  # a branch or a loop, of another structure now
             if called and RECORDS in str(error):
-                reports.lost(called[-1], _KEPT_BY)
+                _certificates.lost(called[-1], _KEPT_BY)
             raise
     flat = traverse_util.flatten_dict(written.get(RECORDS, {}))
     return {_label(path[:-1]): calls for path, calls in flat.items()}
@@ -139,8 +140,8 @@ def lipschitz_report(
             return call(*args, **kwargs)
         label = _label(layer.path)
         layers[label] = layer.clone(parent=None)
-        marked = reports.mark_input(args[0], label)
-        return reports.mark_output(call(marked, *args[1:], **kwargs), label)
+        marked = _trace.mark_input(args[0], label)
+        return _trace.mark_output(call(marked, *args[1:], **kwargs), label)
 
     def forward(parameters, inputs):
         with nn.intercept_methods(mark):
@@ -149,7 +150,7 @@ def lipschitz_report(
             )[0]
 
     inputs = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32 if dtype is None else dtype)
-    trace = reports.trace(forward, parameters, inputs)
+    trace = _trace.trace(forward, parameters, inputs)
     flat: Any = traverse_util.flatten_dict({"params": parameters, **variables}, sep="/")
     parts = [_part(layers[call.label], call, flat) for call in trace.calls]
     owners = [
@@ -157,7 +158,7 @@ def lipschitz_report(
         for path, _ in jax.tree_util.tree_leaves_with_path(parameters)
     ]
     strays = {owners[index]: position for index, position in reversed(trace.strays.items())}
-    return reports.norms_report(trace, parts, strays, dict.fromkeys(strays, "parameters"))
+    return _lipschitz.norms_report(trace, parts, strays, dict.fromkeys(strays, "parameters"))
 
 
 def _label(path: tuple[str, ...]) -> str:
@@ -185,22 +186,22 @@ def _within_reparametrisation(layer: Any) -> bool:
     return False
 
 
-def _part(layer: Any, call: Any, flat: Mapping[str, Array]) -> reports.Part:
+def _part(layer: Any, call: Any, flat: Mapping[str, Array]) -> _lipschitz.Part:
     prefix = "" if call.label == "(model)" else f"{call.label}/"
     kind = type(layer).__name__
     if isinstance(layer, nn.BatchNorm):
         scale, variance = flat.get(f"params/{prefix}scale"), flat[f"batch_stats/{prefix}var"]
-        return reports.Part(kind, normalisation=(scale, variance, layer.epsilon))
+        return _lipschitz.Part(kind, normalisation=(scale, variance, layer.epsilon))
     kernel = flat[f"params/{prefix}kernel"]
     try:
         linear_map = linear_map_of(layer, kernel, call.input_shape)
     except ValueError:  # not a two-dimensional convolution, or one with other options
-        return reports.Part(kind)
+        return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):
-        return reports.Part(kind, linear_map)
+        return _lipschitz.Part(kind, linear_map)
     kept = flat.get(f"{STATE}/{prefix}lipschitz")
     if kept is not None and not flat[f"{STATE}/{prefix}refreshed"]:
         kept = None
-    return reports.Part(
+    return _lipschitz.Part(
         kind, linear_map, solver=layer.solver, ridge=layer.ridge, step_constant=kept
     )

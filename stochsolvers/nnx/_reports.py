@@ -11,6 +11,7 @@ from flax import errors, nnx
 from stochsolvers import _layers, reports
 from stochsolvers.nnx._dropout import linear_map_of
 from stochsolvers.nnx._layers import SolverLayer, SolverRecord
+from stochsolvers.reports import _certificates, _lipschitz, _trace
 
 
 @reports.certify.register(nnx.Module)
@@ -44,7 +45,7 @@ def certify(
     graph, state = nnx.split(model)
     traced, static = _layers.split_static((inputs, options))
     seen = _observations(graph, state, traced, static, deterministic)
-    return reports.certificate_report(seen)
+    return _certificates.certificate_report(seen)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
@@ -54,18 +55,18 @@ def _observations(graph, state, traced, static, deterministic):
         model.set_attributes(deterministic=deterministic, raise_if_not_found=False)
     called = _listen(model)
     inputs, options = _layers.join_static(traced, static)
-    with reports.numbered_calls():
+    with _certificates.numbered_calls():
         try:
             _, records = nnx.capture(model, SolverRecord)(*inputs, **options)
         except (TypeError, ValueError) as error:  # a branch or a loop, of another structure now
             if called and "__captures__" in str(error):
-                reports.lost(called[-1], _KEPT_BY)
+                _certificates.lost(called[-1], _KEPT_BY)
             raise
     flat = nnx.to_flat_state(records)
     seen = {_name(path[:-1]): record.get_value() for path, record in flat}
     for name in called:
         if name not in seen:
-            reports.lost(name, _KEPT_BY)
+            _certificates.lost(name, _KEPT_BY)
     return seen
 
 
@@ -85,7 +86,7 @@ def _listen(model: nnx.Module) -> list[str]:
             try:
                 self.report_label = name  # NNX refuses within transforms of JAX
             except errors.TraceContextError:
-                reports.lost(name, _KEPT_BY)
+                _certificates.lost(name, _KEPT_BY)
             return cls.solve(self, *args, **options)
 
         return type(cls.__name__, (cls,), {"solve": solve})
@@ -136,7 +137,7 @@ def lipschitz_report(
         return copy(inputs, **options)
 
     inputs = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32 if dtype is None else dtype)
-    trace = reports.trace(forward, parameters, inputs)
+    trace = _trace.trace(forward, parameters, inputs)
     modules = {_name(path): module for path, module in nnx.iter_modules(model)}
     parts = [_part(modules[call.label], call.input_shape) for call in trace.calls]
     owners = [
@@ -145,7 +146,7 @@ def lipschitz_report(
     ]
     strays = {owners[index]: position for index, position in reversed(trace.strays.items())}
     kinds = {name: type(modules[name]).__name__ for name in strays}
-    return reports.norms_report(trace, parts, strays, kinds)
+    return _lipschitz.norms_report(trace, parts, strays, kinds)
 
 
 def _mark_layers(model: nnx.Module) -> None:
@@ -177,22 +178,22 @@ def _marking(cls: Any) -> Any:
         statistics = (*args, options.get("use_running_average"))[0]
         if statistics is False:  # of the batch
             return cls.__call__(self, inputs, *args, **options)
-        inputs = reports.mark_input(inputs, self.report_label)
+        inputs = _trace.mark_input(inputs, self.report_label)
         outputs = cls.__call__(self, inputs, *args, **options)
-        return reports.mark_output(outputs, self.report_label)
+        return _trace.mark_output(outputs, self.report_label)
 
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-def _part(layer: Any, input_shape: tuple[int, ...]) -> reports.Part:
+def _part(layer: Any, input_shape: tuple[int, ...]) -> _lipschitz.Part:
     kind = type(layer).__name__
     if isinstance(layer, nnx.BatchNorm):
         scale = None if layer.scale is None else layer.scale[...]
-        return reports.Part(kind, normalisation=(scale, layer.var[...], layer.epsilon))
+        return _lipschitz.Part(kind, normalisation=(scale, layer.var[...], layer.epsilon))
     try:
-        part = reports.Part(kind, linear_map_of(layer, input_shape))
+        part = _lipschitz.Part(kind, linear_map_of(layer, input_shape))
     except ValueError:  # not a two-dimensional convolution, or one with other options
-        return reports.Part(kind)
+        return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):
         return part
     kept = None

@@ -7,7 +7,8 @@ arrays (0 for what does not depend on it), the result's is at most
     c x, x / c                  |c| ℓ_1            max(x, y), concat  (ℓ_1² + ℓ_2²)^{1/2}
     sum over n entries          n^{1/2} ℓ_1        n copies          n^{1/2} ℓ_1
 
-and ∞ for whatever is not known here. Pools count how often windows overlap.
+and ∞ for whatever is not known here. Pools count how often windows overlap. Activations of `jax.nn` that
+are not made of these are known by their names.
 """
 
 import math
@@ -18,39 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 CALLS = (
-    "jit",
-    "pjit",
-    "closed_call",
-    "remat2",
-    "checkpoint",
-    "custom_jvp_call",
-    "custom_vjp_call",
-)
-_ONE = frozenset(("abs", "asinh", "atan", "cos", "neg", "sin", "tanh"))
-_ONE |= {
-    "reduce_max",
-    "reduce_min",
-    "reshape",
-    "squeeze",
-    "expand_dims",
-    "transpose",
-    "rev",
-    "slice",
-}
-_ONE |= {"copy", "copy_p", "name", "reduce_precision", "sharding_constraint", "stop_gradient"}
-_JOINED = frozenset(("max", "min", "concatenate"))
-_FIRST_ALONE = frozenset(
-    ("dynamic_slice", "pad")
-)  # the other operands must not depend on the input
-_ACTIVATIONS = {
-    "softplus": 1.0,
-    "soft_sign": 1.0,
-    "log_sigmoid": 1.0,
-    "celu": 1.0,
-    "silu": 1.1,
-}  # of jax.nn
+    "jit", "pjit", "closed_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
+)  # fmt: skip
+_ONE = {
+    "abs", "asinh", "atan", "cos", "neg", "sin", "tanh", "reduce_max", "reduce_min", "reshape",
+    "squeeze", "expand_dims", "transpose", "rev", "slice", "split", "copy", "copy_p", "name",
+    "reduce_precision", "sharding_constraint", "stop_gradient",
+}  # fmt: skip
+_JOINED = {"max", "min", "concatenate"}
+_FIRST_ALONE = {"dynamic_slice", "pad"}  # the other operands must not depend on the input
+# of jax.nn: bounds on their slopes
+_ACTIVATIONS = {"softplus": 1.0, "soft_sign": 1.0, "log_sigmoid": 1.0, "celu": 1.0, "silu": 1.1}
 # of jax.nn, continuous and chosen by the sign of x: a multiple of x, or of expm1 of what is negative
-_PIECEWISE = ("leaky_relu", "hard_tanh", "elu", "selu")
+_PIECEWISE = {"leaky_relu", "hard_tanh", "elu", "selu"}
 
 
 class Value(NamedTuple):
@@ -90,7 +71,8 @@ def _results(equation: Any, operands: Sequence[Value], piecewise: bool) -> list[
     largest = max((operand.constant for operand in operands), default=0.0)
     name, known = equation.primitive.name, operation(equation)
     if name in ("convert_element_type", "broadcast_in_dim") and operands[0].number is not None:
-        return [operands[0]]
+        exact = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact)
+        return [operands[0] if exact else Value(0.0)]
     inner = next(filter(None, map(body, equation.params.values())), None)
     if 0.0 < largest < math.inf and inner is not None and name in CALLS:
         if known in _ACTIVATIONS:
@@ -142,9 +124,7 @@ def _rule(equation: Any, operands: Sequence[Value], piecewise: bool) -> float:
         divisor = operands[1].number
         return _scaled(ells[0], 1.0 / divisor if divisor else None)
     if name == "clamp":
-        return (
-            operands[1].constant if operands[0].constant == operands[2].constant == 0 else math.inf
-        )
+        return ells[1] if operands[0].constant == operands[2].constant == 0 else math.inf
     if name == "select_n":
         cases = ells[1:]
         if piecewise:

@@ -210,6 +210,8 @@ class CertificateReport:
 
     def __str__(self) -> str:
         """The aligned table."""
+        if not self.rows:
+            return "No solver layer was called."
         headers = (
             "layer", "L", "||A||² in", "step", "iterations", "gap max", "gap mean", "relative",
             "contraction", "guaranteed",
