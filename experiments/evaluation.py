@@ -85,26 +85,6 @@ def evaluate(
     return 100.0 * correct / len(split)
 
 
-def test_scores(model: Any, data: Dataset, *, trials: int) -> dict[str, Any]:
-    """Accuracy on the test split: the mean and standard deviation of trials, and without sampling.
-
-    Args:
-      model: to be tested once, when nothing is left to choose.
-      data: with the test split.
-      trials: of a network that samples at test time; another one is tested once.
-    """
-    full = float(evaluate(model, data.test, data, deterministic=True)[0])
-    if not model.is_stochastic:
-        return {"accuracy": full, "std": None, "trials": 1, "full_gradient_accuracy": None}
-    accuracies = evaluate(model, data.test, data, trials=trials)
-    return {
-        "accuracy": float(accuracies.mean()),
-        "std": float(accuracies.std()),
-        "trials": trials,
-        "full_gradient_accuracy": full,
-    }
-
-
 @functools.partial(jax.jit, static_argnums=(0, 7))
 def _count_correct(graph, params, rest, images, labels, mean, std, trials):
     model = nnx.merge(graph, params, rest, copy=True)

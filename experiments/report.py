@@ -204,7 +204,9 @@ def _schedule(row: Mapping[str, Any]) -> str:
         if "learning_rate" in training
         else []
     )
-    parts = [f"{row.get('epochs')} epochs", f"batches of {row.get('batch_size')}"]
+    swapped = row.get("finetune_epochs") and row.get("arm") != "baseline"
+    epochs = f"{row.get('epochs')}" + f" + {row.get('finetune_epochs')}" * bool(swapped)
+    parts = [f"{epochs} epochs", f"batches of {row.get('batch_size')}"]
     parts += [", ".join(f"{rate:g}" for rate in rates)] if rates else []
     parts += ["crop and flip"] if training.get("augment") else []
     parts += ["bfloat16"] if training.get("precision") == "bf16" else []
