@@ -319,11 +319,17 @@ def _in_domain(problem: LayerProblem, w: Array, error: Array) -> Array:
     if prior.separable:
         return jnp.isfinite(conjugate(w - error)) & jnp.isfinite(conjugate(w + error))
     radius = problem.norm(error) + _spectral_round_off(problem, w)
-    margin = 1.25 * _spread(problem, radius)
-    near = problem.norm(w - prior.dual_projection(w, margin)) <= 0.25 * radius
     # a ball that is smaller than the margin has no point that far inside
-    ball = jnp.broadcast_to(margin, w.shape)
-    return near & (jnp.isfinite(conjugate(ball)) | jnp.isfinite(conjugate(-ball)))
+    ball = jnp.broadcast_to(1.25 * _spread(problem, radius), w.shape)
+    return _near(problem, w, radius) & (
+        jnp.isfinite(conjugate(ball)) | jnp.isfinite(conjugate(-ball))
+    )
+
+
+def _near(problem: LayerProblem, w: Array, radius: Array) -> Array:
+    """Whether w is within a quarter of the radius of a point that is 1.25 of it inside dom g*."""
+    inner = problem.prior.dual_projection(w, 1.25 * _spread(problem, radius))
+    return problem.norm(w - inner) <= 0.25 * radius
 
 
 def _scaled_gap(problem: LayerProblem, point: _Point) -> Array:
@@ -348,10 +354,8 @@ def _scaled_gap(problem: LayerProblem, point: _Point) -> Array:
 def _repaired_gap(problem: LayerProblem, point: _Point, bound: Array) -> Array:
     """The Fenchel gap at ν = r + d, d = 0 where `bound` is of the order of the gap or of round-off."""
     A, prior, gradient = problem.linear_map, problem.prior, point.gradient
-    reach = 1.2 * point.gradient_error
-    if not prior.separable:
-        noise = problem.norm(reach) + _spectral_round_off(problem, gradient)
-        reach = _spread(problem, noise)
+    noise = 1.2 * problem.norm(point.gradient_error) + _spectral_round_off(problem, gradient)
+    reach = 1.2 * point.gradient_error if prior.separable else _spread(problem, noise)
     outside = problem.norm(gradient + prior.dual_projection(-gradient, 1.5 * reach))
     # aim a little inside the domain, in proportion to how far outside the point is
     margin = 1.5 * reach + _REPAIR_MARGIN * _spread(problem, outside)
@@ -363,11 +367,7 @@ def _repaired_gap(problem: LayerProblem, point: _Point, bound: Array) -> Array:
         k, d, ahead, t, done = carry
         w = -gradient - A(ahead)
         pull = w - prior.dual_projection(w, margin)
-        if prior.separable:
-            done |= _in_domain(problem, w, reach)
-        else:
-            inside = _spread(problem, problem.norm(pull)) <= margin - 1.25 * reach
-            done |= jnp.reshape(inside, done.shape)
+        done |= _in_domain(problem, w, reach) if prior.separable else _near(problem, w, noise)
         moved = ahead + A.adjoint(pull) / point.constant
         t_next = 0.5 * (1.0 + jnp.sqrt(1.0 + 4.0 * t**2))
         following = moved + (t - 1.0) / t_next * (moved - d)

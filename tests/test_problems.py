@@ -1,5 +1,8 @@
 """Objective (5), its terms and gradient, and the certificate that bounds the true gap."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -204,6 +207,193 @@ def test_float32_certificate_is_not_below_the_float64_gap(rng):
         least = objective(kernel, x, bias, 1e-3, best)
         assert bound >= objective(kernel, x, bias, 1e-3, zi) - least - 1e-13
         assert bound < 1e-3
+
+
+def diagonal(values):
+    """Diagonal matrices on the spatial axes of (..., 4, 4, features)."""
+    return np.einsum("...ic,ij->...ijc", values, np.eye(values.shape[-2]))
+
+
+def feature_pairs(rng, shape):
+    """Pairs (3, 4) or (4, 3) of random signs along the last axis, and which of them are not zero."""
+    pairs = rng.permuted(np.broadcast_to([3.0, 4.0], shape), axis=-1)
+    return pairs * rng.choice([-1.0, 1.0], shape), rng.random(shape[:-1])[..., None] < 0.6
+
+
+def optimum(name, rng, shape):
+    """A point z, a subgradient of g there, and g in numpy: numbers with few binary digits."""
+    chosen, part = rng.random(shape) < 0.6, rng.choice([0.25, 0.5, 1.0], shape)
+    sign = rng.choice([-1.0, 1.0], shape)
+    total = functools.partial(np.sum, axis=(-3, -2, -1))
+    if name == "Zero":
+        return sign * part, 0.0 * part, lambda u: 0.0
+    if name == "NonNegative":
+        return part * chosen, -part * ~chosen, lambda u: 0.0
+    if name == "SquaredHinge":
+        z = sign * part
+        return z, -2.0 * np.maximum(-z - 0.25, 0), lambda u: total(np.maximum(-u - 0.25, 0) ** 2)
+    if name == "LogBarrier":
+        return part, -0.5 / part, lambda u: -0.5 * total(np.log(u))
+    if name == "SymmetricLogBarrier":
+        z = 0.5 * sign * chosen
+        return z, z, lambda u: -0.375 * total(np.log(1 - u**2))
+    if name == "IntervalLogBarrier":
+        z = 0.5 + 0.25 * sign * chosen
+        return z, 4.0 * z - 2.0, lambda u: -0.375 * total(np.log(u * (1 - u)))
+    if name == "L1":
+        z = sign * part * chosen
+        return z, np.where(chosen, 0.5 * sign, 0.25 * sign), lambda u: 0.5 * total(np.abs(u))
+    if name == "Box":
+        z = np.where(chosen, 0.5 * (sign > 0), 0.25)
+        return z, sign * part * chosen, lambda u: 0.0
+    if name == "GroupL2":
+        pairs, some = feature_pairs(rng, shape)
+        z, subgradient = pairs * some / 4, np.where(some, pairs / 4, pairs / 8)
+        return z, subgradient, lambda u: 1.25 * np.sum(np.linalg.norm(u, axis=-1), axis=(-2, -1))
+    values, some = part[..., 0, :], chosen[..., 0, :]
+    if name == "NuclearNorm":
+
+        def nuclear(u):
+            return 0.5 * np.sum(np.linalg.svd(np.moveaxis(u, -1, -3))[1], axis=(-2, -1))
+
+        return diagonal(values * some), diagonal(np.where(some, 0.5, 0.25 * values)), nuclear
+    return diagonal(values * some), -diagonal(values * ~some), lambda u: 0.0
+
+
+EXACT = {
+    **{name: PRIORS[name] for name in ("Zero", "NonNegative", "L1", "PositiveSemidefinite")},
+    "SquaredHinge": ss.prox.SquaredHinge(2.0, 0.25),
+    "LogBarrier": ss.prox.LogBarrier(0.5),
+    "SymmetricLogBarrier": ss.prox.SymmetricLogBarrier(0.375),
+    "IntervalLogBarrier": ss.prox.IntervalLogBarrier(0.375),
+    "Box": ss.prox.Box(0.0, 0.5),
+    "GroupL2": ss.prox.GroupL2(1.25),
+    "NuclearNorm": ss.prox.NuclearNorm(0.5, axes=(-3, -2)),
+}
+SCALES = (0.0, 1e-6, 1e-4, 1e-2, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("name", PRIORS)
+def test_certificates_bound_the_gap_to_an_optimum_known_exactly(rng, name, dtype):
+    """The bias is chosen so that z* is optimal: b = A (A* z* − x) + λ z* + q, q ∈ ∂g(z*), exactly.
+
+    P(z) − P(z*) = ½ ||A* (z − z*)||² + (λ/2) ||z − z*||² + g(z) − g(z*) − <q, z − z*>.
+    """
+    shape, prior = (len(SCALES), 10, 4, 4, 2), EXACT[name]
+    kernel = rng.integers(-4, 5, size=(3, 3, 3, 2)) / 4
+    inputs = rng.integers(-8, 9, size=(1, 10, 4, 4, 3)) / 4
+    best, subgradient, value = optimum(name, rng, (1, *shape[1:]))
+    matrix = as_dense(ss.LayerProblem(ss.Conv(jnp.asarray(kernel), (4, 4)), inputs))
+    flat = (*best.shape[:2], -1)
+    dual = ((best.reshape(flat) @ matrix.T) - inputs.reshape(flat)) @ matrix
+    scales = np.reshape(SCALES, (-1, 1, 1, 1, 1))
+    for ridge in (0.0, 2.0**-7, 0.5):
+        bias = dual.reshape(best.shape) + ridge * best + subgradient
+        assert np.array_equal(bias, bias.astype(np.float32))
+        start = (best + scales * rng.normal(size=shape)).astype(dtype)
+        z = prior.prox(start, 1e-9 if name.endswith("Barrier") else 1e-30)
+        z = jnp.where(scales > 0, z, best.astype(dtype))
+        problem = ss.LayerProblem(
+            ss.Conv(jnp.asarray(kernel, dtype), (4, 4)),
+            np.broadcast_to(inputs, (len(SCALES), *inputs.shape[1:])).astype(dtype),
+            bias=bias.astype(dtype),
+            prior=prior,
+            ridge=ridge,
+        )
+        certificate = np.asarray(problem.certificate(z), np.float64)
+        move = np.asarray(z, np.float64) - best
+        image = move.reshape(*shape[:2], -1) @ matrix.T
+        gap = 0.5 * np.sum(image**2, axis=-1)
+        gap += np.sum(0.5 * ridge * move**2 - subgradient * move, axis=(-3, -2, -1))
+        gap += value(best + move) - value(best)
+        assert np.all(certificate >= gap - 1e-13)
+        if ridge > 0 or name != "Zero":  # without curvature, Zero has no dual point but one
+            assert np.all(certificate[0] < (1e-9 if dtype is np.float64 else 0.1))
+        if ridge == 0.5 and dtype is np.float64:  # well conditioned: also a useful bound
+            assert np.all(certificate[:3] <= 10 * gap[:3] + 1e-11)
+
+
+def exact_gaps(kernel, x, z, ridge):
+    """P(z) − min P of unconstrained problems in two variables, ½ ∇ᵀH⁻¹∇, and the minimisers."""
+    kernel, x, z = (np.asarray(a, np.longdouble) for a in (kernel, x, z))
+    ridge = np.longdouble(np.float32(ridge))
+    gradient = (z @ kernel.T - x) @ kernel + ridge * z
+    (a, b), (_, c) = kernel.T @ kernel + ridge * np.eye(2, dtype=np.longdouble)
+    inverse = np.array([[c, -b], [-b, a]]) / (a * c - b * b)
+    return 0.5 * np.sum(gradient @ inverse * gradient, axis=-1), z - gradient @ inverse
+
+
+def test_float32_certificates_cover_their_own_round_off(rng):
+    """Inputs that z reproduces but for the rounding of A* z, where all that is left is round-off."""
+    count = 0
+    for _ in range(30):
+        kernel = rng.normal(size=(4, 2)).astype(np.float32)
+        z = np.abs(rng.normal(size=(20, 2))).astype(np.float32)
+        x = z @ kernel.T
+        gap, best = exact_gaps(kernel, x, z, 0.0)
+        for prior in (ss.prox.Zero(), ss.prox.NonNegative()):
+            problem = ss.LayerProblem(ss.Dense(jnp.asarray(kernel)), x, prior=prior)
+            certificate = np.asarray(problem.certificate(jnp.asarray(z)), np.longdouble)
+            inside = np.all(best >= 0, axis=-1)
+            assert np.all(certificate[inside] >= gap[inside])
+            assert np.all(certificate[inside] < 1e-3)
+            count += np.sum(inside)
+    assert count > 1000
+
+
+@pytest.mark.parametrize("ridge", [1e-5, 1e-3])
+def test_float32_certificates_of_ill_conditioned_layers(rng, ridge):
+    """A* z cancels: z of size 1000 along a singular direction of 0.002."""
+    for _ in range(10):
+        left, right = (np.linalg.qr(rng.normal(size=(n, 2)))[0] for n in (4, 2))
+        kernel = (left * [1.0, 2e-3] @ right.T).astype(np.float32)
+        start = 1000 * right[:, 1] * (1 + 0.1 * rng.normal(size=(40, 1)))
+        x = (start @ kernel.T.astype(np.float64) * (1 + ridge / 4e-6)).astype(np.float32)
+        z = exact_gaps(kernel, x, start, ridge)[1].astype(np.float32)
+        z += rng.choice([0.0, 1e-2], (40, 1)).astype(np.float32) * right[:, 1].astype(np.float32)
+        problem = ss.LayerProblem(
+            ss.Dense(jnp.asarray(kernel)), x, prior=ss.prox.Zero(), ridge=ridge
+        )
+        certificate = np.asarray(problem.certificate(jnp.asarray(z)), np.longdouble)
+        assert np.all(certificate >= exact_gaps(kernel, x, z, ridge)[0])
+
+
+@pytest.mark.parametrize("name", ["NonNegative", "GroupL2"])
+def test_an_example_has_the_certificate_that_it_has_alone(rng, name):
+    kernel, x = rng.normal(size=(6, 9)), rng.normal(size=(3, 6))
+
+    def problem(x):
+        return ss.LayerProblem(
+            ss.Dense(jnp.asarray(kernel)), x, bias=np.full(9, -0.1), prior=PRIORS[name]
+        )
+
+    z = ss.prox_gd(problem(x), num_iters=2000, momentum=True).value
+    z = z.at[1].set(1.0).at[2].add(1e-4)
+    together = problem(x).certificate(z)
+    for i in range(3):
+        alone = problem(x[i : i + 1]).certificate(z[i : i + 1])[0]
+        np.testing.assert_allclose(alone, together[i], rtol=1e-6, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["NonNegative", "L1", "SquaredHinge", "GroupL2"])
+def test_certificates_without_curvature_go_to_zero_with_iterations(rng, name):
+    problem = conv_problem(rng, prior=PRIORS[name], features=(3, 2))
+    assert float(ss.lipschitz.strong_convexity(problem.linear_map)) == 0.0
+    run = jax.jit(lambda k: ss.prox_gd(problem, num_iters=k, momentum=True).value, static_argnums=0)
+    certificates = [np.max(problem.certificate(run(k))) for k in (30, 300, 6000)]
+    assert certificates[1] < 0.1 * certificates[0]
+    assert certificates[2] < 1e-8
+
+
+def test_overflow_is_no_certificate():
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4, 6)) * 1e20, jnp.float32)
+    for inputs, z in ((1.0, 1.0), (np.nan, 1.0), (1e30, 1e30)):
+        problem = ss.LayerProblem(
+            ss.Conv(kernel, (6, 5)), jnp.full((1, 6, 5, 4), inputs, jnp.float32), ridge=0.1
+        )
+        certificate = problem.certificate(jnp.full(problem.shape, z))
+        assert np.all(np.isinf(certificate))
 
 
 def test_lower_precision_is_computed_in_float32(rng):
