@@ -35,7 +35,7 @@ PAPER: dict[float, tuple[finetune.Accuracy, finetune.Accuracy]] = {
 
 LABELS = {"vgg16": "VGG16", "alexnet": "AlexNet", "lenet": "LeNet"}
 ALEXNET_HIDDEN = 256
-SMOKE_RATES = (0.5, 0.95)
+SMOKE_RATES = (0.95,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Config(options.FinetuneOptions):
             raise ValueError(f"rates: expected dropout rates in [0, 1), got {self.rates}")
 
     def filled(self) -> Self:
-        """The options filled in; a smoke run of all rates becomes one of two."""
+        """The options filled in; a smoke run of all rates becomes one of one."""
         filled = super().filled()
         if self.smoke and self.rates == Config.rates:
             return dataclasses.replace(filled, rates=SMOKE_RATES)

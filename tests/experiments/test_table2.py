@@ -241,6 +241,8 @@ def test_smoke_and_defaults():
 
     assert optimiser(smoke=True).epochs == 2
     assert optimiser(smoke=True, epochs=5).epochs == 5
+    assert table2.Config(smoke=True).filled().variants == table2.SMOKE_VARIANTS
+    assert table2.Config(smoke=True, variants=("ND-D",)).filled().variants == ("ND-D",)
     assert optimiser(dataset="cifar10") == training.TrainConfig(seed=4)
     changed = optimiser(dataset="cifar10", augment=True, precision="bf16", learning_rate=0.003)
     assert changed == training.TrainConfig(
