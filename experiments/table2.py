@@ -62,7 +62,7 @@ class Config(options.Options):
             raise ValueError("variants, methods: expected at least one of each, got none")
 
     def filled(self) -> Self:
-        """The options filled in; a smoke run of all variants becomes one of one."""
+        """The options filled in; a smoke run of all variants takes one."""
         filled = super().filled()
         if self.smoke and self.variants == Config.variants:
             return dataclasses.replace(filled, variants=SMOKE_VARIANTS)

@@ -64,7 +64,7 @@ class Config(options.FinetuneOptions):
             raise ValueError(f"rates: expected dropout rates in [0, 1), got {self.rates}")
 
     def filled(self) -> Self:
-        """The options filled in; a smoke run of all rates becomes one of one."""
+        """The options filled in; a smoke run of all rates takes one."""
         filled = super().filled()
         if self.smoke and self.rates == Config.rates:
             return dataclasses.replace(filled, rates=SMOKE_RATES)
