@@ -178,7 +178,8 @@ def test_table4_from_end_to_end(images, tmp_path):
         assert line[2] == f"{row['accuracy']:.2f}"
         gain = row["accuracy"] - finals(rows)[1]["accuracy"]
         assert line[7] == ("" if row["std"] is None else f"{gain:.2f}")
-        assert line[8].startswith("1 epochs; batches of 8; ")
+        schedule = "1 epochs" if row["arm"] == "baseline" else "1 + 1 epochs"
+        assert line[8].startswith(f"{schedule}; batches of 8; ")
     assert all(name in printed for name in names)
 
     # the curves say what the rows say
