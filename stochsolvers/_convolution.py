@@ -83,14 +83,16 @@ def _tangent(geometry: _Geometry, primals: Any, tangents: Any) -> tuple[Array, A
 
     def gradient_of_x(y: Array) -> Array:
         around = tuple((reach[i] - starts[i], -beyond[i]) for i in axes)
-        return _fast(y, flipped(kernel, groups), _Geometry(around, base, strides, dilation, groups))
+        turned = flipped(kernel, groups)
+        return _fast(*_even(y, turned, groups), _Geometry(around, base, strides, dilation, groups))
 
     def gradient_of_kernel(y: Array) -> Array:
         around = tuple((starts[i], reach[i] + beyond[i]) for i in axes)
         features = x.reshape(*x.shape[:3], groups, -1).transpose(4, 1, 2, 3, 0)
         features = lax.optimization_barrier(features.reshape(*features.shape[:3], -1))
         windows = lax.optimization_barrier(y.transpose(1, 2, 0, 3))
-        products = _fast(features, windows, _Geometry(around, dilation, base, strides, groups))
+        pair = _even(features, windows, groups)
+        products = _fast(*pair, _Geometry(around, dilation, base, strides, groups))
         return lax.optimization_barrier(products).transpose(1, 2, 0, 3)
 
     directions = zip((gradient_of_x, gradient_of_kernel), tangents, strict=True)
@@ -116,16 +118,24 @@ def flipped(kernel: Array, groups: int) -> Array:
     return lax.optimization_barrier(turned)
 
 
+def _even(x: Array, kernel: Array, groups: int) -> tuple[Array, Array]:
+    """The same with one feature more, of zeros, where their number is odd, which the backend is slow at.
+
+    Not for the convolution itself, which stays the plain layer's to the last bit.
+    """
+    if groups > 1 or x.shape[-1] == 1 or x.shape[-1] % 2 == 0:
+        return x, kernel
+    x = jnp.pad(x, ((0, 0),) * 3 + ((0, 1),))
+    return x, jnp.pad(kernel, ((0, 0), (0, 0), (0, 1), (0, 0)))
+
+
 def _fast(x: Array, kernel: Array, geometry: _Geometry) -> Array:
     """`_lax` without the cases that XLA's CPU backend is slow at.
 
-    An odd number of features gets one more, of zeros; an image smaller than the filter is padded
-    first; and where nothing is left to pad, one row too many is computed, from a row of zeros.
+    An image smaller than the filter is padded first; and where nothing is left to pad, one row too
+    many is computed, from a row of zeros.
     """
     pads, strides, base, dilation, groups = geometry
-    if groups == 1 and x.shape[-1] > 1 and x.shape[-1] % 2:
-        x = jnp.pad(x, ((0, 0),) * 3 + ((0, 1),))
-        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 1), (0, 0)))
     sizes = zip(x.shape[1:3], base, kernel.shape[:2], dilation, strict=False)
     if any(b * (n - 1) < d * (k - 1) for n, b, k, d in sizes):
         around = [(low, high, b - 1) for (low, high), b in zip(pads, base, strict=True)]

@@ -94,7 +94,12 @@ def test_kill_9_in_the_middle_of_a_save(uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(
     ("step", "number"),
-    [(1, signal.SIGTERM), (toys.STEPS + 2, signal.SIGINT), (2 * toys.STEPS, signal.SIGTERM)],
+    [
+        (1, signal.SIGTERM),
+        (toys.STEPS + 2, signal.SIGTERM),
+        (toys.STEPS + 2, signal.SIGINT),
+        (2 * toys.STEPS, signal.SIGTERM),
+    ],
 )
 def test_a_signal_saves_and_stops(uninterrupted, tmp_path, monkeypatch, capsys, step, number):
     before = signal.getsignal(number)

@@ -184,7 +184,7 @@ def test_one_unit_step_is_the_plain_convolution(small_alexnet):
     before = model(x)
     one_step = BlockConfig("prox-gd", num_iters=1, step_size=1.0)
     model.first = networks.swap_conv(model.first, one_step, model.image_size)
-    np.testing.assert_allclose(model(x), before, rtol=1e-4, atol=1e-6)  # to round-off
+    np.testing.assert_array_equal(model(x), before)
 
 
 def test_all_inputs_in_one_unit_step_are_the_plain_layer():
