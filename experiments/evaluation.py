@@ -18,8 +18,9 @@ from experiments.networks import set_mode
 class Model(Protocol):
     """A network: an `nnx.Module` in two parts, of which only the second may be random at test time."""
 
-    def features(self, images: jax.Array, /) -> jax.Array:
-        """The deterministic part: from normalised images."""
+    @property
+    def features(self) -> nnx.Module:
+        """The deterministic part, a module of its own: from normalised images."""
         ...
 
     def head(self, features: jax.Array, /) -> jax.Array:
@@ -68,6 +69,7 @@ def evaluate(
     set_mode(model, "deterministic" if deterministic else "test")
     mesh = mesh or parallel.local_mesh()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
+    features_graph, features_state = nnx.split(model.features)
     correct = np.zeros(trials, np.int64)
     size = batch_size + -batch_size % mesh.size
     for start in range(0, len(split), size):
@@ -78,18 +80,20 @@ def evaluate(
         images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
         labels = np.pad(labels, (0, missing), constant_values=-1)
         images, labels = parallel.shard(images, mesh), parallel.shard(labels, mesh)
-        hits, rest = _count_correct(
-            graph, params, rest, images, labels, data.mean, data.std, trials
-        )
+        features = _features(features_graph, features_state, images, data.mean, data.std)
+        hits, rest = _count_correct(graph, params, rest, features, labels, trials)
         correct += np.asarray(hits)
     return 100.0 * correct / len(split)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7))
-def _count_correct(graph, params, rest, images, labels, mean, std, trials):
-    model = nnx.merge(graph, params, rest, copy=True)
-    features = model.features(normalise(images, mean, std))
+@functools.partial(jax.jit, static_argnums=0)
+def _features(graph, state, images, mean, std):
+    # compiled apart from the head, which differs between the networks of a table
+    return nnx.merge(graph, state, copy=True)(normalise(images, mean, std))
 
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _count_correct(graph, params, rest, features, labels, trials):
     def trial(rest, _):
         model = nnx.merge(graph, params, rest, copy=True)
         predicted = jnp.argmax(model.head(features), axis=-1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments import data, finetune, options
-from experiments.networks import NAMES, AlexNet, AlexNetConfig, BlockConfig, swap_conv
+from experiments.networks import NAMES, AlexNet, AlexNetConfig, BlockConfig, ConvReLU, swap_conv
 
 PAPER = {"cifar10": (77.30, 78.51), "cifar100": (44.20, 45.53)}
 """Accuracy in percent of AlexNet, and of AlexNet-Prox-GD."""
@@ -49,8 +49,9 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
 
         def swap(model: AlexNet, rngs: Any) -> None:
             del rngs  # the solver draws nothing
-            assert not hasattr(model.first, "solver")
-            model.first = swap_conv(model.first, block, model.image_size)  # type: ignore[arg-type]
+            features = model.features
+            assert isinstance(features.first, ConvReLU)
+            features.first = swap_conv(features.first, block, features.image_size)
 
         known = (paper[1], None) if paper and method == "prox-gd" else None
         return finetune.Arm(

@@ -6,7 +6,8 @@
 
 For every rate a network is trained with dropout before its last hidden layer, then that layer becomes
 a solver and the network is finetuned; beside it, the plain network is finetuned as long. VGG16 keeps
-dropout, p = 0.5, before its other hidden layer; LeNet and AlexNet have none elsewhere.
+dropout, p = 0.5, before its other hidden layer; LeNet and AlexNet have none elsewhere. --layer
+penultimate does the same in the layer before.
 
 References:
   Bibi, Ghanem, Koltun and Ranftl, Deep Layers as Stochastic Solvers, ICLR 2019, section 4, table 5.
@@ -23,6 +24,7 @@ from experiments import data, finetune, networks, options
 from experiments.networks import NAMES, BlockConfig, Method, swap_hidden
 
 Head = Literal["vgg16", "alexnet", "lenet"]
+Layer = Literal["last", "penultimate"]
 
 PAPER: dict[float, tuple[finetune.Accuracy, finetune.Accuracy]] = {
     0.0: ((70.57, None), (70.87, None)),
@@ -47,8 +49,11 @@ class Config(options.FinetuneOptions):
     network: Head = "vgg16"
     """vgg16 is the paper's; lenet is table 2's, which trains on a CPU and has no --width; alexnet is
     table 3's with a hidden layer of 256 units."""
+    layer: Layer = "last"
+    """Which hidden layer; the paper's is the last. Of lenet it has 120 inputs, the penultimate 400;
+    alexnet has but one."""
     rates: tuple[float, ...] = (0.0, 0.1, 0.5, 0.9, 0.95)
-    """Dropout rates p of the last hidden layer."""
+    """Dropout rates p of that layer."""
     num_iters: int = 30
     """Iterations of the solvers."""
     decay: float = 0.9
@@ -60,6 +65,10 @@ class Config(options.FinetuneOptions):
         super().__post_init__()
         options.check_methods(self.methods)
         options.check_solver(self.num_iters, self.decay)
+        if self.layer == "penultimate" and self.network == "alexnet":
+            raise ValueError(
+                "layer: expected last for alexnet, which has no other, got penultimate"
+            )
         if not self.rates or not all(0 <= rate < 1 for rate in self.rates):
             raise ValueError(f"rates: expected dropout rates in [0, 1), got {self.rates}")
 
@@ -72,7 +81,7 @@ class Config(options.FinetuneOptions):
 
 
 def builder(config: Config, dataset: data.Dataset) -> tuple[Callable[[nnx.Rngs], Any], Any]:
-    """What makes the network, its last hidden layer marked, and the network's configuration."""
+    """What makes the network, its hidden layer marked, and the network's configuration."""
     shape, count, width = dataset.image_shape, len(dataset.classes), config.width or 1.0
     dropout = BlockConfig("dropout")
     if config.network == "vgg16":
@@ -81,27 +90,30 @@ def builder(config: Config, dataset: data.Dataset) -> tuple[Callable[[nnx.Rngs],
     if config.network == "alexnet":
         alexnet = networks.AlexNetConfig(shape, count, width, ALEXNET_HIDDEN, dropout)
         return lambda rngs: networks.AlexNet(alexnet, rngs=rngs), alexnet
-    lenet = networks.LeNetConfig(shape, count, "ND-D", dropout)
+    variant = "ND-D" if config.layer == "last" else "D-ND"
+    lenet = networks.LeNetConfig(shape, count, variant, dropout)
     return lambda rngs: networks.LeNet(lenet, rngs=rngs), lenet
 
 
 def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     """A study for each rate."""
     make, network = builder(config, dataset)
-    known = config.network == "vgg16" and config.dataset == "cifar100" and config.width == 1.0
+    papers = (config.network, config.layer, config.dataset, config.width)
+    known = papers == ("vgg16", "last", "cifar100", 1.0)
 
     def study(rate: float) -> finetune.Study:
-        def with_last(method: Method) -> Callable[[Any, nnx.Rngs], None]:
+        def with_method(method: Method) -> Callable[[Any, nnx.Rngs], None]:
             block = _block(config, method, rate)
 
             def swap(model: Any, rngs: nnx.Rngs) -> None:
-                model.last = swap_hidden(model.last, block, rngs=rngs)
+                twin = swap_hidden(getattr(model, config.layer), block, rngs=rngs)
+                setattr(model, config.layer, twin)
 
             return swap
 
         def build(rngs: nnx.Rngs) -> Any:
             model = make(rngs)
-            with_last("dropout")(model, rngs)
+            with_method("dropout")(model, rngs)
             return model
 
         paper = PAPER.get(rate, (None, None)) if known else (None, None)
@@ -109,13 +121,16 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
             finetune.Arm(
                 method,
                 NAMES[method],
-                with_last(method),
+                with_method(method),
                 paper[1] if method == "prox-sg" else None,
                 {"block": dataclasses.asdict(_block(config, method, rate))},
             )
             for method in dict.fromkeys(config.methods)
         )
-        settings = {"network": dataclasses.asdict(network), "head": config.network, "rate": rate}
+        settings = {
+            **{"network": dataclasses.asdict(network), "head": config.network},
+            **{"layer": config.layer, "rate": rate},
+        }
         label = f"{LABELS[config.network]} p = {rate:g}"
         return finetune.Study(f"p{rate:g}", label, build, arms, paper[0], settings)
 

@@ -1,10 +1,25 @@
-"""Strict test settings: float64 on, NaN-free randomness, one hypothesis profile."""
+"""Strict test settings: float64 on, NaN-free randomness, one hypothesis profile, light compilation.
+
+Most of the time of these tests is XLA's. Programs are therefore compiled without most optimisations, but
+in tests marked `optimized`: those of round-off and of equality to the last bit. README's examples run
+with the settings of a user.
+"""
 
 import os
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# batched LAPACK calls of jaxlib 0.10 that run side by side can wait for each other's threads for ever
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        # batched LAPACK calls of jaxlib 0.10 that run side by side can wait for each other's threads for ever
+        "--xla_cpu_multi_thread_eigen=false",
+        # quicker to compile; later versions do not have the second flag
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+    ]
+)
 
 import jax
 import numpy as np
@@ -21,6 +36,20 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("project")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compile a test's programs as its mark says."""
+    light = item.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", light)
+
+
+@pytest.fixture
+def users_environment() -> dict[str, str]:
+    """The environment of a user's own process."""
+    changed = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
+    return {name: value for name, value in os.environ.items() if name not in changed}
 
 
 @pytest.fixture

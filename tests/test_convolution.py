@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import stochsolvers as ss
 from stochsolvers import _convolution
 
+pytestmark = pytest.mark.optimized
+
 CASES = {
     "same": {"pads": ((1, 1), (1, 1))},
     "odd features": {"inputs": 3, "pads": ((1, 1), (1, 1))},

@@ -1,5 +1,7 @@
 """Equal forms of the gradient: the same values as dense matrices, at fewer operations."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from jax.test_util import check_grads
 import stochsolvers as ss
 from stochsolvers import forms
 
+pytestmark = pytest.mark.optimized
+
 PADDINGS = ("SAME", "VALID", "CIRCULAR", ((1, 0), (2, 1)), ((3, 4), (0, 5)))
 CASES = [
     # spatial shape, kernel shape, dilation, groups
@@ -17,6 +21,27 @@ CASES = [
     ((7, 7), (3, 2), (2, 1), 2),
     ((3, 4), (1, 3), (1, 1), 4),
 ]
+
+
+def random_cases(count):
+    """Shapes, kernels, dilations, groups and paddings at random; padding no wider than the output."""
+    rng = np.random.default_rng(11)
+
+    def draw():
+        shape, kernel = map(tuple, (rng.integers(2, 9, 2).tolist(), rng.integers(1, 5, 2).tolist()))
+        dilation, groups = tuple(rng.integers(1, 3, 2).tolist()), int(rng.choice([1, 2, 4]))
+        pads = tuple(map(tuple, rng.integers(0, 4, (2, 2)).tolist()))
+        return shape, kernel, dilation, groups, ("SAME", "VALID", "CIRCULAR", pads)[rng.integers(4)]
+
+    def fits(shape, kernel, dilation, _, padding):
+        pads = padding if isinstance(padding, tuple) else ((0, 0), (0, 0))
+        extents = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        if padding in ("SAME", "CIRCULAR"):
+            return all(e <= n for e, n in zip(extents, shape, strict=True))
+        outputs = [n + sum(p) - e for n, p, e in zip(shape, pads, extents, strict=True)]
+        return all(n >= max(1, *p) for n, p in zip(outputs, pads, strict=True))
+
+    return list(itertools.islice((case for case in iter(draw, None) if fits(*case)), count))
 
 
 def conv_problem(rng, shape, kernel, dilation, groups, padding, *, batch=2, n1=4, n2=8):
@@ -43,8 +68,10 @@ def matrix_of(linear_map):
     return np.asarray(jax.jit(lambda A, e: A(e))(linear_map, basis)).reshape(size, -1).T
 
 
-@pytest.mark.parametrize("padding", PADDINGS, ids=str)
-@pytest.mark.parametrize(("shape", "kernel", "dilation", "groups"), CASES)
+@pytest.mark.parametrize(
+    ("shape", "kernel", "dilation", "groups", "padding"),
+    [(*case, padding) for padding in PADDINGS for case in CASES] + random_cases(10),
+)
 def test_conv_forms_are_the_dense_matrix(rng, shape, kernel, dilation, groups, padding):
     problem = conv_problem(rng, shape, kernel, dilation, groups, padding)
     A = matrix_of(problem.linear_map)
@@ -178,6 +205,30 @@ def test_an_iteration_of_the_gram_form_does_not_grow_with_n1():
 
     assert cost(1024, "gram") == cost(128, "gram")
     assert cost(1024, "literal") > 7 * cost(128, "literal")
+
+
+@pytest.mark.parametrize("padding", ["CIRCULAR", "SAME", "VALID"])
+@pytest.mark.parametrize(
+    ("form", "least", "most"),
+    # what a complex product and a point of a transform count for are their times, not their operations
+    [("literal", 0.9, 1.1), ("gram", 0.8, 1.1), ("fourier", 0.25, 0.4)],
+)
+def test_an_iteration_of_a_convolution_costs_what_auto_counts(form, least, most, padding):
+    def problem_of(kernel, x):
+        return ss.LayerProblem(ss.Conv(kernel, (16, 18), padding=padding), x)
+
+    def run(kernel, x, z, num_calls):
+        gradient = forms.gradient_form(problem_of(kernel, x), form, num_calls=num_calls)
+        for _ in range(num_calls):
+            z = gradient(z)
+        return z
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 3, 8, 8), (4, 16, 18, 8))]
+    problem = jax.eval_shape(problem_of, *shapes)
+    z = jax.ShapeDtypeStruct(problem.shape, jnp.float32)
+    once, thrice = (flops(lambda *a, k=k: run(*a, k), *shapes, z) for k in (1, 3))
+    counted = forms.form_cost(problem, form, 3) - forms.form_cost(problem, form, 1)
+    assert least < (thrice - once) / (2 * counted) < most
 
 
 def test_one_iteration_from_zero_costs_the_plain_layer():

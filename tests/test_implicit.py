@@ -1,6 +1,7 @@
 """Derivatives through a solver: implicit against formulas, and the four ways against each other."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -174,18 +175,27 @@ def test_implicit_solves_examples_side_by_side_and_under_vmap(rng):
     np.testing.assert_allclose(dead[2:3], alone, atol=1e-9)
 
 
-def test_memory_of_the_reverse_pass():
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 64), (32, 64))]
+@pytest.mark.parametrize(
+    ("linear_map", "kernel", "inputs"),
+    [
+        (ss.Dense, (64, 64), (32, 64)),
+        (lambda kernel: ss.Conv(kernel, (8, 8)), (3, 3, 8, 8), (4, 8, 8, 8)),
+    ],
+    ids=["dense", "convolution"],
+)
+def test_memory_of_the_reverse_pass(linear_map, kernel, inputs):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (kernel, inputs)]
 
     def bytes_of(derivative, num_iters):
         def loss(kernel, x):
+            problem = ss.LayerProblem(linear_map(kernel), x)
             options = {"step_size": 0.01, "num_iters": num_iters, "derivative": derivative}
-            return jnp.sum(ss.prox_gd(build(kernel, x, None), **options).value ** 2)
+            return jnp.sum(ss.prox_gd(problem, **options).value ** 2)
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    iterate = 32 * 64 * 4
+    iterate = 4 * math.prod(inputs)
     implicit = [bytes_of("implicit", k) for k in (50, 800)]
     assert implicit[1] - implicit[0] <= 2 * iterate
     unrolled = [bytes_of("unrolled", k) for k in (50, 800)]

@@ -18,6 +18,8 @@ from stochsolvers.lipschitz import (
     strong_convexity,
 )
 
+pytestmark = pytest.mark.optimized
+
 CIRCULAR = {
     "odd": Geometry((4, 5), (3, 3), 2, 3, "CIRCULAR"),
     "even": Geometry((5, 4), (2, 4), 3, 2, "CIRCULAR"),

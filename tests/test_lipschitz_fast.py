@@ -1,5 +1,6 @@
 """The fast Lipschitz constant and its brackets against float64 singular values in numpy."""
 
+import collections
 import functools
 
 import jax
@@ -10,6 +11,8 @@ from equivalence.plain_layers import Geometry, dense_matrix
 
 import stochsolvers as ss
 from stochsolvers.lipschitz import (
+    _hermitian,
+    _spectra,
     lipschitz_bracket,
     lipschitz_constant,
     lipschitz_refresh,
@@ -17,6 +20,8 @@ from stochsolvers.lipschitz import (
     operator_bracket,
     singular_values,
 )
+
+pytestmark = pytest.mark.optimized
 
 RTOL = {jnp.float32: 1e-5, jnp.float64: 1e-9}
 
@@ -155,6 +160,33 @@ def test_blocks_of_several_leaves(dtype):
             assert upper <= lower * (1.01 if dtype == jnp.float32 else 1 + 1e-8)
 
 
+@pytest.mark.parametrize(("name", "factored"), [("plain", 1.0), ("low pass", 0.1)])
+def test_most_frequencies_need_no_eigenvalue(name, factored, monkeypatch):
+    """Of 514 blocks, Lanczos steps for the records alone; a kernel that decays needs few factors."""
+    counts = collections.Counter()
+
+    def counted(module, function):
+        original = getattr(module, function)
+
+        def wrapped(*args, **options):
+            jax.debug.callback(lambda: counts.update([function]))
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, function, wrapped)
+
+    counted(_hermitian, "cholesky_certificate")
+    counted(_spectra, "lanczos")
+    counted(jnp.linalg, "eigh")
+    kernel = jnp.asarray(ADVERSARIES[name][0], jnp.float32)
+    fresh = jax.jit(lambda kernel: lipschitz_constant.__wrapped__(ss.Conv(kernel, (32, 32))))
+    value = fresh(kernel)
+    jax.effects_barrier()
+    np.testing.assert_allclose(value, literal(kernel, (32, 32)), rtol=RTOL[jnp.float32])
+    assert 1 <= counts["lanczos"] <= np.log(514)
+    assert counts["eigh"] <= counts["lanczos"]  # of their small matrices
+    assert 1 <= counts["cholesky_certificate"] <= factored * 514 + counts["lanczos"]
+
+
 GEOMETRIES = {
     "strided": Geometry((6, 4), (3, 2), 20, 24, "CIRCULAR", strides=(3, 2)),
     "strided, many outputs": Geometry((4, 4), (3, 3), 5, 48, "CIRCULAR", strides=(2, 2)),
@@ -267,14 +299,22 @@ def test_operator_bracket_is_tight_for_small_layers(name, dtype, rng):
 
 
 @pytest.mark.parametrize(
-    ("features", "dtype", "loss"), [((5, 6), jnp.float32, 3e-3), ((6, 5), jnp.float64, 1e-3)]
+    ("geometry", "dtype", "loss"),
+    [
+        (Geometry((14, 15), (3, 3), 5, 6), jnp.float32, 3e-3),
+        (Geometry((14, 15), (3, 3), 6, 5), jnp.float64, 1e-3),
+        (Geometry((20, 23), (3, 3), 4, 6, strides=(2, 2)), jnp.float64, 3e-3),
+        (Geometry((9, 23), (5, 3), 12, 20, "VALID", strides=(1, 3), groups=2), jnp.float64, 3e-3),
+    ],
+    ids=["float32", "float64", "strided", "strided and grouped"],
 )
-def test_operator_bracket_by_lanczos(features, dtype, loss, rng):
+def test_operator_bracket_by_lanczos(geometry, dtype, loss, rng):
     """The steps that large layers take, on one whose dense matrix can still be decomposed."""
-    geometry = Geometry((14, 15), (3, 3), *features)
     kernel = geometry.kernel(rng)
-    exact = np.linalg.norm(dense_matrix(geometry, kernel), 2) ** 2
-    conv = ss.Conv(jnp.asarray(kernel, dtype), geometry.spatial_shape)
+    matrix = dense_matrix(geometry, kernel)
+    assert matrix.size > 2**20
+    exact = np.linalg.norm(matrix, 2) ** 2
+    conv = ss.Conv(jnp.asarray(kernel, dtype), geometry.spatial_shape, **geometry.options)
     lower, upper = operator_bracket(conv, num_iters=40)
     rounded = exact * (1 + 1e-6 * (dtype == jnp.float32))
     assert (1 - loss) * exact <= float(lower) <= rounded

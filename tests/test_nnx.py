@@ -10,6 +10,8 @@ from flax import nnx
 
 import stochsolvers as ss
 
+pytestmark = pytest.mark.optimized
+
 ONE = ss.ProxGD(1, step_size=1.0)
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from stochsolvers import prox
 
+pytestmark = pytest.mark.optimized
+
 INF = np.inf
 
 # The priors by their definitions, on one entry: g(u), an interval containing the domain.

@@ -22,9 +22,14 @@ def test_there_are_examples_with_output():
 
 
 @pytest.mark.parametrize(("code", "printed"), BLOCKS)
-def test_examples_print_what_readme_shows(code, printed):
+def test_examples_print_what_readme_shows(code, printed, users_environment):
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", code],
+        env=users_environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     for ours, theirs in zip(run.stdout.splitlines(), printed.splitlines(), strict=True):
         assert text(ours) == text(theirs)

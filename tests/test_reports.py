@@ -1,6 +1,5 @@
 """Reports on whole networks, against dense matrices in numpy and certificates layer by layer."""
 
-import os
 import subprocess
 import sys
 
@@ -628,7 +627,7 @@ for _ in range(10):
 """
 
 
-def test_layers_of_one_report_do_not_wait_for_each_others_threads():
+def test_layers_of_one_report_do_not_wait_for_each_others_threads(users_environment):
     # with XLA's threads on, which conftest turns off
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_X64": "0"}
-    subprocess.run([sys.executable, "-c", SEVERAL_LAYERS], env=environment, check=True, timeout=240)
+    run = [sys.executable, "-c", SEVERAL_LAYERS]
+    subprocess.run(run, env=users_environment, check=True, timeout=240)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from stochsolvers import sampling
 
+pytestmark = pytest.mark.optimized
+
 KEY = jax.random.key(7)
 # a test at fixed keys either passes for ever or not: this level only has to be credible
 SIGNIFICANCE = 1e-4

@@ -9,6 +9,8 @@ from samples import each_prior
 import stochsolvers as ss
 from stochsolvers.solvers import Status
 
+pytestmark = pytest.mark.optimized
+
 KEY = jax.random.key(2)
 
 

@@ -37,12 +37,11 @@ class AlexNetConfig:
     block: BlockConfig = dataclasses.field(default_factory=lambda: BlockConfig("dropout"))
 
 
-class AlexNet(nnx.Module):
-    """conv 64@11×11 stride 4 padding 5, pool, 192@5×5, pool, 384@3×3, 256@3×3, 256@3×3, pool, classes.
+class AlexNetFeatures(nnx.Module):
+    """conv 64@11×11 stride 4 padding 5, pool, 192@5×5, pool, 384@3×3, 256@3×3, 256@3×3, pool; flattened.
 
     All pools are of 2×2 and keep the rim of an odd grid, so that images of less than 32×32 pixels
-    fit; on 32×32 pixels there is none. `features` is the deterministic part, `head` the part that
-    may be stochastic.
+    fit; on 32×32 pixels there is none.
     """
 
     def __init__(self, config: AlexNetConfig, *, rngs: nnx.Rngs):
@@ -58,20 +57,31 @@ class AlexNet(nnx.Module):
             ConvReLU(n1, n2, (kernel, kernel), rngs=rngs)
             for n1, n2, kernel in zip(sizes, sizes[1:], kernels, strict=False)
         )
-        n1 = sizes[-1] * _pooled(height) * _pooled(width)
+        self.size = sizes[-1] * _pooled(height) * _pooled(width)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Features (batch, size) of normalised images (batch, height, width, channels)."""
+        x = pool(self.first(images))
+        for layer, pooled in zip(self.convolutions, (True, False, False, True), strict=True):
+            x = pool(layer(x)) if pooled else layer(x)
+        return x.reshape(len(x), -1)
+
+
+class AlexNet(nnx.Module):
+    """The features and the classes, with a ReLU layer between them if wanted.
+
+    `features` is the deterministic part, `head` the part that may be stochastic.
+    """
+
+    def __init__(self, config: AlexNetConfig, *, rngs: nnx.Rngs):
+        self.features = AlexNetFeatures(config, rngs=rngs)
+        n1 = self.features.size
         self.last: HiddenLayer | None = nnx.data(None)
         if config.hidden is not None:
             n2 = scaled(config.hidden, config.width)
             self.last = hidden_layer(n1, n2, marked=True, block=config.block, rngs=rngs)
             n1 = n2
         self.classifier = nnx.Linear(n1, config.num_classes, rngs=rngs)
-
-    def features(self, images: jax.Array) -> jax.Array:
-        """The convolutional part, flattened: (batch, n1)."""
-        x = pool(self.first(images))
-        for layer, pooled in zip(self.convolutions, (True, False, False, True), strict=True):
-            x = pool(layer(x)) if pooled else layer(x)
-        return x.reshape(len(x), -1)
 
     def head(self, features: jax.Array) -> jax.Array:
         """The fully-connected part: logits (batch, classes)."""

@@ -31,8 +31,22 @@ class LeNetConfig:
     block: BlockConfig = dataclasses.field(default_factory=BlockConfig)
 
 
+class LeNetFeatures(nnx.Module):
+    """conv 6@5×5, pool, conv 16@5×5, pool, with ReLU after each; flattened."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv1 = nnx.Conv(channels, 6, (5, 5), padding="VALID", rngs=rngs)
+        self.conv2 = nnx.Conv(6, 16, (5, 5), padding="VALID", rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Features (batch, n1) of normalised images (batch, height, width, channels)."""
+        x = nnx.relu(nnx.max_pool(self.conv1(images), (2, 2), (2, 2)))
+        x = nnx.relu(nnx.max_pool(self.conv2(x), (2, 2), (2, 2)))
+        return x.reshape(len(x), -1)
+
+
 class LeNet(nnx.Module):
-    """conv 6@5×5, pool, conv 16@5×5, pool, 120, 84, classes, with ReLU after each but the last.
+    """The features, 120, 84, classes, with ReLU after each but the last.
 
     `features` is the deterministic part, `head` the part that may be stochastic.
     """
@@ -45,8 +59,7 @@ class LeNet(nnx.Module):
                 f"image_shape: expected at least 16×16 pixels, got {config.image_shape}"
             )
         mark_penultimate, mark_last = (mark == "D" for mark in config.variant.split("-"))
-        self.conv1 = nnx.Conv(channels, 6, (5, 5), padding="VALID", rngs=rngs)
-        self.conv2 = nnx.Conv(6, 16, (5, 5), padding="VALID", rngs=rngs)
+        self.features = LeNetFeatures(channels, rngs=rngs)
         self.penultimate: HiddenLayer = hidden_layer(
             16 * area, 120, marked=mark_penultimate, block=config.block, rngs=rngs
         )
@@ -54,12 +67,6 @@ class LeNet(nnx.Module):
             120, 84, marked=mark_last, block=config.block, rngs=rngs
         )
         self.classifier = nnx.Linear(84, config.num_classes, rngs=rngs)
-
-    def features(self, images: jax.Array) -> jax.Array:
-        """The convolutional part, flattened: (batch, n1)."""
-        x = nnx.relu(nnx.max_pool(self.conv1(images), (2, 2), (2, 2)))
-        x = nnx.relu(nnx.max_pool(self.conv2(x), (2, 2), (2, 2)))
-        return x.reshape(len(x), -1)
 
     def head(self, features: jax.Array) -> jax.Array:
         """The fully-connected part: logits (batch, classes)."""

@@ -42,11 +42,10 @@ class VGG16Config:
     block: BlockConfig = dataclasses.field(default_factory=lambda: BlockConfig("dropout"))
 
 
-class VGG16(nnx.Module):
-    """13 convolutions of 3×3 in five stages, each with a pool after it, 512, 512, classes.
+class VGG16Features(nnx.Module):
+    """13 convolutions of 3×3 in five stages, each with a pool after it; flattened.
 
-    The pools keep the rim of an odd grid, so that images of less than 32×32 pixels fit. `features` is
-    the deterministic part, `head` the part that may be stochastic.
+    The pools keep the rim of an odd grid, so that images of less than 32×32 pixels fit.
     """
 
     def __init__(self, config: VGG16Config, *, rngs: nnx.Rngs):
@@ -62,8 +61,28 @@ class VGG16(nnx.Module):
             height, width = -(-height // 2), -(-width // 2)
             stages.append(nnx.List(stage))
         self.stages = nnx.List(stages)
+        self.size = n1 * height * width
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Features (batch, size) of normalised images (batch, height, width, channels)."""
+        x = images
+        for stage in self.stages:
+            for layer in stage:
+                x = layer(x)
+            x = pool(x)
+        return x.reshape(len(x), -1)
+
+
+class VGG16(nnx.Module):
+    """The features, 512, 512, classes, with ReLU after each but the last.
+
+    `features` is the deterministic part, `head` the part that may be stochastic.
+    """
+
+    def __init__(self, config: VGG16Config, *, rngs: nnx.Rngs):
+        self.features = VGG16Features(config, rngs=rngs)
         mark_penultimate, mark_last = (mark == "D" for mark in config.variant.split("-"))
-        n1, n2 = n1 * height * width, scaled(HIDDEN, config.width)
+        n1, n2 = self.features.size, scaled(HIDDEN, config.width)
         self.penultimate: HiddenLayer = hidden_layer(
             n1, n2, marked=mark_penultimate, block=config.block, rngs=rngs
         )
@@ -71,15 +90,6 @@ class VGG16(nnx.Module):
             n2, n2, marked=mark_last, block=config.block, rngs=rngs
         )
         self.classifier = nnx.Linear(n2, config.num_classes, rngs=rngs)
-
-    def features(self, images: jax.Array) -> jax.Array:
-        """The convolutional part, flattened: (batch, n1)."""
-        x = images
-        for stage in self.stages:
-            for layer in stage:
-                x = layer(x)
-            x = pool(x)
-        return x.reshape(len(x), -1)
 
     def head(self, features: jax.Array) -> jax.Array:
         """The fully-connected part: logits (batch, classes)."""

@@ -221,15 +221,25 @@ def test_table4_swaps_what_it_says(images):
     }
 
 
-@pytest.mark.parametrize("network", ["vgg16", "alexnet", "lenet"])
-def test_table5_marks_the_last_layer(network, images):
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [
+        *(("vgg16", "last"), ("alexnet", "last"), ("lenet", "last")),
+        *(("vgg16", "penultimate"), ("lenet", "penultimate")),
+    ],
+)
+def test_table5_marks_the_layer(network, layer, images):
     dataset = data.load(str(images), images.parent, seed=0)
-    config = table5.Config(network=network, rates=(0.9,), width=0.05)
+    config = table5.Config(network=network, layer=layer, rates=(0.9,), width=0.05)
     (study,) = table5.studies(config, dataset)
     model = nnx.eval_shape(lambda: study.build(nnx.Rngs(0)))
-    assert model.last.dropout.rate == 0.9
+    assert getattr(model, layer).dropout.rate == 0.9
     if network != "alexnet":
-        assert model.penultimate.dropout.rate == (0.5 if network == "vgg16" else 0.0)
+        other = {"last": model.penultimate, "penultimate": model.last}[layer]
+        assert other.dropout.rate == (0.5 if network == "vgg16" else 0.0)
+    (arm,) = study.arms
+    swapped = nnx.eval_shape(lambda: finetune.swapped(study.build(nnx.Rngs(0)), arm)(nnx.Rngs(1)))
+    assert networks.solver_of(getattr(swapped, layer)).solver.tau == pytest.approx(0.1)
 
 
 def test_the_papers_numbers_stand_where_they_are_comparable():
@@ -254,6 +264,7 @@ def test_the_papers_numbers_stand_where_they_are_comparable():
     assert papers(table4, table4.Config(width=1.0), "digits") == [None] * 4
     assert papers(table5, table5.Config(width=1.0))[-2:] == [(30.61, None), (67.42, 0.0774)]
     assert papers(table5, table5.Config(width=1.0, network="lenet")) == [None] * 10
+    assert papers(table5, table5.Config(width=1.0, layer="penultimate")) == [None] * 10
     assert papers(table5, table5.Config(width=1.0), "cifar10") == [None] * 10
 
 
@@ -381,6 +392,7 @@ def test_the_table_separates_seeds_from_trials():
         (table4, ["--decay", "1.5"], "decay: expected a factor"),
         (table4, ["--width", "-1"], "width: expected a positive factor"),
         (table5, ["--rates", "1.0"], "rates: expected dropout rates"),
+        (table5, ["--network", "alexnet", "--layer", "penultimate"], "layer: expected last for"),
         (table5, ["--seeds", "1", "1"], "seeds: expected at least one, not negative, each once"),
     ],
 )

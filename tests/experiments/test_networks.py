@@ -26,6 +26,8 @@ from experiments.networks import (
 )
 from experiments.training import count_parameters
 
+pytestmark = pytest.mark.optimized
+
 SAMPLING = ("prox-sg", "ms2gd", "importance", "expected-smoothness")
 FOLLOWING = ("prox-gd", "fista")
 
@@ -54,7 +56,7 @@ def test_alexnet_is_the_papers():
     expected += conv(256, 256, 3) + dense(256, 10)
     assert count_parameters(model) == expected
     assert model.last is None
-    shape = jax.eval_shape(lambda m, x: m.first(x), model, jnp.zeros((2, 32, 32, 3))).shape
+    shape = jax.eval_shape(lambda m, x: m.first(x), model.features, jnp.zeros((2, 32, 32, 3))).shape
     assert shape == (2, 8, 8, 64)
 
 
@@ -183,7 +185,8 @@ def test_one_unit_step_is_the_plain_convolution(small_alexnet):
     x = images_for(AlexNetConfig(), 3)
     before = model(x)
     one_step = BlockConfig("prox-gd", num_iters=1, step_size=1.0)
-    model.first = networks.swap_conv(model.first, one_step, model.image_size)
+    features = model.features
+    features.first = networks.swap_conv(features.first, one_step, features.image_size)
     np.testing.assert_array_equal(model(x), before)
 
 
@@ -198,17 +201,18 @@ def test_all_inputs_in_one_unit_step_are_the_plain_layer():
 
 
 def test_the_first_layer_has_the_constant_of_its_unpadded_grid(small_alexnet):
-    model = copied(small_alexnet)
-    kernel = model.first.conv.kernel[...]
-    model.first = networks.swap_conv(model.first, BlockConfig("prox-gd"), model.image_size)
-    state = nnx.state(model.first, ss.nnx.SolverState)
+    features = copied(small_alexnet).features
+    kernel = features.first.conv.kernel[...]
+    prox_gd = BlockConfig("prox-gd")
+    features.first = networks.swap_conv(features.first, prox_gd, features.image_size)
+    state = nnx.state(features.first, ss.nnx.SolverState)
     constants = jax.tree.leaves(state)
     plain = ss.Conv(kernel, (32, 32), strides=(4, 4), padding=((5, 5), (5, 5)))
     np.testing.assert_allclose(constants[0], ss.lipschitz_constant(plain), rtol=1e-5)
     # the parameters have moved, the constant follows
-    model.first.kernel[...] = 2 * kernel
-    ss.nnx.refresh_lipschitz(model)
-    refreshed = jax.tree.leaves(nnx.state(model.first, ss.nnx.SolverState))
+    features.first.kernel[...] = 2 * kernel
+    ss.nnx.refresh_lipschitz(features)
+    refreshed = jax.tree.leaves(nnx.state(features.first, ss.nnx.SolverState))
     np.testing.assert_allclose(refreshed[0], 4 * constants[0], rtol=1e-5)
 
 

@@ -113,11 +113,11 @@ def test_training_learns_and_is_reproducible(runs):
 
 def test_batch_statistics_are_carried(runs):
     trained, toy = runs["plain"].model, toys.dataset()
-    before = np.asarray(trained.norm.mean[...])
+    before = np.asarray(trained.features.norm.mean[...])
     assert np.abs(before).max() > 0.01
     # evaluation reads them and leaves them
     evaluation.evaluate(trained, toy.test, toy)
-    np.testing.assert_array_equal(trained.norm.mean[...], before)
+    np.testing.assert_array_equal(trained.features.norm.mean[...], before)
 
 
 def test_lipschitz_constants_are_fresh_after_training(runs):

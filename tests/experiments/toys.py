@@ -21,20 +21,27 @@ STEPS = 4
 """Of an epoch."""
 
 
-class TinyNet(nnx.Module):
-    """Linear layer, batch normalisation, dropout; a solver; a classifier."""
+class TinyFeatures(nnx.Module):
+    """Linear layer, batch normalisation, dropout."""
 
-    def __init__(self, *, tau: float = 0.5, rngs: nnx.Rngs):
+    def __init__(self, *, rngs: nnx.Rngs):
         self.first = nnx.Linear(64, 12, rngs=rngs)
         self.norm = nnx.BatchNorm(12, rngs=rngs)
         self.dropout = nnx.Dropout(0.25, rngs=rngs)
+
+    def __call__(self, images):
+        return self.dropout(self.norm(self.first(images.reshape(len(images), -1))))
+
+
+class TinyNet(nnx.Module):
+    """Features, a solver, a classifier."""
+
+    def __init__(self, *, tau: float = 0.5, rngs: nnx.Rngs):
+        self.features = TinyFeatures(rngs=rngs)
         solver = ss.ProxSG(tau=tau, num_iters=3)
         self.solver = ss.nnx.SolverLinear(12, 8, solver=solver, ridge=1e-3, rngs=rngs)
         self.classifier = nnx.Linear(8, 2, rngs=rngs)
         self.is_stochastic = True
-
-    def features(self, images):
-        return self.dropout(self.norm(self.first(images.reshape(len(images), -1))))
 
     def head(self, features):
         return self.classifier(self.solver(features))
