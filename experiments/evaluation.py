@@ -64,12 +64,13 @@ def evaluate(
       trials: independent repetitions.
       deterministic: full gradients in the solvers instead of sampling.
       batch_size: images at a time, on the splits of every size, so that one program serves all.
-      mesh: that holds the model; by default one device.
+      mesh: shares each batch; by default one device.
     """
     set_mode(model, "deterministic" if deterministic else "test")
     mesh = mesh or parallel.local_mesh()
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
     features_graph, features_state = nnx.split(model.features)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    features_state, params, rest = parallel.replicate((features_state, params, rest), mesh)
     correct = np.zeros(trials, np.int64)
     size = batch_size + -batch_size % mesh.size
     for start in range(0, len(split), size):
@@ -81,8 +82,11 @@ def evaluate(
         labels = np.pad(labels, (0, missing), constant_values=-1)
         images, labels = parallel.shard(images, mesh), parallel.shard(labels, mesh)
         features = _features(features_graph, features_state, images, data.mean, data.std)
-        hits, rest = _count_correct(graph, params, rest, features, labels, trials)
-        correct += np.asarray(hits)
+        hits = []
+        for _ in range(trials):
+            found, rest = _count_correct(graph, params, rest, features, labels)
+            hits.append(found)
+        correct += np.asarray(jax.device_get(hits))
     return 100.0 * correct / len(split)
 
 
@@ -92,12 +96,8 @@ def _features(graph, state, images, mean, std):
     return nnx.merge(graph, state, copy=True)(normalise(images, mean, std))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _count_correct(graph, params, rest, features, labels, trials):
-    def trial(rest, _):
-        model = nnx.merge(graph, params, rest, copy=True)
-        predicted = jnp.argmax(model.head(features), axis=-1)
-        return nnx.state(model, nnx.Not(nnx.Param)), jnp.sum(predicted == labels)
-
-    rest, correct = jax.lax.scan(trial, rest, length=trials)
-    return correct, rest
+@functools.partial(jax.jit, static_argnums=0)
+def _count_correct(graph, params, rest, features, labels):
+    model = nnx.merge(graph, params, rest, copy=True)
+    predicted = jnp.argmax(model.head(features), axis=-1)
+    return jnp.sum(predicted == labels), nnx.state(model, nnx.Not(nnx.Param))

@@ -97,6 +97,8 @@ def shard(array: Any, mesh: Mesh, *, axis: int = 0) -> jax.Array:
 
 
 def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(array, jax.Array) and array.sharding == sharding:
+        return array
     if is_key(array):
         data = _put(jax.random.key_data(array), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))

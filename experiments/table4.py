@@ -13,14 +13,14 @@ References:
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from flax import nnx
 
 from experiments import data, finetune, options
 from experiments.networks import NAMES, VGG16, BlockConfig, Method, VGG16Config, swap_hidden
 
-Marks = Literal["D-D", "ND-D"]
+Marks = Literal["ND-D", "D-D"]
 
 PAPER: dict[str, dict[str, finetune.Accuracy]] = {
     "cifar10": {
@@ -38,6 +38,7 @@ PAPER: dict[str, dict[str, finetune.Accuracy]] = {
 }
 """Accuracy in percent, and standard deviation over 20 trials; which layers Prox-GD replaces there is not
 stated, and taken to be both."""
+SMOKE_VARIANTS: tuple[Marks, ...] = ("D-D",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Config(options.FinetuneOptions):
     """Iterations of the solvers."""
     decay: float = 0.9
     """Factor of the step size, 1/L at first, from one iteration to the next."""
+    variants: tuple[Marks, ...] = ("ND-D", "D-D")
+    """Whether the last hidden layer or both become solvers that sample."""
     batch_norm: bool = True
     """Normalise after every convolution; the paper does not say."""
     methods: tuple[Method, ...] = ("prox-sg", "prox-gd")
@@ -59,10 +62,19 @@ class Config(options.FinetuneOptions):
         super().__post_init__()
         options.check_methods(self.methods)
         options.check_solver(self.num_iters, self.decay)
+        if not self.variants:
+            raise ValueError("variants: expected at least one, got none")
+
+    def filled(self) -> Self:
+        """The options filled in; a smoke run of both variants takes one."""
+        filled = super().filled()
+        if self.smoke and self.variants == Config.variants:
+            return dataclasses.replace(filled, variants=SMOKE_VARIANTS)
+        return filled
 
 
 def arms(config: Config, paper: dict[str, finetune.Accuracy]) -> list[finetune.Arm]:
-    """Solvers in the last layer or in both; those behind dropout, as in the paper, in both."""
+    """Solvers in the last layer or in both; those behind dropout in both."""
 
     def arm(method: Method, marks: Marks) -> finetune.Arm:
         block = BlockConfig(method, num_iters=config.num_iters, decay=config.decay)
@@ -76,11 +88,12 @@ def arms(config: Config, paper: dict[str, finetune.Accuracy]) -> list[finetune.A
         settings = {"block": dataclasses.asdict(block), "marks": marks}
         return finetune.Arm(name, f"{NAMES[method]} {marks}", swap, paper.get(name), settings)
 
-    both: tuple[Marks, ...] = ("ND-D", "D-D")
     return [
         arm(method, marks)
         for method in dict.fromkeys(config.methods)
-        for marks in (("D-D",) if method in ("prox-gd", "fista") else both)
+        for marks in (
+            ("D-D",) if method in ("prox-gd", "fista") else dict.fromkeys(config.variants)
+        )
     ]
 
 

@@ -390,6 +390,7 @@ def test_the_table_separates_seeds_from_trials():
         (table3, ["--methods", "prox-sg"], "prox-sg"),
         (table4, ["--methods", "dropout"], "expected at least one solver and no dropout"),
         (table4, ["--decay", "1.5"], "decay: expected a factor"),
+        (table4, ["--variants"], "variants: expected at least one"),
         (table4, ["--width", "-1"], "width: expected a positive factor"),
         (table5, ["--rates", "1.0"], "rates: expected dropout rates"),
         (table5, ["--network", "alexnet", "--layer", "penultimate"], "layer: expected last for"),
@@ -416,5 +417,8 @@ def test_a_smoke_run_is_small():
     assert (options.epochs, options.width, options.rates) == (2, 0.125, table5.SMOKE_RATES)
     given = table5.Config(smoke=True, epochs=5, rates=(0.1,)).filled()
     assert (given.epochs, given.rates) == (5, (0.1,))
+    assert table4.Config(smoke=True).filled().variants == table4.SMOKE_VARIANTS
+    assert table4.Config(smoke=True, variants=("ND-D",)).filled().variants == ("ND-D",)
     full = table4.Config(dataset="cifar100").filled()
+    assert full.variants == ("ND-D", "D-D")
     assert (full.epochs, full.finetune_epochs, full.batch_size, full.width) == (300, 200, 128, 1.0)
