@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from stochsolvers import _checks, reports
+from stochsolvers._shards import varying
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Conv, LinearMap, Padding
 from stochsolvers.problems import LayerProblem
@@ -64,6 +65,7 @@ def current_constant(
     """
     if kept is None:
         return step_constant(solver, linear_map, ridge)
+    kept = varying(kept, linear_map)
     return lax.cond(
         refreshed,
         lambda _: kept,

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
-    {"_typing", "_checks"},
+    {"_typing", "_checks", "_shards"},
     {"_convolution", "_linalg"},
     {"linear_maps", "prox", "tensor_product"},
     {"sampling"},

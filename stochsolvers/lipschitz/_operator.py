@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from stochsolvers import _checks
+from stochsolvers._shards import varying
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
 from stochsolvers.lipschitz import _spectra
@@ -65,6 +66,7 @@ def _lanczos_bound(conv: Conv, num_iters: int, key: Array | None) -> Array:
     start = _spectra.fixed_start(size, dtype)
     if key is not None:
         start = jax.random.normal(key, (size,), dtype)
+    start = varying(start, conv)
 
     def gram(x):
         return backward(forward(x.reshape(shape))).ravel()

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from stochsolvers._shards import varying
 from stochsolvers._typing import Array
 from stochsolvers.lipschitz import _hermitian, _spectra
 from stochsolvers.lipschitz._hermitian import Symbols
@@ -102,7 +103,7 @@ def search(taps: Array, phases: Phases, *, gap: float, certify: bool) -> Found:
     n = min(aliases * taps.shape[2], taps.shape[3])
     zero, origin = jnp.zeros((), taps.dtype), jnp.zeros((), jnp.int32)
     vector = jnp.stack([_spectra.fixed_start(n, taps.dtype), jnp.zeros(n, taps.dtype)], axis=-1)
-    found = Found(zero, zero, zero, origin, origin, vector)
+    found = varying(Found(zero, zero, zero, origin, origin, vector), taps)
     # a second program for the few real blocks of a grid is worth its compilation if they are large
     num_real = phases.num_real if n >= _LARGE or phases.num_real == num_frequencies else 0
 
@@ -129,7 +130,8 @@ def _direct(taps: Array, cosines: np.ndarray, sines: np.ndarray | None, *, certi
 
     def form(numbers):
         blocks = symbols(taps, *jax.tree.map(lambda part: part[numbers], table))
-        errors = _hermitian.gram_error(blocks) if certify else jnp.zeros(len(numbers), taps.dtype)
+        zeros = varying(jnp.zeros(len(numbers), taps.dtype), blocks)
+        errors = _hermitian.gram_error(blocks) if certify else zeros
         return _hermitian.grams(blocks, sliced=certify), errors
 
     return form
@@ -146,7 +148,7 @@ def _interpolated(taps: Array, nodes: Nodes, *, certify: bool) -> _Form:
     grams = _hermitian.grams(blocks, sliced=certify)
     count, n = grams.re.shape[:2]
     pairs = tuple(zip((real, imaginary), jax.tree.leaves(grams), strict=True))
-    errors = jnp.zeros(len(real), taps.dtype)
+    errors = varying(jnp.zeros(len(real), taps.dtype), taps)
     if certify:
         known = 2.0**-48 / (32 * _spectra.unit_round_off(taps.dtype))
         errors = (absolute + known) @ _hermitian.gram_error(blocks, extra=20)
@@ -198,6 +200,7 @@ class _Sweep(NamedTuple):
         dtype = found.value.dtype if grams.im is None else grams.joined.dtype
         start = _spectra.fixed_start(grams.re.shape[-1], dtype)
         unsure = jnp.zeros((), bool), jnp.zeros((), found.value.dtype)
+        unsure, start, zero = varying((unsure, start, unsure[1]), found)
 
         def block(at):
             return jax.tree.map(lambda part: part[at], grams)
@@ -253,7 +256,6 @@ class _Sweep(NamedTuple):
             ceiling = trial.found.ceiling * (1 + self.gap)
             return trial._replace(found=trial.found._replace(ceiling=ceiling))
 
-        zero = jnp.zeros((), found.value.dtype)
         bounds = jnp.where(fresh, _hermitian.norm_bounds(grams), -jnp.inf)
         trial = _Trial(found, bounds, zero, start)
         trial = lax.while_loop(unsettled, work, trial)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from stochsolvers._shards import varying
 from stochsolvers._typing import Array
 
 
@@ -68,6 +69,7 @@ def lanczos(apply: Callable[[Array], Array], start: Array, num_steps: int) -> tu
     basis = jnp.zeros((num_steps, start.size), start.dtype)
     zeros = jnp.zeros(num_steps, floats.dtype)
     init = basis.at[0].set(start / jnp.linalg.norm(start)), zeros, zeros
+    init = varying(init, start)
     basis, diagonal, off_diagonal = lax.fori_loop(0, num_steps, step, init)
     tridiagonal = (
         jnp.diag(diagonal) + jnp.diag(off_diagonal[:-1], 1) + jnp.diag(off_diagonal[:-1], -1)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers import _checks
+from stochsolvers._shards import varying
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 
 
@@ -115,6 +116,7 @@ def scan(
     opening: Body | None = None,
 ) -> tuple[Any, Any]:
     """`lax.scan` of `body` over `ks`, differentiated as asked; `opening` does the first iteration."""
+    carry = varying(carry, operands)
     if isinstance(derivative, Truncated):
         constant = ks.shape[0] - derivative.num_iters
         if constant <= 0:
