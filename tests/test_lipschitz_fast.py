@@ -240,6 +240,25 @@ def test_gradient_is_that_of_the_formula_and_of_finite_differences(rng):
         np.testing.assert_allclose(forward, slope, rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("features", "options"), [((20, 18), {}), ((9, 40), {"strides": (1, 2)}), ((3, 4), {})]
+)
+def test_second_derivatives(features, options, rng):
+    """Of as many kinds of blocks: by outputs, by inputs, small."""
+    kernel, direction = jnp.asarray(rng.normal(size=(2, 3, 3, *features)))
+
+    def slope(kernel):
+        constant = lambda kernel: lipschitz_constant(ss.Conv(kernel, (5, 4), **options))  # noqa: E731
+        return jax.grad(constant)(kernel)
+
+    product = jax.jit(lambda kernel: jax.jvp(slope, (kernel,), (direction,))[1])(kernel)
+    reverse = jax.jit(jax.grad(lambda kernel: jnp.vdot(slope(kernel), direction)))(kernel)
+    step = 1e-6
+    after, before = (jax.jit(slope)(kernel + sign * step * direction) for sign in (1, -1))
+    np.testing.assert_allclose(product, (after - before) / (2 * step), atol=2e-6)
+    np.testing.assert_allclose(reverse, product, atol=1e-9)
+
+
 def test_gradient_at_a_tie_is_a_subgradient():
     identity = jnp.zeros((3, 3, 20, 20)).at[1, 1].set(jnp.eye(20))
     gradient = jax.grad(lambda k: lipschitz_constant(ss.Conv(k, (4, 4))))(identity)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def lipschitz_constant(
     an eigenvalue; it agrees with "formula", which transforms the padded kernel and takes the eigenvalues
     of every block, to 1e-5 in float32 and 1e-9 in float64. Its derivative is that of ||Â(f) v||² at the
     top singular vector v of the top frequency f, the envelope theorem; a subgradient where they are
-    not unique. For second derivatives take the formula.
+    not unique. Derivatives of higher order follow v, and exist where it is unique.
 
     Args:
       linear_map: `Dense` or `Conv`.
@@ -62,8 +62,7 @@ def lipschitz_constant(
     if _block_size(taps, phases) <= _DIRECT:
         return jnp.maximum(jnp.max(_largest_eigenvalues(taps, phases)[0]), 0.0) * scale * scale
     best = _search(lax.stop_gradient(taps), phases, certify=False)
-    squares = image(taps, phases, best) ** 2
-    return jnp.sum(squares) / jnp.sum(best.vector**2) * scale * scale
+    return _top_square(taps, phases, best) * scale * scale
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -171,6 +170,48 @@ def _search(taps: Array, phases: Phases, *, certify: bool) -> Found:
     find = functools.partial(search, phases=phases, gap=gap, certify=certify)
     # `vmap` would run both sides of every decision
     return jax.custom_batching.sequential_vmap(lambda taps: find(taps))(taps)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _top_square(taps: Array, phases: Phases, best: Found) -> Array:
+    """||Â(f) v||² / ||v||² at the top singular vector."""
+    return _square(taps, phases, best)
+
+
+@_top_square.defjvp
+def _top_square_jvp(phases: Phases, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    taps, best = primals
+    # derivatives of this derivative see v move
+    best = best._replace(vector=_top_vector(taps, phases, best))
+    return jax.jvp(lambda taps: _square(taps, phases, best), (taps,), (tangents[0],))
+
+
+def _square(taps: Array, phases: Phases, best: Found) -> Array:
+    return jnp.sum(image(taps, phases, best) ** 2) / jnp.sum(best.vector**2)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _top_vector(taps: Array, phases: Phases, best: Found) -> Array:
+    """v as a function of the taps."""
+    return best.vector
+
+
+@_top_vector.defjvp
+def _top_vector_jvp(phases: Phases, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """dv = (L I − G + L v vᴴ)⁻¹ (I − v vᴴ) dG v for G = Âᴴ Â with the simple eigenvalue L, ||v|| = 1."""
+    taps, best = primals
+    vector = _top_vector(taps, phases, best)
+    v = lax.complex(vector[:, 0], vector[:, 1])
+    cosines, sines = (jnp.asarray(part, taps.dtype)[best.frequency] for part in phases[:2])
+    M, dM = jax.jvp(
+        lambda taps: symbols(taps[best.group], cosines, sines).joined, (taps,), (tangents[0],)
+    )
+    image = M @ v
+    moved = M.conj().T @ (dM @ v) + dM.conj().T @ image
+    level, projection = jnp.real(jnp.vdot(image, image)), jnp.outer(v, v.conj())
+    matrix = level * (jnp.eye(len(v)) + projection) - M.conj().T @ M
+    dv = jnp.linalg.solve(matrix, moved - projection @ moved)
+    return vector, jnp.stack([jnp.real(dv), jnp.imag(dv)], axis=-1)
 
 
 def image(taps: Array, phases: Phases, best: Found, *, accurate: bool = False) -> Array:
