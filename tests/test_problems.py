@@ -215,6 +215,30 @@ def test_float32_certificate_is_not_below_the_float64_gap(rng):
         assert bound < 1e-3
 
 
+@pytest.mark.parametrize("kind", ["dense", "convolution", "grouped"])
+def test_float32_certificates_of_wide_layers_are_small(rng, kind):
+    """Sums of hundreds of products: the bound holds, and is a ten-thousandth of the objective."""
+    if kind == "dense":
+        make, shape, inputs = ss.Dense, (300, 310), (4, 300)
+    else:
+        groups = 2 if kind == "grouped" else 1
+        make = functools.partial(ss.Conv, spatial_shape=(6, 5), feature_group_count=groups)
+        shape, inputs = (3, 3, 20 // groups, 30), (4, 6, 5, 20)
+    kernel = (rng.normal(size=shape) / np.prod(shape[:-1]) ** 0.5).astype(np.float32)
+    x = np.maximum(rng.normal(size=inputs), 0).astype(np.float32)
+
+    def problem(dtype):
+        return ss.LayerProblem(make(jnp.asarray(kernel, dtype)), x.astype(dtype), ridge=2.0**-9)
+
+    low, high = problem(np.float32), problem(np.float64)
+    z = ss.prox_gd(low, num_iters=1500, momentum=True).value
+    best = ss.prox_gd(high, num_iters=6000, momentum=True, init=jnp.asarray(z, np.float64)).value
+    gap = np.asarray(high.objective(jnp.asarray(z, np.float64)) - high.objective(best))
+    certificate = np.asarray(low.certificate(z), np.float64)
+    assert np.all(certificate >= gap)
+    assert np.all(certificate < 1e-4 * np.asarray(high.objective(best)))
+
+
 def diagonal(values):
     """Diagonal matrices on the spatial axes of (..., 4, 4, features)."""
     return np.einsum("...ic,ij->...ijc", values, np.eye(values.shape[-2]))

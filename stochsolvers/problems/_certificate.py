@@ -5,6 +5,7 @@ Entrywise error bounds go along with every product; `_Point` holds what the thre
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -12,14 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers import lipschitz, prox
+from stochsolvers._shards import varying
 from stochsolvers._typing import Array
-from stochsolvers.linear_maps import LinearMap
+from stochsolvers.linear_maps import Dense, LinearMap
 
 if TYPE_CHECKING:
     from stochsolvers.problems._layer_problem import LayerProblem
 
 _REPAIR_STEPS = 300
 _REPAIR_MARGIN = 0.1
+_BLOCK = 32  # products that are added up before their sum goes on in twice the precision
 _POOR = 16.0  # times the gap: a bound above it is worth the search for a better one
 
 
@@ -38,16 +41,19 @@ class _Point(NamedTuple):
     gradient_error: Array
     constant: Array  # L, at least ||A||²
     absolute: LinearMap  # |A|
+    image_round_off: float  # ε of an entry of A r, which is summed in blocks
     round_off: float  # ε of an entry of A x
 
 
 def _point(problem: "LayerProblem", z: Array) -> _Point:
     """|error of r| ≤ ε |A*| |z|, |error of A r| ≤ |A| (|error of r| + ε |r|): the sums may cancel."""
     A, eps = problem.linear_map, jnp.finfo(problem.dtype).eps
-    residual = problem.residual(z)
-    image, offset = A(residual), problem.with_bias_and_ridge(jnp.zeros_like(z), z)
+    (total, rest), back = _in_blocks(A, lambda part, z: part.adjoint(z), z, axis=-1)
+    total, low = _two_sum(total, -problem.inputs)
+    residual = total + (low + rest)
+    (total, rest), forward = _in_blocks(A, lambda part, x: part(x), residual, axis=-2)
+    image, offset = total + rest, problem.with_bias_and_ridge(jnp.zeros_like(z), z)
     absolute = dataclasses.replace(A, kernel=jnp.abs(A.kernel))
-    forward, back = (_round_off(A.kernel.size // n, z) for n in (A.out_features, A.in_features))
     residual_error = back * absolute.adjoint(jnp.abs(z)) + eps * jnp.abs(residual)
     image_error = absolute(residual_error + forward * jnp.abs(residual))
     pull = jnp.abs(problem.ridge * z)
@@ -57,8 +63,56 @@ def _point(problem: "LayerProblem", z: Array) -> _Point:
         *(z, problem.prior_value(z), residual, residual_error, image, image_error),
         *(offset, offset_error, image + offset, gradient_error),
         jnp.maximum(lipschitz.lipschitz_constant(A, grid="padded"), 1e-30),
-        *(absolute, forward),
+        *(absolute, forward, _round_off(A.kernel.size // A.out_features, z)),
     )
+
+
+def _in_blocks(
+    A: LinearMap,
+    product: Callable[[LinearMap, Array], Array],
+    operand: Array,
+    *,
+    axis: int,
+) -> tuple[tuple[Array, Array], float]:
+    """A product summed over an axis of the kernel, as a sum of two floats, and its ε of |A| |operand|."""
+    kernel = A.kernel
+    count, taps = kernel.shape[axis], kernel[..., 0, 0].size
+    size = count
+    if isinstance(A, Dense) or A.feature_group_count == 1:
+        size = min(count, max(1, _BLOCK // taps))
+    number = -(-count // size)
+
+    def blocks(array, axis):
+        axis %= array.ndim
+        padded = jnp.pad(
+            array, [(0, (number * size - count) * (k == axis)) for k in range(array.ndim)]
+        )
+        parts = padded.reshape(*array.shape[:axis], number, size, *array.shape[axis + 1 :])
+        return jnp.moveaxis(parts, axis, 0)
+
+    def part(block):
+        return product(dataclasses.replace(A, kernel=block[0]), block[1])
+
+    def add(pair, block):
+        total, low = _two_sum(pair[0], part(block))
+        return (total, pair[1] + low), None
+
+    if number == 1:
+        total = product(A, operand)
+        others = A.in_features if axis == -1 else A.out_features
+        return (total, jnp.zeros_like(total)), _round_off(kernel.size // others, total)
+    whole = blocks(kernel, axis), blocks(operand, -1)
+    total = part(jax.tree.map(lambda leaf: leaf[0], whole))
+    others = jax.tree.map(lambda leaf: leaf[1:], whole)
+    pair, _ = lax.scan(add, varying((total, jnp.zeros_like(total)), total), others)
+    return pair, _round_off(size * taps + 1, total)
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The rounded sum of two floats, and what the rounding took away (Knuth)."""
+    total = a + b
+    moved = total - a
+    return total, (a - (total - moved)) + (b - moved)
 
 
 def _round_off(count: int, like: Array) -> float:
@@ -124,7 +178,7 @@ def _curvature_gap(problem: "LayerProblem", point: _Point) -> Array:
     # the error of A r is |A| |error of r|, or ||A|| ||error of r||, whichever is smaller
     frobenius = jnp.sqrt(math.prod(A.out_shape[:-1]) * jnp.sum(A.kernel**2))
     through = jnp.sqrt(point.constant) * problem.norm(point.residual_error)
-    through += point.round_off * frobenius * problem.norm(point.residual)
+    through += point.image_round_off * frobenius * problem.norm(point.residual)
     noise += jnp.minimum(1.01 * through, problem.norm(point.image_error))
     slack = noise * problem.norm(move) + noise**2 / (2.0 * safe_mu)
     scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(products)) + curve
