@@ -257,6 +257,7 @@ def test_second_derivatives(features, options, rng):
     after, before = (jax.jit(slope)(kernel + sign * step * direction) for sign in (1, -1))
     np.testing.assert_allclose(product, (after - before) / (2 * step), atol=2e-6)
     np.testing.assert_allclose(reverse, product, atol=1e-9)
+    assert jax.eval_shape(jax.hessian(slope), kernel.astype(jnp.float32)).dtype == jnp.float32
 
 
 def test_gradient_at_a_tie_is_a_subgradient():

@@ -197,6 +197,7 @@ def _top_vector(taps: Array, phases: Phases, best: Found) -> Array:
 
 
 @_top_vector.defjvp
+@jax.default_matmul_precision("highest")
 def _top_vector_jvp(phases: Phases, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """dv = (L I − G + L v vᴴ)⁻¹ (I − v vᴴ) dG v for G = Âᴴ Â with the simple eigenvalue L, ||v|| = 1."""
     taps, best = primals
@@ -209,7 +210,7 @@ def _top_vector_jvp(phases: Phases, primals: Any, tangents: Any) -> tuple[Array,
     image = M @ v
     moved = M.conj().T @ (dM @ v) + dM.conj().T @ image
     level, projection = jnp.real(jnp.vdot(image, image)), jnp.outer(v, v.conj())
-    matrix = level * (jnp.eye(len(v)) + projection) - M.conj().T @ M
+    matrix = level * (jnp.eye(len(v), dtype=level.dtype) + projection) - M.conj().T @ M
     dv = jnp.linalg.solve(matrix, moved - projection @ moved)
     return vector, jnp.stack([jnp.real(dv), jnp.imag(dv)], axis=-1)
 

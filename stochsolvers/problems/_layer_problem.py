@@ -135,9 +135,10 @@ class LayerProblem:
 
         once at shrunken residuals, d = −δ r, and, where the bounds so far may be far above the gap, with
         a small d found by accelerated gradient steps. All go to zero with the gap, to the round-off
-        ε |A| |A*| |z| of ∇F times the size of z, which is added to them: the value is never below the gap
-        of the arrays as they are. It is +inf where z is infeasible, and where no dual point was found,
-        as when the problem is unbounded below.
+        of ∇F times the size of z, which is added to them: the value is never below the gap of the arrays
+        as they are. A* z and A r are summed in blocks of some 32 products, whose sums go on in twice the
+        precision, so that the round-off is that of a block. The value is +inf where z is infeasible, and
+        where no dual point was found, as when the problem is unbounded below.
 
         Returns:
           shape (*batch,), in units of the objective. Not differentiable.
