@@ -132,6 +132,31 @@ def test_a_full_disk_keeps_the_checkpoint_before(uninterrupted, tmp_path, monkey
     assert_same(toys.train(tmp_path / "run"), uninterrupted)
 
 
+@pytest.mark.parametrize("size", [0, 100, 1000])
+def test_writes_that_fail_halfway_keep_the_checkpoint_before(
+    size, uninterrupted, tmp_path, monkeypatch
+):
+    """The operating system itself cuts the files of the second save, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    save = checkpoints.ocp.CheckpointManager.save
+
+    def cut(self, step, **options):
+        if step == toys.STEPS:
+            return save(self, step, **options)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            return save(self, step, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", cut)
+    with pytest.raises(checkpoints.CheckpointError, match=r"step 8 could not be saved .*[Ff]ile too"):
+        toys.train(tmp_path / "run")
+    monkeypatch.undo()
+    assert_same(toys.train(tmp_path / "run"), uninterrupted)
+
+
 def damage_arrays(step: Path):
     for path in step.rglob("d/*"):
         content = bytearray(path.read_bytes())
