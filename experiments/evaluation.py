@@ -68,9 +68,10 @@ def evaluate(
     """
     set_mode(model, "deterministic" if deterministic else "test")
     mesh = mesh or parallel.local_mesh()
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, parallel.replicate(state, mesh))
     features_graph, features_state = nnx.split(model.features)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    features_state, params, rest = parallel.replicate((features_state, params, rest), mesh)
     correct = np.zeros(trials, np.int64)
     size = batch_size + -batch_size % mesh.size
     for start in range(0, len(split), size):

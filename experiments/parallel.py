@@ -87,7 +87,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Copy a tree of arrays, equal on every process, to every device of a mesh."""
+    """A tree of arrays, equal on every process, on every device of a mesh; what is there is not copied."""
     return jax.tree.map(lambda leaf: _put(leaf, replicated(mesh)), tree)
 
 

@@ -65,7 +65,7 @@ def current_constant(
     """
     if kept is None:
         return step_constant(solver, linear_map, ridge)
-    kept = varying(kept, linear_map)
+    kept, linear_map = varying((kept, linear_map), (kept, linear_map))
     return lax.cond(
         refreshed,
         lambda _: kept,

@@ -10,13 +10,13 @@ _Tree = TypeVar("_Tree")
 
 
 def varying(tree: _Tree, like: object) -> _Tree:
-    """The tree, its arrays of the type of those that differ between devices where some of `like` do.
+    """The tree, marked as varying over every mesh axis over which some array of `like` varies.
 
     `shard_map` asks the carry of a loop to begin, and the branches of a choice to end, with one type.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
-    axes = frozenset[str]().union(*map(_axes, jax.tree.leaves(like)))
+    axes = {axis for leaf in jax.tree.leaves(like) for axis in _axes(leaf)}
 
     def cast(leaf):
         missing = sorted(axes - _axes(leaf))

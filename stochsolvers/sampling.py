@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from stochsolvers import _checks
+from stochsolvers._shards import varying
 from stochsolvers._typing import Array, Scalar
 
 
@@ -72,7 +73,7 @@ def tau_nice_mask(key: Array, tau: int | Array, n: int, batch_shape: tuple[int, 
 
     edge = (*batch_shape, 1)
     bracket = jnp.zeros(edge, jnp.uint32), jnp.full(edge, 2**32 - 1, jnp.uint32)
-    _, threshold = lax.fori_loop(0, 32, halve, bracket)
+    _, threshold = lax.fori_loop(0, 32, halve, varying(bracket, scores))
     return scores <= threshold
 
 

@@ -1,8 +1,8 @@
 """Strict test settings: float64 on, NaN-free randomness, one hypothesis profile, light compilation.
 
 Most of the time of these tests is XLA's. Programs are therefore compiled without most optimisations, but
-in tests marked `optimized`: those of round-off and of equality to the last bit. README's examples run
-with the settings of a user.
+in tests marked `optimized`: those of round-off, of equality to the last bit, of memory and operations.
+README's examples run with the settings of a user.
 """
 
 import os
@@ -42,7 +42,10 @@ settings.load_profile("project")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compile a test's programs as its mark says."""
     light = item.get_closest_marker("optimized") is None
-    jax.config.update("jax_disable_most_optimizations", light)
+    if light != jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()  # the setting is no part of their keys
+        jax.config.update("jax_disable_most_optimizations", light)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(light))  # of subprocesses
 
 
 @pytest.fixture

@@ -175,6 +175,7 @@ def test_implicit_solves_examples_side_by_side_and_under_vmap(rng):
     np.testing.assert_allclose(dead[2:3], alone, atol=1e-9)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("linear_map", "kernel", "inputs"),
     [

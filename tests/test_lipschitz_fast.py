@@ -257,7 +257,47 @@ def test_second_derivatives(features, options, rng):
     after, before = (jax.jit(slope)(kernel + sign * step * direction) for sign in (1, -1))
     np.testing.assert_allclose(product, (after - before) / (2 * step), atol=2e-6)
     np.testing.assert_allclose(reverse, product, atol=1e-9)
-    assert jax.eval_shape(jax.hessian(slope), kernel.astype(jnp.float32)).dtype == jnp.float32
+    single = jax.jit(lambda *a: jax.jvp(slope, a[:1], a[1:])[1])(
+        kernel.astype(jnp.float32), direction.astype(jnp.float32)
+    )
+    assert single.dtype == jnp.float32
+    np.testing.assert_allclose(single, product, atol=2e-3 * np.max(np.abs(product)))
+
+
+def hessian_product(function, point, direction):
+    return jax.jvp(jax.grad(function), (point,), (direction,))[1]
+
+
+@pytest.mark.parametrize("dead", [3, 20])
+def test_second_derivatives_beside_eigenvalues_that_repeat(dead, rng):
+    """Two dead channels: the smallest singular value is double, the largest is not."""
+    kernel = rng.normal(size=(dead + 3, dead + 4))
+    kernel[:2] = 0.0
+    direction = rng.normal(size=kernel.shape)
+    got = hessian_product(lambda k: lipschitz_constant(ss.Dense(k)), jnp.asarray(kernel), direction)
+
+    def slope(kernel):
+        left, values, right = np.linalg.svd(kernel)
+        return 2 * values[0] * np.outer(left[:, 0], right[0])
+
+    step = 1e-6
+    want = (slope(kernel + step * direction) - slope(kernel - step * direction)) / (2 * step)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_third_derivatives_and_vmapped_second_ones(rng):
+    kernels, direction = jnp.asarray(rng.normal(size=(3, 18, 18))), rng.normal(size=(18, 18))
+
+    def second(kernel):
+        constant = lambda k: lipschitz_constant(ss.Dense(k))  # noqa: E731
+        return hessian_product(constant, kernel, jnp.asarray(direction))
+
+    mapped = jax.jit(jax.vmap(second))(kernels)
+    for one, kernel in zip(mapped, kernels, strict=True):
+        np.testing.assert_allclose(one, jax.jit(second)(kernel), atol=1e-9)
+    third = jax.jit(lambda k: jax.jvp(second, (k,), (jnp.asarray(direction),))[1])(kernels[0])
+    after, before = (jax.jit(second)(kernels[0] + s * 1e-5 * direction) for s in (1, -1))
+    np.testing.assert_allclose(third, (after - before) / 2e-5, atol=1e-5 * np.max(np.abs(third)))
 
 
 def test_gradient_at_a_tie_is_a_subgradient():

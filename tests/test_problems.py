@@ -11,6 +11,7 @@ from flax import nnx
 from oracles import nnls_layer, objective
 
 import stochsolvers as ss
+from stochsolvers.problems import _certificate
 
 pytestmark = pytest.mark.optimized
 
@@ -237,6 +238,40 @@ def test_float32_certificates_of_wide_layers_are_small(rng, kind):
     certificate = np.asarray(low.certificate(z), np.float64)
     assert np.all(certificate >= gap)
     assert np.all(certificate < 1e-4 * np.asarray(high.objective(best)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 1, 4096, 3), {}),
+        ((3, 3, 100, 4), {"strides": (2, 1)}),
+        ((3, 2, 130, 8), {"padding": "CIRCULAR", "feature_group_count": 2}),
+        ((2, 3, 70, 5), {"kernel_dilation": (1, 2), "padding": ((1, 2), (0, 3))}),
+        ((9, 9, 3, 4), {"padding": "VALID"}),
+    ],
+)
+def test_blocked_products_are_within_their_bound(shape, options, rng):
+    """Equal terms, whose roundings all go one way, and random ones."""
+    groups = options.get("feature_group_count", 1)
+    spatial = (10, 9)
+    for one in (lambda *size: np.full(size, 0.1), lambda *size: rng.normal(size=size)):
+        kernel = one(*shape).astype(np.float32)
+        conv = ss.Conv(jnp.asarray(kernel), spatial, **options)
+        exact = ss.Conv(jnp.asarray(kernel, np.float64), spatial, **options)
+        bounds = ss.Conv(jnp.abs(exact.kernel), spatial, **options)
+        x = (7 * one(1, *spatial, shape[2] * groups)).astype(np.float32)
+        z = (7 * one(1, *conv.out_shape)).astype(np.float32)
+        for adjoint, operand in ((False, x), (True, z)):
+            (total, rest), error = _certificate._in_blocks(
+                conv, jnp.asarray(operand), adjoint=adjoint
+            )
+            found = np.asarray(total, np.float64) + np.asarray(rest, np.float64)
+            want, bound = (
+                (A.adjoint if adjoint else A)(jnp.asarray(sign(operand), np.float64))
+                for A, sign in ((exact, np.asarray), (bounds, np.abs))
+            )
+            assert np.all(np.abs(found - want) <= error * bound)
+            assert error < 50 * np.finfo(np.float32).eps
 
 
 def diagonal(values):

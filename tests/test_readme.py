@@ -34,5 +34,7 @@ def test_examples_print_what_readme_shows(code, printed, users_environment):
     for ours, theirs in zip(run.stdout.splitlines(), printed.splitlines(), strict=True):
         assert text(ours) == text(theirs)
         for a, b in zip(NUMBER.findall(ours), NUMBER.findall(theirs), strict=True):
-            # gaps at the round-off of float32 may differ between machines
-            assert float(a) == pytest.approx(float(b), rel=0.02, abs=2e-6)
+            if 0 < abs(float(b)) < 1e-4:  # round-off, which differs between machines
+                assert 0 <= float(a) <= 3 * float(b)
+            else:
+                assert float(a) == pytest.approx(float(b), rel=0.02)

@@ -1,4 +1,9 @@
-"""Within `shard_map`, its checks on, everything has the values and gradients that it has outside."""
+"""Within `shard_map`, its checks on, everything runs, whichever of its arguments differs between devices.
+
+One device is enough for the checks; values on several are compared in tests/experiments/test_parallel.py.
+"""
+
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +83,51 @@ def test_of_a_part_of_the_batch(function, arrays):
     mapped = jax.shard_map(part, mesh=MESH, in_specs=(whole, data), out_specs=(data, whole))
     for mine, theirs in zip(jax.jit(mapped)(*arrays), value_and_slope(*arrays), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", PER_EXAMPLE.values(), ids=PER_EXAMPLE)
+def test_of_a_kernel_of_its_own_and_a_shared_batch(function, arrays):
+    (kernel, x), data = arrays, PartitionSpec("data")
+    mapped = jax.shard_map(
+        lambda k, x: function(k[0], x),
+        mesh=MESH,
+        in_specs=(data, PartitionSpec()),
+        out_specs=data,
+    )
+    np.testing.assert_allclose(jax.jit(mapped)(kernel[None], x), function(kernel, x), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["prox_sg", "ms2gd", "nsync"])
+def test_a_key_of_its_own(name, arrays, monkeypatch):
+    data = PartitionSpec("data")
+
+    def part(k, x):
+        own = jax.random.fold_in(KEY, lax.axis_index("data"))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "KEY", own)
+            return PER_EXAMPLE[name](k, x)
+
+    mapped = jax.shard_map(part, mesh=MESH, in_specs=(PartitionSpec(), data), out_specs=data)
+    value = jax.jit(mapped)(*arrays)
+    monkeypatch.setattr(sys.modules[__name__], "KEY", jax.random.fold_in(KEY, 0))
+    np.testing.assert_allclose(value, PER_EXAMPLE[name](*arrays), rtol=1e-9)
+
+
+@pytest.mark.parametrize("derivative", ["unrolled", "implicit"])
+def test_a_bias_and_a_point_of_its_own(derivative, arrays, rng):
+    """The kernel and the inputs are the same everywhere."""
+    (kernel, x), data = arrays, PartitionSpec("data")
+    start = jnp.abs(jnp.asarray(rng.normal(size=(4, N2))))
+
+    def solve(start):
+        shared = ss.LayerProblem(ss.Dense(kernel), x, bias=start, ridge=0.5)
+        options = {"derivative": derivative, "tol": 1e-6 if derivative == "implicit" else None}
+        solution = ss.prox_gd(shared, num_iters=20, init=start, **options)
+        return solution.value, problem(kernel, x).certificate(start)
+
+    mapped = jax.shard_map(solve, mesh=MESH, in_specs=data, out_specs=(data, data))
+    for mine, theirs in zip(jax.jit(mapped)(start), solve(start), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-9)
 
 
 @pytest.mark.parametrize("function", OF_THE_KERNEL.values(), ids=OF_THE_KERNEL)

@@ -186,6 +186,7 @@ def test_same_key_same_result_other_key_other_draws(solve, arrays):
     assert np.array_equal(first, other) == deterministic
 
 
+@pytest.mark.optimized
 def test_diagnostics_cost_nothing_when_they_are_not_used(arrays):
     """Compiled with residuals dropped, the solver does the work of a bare loop."""
     kernel, x, bias = arrays

@@ -200,6 +200,7 @@ def test_zero_kernel_has_a_finite_solution():
     assert np.all(solution.finite)
 
 
+@pytest.mark.optimized
 def test_the_cost_of_shared_sampling_falls_with_tau():
     """τ gathered columns: the work is that of a layer with τ inputs."""
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1000, 64), (32, 1000))]

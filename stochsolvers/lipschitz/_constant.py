@@ -38,7 +38,8 @@ def lipschitz_constant(
     an eigenvalue; it agrees with "formula", which transforms the padded kernel and takes the eigenvalues
     of every block, to 1e-5 in float32 and 1e-9 in float64. Its derivative is that of ||Â(f) v||² at the
     top singular vector v of the top frequency f, the envelope theorem; a subgradient where they are
-    not unique. Derivatives of higher order follow v, and exist where it is unique.
+    not unique. Derivatives of higher order follow v, and exist where it is unique; in blocks of more
+    than 16 channels they are as accurate as v, to about the root of the round-off.
 
     Args:
       linear_map: `Dense` or `Conv`.
@@ -59,9 +60,8 @@ def lipschitz_constant(
     taps, phases = taps_and_phases(linear_map, grid)
     scale = scale_of(taps)
     taps = taps / scale
-    if _block_size(taps, phases) <= _DIRECT:
-        return jnp.maximum(jnp.max(_largest_eigenvalues(taps, phases)[0]), 0.0) * scale * scale
-    best = _search(lax.stop_gradient(taps), phases, certify=False)
+    find = _among_all if _block_size(taps, phases) <= _DIRECT else _search
+    best = find(lax.stop_gradient(taps), phases)
     return _top_square(taps, phases, best) * scale * scale
 
 
@@ -164,7 +164,26 @@ def _largest_eigenvalues(taps: Array, phases: Phases) -> tuple[Array, Array]:
     return jnp.concatenate(values), jnp.concatenate(errors)
 
 
-def _search(taps: Array, phases: Phases, *, certify: bool) -> Found:
+def _among_all(taps: Array, phases: Phases) -> Found:
+    """The block with the largest of all eigenvalues, and its eigenvector."""
+    values = _largest_eigenvalues(taps, phases)[0]
+    # as they come: all groups of the real frequencies, then of the others
+    at, groups, num_real = jnp.argmax(values), len(taps), phases.num_real
+    first, rest = num_real * groups, max(len(phases.cosines) - num_real, 1)
+    of_real, of_rest = jnp.divmod(at, max(num_real, 1)), jnp.divmod(at - first, rest)
+    group = jnp.where(at < first, of_real[0], of_rest[0])
+    frequency = jnp.where(at < first, of_real[1], num_real + of_rest[1])
+    cosines, sines = (jnp.asarray(part, taps.dtype)[frequency] for part in phases[:2])
+    gram = _hermitian.grams(symbols(taps[group], cosines, sines), sliced=True).joined
+    vector = jnp.linalg.eigh(gram)[1][:, -1]
+    value = values[at]
+    return Found(
+        *(value, value, jnp.zeros_like(value), frequency, group),
+        jnp.stack([jnp.real(vector), jnp.imag(vector)], axis=-1),
+    )
+
+
+def _search(taps: Array, phases: Phases, *, certify: bool = False) -> Found:
     narrow = _BRACKET_GAP if certify else _CONSTANT_GAP
     gap = _FLOAT64_GAP if taps.dtype == jnp.float64 else narrow
     find = functools.partial(search, phases=phases, gap=gap, certify=certify)

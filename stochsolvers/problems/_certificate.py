@@ -5,7 +5,6 @@ Entrywise error bounds go along with every product; `_Point` holds what the thre
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from jax import lax
 from stochsolvers import lipschitz, prox
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array
-from stochsolvers.linear_maps import Dense, LinearMap
+from stochsolvers.linear_maps import LinearMap
 
 if TYPE_CHECKING:
     from stochsolvers.problems._layer_problem import LayerProblem
@@ -41,17 +40,16 @@ class _Point(NamedTuple):
     gradient_error: Array
     constant: Array  # L, at least ||A||²
     absolute: LinearMap  # |A|
-    image_round_off: float  # ε of an entry of A r, which is summed in blocks
-    round_off: float  # ε of an entry of A x
+    round_off: float  # ε of an entry of A x, summed in blocks
 
 
 def _point(problem: "LayerProblem", z: Array) -> _Point:
     """|error of r| ≤ ε |A*| |z|, |error of A r| ≤ |A| (|error of r| + ε |r|): the sums may cancel."""
     A, eps = problem.linear_map, jnp.finfo(problem.dtype).eps
-    (total, rest), back = _in_blocks(A, lambda part, z: part.adjoint(z), z, axis=-1)
+    (total, rest), back = _in_blocks(A, z, adjoint=True)
     total, low = _two_sum(total, -problem.inputs)
     residual = total + (low + rest)
-    (total, rest), forward = _in_blocks(A, lambda part, x: part(x), residual, axis=-2)
+    (total, rest), forward = _in_blocks(A, residual)
     image, offset = total + rest, problem.with_bias_and_ridge(jnp.zeros_like(z), z)
     absolute = dataclasses.replace(A, kernel=jnp.abs(A.kernel))
     residual_error = back * absolute.adjoint(jnp.abs(z)) + eps * jnp.abs(residual)
@@ -63,49 +61,52 @@ def _point(problem: "LayerProblem", z: Array) -> _Point:
         *(z, problem.prior_value(z), residual, residual_error, image, image_error),
         *(offset, offset_error, image + offset, gradient_error),
         jnp.maximum(lipschitz.lipschitz_constant(A, grid="padded"), 1e-30),
-        *(absolute, forward, _round_off(A.kernel.size // A.out_features, z)),
+        *(absolute, forward),
     )
 
 
 def _in_blocks(
     A: LinearMap,
-    product: Callable[[LinearMap, Array], Array],
     operand: Array,
     *,
-    axis: int,
+    adjoint: bool = False,
 ) -> tuple[tuple[Array, Array], float]:
-    """A product summed over an axis of the kernel, as a sum of two floats, and its ε of |A| |operand|."""
-    kernel = A.kernel
-    count, taps = kernel.shape[axis], kernel[..., 0, 0].size
-    size = count
-    if isinstance(A, Dense) or A.feature_group_count == 1:
-        size = min(count, max(1, _BLOCK // taps))
+    r"""A x or A* z as the sum of two floats, and ε with |error| ≤ ε |A| |x|: that of a block of the sum.
+
+    Blocks are of some features, within each group of a convolution.
+    """
+    kernel, groups = A.kernel, getattr(A, "feature_group_count", 1)
+    axis, count = (-1, kernel.shape[-1] // groups) if adjoint else (-2, kernel.shape[-2])
+    taps = kernel[..., 0, 0].size
+    size = min(count, max(1, _BLOCK // taps))
     number = -(-count // size)
 
-    def blocks(array, axis):
+    def blocks(array, axis, groups):
         axis %= array.ndim
-        padded = jnp.pad(
-            array, [(0, (number * size - count) * (k == axis)) for k in range(array.ndim)]
-        )
-        parts = padded.reshape(*array.shape[:axis], number, size, *array.shape[axis + 1 :])
-        return jnp.moveaxis(parts, axis, 0)
+        before, after = array.shape[:axis], array.shape[axis + 1 :]
+        array = array.reshape(*before, groups, count, *after)
+        missing = [(0, 0)] * array.ndim
+        missing[axis + 1] = (0, number * size - count)
+        array = jnp.pad(array, missing).reshape(*before, groups, number, size, *after)
+        return jnp.moveaxis(array, axis + 1, 0).reshape(number, *before, groups * size, *after)
 
-    def part(block):
-        return product(dataclasses.replace(A, kernel=block[0]), block[1])
+    def product(block):
+        part = dataclasses.replace(A, kernel=block[0])
+        return part.adjoint(block[1]) if adjoint else part(block[1])
 
     def add(pair, block):
-        total, low = _two_sum(pair[0], part(block))
+        total, low = _two_sum(pair[0], product(block))
         return (total, pair[1] + low), None
 
+    round_off = _round_off(size * taps + 1, operand)
     if number == 1:
-        total = product(A, operand)
-        others = A.in_features if axis == -1 else A.out_features
-        return (total, jnp.zeros_like(total)), _round_off(kernel.size // others, total)
-    whole = blocks(kernel, axis), blocks(operand, -1)
-    total = part(jax.tree.map(lambda leaf: leaf[0], whole))
+        total = product((kernel, operand))
+        return (total, jnp.zeros_like(total)), round_off
+    whole = blocks(kernel, axis, groups if adjoint else 1), blocks(operand, -1, groups)
+    total = product(jax.tree.map(lambda leaf: leaf[0], whole))
     others = jax.tree.map(lambda leaf: leaf[1:], whole)
     pair, _ = lax.scan(add, varying((total, jnp.zeros_like(total)), total), others)
-    return pair, _round_off(size * taps + 1, total)
+    return pair, round_off
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -116,12 +117,8 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _round_off(count: int, like: Array) -> float:
-    """ε with |error| ≤ ε Σ|t| for a sum of `count` products t, added one after another.
-
-    n u up to 64 products, and 8 √n u above, which independent roundings exceed with a probability
-    below 1e-13 (Higham and Mary 2019, theorem 2.4).
-    """
-    return (2.1 + min(0.525 * count, 4.2 * math.sqrt(count))) * float(jnp.finfo(like.dtype).eps)
+    """ε with |error| ≤ ε Σ|t| for a sum of `count` products t in any order: n u (Higham 2002, eq. 3.5)."""
+    return (2.1 + 0.525 * count) * float(jnp.finfo(like.dtype).eps)
 
 
 def _tree_round_off(shape: tuple[int, ...], like: Array) -> float:
@@ -178,7 +175,7 @@ def _curvature_gap(problem: "LayerProblem", point: _Point) -> Array:
     # the error of A r is |A| |error of r|, or ||A|| ||error of r||, whichever is smaller
     frobenius = jnp.sqrt(math.prod(A.out_shape[:-1]) * jnp.sum(A.kernel**2))
     through = jnp.sqrt(point.constant) * problem.norm(point.residual_error)
-    through += point.image_round_off * frobenius * problem.norm(point.residual)
+    through += point.round_off * frobenius * problem.norm(point.residual)
     noise += jnp.minimum(1.01 * through, problem.norm(point.image_error))
     slack = noise * problem.norm(move) + noise**2 / (2.0 * safe_mu)
     scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(products)) + curve
@@ -268,9 +265,10 @@ def _repaired_gap(problem: "LayerProblem", point: _Point, bound: Array) -> Array
         return k + 1, jnp.where(keep, d, moved), jnp.where(keep, ahead, following), t_next, done
 
     zero, done = jnp.zeros_like(problem.inputs), ~_is_poor(problem, point, reach, bound)
-    start = (0, zero, zero, jnp.ones((), problem.dtype), done)
+    start = varying((0, zero, zero, jnp.ones((), problem.dtype), done), (problem, point))
     d = lax.while_loop(unfinished, repair, start)[2]
-    shift, eps = A(d), jnp.finfo(problem.dtype).eps
+    (total, rest), _ = _in_blocks(A, d)
+    shift, eps = total + rest, jnp.finfo(problem.dtype).eps
     error = point.gradient_error + point.round_off * point.absolute(jnp.abs(d))
     error += 2.0 * eps * (jnp.abs(gradient) + jnp.abs(shift))
     squares = (1.0 + _tree_round_off(A.in_shape, d)) * problem.sum(d**2)

@@ -70,7 +70,7 @@ def fixed_point(step_map: ProxGradientMap, z: Array, options: Implicit, batch_nd
             _checks.fail("guess of Implicit", f"the solution's shape {z.shape}", guess.shape)
         guess = guess.astype(z.dtype)
     settings = (options.max_iters, batch_ndim)
-    step_map, z, tol, guess = varying((step_map, z, tol, guess), (step_map, z))
+    step_map, z, tol, guess = varying((step_map, z, tol, guess), (step_map, z, guess))
     return _fixed_point(settings, step_map, *lax.stop_gradient((z, tol, guess)))
 
 

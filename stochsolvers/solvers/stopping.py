@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stochsolvers._shards import varying
 from stochsolvers._typing import Array
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import _loop
@@ -99,7 +100,7 @@ def iterate_until(
         )
 
     buffer = jnp.zeros((num_iters, *batch), init.dtype)
-    none = problem.norm(problem.inputs) < 0  # False, of the inputs' type in shard_map
+    none = jnp.zeros(batch, bool)
     state = _State(
         init,
         memory,
@@ -108,7 +109,7 @@ def iterate_until(
         none.astype(jnp.int32),
         Diagnostics(buffer, buffer if trace_objective else None, ~none),
     )
-    start = 0
+    state, start = varying(state, (problem, operands)), 0
     if opening is not None:
         start, state = 1, advance(opening, 0, state)
     _, state = lax.while_loop(

@@ -17,8 +17,11 @@ import toys
 
 from experiments import checkpoints, steps, training
 
-# the other reads of a damaged checkpoint end after the one that failed
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.optimized,
+    # the other reads of a damaged checkpoint end after the one that failed
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +154,9 @@ def test_writes_that_fail_halfway_keep_the_checkpoint_before(
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", cut)
-    with pytest.raises(checkpoints.CheckpointError, match=r"step 8 could not be saved .*[Ff]ile too"):
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"step 8 could not be saved .*[Ff]ile too"
+    ):
         toys.train(tmp_path / "run")
     monkeypatch.undo()
     assert_same(toys.train(tmp_path / "run"), uninterrupted)

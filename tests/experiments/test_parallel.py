@@ -13,6 +13,8 @@ import toys
 
 from experiments import parallel, steps, training
 
+pytestmark = pytest.mark.optimized
+
 TERMINATED = 5
 """The step at which one of two processes has to end; they ask each other every three steps."""
 STOPPED = 6
