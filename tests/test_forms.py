@@ -11,8 +11,6 @@ from jax.test_util import check_grads
 import stochsolvers as ss
 from stochsolvers import forms
 
-pytestmark = pytest.mark.optimized
-
 PADDINGS = ("SAME", "VALID", "CIRCULAR", ((1, 0), (2, 1)), ((3, 4), (0, 5)))
 CASES = [
     # spatial shape, kernel shape, dilation, groups
@@ -93,6 +91,7 @@ def test_conv_forms_are_the_dense_matrix(rng, shape, kernel, dilation, groups, p
         np.testing.assert_allclose(at_zero, zero, atol=1e-10)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("n1", "n2"), [(9, 6), (5, 8), (7, 513), (3, 256), (4, 1)])
 def test_symmetric_product_by_blocks(rng, n1, n2):
     matrix, weight = rng.normal(size=(n1, n2)), rng.normal(size=(n2, n2))
@@ -107,6 +106,7 @@ def test_symmetric_product_by_blocks(rng, n1, n2):
     np.testing.assert_allclose(gradient, matrix @ (weight + weight.T), atol=1e-10)
 
 
+@pytest.mark.optimized
 def test_symmetric_product_has_both_modes_and_its_reverse_is_one_product(rng):
     matrix = jnp.asarray(rng.normal(size=(5, 4)))
     check_grads(forms.symmetric_product, (matrix,), order=2, modes=["fwd", "rev"], eps=1e-4)
@@ -191,6 +191,7 @@ def test_float32_forms_agree_to_its_round_off(rng):
         np.testing.assert_allclose(value, results[0], atol=2e-5 * scale)
 
 
+@pytest.mark.optimized
 def test_an_iteration_of_the_gram_form_does_not_grow_with_n1():
     def cost(n1, form):
         def run(kernel, x):
@@ -207,6 +208,7 @@ def test_an_iteration_of_the_gram_form_does_not_grow_with_n1():
     assert cost(1024, "literal") > 7 * cost(128, "literal")
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("padding", ["CIRCULAR", "SAME", "VALID"])
 @pytest.mark.parametrize(
     ("form", "least", "most"),
@@ -231,6 +233,7 @@ def test_an_iteration_of_a_convolution_costs_what_auto_counts(form, least, most,
     assert least < (thrice - once) / (2 * counted) < most
 
 
+@pytest.mark.optimized
 def test_one_iteration_from_zero_costs_the_plain_layer():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 128), (32, 256), (128,))]
 
