@@ -62,6 +62,8 @@ class Options:
     )
 
     counts: ClassVar[tuple[str, ...]] = ("epochs", "batch_size", "trials", "examples")
+    smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """What a smoke run takes instead of all there is, where nothing was chosen."""
 
     def __post_init__(self):
         for name in self.counts:
@@ -93,6 +95,11 @@ class Options:
         }
         if self.smoke:
             missing["trials"] = min(self.trials, SMOKE_TRIALS)
+            missing |= {
+                name: choice
+                for name, choice in self.smoke_choices.items()
+                if getattr(self, name) == getattr(type(self), name)
+            }
         return dataclasses.replace(self, **missing)
 
     def settings(self, table: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,18 +55,13 @@ class Config(options.Options):
     """Train a network from all --seeds in one vmapped step, at the memory of as many networks and data
     sets; meant for an accelerator that one network leaves idle, and slower on a CPU."""
 
+    smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {"variants": SMOKE_VARIANTS}
+
     def __post_init__(self):
         super().__post_init__()
         options.check_solver(self.num_iters, self.decay)
         if not self.variants or not self.methods:
             raise ValueError("variants, methods: expected at least one of each, got none")
-
-    def filled(self) -> Self:
-        """The options filled in; a smoke run of all variants takes one."""
-        filled = super().filled()
-        if self.smoke and self.variants == Config.variants:
-            return dataclasses.replace(filled, variants=SMOKE_VARIANTS)
-        return filled
 
     def lenets(self, dataset: data.Dataset) -> Iterator[LeNetConfig]:
         """The networks for images of this shape."""

@@ -13,7 +13,7 @@ References:
 
 import dataclasses
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal
 
 from flax import nnx
 
@@ -58,19 +58,14 @@ class Config(options.FinetuneOptions):
     methods: tuple[Method, ...] = ("prox-sg", "prox-gd")
     """The solvers; prox-gd and fista keep the dropout."""
 
+    smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {"variants": SMOKE_VARIANTS}
+
     def __post_init__(self):
         super().__post_init__()
         options.check_methods(self.methods)
         options.check_solver(self.num_iters, self.decay)
         if not self.variants:
             raise ValueError("variants: expected at least one, got none")
-
-    def filled(self) -> Self:
-        """The options filled in; a smoke run of both variants takes one."""
-        filled = super().filled()
-        if self.smoke and self.variants == Config.variants:
-            return dataclasses.replace(filled, variants=SMOKE_VARIANTS)
-        return filled
 
 
 def arms(config: Config, paper: dict[str, finetune.Accuracy]) -> list[finetune.Arm]:

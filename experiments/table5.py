@@ -16,7 +16,7 @@ References:
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from flax import nnx
 
@@ -61,6 +61,8 @@ class Config(options.FinetuneOptions):
     methods: tuple[Method, ...] = ("prox-sg",)
     """The solvers; prox-gd and fista keep the dropout."""
 
+    smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {"rates": SMOKE_RATES}
+
     def __post_init__(self):
         super().__post_init__()
         options.check_methods(self.methods)
@@ -71,13 +73,6 @@ class Config(options.FinetuneOptions):
             )
         if not self.rates or not all(0 <= rate < 1 for rate in self.rates):
             raise ValueError(f"rates: expected dropout rates in [0, 1), got {self.rates}")
-
-    def filled(self) -> Self:
-        """The options filled in; a smoke run of all rates takes one."""
-        filled = super().filled()
-        if self.smoke and self.rates == Config.rates:
-            return dataclasses.replace(filled, rates=SMOKE_RATES)
-        return filled
 
 
 def builder(config: Config, dataset: data.Dataset) -> tuple[Callable[[nnx.Rngs], Any], Any]:

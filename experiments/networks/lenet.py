@@ -34,12 +34,16 @@ class LeNetConfig:
 class LeNetFeatures(nnx.Module):
     """conv 6@5×5, pool, conv 16@5×5, pool, with ReLU after each; flattened."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+    def __init__(self, image_shape: tuple[int, int, int], *, rngs: nnx.Rngs):
+        height, width, channels = image_shape
+        if min(_pooled(height), _pooled(width)) < 1:
+            raise ValueError(f"image_shape: expected at least 16×16 pixels, got {image_shape}")
+        self.size = 16 * _pooled(height) * _pooled(width)
         self.conv1 = nnx.Conv(channels, 6, (5, 5), padding="VALID", rngs=rngs)
         self.conv2 = nnx.Conv(6, 16, (5, 5), padding="VALID", rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Features (batch, n1) of normalised images (batch, height, width, channels)."""
+        """Features (batch, size) of normalised images (batch, height, width, channels)."""
         x = nnx.relu(nnx.max_pool(self.conv1(images), (2, 2), (2, 2)))
         x = nnx.relu(nnx.max_pool(self.conv2(x), (2, 2), (2, 2)))
         return x.reshape(len(x), -1)
@@ -52,16 +56,10 @@ class LeNet(nnx.Module):
     """
 
     def __init__(self, config: LeNetConfig, *, rngs: nnx.Rngs):
-        height, width, channels = config.image_shape
-        area = _pooled(height) * _pooled(width)
-        if min(_pooled(height), _pooled(width)) < 1:
-            raise ValueError(
-                f"image_shape: expected at least 16×16 pixels, got {config.image_shape}"
-            )
         mark_penultimate, mark_last = (mark == "D" for mark in config.variant.split("-"))
-        self.features = LeNetFeatures(channels, rngs=rngs)
+        self.features = LeNetFeatures(config.image_shape, rngs=rngs)
         self.penultimate: HiddenLayer = hidden_layer(
-            16 * area, 120, marked=mark_penultimate, block=config.block, rngs=rngs
+            self.features.size, 120, marked=mark_penultimate, block=config.block, rngs=rngs
         )
         self.last: HiddenLayer = hidden_layer(
             120, 84, marked=mark_last, block=config.block, rngs=rngs

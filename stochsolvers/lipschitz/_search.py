@@ -199,8 +199,8 @@ class _Sweep(NamedTuple):
         grams, slacks = self.form(numbers)
         dtype = found.value.dtype if grams.im is None else grams.joined.dtype
         start = _spectra.fixed_start(grams.re.shape[-1], dtype)
-        unsure = jnp.zeros((), bool), jnp.zeros((), found.value.dtype)
-        unsure, start, zero = varying((unsure, start, unsure[1]), found)
+        zero, no = jnp.zeros((), found.value.dtype), jnp.zeros((), bool)
+        zero, no, start = varying((zero, no, start), found)
 
         def block(at):
             return jax.tree.map(lambda part: part[at], grams)
@@ -214,7 +214,7 @@ class _Sweep(NamedTuple):
             certificate = functools.partial(
                 _hermitian.cholesky_certificate, block(at), level, certify=self.certify
             )
-            holds, error = lax.cond(level > 0, certificate, lambda: unsure)
+            holds, error = lax.cond(level > 0, certificate, lambda: (no, zero))
             return lax.cond(holds, settle, improve, trial, at, error)
 
         def settle(trial, at, error):
