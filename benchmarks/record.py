@@ -17,7 +17,7 @@ from experiments import results
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
 RESULTS = HERE / "results"
-NAMES = ("lipschitz", "dense", "convolution", "derivatives", "sampling", "training")
+NAMES = ("lipschitz", "dense", "convolution", "derivatives", "sampling", "certificates", "training")
 _COMPARE = {"≤": operator.le, "≥": operator.ge}
 
 

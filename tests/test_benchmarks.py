@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import convolution, dense, derivatives, measure, record, sampling
+from benchmarks import certificates, convolution, dense, derivatives, measure, record, sampling
 from benchmarks.record import Figure, Goal
 
 QUICK = record.Options(rounds=2, quick=True)
@@ -70,7 +70,9 @@ def test_the_stored_page_is_the_one_of_the_stored_results():
     assert record.PAGE.read_text() == record.page(record.read_all())
 
 
-@pytest.mark.parametrize("module", [convolution, derivatives, sampling], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [certificates, convolution, derivatives, sampling], ids=lambda m: m.__name__
+)
 def test_commands_run(module):
     figures = module.benchmark(QUICK)
     assert all(figure.value > 0 or figure.unit == "" for figure in figures)

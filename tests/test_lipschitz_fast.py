@@ -1,6 +1,7 @@
 """The fast Lipschitz constant and its brackets against float64 singular values in numpy."""
 
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,7 @@ from stochsolvers.lipschitz import (
     lipschitz_state,
     operator_bracket,
     singular_values,
+    strong_convexity,
 )
 
 pytestmark = pytest.mark.optimized
@@ -26,12 +28,17 @@ pytestmark = pytest.mark.optimized
 RTOL = {jnp.float32: 1e-5, jnp.float64: 1e-9}
 
 
-def literal(kernel, shape):
-    """max_f σ_max(Â(f))², float64: half of the padded transform; taps beyond the grid wrap around."""
+def wrapped(kernel, shape):
+    """The kernel on its grid, float64; taps beyond it wrap around."""
     torus = np.zeros((*shape, *kernel.shape[2:]))
     for row, column in np.ndindex(*kernel.shape[:2]):
         torus[row % shape[0], column % shape[1]] += np.asarray(kernel[row, column], np.float64)
-    a_hat = np.fft.rfft2(torus, axes=(0, 1))
+    return torus
+
+
+def literal(kernel, shape):
+    """max_f σ_max(Â(f))², float64: half of the padded transform."""
+    a_hat = np.fft.rfft2(wrapped(kernel, shape), axes=(0, 1))
     return np.linalg.svd(a_hat, compute_uv=False).max() ** 2
 
 
@@ -119,6 +126,57 @@ def test_brackets_hold_for_many_kernels(features, rng):
         exact = literal(kernel, (5, 4))
         assert float(lower) <= exact <= float(upper) <= 1.003 * float(lower)
         np.testing.assert_allclose(value, exact, rtol=RTOL[jnp.float32])
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda part: getattr(part, "__name__", part))
+def test_strong_convexity_of_adversaries(name, dtype):
+    kernel, shape = ADVERSARIES[name]
+    kernel = jnp.asarray(kernel, dtype)
+    a_hat = np.fft.fft2(wrapped(kernel, shape), axes=(0, 1))
+    squares = np.linalg.svd(a_hat, compute_uv=False) ** 2
+    exact = squares.min() if kernel.shape[2] >= kernel.shape[3] else 0.0
+    certified = float(strong_convexity(ss.Conv(kernel, shape, padding="CIRCULAR")))
+    assert 0 <= certified <= exact * (1 + 1e-12)
+    if jnp.finfo(dtype).tiny < squares.max() < jnp.finfo(dtype).max:
+        slack = 2e-3 if dtype == jnp.float32 else 1e-8
+        assert exact - certified <= slack * squares.max()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("given", [None, 0.0, 1e3], ids=["search", "too small", "far above"])
+def test_strong_convexity_of_large_maps(dtype, given, rng):
+    orthogonal = np.linalg.qr(rng.normal(size=(90, 40)))[0]
+    kernels = [rng.normal(size=(300, 70)) / 18, orthogonal, orthogonal @ rng.normal(size=(40, 40))]
+    for kernel in kernels:
+        kernel = jnp.asarray(kernel, dtype)
+        squares = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False) ** 2
+        certified = float(strong_convexity(ss.Dense(kernel), upper=given))
+        above = max(squares.max(), given or 0.0)
+        slack = 2e-3 if dtype == jnp.float32 else 1e-8
+        assert squares.min() - slack * above <= certified <= squares.min()
+    assert jnp.isnan(strong_convexity(ss.Dense(kernel.at[0, 0].set(jnp.nan))))
+
+
+def test_strong_convexity_of_strides_and_groups(rng):
+    for geometry in (
+        Geometry((6, 4), (3, 3), 10, 40, "CIRCULAR", strides=(2, 2)),
+        Geometry((4, 4), (3, 2), 50, 40, "CIRCULAR", groups=2),
+    ):
+        kernel = geometry.kernel(rng)
+        matrix = dense_matrix(geometry, kernel)
+        eigenvalues = np.linalg.eigvalsh(matrix @ matrix.T)
+        exact = eigenvalues[0]
+        kernel = jnp.asarray(kernel)
+        conv = ss.Conv(kernel, geometry.spatial_shape, **geometry.options)
+        certified = strong_convexity(conv)
+        assert 0 < exact - 1e-8 * eigenvalues[-1] <= certified <= exact
+
+        def scaled(scale, kernel=kernel, conv=conv):
+            return strong_convexity(dataclasses.replace(conv, kernel=scale * kernel))
+
+        np.testing.assert_allclose(
+            jax.vmap(scaled)(jnp.array([1.0, 2.0])), [certified, 4 * certified]
+        )
 
 
 def test_large_layer_in_single_precision(rng):

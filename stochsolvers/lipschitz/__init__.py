@@ -21,12 +21,12 @@ included.
 from stochsolvers.lipschitz._constant import Bracket as Bracket
 from stochsolvers.lipschitz._constant import lipschitz_bracket as lipschitz_bracket
 from stochsolvers.lipschitz._constant import lipschitz_constant as lipschitz_constant
+from stochsolvers.lipschitz._convexity import strong_convexity as strong_convexity
 from stochsolvers.lipschitz._formula import (
     feature_lipschitz_constants as feature_lipschitz_constants,
 )
 from stochsolvers.lipschitz._formula import output_lipschitz_constants as output_lipschitz_constants
 from stochsolvers.lipschitz._formula import singular_values as singular_values
-from stochsolvers.lipschitz._formula import strong_convexity as strong_convexity
 from stochsolvers.lipschitz._operator import operator_bracket as operator_bracket
 from stochsolvers.lipschitz._taps import Grid as Grid
 from stochsolvers.lipschitz._warm import LipschitzState as LipschitzState

@@ -16,7 +16,7 @@ from stochsolvers.lipschitz._formula import lipschitz_formula
 from stochsolvers.lipschitz._search import Found, search, symbols
 from stochsolvers.lipschitz._taps import Grid, Phases, taps_and_phases
 
-_DIRECT = 16  # up to this size, all eigenvalues of all blocks are the fastest
+DIRECT = 16  # up to this size, all eigenvalues of all blocks are the fastest
 # two blocks whose largest eigenvalues are closer than this, relatively, need not be told apart
 _CONSTANT_GAP, _BRACKET_GAP, _FLOAT64_GAP = 2.0**-18, 2.0**-12, 2.0**-33
 
@@ -60,7 +60,7 @@ def lipschitz_constant(
     taps, phases = taps_and_phases(linear_map, grid)
     scale = scale_of(taps)
     taps = taps / scale
-    find = _among_all if _block_size(taps, phases) <= _DIRECT else _search
+    find = _among_all if block_size(taps, phases) <= DIRECT else search_for
     best = find(lax.stop_gradient(taps), phases)
     return _top_square(taps, phases, best) * scale * scale
 
@@ -90,18 +90,18 @@ def lipschitz_bracket(linear_map: LinearMap, *, grid: Grid = "layer") -> Bracket
     taps, phases = taps_and_phases(linear_map, grid)
     scale = scale_of(taps)
     taps = taps / scale
-    if _block_size(taps, phases) > _DIRECT:
+    if block_size(taps, phases) > DIRECT:
         return rescaled(certified(taps, phases)[0], scale)
     eigenvalues, errors = _largest_eigenvalues(taps, phases)
     unit = _spectra.unit_round_off(taps.dtype)
-    slack = errors + 16 * _block_size(taps, phases) * unit * eigenvalues
+    slack = errors + 16 * block_size(taps, phases) * unit * eigenvalues
     inner = Bracket(jnp.max(eigenvalues - slack), jnp.max(eigenvalues + slack))
     return rescaled(widened(inner, taps, phases), scale)
 
 
 def certified(taps: Array, phases: Phases) -> tuple[Bracket, Found]:
     """The bracket for taps of modest size, and the block and the vector that its lower end is from."""
-    best = _search(taps, phases, certify=True)
+    best = search_for(taps, phases, certify=True)
     lower = rayleigh(taps, phases, best)
     return widened(Bracket(lower, best.ceiling + best.slack), taps, phases), best
 
@@ -141,7 +141,7 @@ def scale_of(taps: Array) -> Array:
     return jnp.where(largest > 0, scale, 1.0)
 
 
-def _block_size(taps: Array, phases: Phases) -> int:
+def block_size(taps: Array, phases: Phases) -> int:
     """Order of the Gram matrices."""
     return min(phases.cosines.shape[1] * taps.shape[2], taps.shape[3])
 
@@ -183,12 +183,18 @@ def _among_all(taps: Array, phases: Phases) -> Found:
     )
 
 
-def _search(taps: Array, phases: Phases, *, certify: bool = False) -> Found:
+def search_for(
+    taps: Array, phases: Phases, *, certify: bool = False, below: Array | None = None
+) -> Found:
+    """`search` with the gap that goes with the dtype, and one kernel after another under `vmap`."""
     narrow = _BRACKET_GAP if certify else _CONSTANT_GAP
     gap = _FLOAT64_GAP if taps.dtype == jnp.float64 else narrow
-    find = functools.partial(search, phases=phases, gap=gap, certify=certify)
+
+    def find(taps, below):
+        return search(taps, phases, gap=gap, certify=certify, below=below)
+
     # `vmap` would run both sides of every decision
-    return jax.custom_batching.sequential_vmap(lambda taps: find(taps))(taps)
+    return jax.custom_batching.sequential_vmap(find)(taps, below)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -244,7 +250,7 @@ def image(taps: Array, phases: Phases, best: Found, *, accurate: bool = False) -
         im = jnp.einsum(subscripts, sines, pairs, precision="highest")
         return jnp.stack([re[..., 0] - im[..., 1], re[..., 1] + im[..., 0]], axis=-1)
 
-    if _block_size(taps[None], phases) == taps.shape[-1]:
+    if block_size(taps[None], phases) == taps.shape[-1]:
         products = best.vector  # (n2, 2)
         sums = _contract(taps, products, axis=2, accurate=accurate)  # (taps, n1, 2)
         return turned("ap,piz->aiz", sums)

@@ -36,7 +36,7 @@ def feature_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") 
     References:
       Bibi et al. 2019, section 5.
     """
-    blocks = _blocks(linear_map, grid)
+    blocks = blocks_of(linear_map, grid)
     columns = jnp.moveaxis(blocks, -1, -3)  # (frequencies, groups, inputs, outputs, aliases)
     if columns.shape[-1] == 1:
         squared = jnp.sum(jnp.abs(columns) ** 2, axis=(-2, -1))
@@ -53,35 +53,11 @@ def output_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -
 
     They are the coordinate constants of F, which the step sizes of `nsync` need.
     """
-    blocks = _blocks(linear_map, grid)
+    blocks = blocks_of(linear_map, grid)
     return jnp.max(jnp.sum(jnp.abs(blocks) ** 2, axis=(-2, -1)), axis=0).reshape(-1)
 
 
-@jax.jit
-def strong_convexity(linear_map: LinearMap) -> Array:
-    r"""A certified lower bound on λ_min(A A*): 0 unless the structure gives better.
-
-    The smallest eigenvalue, less its round-off, for a dense map with n2 ≤ n1 and for a circular
-    convolution whose strides divide its grid. Zero padding admits no bound from the spectrum.
-    """
-    dtype = compute_dtype(linear_map)
-    if isinstance(linear_map, Conv):
-        divides = all(
-            n % s == 0 for n, s in zip(linear_map.spatial_shape, linear_map.strides, strict=True)
-        )
-        if linear_map.padding != "CIRCULAR" or not divides:
-            return jnp.zeros((), dtype)
-    blocks = _blocks(linear_map, "layer")
-    blocks = blocks.reshape(*blocks.shape[:-2], -1)
-    if blocks.shape[-2] > blocks.shape[-1]:
-        return jnp.zeros((), dtype)
-    gram = jnp.matmul(blocks, blocks.conj().swapaxes(-1, -2), precision="highest")
-    eigenvalues = _linalg.eigvalsh(gram)
-    slack = 8 * blocks.shape[-1] * jnp.finfo(dtype).eps * jnp.max(eigenvalues)
-    return jnp.maximum(jnp.min(eigenvalues) - slack, 0.0)
-
-
-def _blocks(linear_map: LinearMap, grid: Grid) -> Array:
+def blocks_of(linear_map: LinearMap, grid: Grid) -> Array:
     """Blocks for half of the frequencies, from the taps: (frequencies, groups, outputs, aliases, inputs)."""
     taps, phases = taps_and_phases(linear_map, grid)
     re, im = (

@@ -89,16 +89,23 @@ def frobenius_bounds(taps: Array, phases: Phases) -> Array:
     return squares + 2 * slack[:, None]
 
 
-def search(taps: Array, phases: Phases, *, gap: float, certify: bool) -> Found:
+def search(
+    taps: Array, phases: Phases, *, gap: float, certify: bool, below: Array | None = None
+) -> Found:
     """The largest singular value over all blocks, within a factor 1 + gap of its square.
+
+    With c = `below`, the same of c I − G for the Gram matrices G: c less the smallest eigenvalue of all.
 
     Args:
       taps: (groups, taps, n1, n2), entries of modest size.
       phases: the table that goes with them.
       gap: relative.
       certify: whether to bound the round-off of the comparisons.
+      below: c, about the largest eigenvalue or above it.
     """
     bounds = frobenius_bounds(taps, phases)
+    if below is not None:
+        bounds = jnp.full_like(bounds, jnp.inf)
     num_frequencies, aliases = phases.cosines.shape[:2]
     n = min(aliases * taps.shape[2], taps.shape[3])
     zero, origin = jnp.zeros((), taps.dtype), jnp.zeros((), jnp.int32)
@@ -111,12 +118,13 @@ def search(taps: Array, phases: Phases, *, gap: float, certify: bool) -> Found:
         group = group.astype(jnp.int32)
         own = taps[group]
         if phases.nodes is not None:
-            form = _interpolated(own, phases.nodes, certify=certify)
+            form = _mirrored(_interpolated(own, phases.nodes, certify=certify), below)
             return _Sweep(form, bounds[group], n * n, gap, certify)(found, 0, group)
         parts = ((slice(0, num_real), None), (slice(num_real, None), phases.sines[num_real:]))
         for part, sines in parts:
             if len(phases.cosines[part]):
                 form = _direct(own, phases.cosines[part], sines, certify=certify)
+                form = _mirrored(form, below)
                 sweep = _Sweep(form, bounds[group, part], aliases * own[0].size, gap, certify)
                 found = sweep(found, part.start, group)
         return found
@@ -161,6 +169,21 @@ def _interpolated(taps: Array, nodes: Nodes, *, certify: bool) -> _Form:
         return Symbols(re.reshape(-1, n, n), im.reshape(-1, n, n)), errors[numbers]
 
     return form
+
+
+def _mirrored(form: _Form, below: Array | None) -> _Form:
+    """c I − G in place of every Gram matrix G."""
+    if below is None:
+        return form
+
+    def mirrored(numbers):
+        grams, errors = form(numbers)
+        re = below * jnp.eye(grams.re.shape[-1], dtype=below.dtype) - grams.re
+        im = None if grams.im is None else -grams.im
+        rounding = 2 * _spectra.unit_round_off(below.dtype) * below  # of the diagonal
+        return Symbols(re, im), errors + rounding
+
+    return mirrored
 
 
 class _Sweep(NamedTuple):

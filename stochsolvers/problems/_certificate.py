@@ -162,9 +162,10 @@ def certificate(problem: "LayerProblem", z: Array) -> Array:
 def _curvature_gap(problem: "LayerProblem", point: _Point) -> Array:
     """The strong-convexity bound, +inf for μ = 0."""
     A, z, gradient, eps = problem.linear_map, point.z, point.gradient, jnp.finfo(problem.dtype).eps
-    mu = (problem.ridge + lipschitz.strong_convexity(A)) * (1.0 - 4.0 * eps)
+    mu = (problem.ridge + lipschitz.strong_convexity(A, upper=point.constant)) * (1.0 - 4.0 * eps)
     safe_mu = jnp.where(mu > 0, mu, 1.0)
-    u = problem.prior.prox(z - gradient / safe_mu, 1.0 / safe_mu)
+    # the barrier: XLA takes seconds to fold "max(v, 0) >= 0 everywhere" into a constant
+    u = lax.optimization_barrier(problem.prior.prox(z - gradient / safe_mu, 1.0 / safe_mu))
     move, value = u - z, problem.prior_value(u)
     products, curve = gradient * move, 0.5 * safe_mu * problem.sum(move**2)
     gap = jnp.maximum(point.value - value - problem.sum(products) - curve, 0.0)

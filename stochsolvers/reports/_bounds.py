@@ -61,7 +61,7 @@ def solver_bound(
     """
     steps = _steps(solver, problem, step_constant, True)
     ridge = jnp.asarray(problem.ridge, problem.dtype)
-    convexity = ridge + strong_convexity(problem.linear_map)
+    convexity = ridge + strong_convexity(problem.linear_map, upper=upper)
 
     def step(k, bound):
         size = steps(k)
@@ -91,7 +91,9 @@ def guarantee(
     if sizes.ndim > 1:  # one for each output
         return none
     ridge = jnp.asarray(problem.ridge, problem.dtype)
-    factor = _expansion(sizes[0], ridge + strong_convexity(problem.linear_map), ridge + upper)
+    factor = _expansion(
+        sizes[0], ridge + strong_convexity(problem.linear_map, upper=upper), ridge + upper
+    )
     return jnp.where(jnp.all(sizes == sizes[0]), factor, none)
 
 

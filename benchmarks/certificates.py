@@ -1,0 +1,95 @@
+"""What a certificate costs beside the layer and the solve it is of, and how far above the true gap it is.
+
+python -m benchmarks.certificates
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import stochsolvers as ss
+from benchmarks import measure
+from benchmarks.dense import arrays
+from benchmarks.record import Figure, Options, main
+
+ITERATIONS, AT_OPTIMUM, RIDGE = 10, 500, 1e-3
+
+Maker = Callable[[jax.Array], ss.LinearMap]
+
+
+def benchmark(options: Options) -> Sequence[Figure]:
+    """Certificates after 10 iterations of Prox-GD: a square dense layer and two convolutions."""
+    n1, n2, batch = (64, 32, 8) if options.quick else (512, 512, 128)
+    channels, pixels, images = (4, 8, 2) if options.quick else (64, 32, 32)
+    (kernel, _, inputs), _ = arrays(n1, n2, batch)
+    rng = np.random.default_rng(0)
+    taps = rng.standard_normal((3, 3, channels, channels)) / (3 * channels**0.5)
+    maps = rng.standard_normal((images, pixels, pixels, channels))
+    figures = list(_layer(f"dense, {(n1, n2, batch)}", ss.Dense, kernel, inputs, options))
+    for padding in ("SAME", "CIRCULAR"):
+        shape = f"3×3 @ {pixels}×{pixels}, {padding}, batch {images}"
+        make = functools.partial(ss.Conv, spatial_shape=(pixels, pixels), padding=padding)
+        arguments = jnp.asarray(taps, jnp.float32), jnp.asarray(maps, jnp.float32)
+        figures += _layer(f"convolution {channels}→{channels}, {shape}", make, *arguments, options)
+    return figures
+
+
+def _layer(
+    name: str, make: Maker, kernel: jax.Array, inputs: jax.Array, options: Options
+) -> Sequence[Figure]:
+    step = 1.0 / (ss.lipschitz_constant(make(kernel), grid="padded") + RIDGE)
+
+    @jax.jit
+    def plain(kernel, inputs):
+        return jax.nn.relu(make(kernel)(inputs))
+
+    @jax.jit
+    def solved(kernel, inputs):
+        problem = ss.LayerProblem(make(kernel), inputs, ridge=RIDGE)
+        return ss.prox_gd(problem, step_size=step, num_iters=ITERATIONS).value
+
+    @jax.jit
+    def certified(z, kernel, inputs):
+        return ss.LayerProblem(make(kernel), inputs, ridge=RIDGE).certificate(z)
+
+    z = solved(kernel, inputs)
+    times = measure.interleaved(
+        {
+            "plain": functools.partial(plain, kernel, inputs),
+            "solve": functools.partial(solved, kernel, inputs),
+            "certificate": functools.partial(certified, z, kernel, inputs),
+        },
+        rounds=options.rounds,
+    )
+    detail: dict[str, Any] = {"seconds": {side: time.median for side, time in times.items()}}
+    what, after = f"certificate of {name}, λ = {RIDGE}", f"{ITERATIONS} iterations of Prox-GD"
+    figures = [
+        Figure(f"{what}, time", other, times["certificate"].over(times[side]), detail=detail)
+        for side, other in (("plain", "one plain layer"), ("solve", after))
+    ]
+    bound, gap = np.asarray(certified(z, kernel, inputs)), _gap(make, kernel, inputs, z, step)
+    reached = f"{what}, after {after}, over"
+    detail = {"certificate": float(np.median(bound)), "gap": float(np.median(gap))}
+    return [
+        *figures,
+        Figure(reached, "the true gap, median", float(np.median(bound / gap)), detail=detail),
+    ]
+
+
+def _gap(make: Maker, kernel: jax.Array, inputs: jax.Array, z: jax.Array, step: jax.Array) -> Any:
+    """P(z) − min P, in float64; the optimum from FISTA in float32, whose error enters squared."""
+    problem = ss.LayerProblem(make(kernel), inputs, ridge=RIDGE)
+    best = ss.prox_gd(problem, step_size=step, num_iters=AT_OPTIMUM, momentum=True).value
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(np.asarray(array), jnp.float64) for array in (kernel, inputs, z, best))
+        kernel, inputs, z, best = wide
+        problem = ss.LayerProblem(make(kernel), inputs, ridge=RIDGE)
+        return np.asarray(problem.objective(z) - problem.objective(best))
+
+
+if __name__ == "__main__":
+    main("certificates", benchmark, None)
