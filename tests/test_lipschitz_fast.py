@@ -145,8 +145,9 @@ def test_strong_convexity_of_adversaries(name, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("given", [None, 0.0, 1e3], ids=["search", "too small", "far above"])
 def test_strong_convexity_of_large_maps(dtype, given, rng):
-    orthogonal = np.linalg.qr(rng.normal(size=(90, 40)))[0]
-    kernels = [rng.normal(size=(300, 70)) / 18, orthogonal, orthogonal @ rng.normal(size=(40, 40))]
+    orthogonal = np.linalg.qr(rng.normal(size=(150, 70)))[0]
+    square = rng.normal(size=(70, 70))
+    kernels = [rng.normal(size=(150, 70)), orthogonal, orthogonal @ square]
     for kernel in kernels:
         kernel = jnp.asarray(kernel, dtype)
         squares = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False) ** 2
@@ -171,12 +172,10 @@ def test_strong_convexity_of_strides_and_groups(rng):
         certified = strong_convexity(conv)
         assert 0 < exact - 1e-8 * eigenvalues[-1] <= certified <= exact
 
-        def scaled(scale, kernel=kernel, conv=conv):
-            return strong_convexity(dataclasses.replace(conv, kernel=scale * kernel))
+    def scaled(scale):
+        return strong_convexity(dataclasses.replace(conv, kernel=scale * kernel))
 
-        np.testing.assert_allclose(
-            jax.vmap(scaled)(jnp.array([1.0, 2.0])), [certified, 4 * certified]
-        )
+    np.testing.assert_allclose(jax.vmap(scaled)(jnp.array([1.0, 2.0])), [certified, 4 * certified])
 
 
 def test_large_layer_in_single_precision(rng):
