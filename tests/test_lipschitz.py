@@ -109,6 +109,23 @@ def test_dense_constants_are_exact(shape, rng):
     np.testing.assert_allclose(certified, smallest, atol=1e-12 * norm(kernel))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_strong_convexity_at_the_ends_of_the_range(dtype):
+    floats = jnp.finfo(dtype)
+    for scale in (
+        1.0,
+        float(floats.tiny) ** 0.5,
+        float(floats.max) ** 0.5,
+        1e4 * float(floats.tiny),
+    ):
+        kernel = jnp.asarray(np.array([[3.0, 1.0], [1.0, 3.0]]) * (0.4 * scale), dtype)
+        exact = np.linalg.svd(np.asarray(kernel, np.longdouble).astype(float), compute_uv=False)
+        certified = strong_convexity(ss.Dense(kernel))
+        assert 0 <= float(certified) <= float(exact[-1]) ** 2 * (1 + 1e-12)
+    assert strong_convexity(ss.Dense(jnp.ones((8, 4), dtype) * float(floats.max) ** 0.7)) == 0
+    assert jnp.isnan(strong_convexity(ss.Dense(jnp.full((4, 2), jnp.nan, dtype))))
+
+
 def test_strong_convexity_of_a_rank_deficient_map_is_not_invented(rng):
     column = rng.normal(size=(6, 1))
     kernel = np.concatenate([column, 3 * column, column], axis=1)  # rank 1: λ_min is exactly 0

@@ -381,6 +381,43 @@ def test_certificates_bound_the_gap_to_an_optimum_known_exactly(rng, name, dtype
             assert np.all(certificate[:3] <= condition * gap[:3] + 1e-11)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("kind", ["dense", "circular"])
+def test_certificates_by_the_curvature_of_large_maps(rng, kind, dtype):
+    """No prior and no ridge, and the smallest eigenvalue λ of A A* comes from a search.
+
+    Along its eigenvector the bound ||∇F||² / (2λ) is the gap itself: any larger λ would be too large.
+    """
+    make, size = ss.Dense, (150, 40)
+    if kind == "circular":
+        make = functools.partial(ss.Conv, spatial_shape=(4, 3), padding="CIRCULAR")
+        size = (3, 2, 36, 20)
+    kernel = rng.integers(-4, 5, size=size) / 4
+    exact = make(jnp.asarray(kernel))
+    matrix = as_dense(ss.LayerProblem(exact, np.zeros((1, *exact.in_shape))))
+    eigenvalues, vectors = np.linalg.eigh(matrix.T @ matrix)
+    assert eigenvalues[0] > 1e-2 * eigenvalues[-1]
+    best = rng.integers(-4, 5, size=exact.out_shape) / 4
+    moves = np.stack([vectors[:, 0], rng.normal(size=best.size), vectors[:, -1], 0 * vectors[:, 0]])
+    z = (best + moves.reshape(-1, *best.shape)).astype(dtype)
+    x = rng.integers(-8, 9, size=(len(z), *exact.in_shape)) / 4
+    flat = (len(z), -1)
+    bias = ((best.ravel() @ matrix.T - x.reshape(flat)) @ matrix).reshape(z.shape)
+    problem = ss.LayerProblem(
+        make(jnp.asarray(kernel, dtype)),
+        x.astype(dtype),
+        bias=bias.astype(dtype),
+        prior=ss.prox.Zero(),
+    )
+    certificate = np.asarray(problem.certificate(z), np.float64)
+    move = (np.asarray(z, np.float64) - best).reshape(flat)
+    gap = 0.5 * np.sum((move @ matrix.T) ** 2, axis=-1)
+    assert np.all(certificate >= gap - 1e-12)
+    assert certificate[0] <= 1.1 * gap[0]
+    assert np.all(certificate[1:3] <= 1.1 * eigenvalues[-1] / eigenvalues[0] * gap[1:3])
+    assert certificate[3] < (1e-9 if dtype is np.float64 else 0.1)
+
+
 def exact_gaps(kernel, x, z, ridge):
     """P(z) − min P of unconstrained problems in two variables, ½ ∇ᵀH⁻¹∇, and the minimisers."""
     kernel, x, z = (np.asarray(a, np.longdouble) for a in (kernel, x, z))

@@ -92,7 +92,8 @@ def lipschitz_bracket(linear_map: LinearMap, *, grid: Grid = "layer") -> Bracket
     taps = taps / scale
     if block_size(taps, phases) > DIRECT:
         return rescaled(certified(taps, phases)[0], scale)
-    eigenvalues, errors = _largest_eigenvalues(taps, phases)
+    eigenvalues, errors = all_eigenvalues(taps, phases)
+    eigenvalues = eigenvalues[:, -1]
     unit = _spectra.unit_round_off(taps.dtype)
     slack = errors + 16 * block_size(taps, phases) * unit * eigenvalues
     inner = Bracket(jnp.max(eigenvalues - slack), jnp.max(eigenvalues + slack))
@@ -146,8 +147,8 @@ def block_size(taps: Array, phases: Phases) -> int:
     return min(phases.cosines.shape[1] * taps.shape[2], taps.shape[3])
 
 
-def _largest_eigenvalues(taps: Array, phases: Phases) -> tuple[Array, Array]:
-    """λ_max of the Gram matrix of every block and the round-off of that matrix."""
+def all_eigenvalues(taps: Array, phases: Phases) -> tuple[Array, Array]:
+    """Those of the Gram matrix of every block, ascending, (blocks, n), and the round-off of that matrix."""
     values, errors = [], []
     real, rest = slice(0, phases.num_real), slice(phases.num_real, len(phases.cosines))
     for part, sines in ((real, None), (rest, jnp.asarray(phases.sines[rest], taps.dtype))):
@@ -157,16 +158,16 @@ def _largest_eigenvalues(taps: Array, phases: Phases) -> tuple[Array, Array]:
         blocks = jax.vmap(symbols, (0, None, None))(taps, cosines, sines)
         grams = _hermitian.grams(blocks, sliced=True).joined
         if grams.shape[-1] == 1:
-            values.append(jnp.real(grams).ravel())
+            values.append(jnp.real(grams).reshape(-1, 1))
         else:
-            values.append(_linalg.eigvalsh(grams)[..., -1].ravel())
+            values.append(_linalg.eigvalsh(grams).reshape(-1, grams.shape[-1]))
         errors.append(_hermitian.gram_error(blocks).ravel())
     return jnp.concatenate(values), jnp.concatenate(errors)
 
 
 def _among_all(taps: Array, phases: Phases) -> Found:
     """The block with the largest of all eigenvalues, and its eigenvector."""
-    values = _largest_eigenvalues(taps, phases)[0]
+    values = all_eigenvalues(taps, phases)[0][:, -1]
     # as they come: all groups of the real frequencies, then of the others
     at, groups, num_real = jnp.argmax(values), len(taps), phases.num_real
     first, rest = num_real * groups, max(len(phases.cosines) - num_real, 1)
@@ -184,17 +185,17 @@ def _among_all(taps: Array, phases: Phases) -> Found:
 
 
 def search_for(
-    taps: Array, phases: Phases, *, certify: bool = False, below: Array | None = None
+    taps: Array, phases: Phases, *, certify: bool = False, mirror: Array | None = None
 ) -> Found:
     """`search` with the gap that goes with the dtype, and one kernel after another under `vmap`."""
     narrow = _BRACKET_GAP if certify else _CONSTANT_GAP
     gap = _FLOAT64_GAP if taps.dtype == jnp.float64 else narrow
 
-    def find(taps, below):
-        return search(taps, phases, gap=gap, certify=certify, below=below)
+    def find(taps, mirror):
+        return search(taps, phases, gap=gap, certify=certify, mirror=mirror)
 
     # `vmap` would run both sides of every decision
-    return jax.custom_batching.sequential_vmap(find)(taps, below)
+    return jax.custom_batching.sequential_vmap(find)(taps, mirror)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -36,7 +36,7 @@ def feature_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") 
     References:
       Bibi et al. 2019, section 5.
     """
-    blocks = blocks_of(linear_map, grid)
+    blocks = _blocks(linear_map, grid)
     columns = jnp.moveaxis(blocks, -1, -3)  # (frequencies, groups, inputs, outputs, aliases)
     if columns.shape[-1] == 1:
         squared = jnp.sum(jnp.abs(columns) ** 2, axis=(-2, -1))
@@ -53,11 +53,11 @@ def output_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -
 
     They are the coordinate constants of F, which the step sizes of `nsync` need.
     """
-    blocks = blocks_of(linear_map, grid)
+    blocks = _blocks(linear_map, grid)
     return jnp.max(jnp.sum(jnp.abs(blocks) ** 2, axis=(-2, -1)), axis=0).reshape(-1)
 
 
-def blocks_of(linear_map: LinearMap, grid: Grid) -> Array:
+def _blocks(linear_map: LinearMap, grid: Grid) -> Array:
     """Blocks for half of the frequencies, from the taps: (frequencies, groups, outputs, aliases, inputs)."""
     taps, phases = taps_and_phases(linear_map, grid)
     re, im = (

@@ -90,21 +90,22 @@ def frobenius_bounds(taps: Array, phases: Phases) -> Array:
 
 
 def search(
-    taps: Array, phases: Phases, *, gap: float, certify: bool, below: Array | None = None
+    taps: Array, phases: Phases, *, gap: float, certify: bool, mirror: Array | None = None
 ) -> Found:
     """The largest singular value over all blocks, within a factor 1 + gap of its square.
 
-    With c = `below`, the same of c I − G for the Gram matrices G: c less the smallest eigenvalue of all.
+    With c = `mirror`, the same of c I − G for the Gram matrices G: c less the smallest eigenvalue of all.
+    All blocks are formed then, in any order.
 
     Args:
       taps: (groups, taps, n1, n2), entries of modest size.
       phases: the table that goes with them.
       gap: relative.
       certify: whether to bound the round-off of the comparisons.
-      below: c, about the largest eigenvalue or above it.
+      mirror: c, above the mean of any block's eigenvalues.
     """
     bounds = frobenius_bounds(taps, phases)
-    if below is not None:
+    if mirror is not None:
         bounds = jnp.full_like(bounds, jnp.inf)
     num_frequencies, aliases = phases.cosines.shape[:2]
     n = min(aliases * taps.shape[2], taps.shape[3])
@@ -118,13 +119,13 @@ def search(
         group = group.astype(jnp.int32)
         own = taps[group]
         if phases.nodes is not None:
-            form = _mirrored(_interpolated(own, phases.nodes, certify=certify), below)
+            form = _mirrored(_interpolated(own, phases.nodes, certify=certify), mirror)
             return _Sweep(form, bounds[group], n * n, gap, certify)(found, 0, group)
         parts = ((slice(0, num_real), None), (slice(num_real, None), phases.sines[num_real:]))
         for part, sines in parts:
             if len(phases.cosines[part]):
                 form = _direct(own, phases.cosines[part], sines, certify=certify)
-                form = _mirrored(form, below)
+                form = _mirrored(form, mirror)
                 sweep = _Sweep(form, bounds[group, part], aliases * own[0].size, gap, certify)
                 found = sweep(found, part.start, group)
         return found
@@ -171,17 +172,18 @@ def _interpolated(taps: Array, nodes: Nodes, *, certify: bool) -> _Form:
     return form
 
 
-def _mirrored(form: _Form, below: Array | None) -> _Form:
-    """c I − G in place of every Gram matrix G."""
-    if below is None:
+def _mirrored(form: _Form, level: Array | None) -> _Form:
+    """c I − G in place of every Gram matrix G, for a level c."""
+    if level is None:
         return form
 
     def mirrored(numbers):
         grams, errors = form(numbers)
-        re = below * jnp.eye(grams.re.shape[-1], dtype=below.dtype) - grams.re
+        diagonal = level * jnp.eye(grams.re.shape[-1], dtype=level.dtype)
         im = None if grams.im is None else -grams.im
-        rounding = 2 * _spectra.unit_round_off(below.dtype) * below  # of the diagonal
-        return Symbols(re, im), errors + rounding
+        sizes = level + jnp.max(jnp.abs(grams.re), axis=(-2, -1))  # of what is rounded
+        rounding = 2 * _spectra.unit_round_off(level.dtype) * sizes
+        return Symbols(diagonal - grams.re, im), errors + rounding
 
     return mirrored
 

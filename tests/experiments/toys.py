@@ -129,6 +129,20 @@ def split_kernel(mesh) -> dict[str, float]:
     return {"parts": parts, "distance": float(np.abs(solve(state) - whole).max())}
 
 
+def split_batch(mesh) -> float:
+    """Prox-SG of a whole batch and of one split over the devices: how far apart, for the same key."""
+    kernel = jax.random.normal(jax.random.key(0), (24, 16)) / 5
+    inputs = jax.random.normal(jax.random.key(1), (16, 24))
+
+    @jax.jit
+    def solve(inputs):
+        problem = ss.LayerProblem(ss.Dense(kernel), inputs)
+        return ss.prox_sg(jax.random.key(2), problem, tau=6, step_size=0.1, num_iters=5).value
+
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(parallel.AXIS))
+    return float(np.abs(solve(jax.device_put(inputs, rows)) - solve(inputs)).max())
+
+
 def main(
     folder=None,
     kill_at=None,
@@ -148,7 +162,7 @@ def main(
       processes: how many there are.
       process: which one this is.
       port: of the first one.
-      sharded_kernel: try a solver layer with a split kernel, too.
+      sharded_kernel: try a solver layer with a split kernel and a solver with a split batch, too.
       terminate_at: train once more, from the beginning, in the folder "terminated" beside the first;
         SIGTERM at this step, if this is the last process.
     """
@@ -178,6 +192,7 @@ def main(
     }
     if sharded_kernel:
         found |= split_kernel(mesh)
+        found["distance_of_batches"] = split_batch(mesh)
     print(json.dumps(found), flush=True)
     if terminate_at is not None:
         parallel.AGREE_EVERY = 3
