@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "remat": {"derivative": "remat"},
     "truncated to 10": {"derivative": ss.Truncated(10)},
     "implicit": {"derivative": "implicit"},
+    "implicit to 1e-3": {"derivative": ss.Implicit(1e-3)},
     "implicit, with momentum to a tolerance of 3e-4": {
         "derivative": "implicit",
         "momentum": True,
