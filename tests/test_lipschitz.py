@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import stochsolvers as ss
 from stochsolvers.lipschitz import (
     feature_lipschitz_constants,
+    lipschitz_bracket,
     lipschitz_constant,
     output_lipschitz_constants,
     strong_convexity,
@@ -89,6 +90,28 @@ def test_strong_convexity_is_the_smallest_eigenvalue_if_circular(geometry, rng):
 def test_some_circular_geometry_is_strongly_convex(rng):
     geometry = CIRCULAR["strided"]
     assert strong_convexity(library(geometry, geometry.kernel(rng))) > 1e-2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_constants_of_random_shapes(seed):
+    """More than 16 channels, where one frequency rules out the others; every second kernel decays."""
+    rng = np.random.default_rng(seed)
+    groups, strides = int(rng.integers(1, 3)), tuple(map(int, rng.integers(1, 3, size=2)))
+    spatial = tuple(int(s * n) for s, n in zip(strides, rng.integers(1, 4, size=2), strict=True))
+    n1, n2 = (int(groups * n) for n in rng.integers(17, 25, size=2))
+    kernel_size = tuple(map(int, rng.integers(1, 5, size=2)))
+    geometry = Geometry(spatial, kernel_size, n1, n2, "CIRCULAR", strides, groups=groups)
+    kernel = geometry.kernel(rng)
+    if seed % 2:
+        kernel *= np.arange(1, kernel.shape[2] + 1)[:, None] ** -1.0
+    conv, matrix = library(geometry, kernel), dense_matrix(geometry, kernel)
+    np.testing.assert_allclose(lipschitz_constant(conv), norm(matrix), rtol=1e-9)
+    np.testing.assert_allclose(lipschitz_constant(conv, method="formula"), norm(matrix), rtol=1e-9)
+    lower, upper = lipschitz_bracket(conv)
+    assert lower <= norm(matrix) * (1 + 1e-13)
+    assert norm(matrix) * (1 - 1e-13) <= upper <= lower * (1 + 1e-8)
+    least = max(np.linalg.eigvalsh(matrix @ matrix.T)[0], 0.0)
+    assert 0 <= strong_convexity(conv) <= least + 1e-13 * norm(matrix)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 1), (1, 4)])
