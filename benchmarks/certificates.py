@@ -81,7 +81,7 @@ def _layer(
 
 
 def _gap(make: Maker, kernel: jax.Array, inputs: jax.Array, z: jax.Array, step: jax.Array) -> Any:
-    """P(z) − min P, in float64; the optimum from FISTA in float32, whose error enters squared."""
+    """P(z) − P(z*) in float64, at most the gap, for z* from FISTA in float32."""
     problem = ss.LayerProblem(make(kernel), inputs, ridge=RIDGE)
     best = ss.prox_gd(problem, step_size=step, num_iters=AT_OPTIMUM, momentum=True).value
     with jax.enable_x64(True):

@@ -95,7 +95,7 @@ def search(
     """The largest singular value over all blocks, within a factor 1 + gap of its square.
 
     With c = `mirror`, the same of c I − G for the Gram matrices G: c less the smallest eigenvalue of all.
-    All blocks are formed then, in any order.
+    All blocks are formed then, in any order, and what is found is of c I − G.
 
     Args:
       taps: (groups, taps, n1, n2), entries of modest size.

@@ -64,7 +64,7 @@ def test_eight_devices(alone):
     # a solver layer whose kernel is split over its output features
     assert found["parts"] == 8
     assert found["distance"] < 1e-5
-    # the same masks for the same batch: others would move the solution by a tenth
+    # the same masks for the same batch: those of another key move the solution by 1
     assert found["distance_of_batches"] < 1e-5
 
 
