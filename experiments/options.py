@@ -40,7 +40,7 @@ class Options:
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """By default 32 on digits, else 128."""
     learning_rate: float = LEARNING_RATES[0]
-    """The first; the next are a tenth and a hundredth of it, and finetuning begins at a tenth."""
+    """The first; the next are a tenth and a hundredth of it."""
     seeds: tuple[int, ...] = (0,)
     """Each of them is a run: validation split, initial weights, order of the examples, sampling."""
     trials: int = 20
@@ -70,8 +70,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a positive rate, got {self.learning_rate}")
+        _check_rate("learning_rate", self.learning_rate)
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
                 f"seeds: expected at least one, not negative, each once, got {self.seeds}"
@@ -115,16 +114,11 @@ class Options:
         return steps.TrainConfig(
             epochs=self.epochs,
             batch_size=self.batch_size,
-            learning_rates=self._scaled(LEARNING_RATES),
+            learning_rates=_scaled(LEARNING_RATES, self.learning_rate),
             seed=seed,
             augment=self.augment,
             precision=self.precision,
         )
-
-    def _scaled(self, rates: Sequence[float]) -> tuple[float, ...]:
-        """Learning rates in proportion to the first, without the round-off of the factor."""
-        factor = self.learning_rate / LEARNING_RATES[0]
-        return tuple(float(f"{rate * factor:.12g}") for rate in rates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +127,8 @@ class FinetuneOptions(Options):
 
     finetune_epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Half at each learning rate; by default 8 on digits, else 200."""
+    finetune_learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """The first of finetuning, the next is a tenth of it; by default a tenth of --learning-rate."""
     width: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Factor of the numbers of channels and hidden units; by default 1."""
 
@@ -142,20 +138,37 @@ class FinetuneOptions(Options):
         super().__post_init__()
         if self.width is not None and not self.width > 0:
             raise ValueError(f"width: expected a positive factor, got {self.width}")
+        if self.finetune_learning_rate is not None:
+            _check_rate("finetune_learning_rate", self.finetune_learning_rate)
 
     def defaults(self) -> dict[str, Any]:
         """Those of all tables, and of what is added here."""
-        finetune_epochs = EPOCHS.get(self.dataset, PAPER_EPOCHS)[1]
-        return {**super().defaults(), "finetune_epochs": finetune_epochs, "width": 1.0}
+        return {
+            **super().defaults(),
+            "finetune_epochs": EPOCHS.get(self.dataset, PAPER_EPOCHS)[1],
+            "finetune_learning_rate": _scaled(LEARNING_RATES, self.learning_rate)[1],
+            "width": 1.0,
+        }
 
     def finetune_config(self, seed: int) -> steps.TrainConfig:
         """Of what follows training, swapped or not; `filled` comes first."""
-        assert self.finetune_epochs is not None
+        assert self.finetune_epochs is not None and self.finetune_learning_rate is not None  # noqa: PT018
         return dataclasses.replace(
             self.train_config(seed),
             epochs=self.finetune_epochs,
-            learning_rates=self._scaled(FINETUNE_RATES),
+            learning_rates=_scaled(FINETUNE_RATES, self.finetune_learning_rate),
         )
+
+
+def _scaled(rates: Sequence[float], first: float) -> tuple[float, ...]:
+    """Rates in proportion to the first of them, without the round-off of the factor."""
+    factor = first / rates[0]
+    return tuple(float(f"{rate * factor:.12g}") for rate in rates)
+
+
+def _check_rate(name: str, rate: float) -> None:
+    if not 0 < rate < math.inf:
+        raise ValueError(f"{name}: expected a positive rate, got {rate}")
 
 
 def check_methods(methods: Sequence[str]) -> None:

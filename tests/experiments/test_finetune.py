@@ -394,6 +394,7 @@ def test_the_table_separates_seeds_from_trials():
         (table4, ["--width", "-1"], "width: expected a positive factor"),
         (table5, ["--rates", "1.0"], "rates: expected dropout rates"),
         (table5, ["--network", "alexnet", "--layer", "penultimate"], "layer: expected last for"),
+        (table5, ["--finetune-learning-rate", "0"], "finetune_learning_rate: expected a positive"),
         (table5, ["--seeds", "1", "1"], "seeds: expected at least one, not negative, each once"),
     ],
 )
@@ -401,6 +402,21 @@ def test_bad_options(module, options, message, capsys):
     with pytest.raises(SystemExit):
         module.main(options)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ({}, (1e-3, 1e-4)),
+        ({"learning_rate": 0.03}, (3e-3, 3e-4)),
+        ({"finetune_learning_rate": 5e-3}, (5e-3, 5e-4)),
+    ],
+)
+def test_learning_rates_of_finetuning(options, rates):
+    filled = table5.Config(dataset="cifar10", **options).filled()
+    assert filled.finetune_config(4) == training.TrainConfig(
+        epochs=200, learning_rates=rates, seed=4
+    )
 
 
 @pytest.mark.parametrize("module", [table3, table4, table5])
