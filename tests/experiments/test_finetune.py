@@ -18,6 +18,7 @@ from flax import nnx
 from experiments import (
     curves,
     data,
+    evaluation,
     finetune,
     networks,
     report,
@@ -78,6 +79,30 @@ def lenet_rows(images, tmp_path_factory):
             table5, images, out, "--network", "lenet", "--rates", "0.5", "--num-iters", "2"
         )
     return out, rows, printed
+
+
+def test_test_images_are_read_once_after_the_training(images, tmp_path, monkeypatch):
+    happened, train, evaluate = [], training.train, evaluation.evaluate
+
+    def recorded_train(*args, **options):
+        trained = train(*args, **options)
+        happened.append("trained")
+        return trained
+
+    def recorded_evaluate(model, split, data, *, deterministic=False, **options):
+        if split is data.test:
+            happened.append("full gradient" if deterministic else "tested")
+        return evaluate(model, split, data, deterministic=deterministic, **options)
+
+    monkeypatch.setattr(training, "train", recorded_train)
+    monkeypatch.setattr(evaluation, "evaluate", recorded_evaluate)
+    options = ("--network", "lenet", "--rates", "0.5", "--num-iters", "2")
+    run(table5, images, tmp_path / "out", *options)
+    plain = ["trained", "tested"]
+    assert happened == [*plain, *plain, *plain, "full gradient"]
+    # what is finished is not tested again
+    run(table5, images, tmp_path / "out", *options)
+    assert happened[7:] == []
 
 
 def test_table5_rows_files_and_print(lenet_rows, images):

@@ -61,9 +61,9 @@ def test_eight_devices(alone):
     found = result(start({"sharded_kernel": True}, EIGHT))
     assert found["devices"] == 8
     assert_same_run(found, alone)
-    # a solver layer whose kernel is split over its output features
-    assert found["parts"] == 8
-    assert found["distance"] < 1e-5
+    # solver layers, dense and convolutional, whose kernels are split over output features
+    assert found["parts"] == [8, 8]
+    assert max(found["distances"]) < 1e-5
     # the same masks for the same batch: those of another key move the solution by 1
     assert found["distance_of_batches"] < 1e-5
 

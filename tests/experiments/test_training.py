@@ -111,6 +111,25 @@ def test_training_learns_and_is_reproducible(runs):
     assert [record["train_loss"] for record in again.history] == losses["plain"]
 
 
+class Sealed:
+    """A split that must not be read."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the test split's {name} was read")
+
+
+def test_training_reads_no_test_image(runs):
+    sealed = dataclasses.replace(toys.dataset(), test=Sealed())
+    with pytest.raises(AssertionError, match="the test split's images was read"):
+        _ = sealed.test.images
+    history = training.train(
+        lambda rngs: toys.TinyNet(rngs=rngs), sealed, LONGER, label="toy"
+    ).history
+    assert [{**record, "seconds": 0} for record in history] == [
+        {**record, "seconds": 0} for record in runs["plain"].history
+    ]
+
+
 def test_batch_statistics_are_carried(runs):
     trained, toy = runs["plain"].model, toys.dataset()
     before = np.asarray(trained.features.norm.mean[...])
@@ -150,6 +169,24 @@ def test_bfloat16_leaves_parameters_and_solvers_alone():
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {
         jnp.dtype("float32")
     }
+
+
+def test_bfloat16_computes_what_float32_does(runs):
+    # the first loss is of equal parameters; of eight bits, seven are behind the point
+    first = {}
+    for precision in ("float32", "bf16"):
+        config = dataclasses.replace(
+            toys.CONFIG, epochs=1, precision=precision, learning_rates=(1e-6,)
+        )
+        first[precision] = toys.train(config=config).history[0]["train_loss"]
+    assert first["bf16"] != first["float32"]
+    np.testing.assert_allclose(first["bf16"], first["float32"], rtol=2**-7)
+    # and a run ends with parameters no further off than another seed's are, by far
+    plain, rough, other = (
+        np.concatenate([np.ravel(p) for p in jax.tree.leaves(nnx.state(runs[k].model, nnx.Param))])
+        for k in ("plain", "bf16", "seed")
+    )
+    assert np.linalg.norm(rough - plain) < 0.1 * np.linalg.norm(other - plain)
 
 
 def test_augmentation_crops_and_flips(rng):

@@ -114,19 +114,25 @@ def recorded_losses():
     return losses
 
 
-def split_kernel(mesh) -> dict[str, float]:
-    """A solver layer whole and with its kernel split over output features: how far they are apart."""
-    layer = ss.nnx.SolverLinear(24, 16, solver=ss.ProxSG(0.5, num_iters=10), rngs=nnx.Rngs(0))
-    graph, state = nnx.split(layer)
-    inputs = jax.random.normal(jax.random.key(1), (4, 24))
-    solve = jax.jit(lambda state: nnx.merge(graph, state, copy=True)(inputs))
-    whole = solve(state)
-    columns = jax.sharding.PartitionSpec(None, parallel.AXIS)
-    state["kernel"][...] = jax.device_put(
-        state["kernel"][...], jax.sharding.NamedSharding(mesh, columns)
-    )
-    parts = len({str(shard.index) for shard in state["kernel"][...].addressable_shards})
-    return {"parts": parts, "distance": float(np.abs(solve(state) - whole).max())}
+def split_kernels(mesh) -> dict[str, list[float]]:
+    """Solver layers whole and with kernels split over output features: how far they are apart."""
+    options = {"solver": ss.ProxSG(0.5, num_iters=10), "rngs": nnx.Rngs(0)}
+    layers = [
+        (ss.nnx.SolverLinear(24, 16, **options), (4, 24)),
+        (ss.nnx.SolverConv(8, 16, (3, 3), strides=2, **options), (4, 6, 6, 8)),
+    ]
+    found = {"parts": [], "distances": []}
+    for layer, shape in layers:
+        graph, state = nnx.split(layer)
+        inputs = jax.random.normal(jax.random.key(1), shape)
+        solve = jax.jit(lambda state, x, graph=graph: nnx.merge(graph, state, copy=True)(x))
+        whole, kernel = solve(state, inputs), state["kernel"]
+        features = jax.sharding.PartitionSpec(*[None] * (kernel[...].ndim - 1), parallel.AXIS)
+        kernel[...] = jax.device_put(kernel[...], jax.sharding.NamedSharding(mesh, features))
+        shards = kernel[...].addressable_shards
+        found["parts"].append(len({str(shard.index) for shard in shards}))
+        found["distances"].append(float(np.abs(solve(state, inputs) - whole).max()))
+    return found
 
 
 def split_batch(mesh) -> float:
@@ -162,7 +168,7 @@ def main(
       processes: how many there are.
       process: which one this is.
       port: of the first one.
-      sharded_kernel: try a solver layer with a split kernel and a solver with a split batch, too.
+      sharded_kernel: try solver layers with split kernels and a solver with a split batch, too.
       terminate_at: train once more, from the beginning, in the folder "terminated" beside the first;
         SIGTERM at this step, if this is the last process.
     """
@@ -191,7 +197,7 @@ def main(
         "digest": digest(trained),
     }
     if sharded_kernel:
-        found |= split_kernel(mesh)
+        found |= split_kernels(mesh)
         found["distance_of_batches"] = split_batch(mesh)
     print(json.dumps(found), flush=True)
     if terminate_at is not None:
