@@ -58,7 +58,7 @@ def assert_same_run(found, alone):
 
 
 def test_eight_devices(alone):
-    found = result(start({"sharded_kernel": True}, EIGHT))
+    found = result(start({"sharded": True}, EIGHT))
     assert found["devices"] == 8
     assert_same_run(found, alone)
     # solver layers, dense and convolutional, whose kernels are split over output features
@@ -66,6 +66,9 @@ def test_eight_devices(alone):
     assert max(found["distances"]) < 1e-5
     # the same masks for the same batch: those of another key move the solution by 1
     assert found["distance_of_batches"] < 1e-5
+    # and by hand, with shard_map
+    assert len(found["distances_of_parts"]) == 4
+    assert max(found["distances_of_parts"].values()) < 1e-5, found["distances_of_parts"]
 
 
 def start_two(folder, **options):

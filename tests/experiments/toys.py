@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -119,7 +120,7 @@ def split_kernels(mesh) -> dict[str, list[float]]:
     options = {"solver": ss.ProxSG(0.5, num_iters=10), "rngs": nnx.Rngs(0)}
     layers = [
         (ss.nnx.SolverLinear(24, 16, **options), (4, 24)),
-        (ss.nnx.SolverConv(8, 16, (3, 3), strides=2, **options), (4, 6, 6, 8)),
+        (ss.nnx.SolverConv(4, 8, (3, 3), strides=2, **options), (4, 6, 6, 4)),
     ]
     found = {"parts": [], "distances": []}
     for layer, shape in layers:
@@ -149,6 +150,32 @@ def split_batch(mesh) -> float:
     return float(np.abs(solve(jax.device_put(inputs, rows)) - solve(inputs)).max())
 
 
+def mapped_batch(mesh) -> dict[str, float]:
+    """Parts of a batch, each on a device by `shard_map` and each alone: how far apart."""
+    kernel = jax.random.normal(jax.random.key(0), (12, 8)) / 3
+    inputs = jax.random.normal(jax.random.key(1), (16, 12))
+
+    def problem(inputs):
+        return ss.LayerProblem(ss.Dense(kernel), inputs, ridge=0.1)
+
+    functions = {
+        "prox_gd": lambda x: ss.prox_gd(problem(x), num_iters=30, momentum=True, tol=1e-3).value,
+        "certificate": lambda x: problem(x).certificate(jnp.abs(x[:, :8])),
+        # the same masks in every part: the key is the same
+        "prox_sg": lambda x: ss.prox_sg(jax.random.key(2), problem(x), tau=3, num_iters=5).value,
+        # a kernel of its own on each device
+        "constant": lambda x: ss.lipschitz_constant(ss.Dense(x))[None],
+    }
+    rows, found = jax.sharding.PartitionSpec(parallel.AXIS), {}
+    for name, function in functions.items():
+        mapped = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows))
+        alone = jax.jit(function)
+        parts = [alone(part) for part in jnp.split(inputs, mesh.size)]
+        whole = np.concatenate(parts)
+        found[name] = float(np.max(np.abs(mapped(inputs) - whole)) / np.max(np.abs(whole)))
+    return found
+
+
 def main(
     folder=None,
     kill_at=None,
@@ -156,7 +183,7 @@ def main(
     processes=None,
     process=None,
     port=None,
-    sharded_kernel=False,
+    sharded=False,
     terminate_at=None,
 ):
     """Train; print the losses, the scores, the model's digest and the number of devices.
@@ -168,7 +195,7 @@ def main(
       processes: how many there are.
       process: which one this is.
       port: of the first one.
-      sharded_kernel: try solver layers with split kernels and a solver with a split batch, too.
+      sharded: try solver layers with split kernels and solvers with split batches, too.
       terminate_at: train once more, from the beginning, in the folder "terminated" beside the first;
         SIGTERM at this step, if this is the last process.
     """
@@ -196,9 +223,10 @@ def main(
         "devices": mesh.size,
         "digest": digest(trained),
     }
-    if sharded_kernel:
+    if sharded:
         found |= split_kernels(mesh)
         found["distance_of_batches"] = split_batch(mesh)
+        found["distances_of_parts"] = mapped_batch(mesh)
     print(json.dumps(found), flush=True)
     if terminate_at is not None:
         parallel.AGREE_EVERY = 3
