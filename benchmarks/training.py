@@ -1,4 +1,4 @@
-"""A training step of LeNet, its two hidden layers as Prox-SG solvers, against the dropout network.
+"""A training step of LeNet: solvers in its two hidden layers against dropout, seeds at once against alone.
 
 python -m benchmarks.training
 """
@@ -16,6 +16,7 @@ from flax import nnx
 import stochsolvers as ss
 from benchmarks import measure
 from benchmarks.record import Figure, Goal, Options, main
+from experiments import steps
 from experiments.networks import NAMES, BlockConfig, LeNet, LeNetConfig, Method
 
 BATCH = 128
@@ -24,10 +25,10 @@ METHODS: tuple[Method, ...] = (
 )
 
 
-def training_step(method: Method, pixels: int) -> tuple[Callable[..., Any], Any]:
+def training_step(method: Method, pixels: int, seed: int = 0) -> tuple[Callable[..., Any], Any]:
     """A compiled step of SGD with momentum, and its state."""
     config = LeNetConfig((pixels, pixels, 3), 10, "D-D", BlockConfig(method))
-    model = LeNet(config, rngs=nnx.Rngs(0, dropout=1))
+    model = LeNet(config, rngs=nnx.Rngs(seed, dropout=1))
     model.train()
     ss.nnx.refresh_lipschitz(model)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -62,7 +63,7 @@ def benchmark(options: Options) -> Sequence[Figure]:
         calls[method] = functools.partial(step, state, images, labels)
     times = measure.interleaved(calls, rounds=options.rounds)
     seconds = {name: timing.median for name, timing in times.items()}
-    return [
+    figures = [
         Figure(
             f"training step of LeNet, batch {batch}, two blocks of {NAMES[method]}, 10 iterations",
             "dropout in their place",
@@ -72,6 +73,34 @@ def benchmark(options: Options) -> Sequence[Figure]:
         )
         for method in list(calls)[1:]
     ]
+    return figures + [
+        _seeds_at_once(method, pixels, images, labels, options.rounds) for method in METHODS[:2]
+    ]
+
+
+def _seeds_at_once(
+    method: Method, pixels: int, images: jax.Array, labels: jax.Array, rounds: int
+) -> Figure:
+    """One step vmapped over two seeds, as by --seeds-at-once, against a step of each."""
+    step, first = training_step(method, pixels)
+    second = training_step(method, pixels, seed=1)[1]
+    stacked, both_images, both_labels = (
+        steps.stack(pair) for pair in ((first, second), (images, images), (labels, labels))
+    )
+    together = jax.jit(jax.vmap(step))
+    times = measure.interleaved(
+        {
+            "together": lambda: together(stacked, both_images, both_labels),
+            "alone": lambda: [step(state, images, labels) for state in (first, second)],
+        },
+        rounds=rounds,
+    )
+    return Figure(
+        f"training step of LeNet, batch {len(labels)}, {NAMES[method]}, two seeds at once",
+        "a step of one, then of the other",
+        times["together"].over(times["alone"]),
+        detail={"seconds": {name: timing.median for name, timing in times.items()}},
+    )
 
 
 if __name__ == "__main__":
