@@ -14,7 +14,7 @@ from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz import _hermitian, _spectra
 from stochsolvers.lipschitz._formula import lipschitz_formula
 from stochsolvers.lipschitz._search import Found, search, symbols
-from stochsolvers.lipschitz._taps import Grid, Phases, taps_and_phases
+from stochsolvers.lipschitz._taps import Grid, Phases, folded, taps_and_phases
 
 DIRECT = 16  # up to this size, all eigenvalues of all blocks are the fastest
 # two blocks whose largest eigenvalues are closer than this, relatively, need not be told apart
@@ -57,7 +57,7 @@ def lipschitz_constant(
     _checks.member("method", method, ("fast", "formula"))
     if method == "formula":
         return lipschitz_formula(linear_map, grid)
-    taps, phases = taps_and_phases(linear_map, grid)
+    taps, phases = folded(*taps_and_phases(linear_map, grid))
     scale = scale_of(taps)
     taps = taps / scale
     find = _among_all if block_size(taps, phases) <= DIRECT else search_for

@@ -37,6 +37,13 @@ class Symbols(NamedTuple):
         """The matrices as one array."""
         return self.re if self.im is None else lax.complex(self.re, self.im)
 
+    @property
+    def doubled(self) -> Array:
+        """[[re, −im], [im, re]], which does to (Re x, Im x) what the matrix does to x; re if it is real."""
+        if self.im is None:
+            return self.re
+        return jnp.block([[self.re, -self.im], [self.im, self.re]])
+
     def cut(self, rows: slice, columns: slice = slice(None)) -> "Symbols":
         """A part of every matrix."""
         return jax.tree.map(lambda part: part[..., rows, columns], self)

@@ -222,8 +222,8 @@ class _Sweep(NamedTuple):
     ) -> Found:
         """Work on a few blocks until all of them are settled."""
         grams, slacks = self.form(numbers)
-        dtype = found.value.dtype if grams.im is None else grams.joined.dtype
-        start = _spectra.fixed_start(grams.re.shape[-1], dtype)
+        n, parts = grams.re.shape[-1], 1 if grams.im is None else 2
+        start = _spectra.fixed_start(parts * n, found.value.dtype)
         zero, no = jnp.zeros((), found.value.dtype), jnp.zeros((), bool)
         zero, no, start = varying((zero, no, start), found)
 
@@ -249,7 +249,7 @@ class _Sweep(NamedTuple):
             )
 
         def improve(trial, at, _):
-            matrix = block(at).joined
+            matrix = block(at).doubled
             theta, vector = _spectra.lanczos(lambda x: matrix @ x, trial.vector, _LANCZOS_STEPS)
             stalled = theta <= trial.theta * (1 + self.gap / 8)
             return lax.cond(stalled, solve, accept, trial, at, theta, vector)
@@ -257,7 +257,7 @@ class _Sweep(NamedTuple):
         def accept(trial, at, theta, vector):
             found = trial.found
             better = theta > found.value
-            pair = jnp.stack([jnp.real(vector), jnp.imag(vector)], axis=-1)
+            pair = jnp.pad(vector.reshape(parts, n).T, [(0, 0), (0, 2 - parts)])
             return _Trial(
                 Found(
                     jnp.maximum(theta, found.value),
@@ -276,6 +276,8 @@ class _Sweep(NamedTuple):
             matrix = block(at).joined
             vector = jnp.linalg.eigh(matrix)[1][:, -1]
             theta = jnp.real(jnp.vdot(vector, matrix @ vector))
+            halves = _hermitian.split(vector)
+            vector = jnp.concatenate([part for part in halves if part is not None])
             trial = accept(trial, at, theta, vector)
             # a Cholesky factorisation that still fails is at the limit of round-off
             ceiling = trial.found.ceiling * (1 + self.gap)

@@ -81,6 +81,19 @@ def taps_and_phases(linear_map: LinearMap, grid: Grid) -> tuple[Array, Phases]:
     return taps, _phases(shape, strides, (kh, kw), linear_map.kernel_dilation)
 
 
+def folded(taps: Array, phases: Phases) -> tuple[Array, Phases]:
+    """The same symbol from fewer taps: those that meet at one place of a torus smaller than the kernel."""
+    table = np.concatenate([phases.cosines, phases.sines]).reshape(-1, taps.shape[1])
+    places, place = np.unique(table, axis=1, return_inverse=True)
+    count = places.shape[1]
+    if count == taps.shape[1] or phases.nodes is not None:
+        return taps, phases
+    first = np.array([np.argmax(place == k) for k in range(count)])
+    sums = [sum(taps[:, t] for t in np.flatnonzero(place == k)) for k in range(count)]
+    cosines, sines = phases.cosines[..., first], phases.sines[..., first]
+    return jnp.stack(sums, axis=1), phases._replace(cosines=cosines, sines=sines)
+
+
 def torus(conv: Conv, grid: Grid) -> tuple[tuple[int, int], tuple[int, int]]:
     """Grid of the DFT, and the strides that fold it."""
     check_grid(grid)
