@@ -35,7 +35,11 @@ class Timing:
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float = SAMPLE_SECONDS
+    sides: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    seconds: float = SAMPLE_SECONDS,
+    pause: float = 0.0,
 ) -> dict[str, Timing]:
     """Time every side once a round, so that whatever else the machine does hits all of them alike.
 
@@ -43,6 +47,8 @@ def interleaved(
       sides: calls without arguments; what they return is waited for.
       rounds: samples of each side, after one call to compile and one to choose the repetitions.
       seconds: about how long a sample lasts; longer calls are made once.
+      pause: seconds before each sample, for sides of several libraries: the threads of the one before go on
+        spinning for a while, at the expense of the next.
     """
     for call in sides.values():
         _seconds(call, 1)
@@ -52,6 +58,7 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
+            time.sleep(pause)
             samples[name].append(_seconds(call, repeats[name]))
     return {name: Timing(tuple(times)) for name, times in samples.items()}
 
