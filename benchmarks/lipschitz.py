@@ -100,6 +100,7 @@ def benchmark(options: Options) -> Sequence[Figure]:
     return [
         *_family("He-normal", he_normal, layers, options.rounds),
         *_family("smooth", smooth, layers, options.rounds),
+        *_zero_padded(layers),
     ]
 
 
@@ -163,6 +164,25 @@ def _family(
     for side, label in (("bracket", "the bracket"), ("refresh", "refresh of the bracket")):
         ratio = total[side] / total["ours"]
         yield Figure(f"{label} of L, {name} kernels, time", "the constant alone", ratio)
+
+
+def _zero_padded(layers: Sequence[Any]) -> Iterator[Figure]:
+    """What `operator_bracket` leaves open, by the number of pixels."""
+    rng = np.random.default_rng(0)
+    widths: dict[int, list[float]] = {}
+    for draw in (he_normal, smooth):
+        for n1, n2, pixels in dict.fromkeys(layers):
+            A = ss.Conv(jnp.asarray(draw(rng, n1, n2), jnp.float32), (pixels, pixels))
+            lower, upper = map(float, ss.lipschitz.operator_bracket(A))
+            widths.setdefault(pixels, []).append((upper - lower) / lower)
+    for pixels, found in widths.items():
+        yield Figure(
+            f"width of operator_bracket, zero padding, layers of {pixels}×{pixels} pixels, the worst",
+            "its lower end",
+            100 * max(found),
+            " %",
+            detail={"widths": found},
+        )
 
 
 def _sides(A: ss.Conv, kernel: np.ndarray, pixels: int, fast, bracket) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from equivalence.plain_layers import Geometry, dense_matrix
 import stochsolvers as ss
 from stochsolvers.lipschitz import (
     _hermitian,
+    _operator,
     _spectra,
     lipschitz_bracket,
     lipschitz_constant,
@@ -416,6 +417,18 @@ def test_operator_bracket_is_tight_for_small_layers(name, dtype, rng):
     assert upper <= lower * (1.003 if dtype == jnp.float32 else 1 + 1e-8)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_operator_bracket_of_many_channels_on_few_pixels(dtype, rng):
+    """The factors are of an order above a thousand."""
+    geometry = Geometry((2, 2), (3, 3), 260, 257)
+    kernel = geometry.kernel(rng).astype(dtype)
+    exact = np.linalg.norm(dense_matrix(geometry, kernel.astype(np.float64)), 2) ** 2
+    conv = ss.Conv(jnp.asarray(kernel), (2, 2))
+    lower, upper = operator_bracket(conv)
+    assert float(lower) <= exact <= float(upper)
+    assert upper <= lower * (1.02 if dtype == jnp.float32 else 1 + 1e-8)
+
+
 @pytest.mark.parametrize(
     ("geometry", "dtype", "loss"),
     [
@@ -426,8 +439,10 @@ def test_operator_bracket_is_tight_for_small_layers(name, dtype, rng):
     ],
     ids=["float32", "float64", "strided", "strided and grouped"],
 )
-def test_operator_bracket_by_lanczos(geometry, dtype, loss, rng):
+def test_operator_bracket_by_lanczos(geometry, dtype, loss, rng, monkeypatch):
     """The steps that large layers take, on one whose dense matrix can still be decomposed."""
+    monkeypatch.setattr(_operator, "_DENSE_SIZE", 2**20)
+    operator_bracket.clear_cache()
     kernel = geometry.kernel(rng)
     matrix = dense_matrix(geometry, kernel)
     assert matrix.size > 2**20
@@ -438,6 +453,7 @@ def test_operator_bracket_by_lanczos(geometry, dtype, loss, rng):
     assert (1 - loss) * exact <= float(lower) <= rounded
     assert float(upper) >= exact
     assert float(upper) == lipschitz_bracket(conv, grid="padded").upper
+    operator_bracket.clear_cache()
 
 
 def test_refresh_follows_a_moving_kernel(rng):

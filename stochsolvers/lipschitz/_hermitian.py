@@ -1,8 +1,8 @@
 """Gram matrices and Cholesky certificates in real arithmetic, from real and imaginary parts.
 
 Complex products take up to twice as long as the real ones they consist of, and the LAPACK that comes with JAX
-starts threads of its own at order 64, which fight with those of the products: a matrix is factored in
-blocks, and LAPACK sees no more than the small ones on the diagonal, one at a time.
+starts threads of its own at order 64, which fight with those of the products: a matrix of an order below
+1024 is factored in blocks, and LAPACK sees no more than the small ones on the diagonal, one at a time.
 """
 
 import functools
@@ -19,6 +19,7 @@ from stochsolvers.lipschitz._spectra import gamma, perron, unit_round_off
 _SLICE = 128  # length of one inner product of a Gram matrix; the worst round-off grows with it
 _LEAF, _HALF_LEAF = 32, 16  # orders of a factor that has to be inverted, and of a triangular solve
 _THREADS = 64  # LAPACK factors complex matrices of this order with threads of its own
+_WHOLE = 1024  # where those are worth it, and the tree of halves takes long to compile
 
 
 class Symbols(NamedTuple):
@@ -143,7 +144,7 @@ class _Factor(NamedTuple):
 def _factor(matrix: Symbols, *, last: bool) -> _Factor:
     """The Cholesky factor of one matrix; the `last` block has nothing to its right."""
     n, zero = matrix.re.shape[-1], jnp.zeros((), matrix.re.dtype)
-    if n <= _LEAF or (last and n < _THREADS):
+    if n <= _LEAF or (last and not _THREADS <= n < _WHOLE):
         lower = lax.linalg.cholesky(matrix.joined, symmetrize_input=False)
         rows = split(lower.conj().T)
         if last:
