@@ -216,7 +216,10 @@ def _schedule(row: Mapping[str, Any]) -> str:
 def _hardware(row: Mapping[str, Any]) -> str:
     hardware = row.get("hardware", {})
     device, processor = hardware.get("device", "?"), hardware.get("processor", "?")
-    return f"{hardware.get('cores', '?')} cores, {processor}" if device == "cpu" else device
+    if device != "cpu":
+        return device
+    count = hardware.get("cores", "?")
+    return f"{count} core{'s' * (count != 1)}, {processor}"
 
 
 def write(folder: Path, rows: Rows) -> list[str]:
