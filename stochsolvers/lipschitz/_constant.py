@@ -57,9 +57,9 @@ def lipschitz_constant(
     _checks.member("method", method, ("fast", "formula"))
     if method == "formula":
         return lipschitz_formula(linear_map, grid)
-    taps, phases = folded(*taps_and_phases(linear_map, grid))
+    taps, phases = taps_and_phases(linear_map, grid)
     scale = scale_of(taps)
-    taps = taps / scale
+    taps, phases = folded(taps / scale, phases)
     find = _among_all if block_size(taps, phases) <= DIRECT else search_for
     best = find(lax.stop_gradient(taps), phases)
     return _top_square(taps, phases, best) * scale * scale

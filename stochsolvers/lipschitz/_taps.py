@@ -83,10 +83,12 @@ def taps_and_phases(linear_map: LinearMap, grid: Grid) -> tuple[Array, Phases]:
 
 def folded(taps: Array, phases: Phases) -> tuple[Array, Phases]:
     """The same symbol from fewer taps: those that meet at one place of a torus smaller than the kernel."""
+    if phases.nodes is not None:
+        return taps, phases
     table = np.concatenate([phases.cosines, phases.sines]).reshape(-1, taps.shape[1])
     places, place = np.unique(table, axis=1, return_inverse=True)
     count = places.shape[1]
-    if count == taps.shape[1] or phases.nodes is not None:
+    if count == taps.shape[1]:
         return taps, phases
     first = np.array([np.argmax(place == k) for k in range(count)])
     sums = [sum(taps[:, t] for t in np.flatnonzero(place == k)) for k in range(count)]
