@@ -26,7 +26,8 @@ VGG16 = (
 )
 """Input and output channels, and pixels along an axis, of the 13 convolutions at CIFAR's size."""
 PAUSE = 0.1
-"""Seconds: right after numpy's side a call of ours took up to 1.5 times as long as it takes alone."""
+"""Seconds: right after numpy's side a call of ours took up to 1.5 times as long as it takes alone. The first
+call after the pause takes longer, too, so that a sample is of several."""
 QUICK = ((3, 8, 8), (8, 16, 4))
 
 
@@ -122,7 +123,7 @@ def _family(
         widths.append((upper - lower) / exact)
         assert lower <= exact <= upper, (n1, n2, pixels, lower, exact, upper)
         sides = _sides(A, kernel, pixels, fast, bracket)
-        times = measure.interleaved(sides, rounds=max(3, rounds // 3), seconds=0.02, pause=PAUSE)
+        times = measure.interleaved(sides, rounds=max(3, rounds // 3), seconds=0.2, pause=PAUSE)
         medians[n1, n2, pixels] = {side: timing.median for side, timing in times.items()}
         ratios.append(times["literal"].over(times["ours"]))
         detail.append(
