@@ -135,6 +135,15 @@ def test_a_full_disk_keeps_the_checkpoint_before(uninterrupted, tmp_path, monkey
     assert_same(toys.train(tmp_path / "run"), uninterrupted)
 
 
+def test_the_cause_of_an_error_is_kept_however_long_its_paths():
+    details = """[os_error_code='27'] [tensorstore_spec='{"driver":"zarr"}']"""
+    long = ValueError(f'Error opening "{"long/" * 80}": File too large {details}')
+    assert checkpoints._reason(long).endswith(": File too large")
+    assert checkpoints._reason(OSError("[Errno 28] No space left")) == (
+        "OSError: [Errno 28] No space left"
+    )
+
+
 @pytest.mark.parametrize("size", [0, 100, 1000])
 def test_writes_that_fail_halfway_keep_the_checkpoint_before(
     size, uninterrupted, tmp_path, monkeypatch
