@@ -39,6 +39,7 @@ PAPER: dict[str, dict[str, finetune.Accuracy]] = {
 """Accuracy in percent, and standard deviation over 20 trials; which layers Prox-GD replaces there is not
 stated, and taken to be both."""
 SMOKE_VARIANTS: tuple[Marks, ...] = ("D-D",)
+SMOKE_METHODS: tuple[Method, ...] = ("prox-sg",)  # a program of VGG16 takes ten seconds to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,10 @@ class Config(options.FinetuneOptions):
     methods: tuple[Method, ...] = ("prox-sg", "prox-gd")
     """The solvers; prox-gd and fista keep the dropout."""
 
-    smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {"variants": SMOKE_VARIANTS}
+    smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "variants": SMOKE_VARIANTS,
+        "methods": SMOKE_METHODS,
+    }
 
     def __post_init__(self):
         super().__post_init__()

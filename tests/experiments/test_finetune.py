@@ -459,6 +459,7 @@ def test_a_smoke_run_is_small():
     given = table5.Config(smoke=True, epochs=5, rates=(0.1,)).filled()
     assert (given.epochs, given.rates) == (5, (0.1,))
     assert table4.Config(smoke=True).filled().variants == table4.SMOKE_VARIANTS
+    assert table4.Config(smoke=True).filled().methods == table4.SMOKE_METHODS
     assert table4.Config(smoke=True, variants=("ND-D",)).filled().variants == ("ND-D",)
     full = table4.Config(dataset="cifar100").filled()
     assert full.variants == ("ND-D", "D-D")
