@@ -44,7 +44,7 @@ class Options:
     seeds: tuple[int, ...] = (0,)
     """Each of them is a run: validation split, initial weights, order of the examples, sampling."""
     trials: int = 20
-    """Tests of a network that samples at test time."""
+    """Tests of a network that samples at test time; no more than 3 in a smoke run."""
     examples: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Train on so many images only; by default on all."""
     augment: bool = False
@@ -97,7 +97,7 @@ class Options:
             missing |= {
                 name: choice
                 for name, choice in self.smoke_choices.items()
-                if getattr(self, name) == getattr(type(self), name)
+                if getattr(self, name) is getattr(type(self), name)  # ==: also where it was given
             }
         return dataclasses.replace(self, **missing)
 

@@ -12,6 +12,7 @@ import events
 import jax
 import numpy as np
 import pytest
+import tyro
 from archives import files_under
 from flax import nnx
 
@@ -461,6 +462,8 @@ def test_a_smoke_run_is_small():
     assert table4.Config(smoke=True).filled().variants == table4.SMOKE_VARIANTS
     assert table4.Config(smoke=True).filled().methods == table4.SMOKE_METHODS
     assert table4.Config(smoke=True, variants=("ND-D",)).filled().variants == ("ND-D",)
+    both = tyro.cli(table4.Config, args=["--smoke", "--methods", "prox-sg", "prox-gd"]).filled()
+    assert (both.methods, both.variants) == (("prox-sg", "prox-gd"), table4.SMOKE_VARIANTS)
     full = table4.Config(dataset="cifar100").filled()
     assert full.variants == ("ND-D", "D-D")
     assert (full.epochs, full.finetune_epochs, full.batch_size, full.width) == (300, 200, 128, 1.0)
