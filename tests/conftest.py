@@ -57,5 +57,5 @@ def users_environment() -> dict[str, str]:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Seeded numpy generator: tests draw no unseeded numbers."""
+    """Seeded numpy generator: tests draw no unseeded numbers, but for the step of a kill -9."""
     return np.random.default_rng(20190506)
