@@ -228,9 +228,8 @@ def _unreadable(folder: Path, reason: str) -> CheckpointError:
 
 def _reason(error: BaseException) -> str:
     line = next(iter(str(error).splitlines()), "")
-    line = re.split(r" \[[\w ]+='", line)[
-        0
-    ]  # what TensorStore adds after the cause, settings and all
+    # TensorStore adds its settings after the cause: [name='…'] [name='…']
+    line, *_ = re.split(r" \[[\w ]+='", line)
     if len(line) > 200:  # the cause is at one end or the other
         line = f"{line[:100]} … {line[-100:]}"
     return f"{type(error).__name__}: {line}".rstrip(": ")

@@ -94,10 +94,11 @@ class Options:
         }
         if self.smoke:
             missing["trials"] = min(self.trials, SMOKE_TRIALS)
+            # `is`, since a choice that equals the default is a choice
             missing |= {
                 name: choice
                 for name, choice in self.smoke_choices.items()
-                if getattr(self, name) is getattr(type(self), name)  # ==: also where it was given
+                if getattr(self, name) is getattr(type(self), name)
             }
         return dataclasses.replace(self, **missing)
 
