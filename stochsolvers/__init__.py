@@ -11,7 +11,7 @@ References:
 
 from stochsolvers import dropout as dropout
 from stochsolvers import estimators as estimators
-from stochsolvers import forms as forms
+from stochsolvers.estimators import forms as forms
 from stochsolvers import linen as linen
 from stochsolvers import lipschitz as lipschitz
 from stochsolvers import nnx as nnx

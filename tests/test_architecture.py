@@ -13,7 +13,7 @@ FLOORS = [
     {"sampling"},
     {"lipschitz"},
     {"problems"},
-    {"estimators", "forms"},
+    {"estimators"},
     {"dropout", "solvers"},
     {"reports"},
     {"_layers"},

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.estimators import Estimator, FeatureEstimator, Full, OutputCoordinates
-from stochsolvers.forms import FORMS, Form
+from stochsolvers.estimators.forms import FORMS, Form
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers._loop import Solution
 from stochsolvers.solvers.derivatives import DerivativeLike, canonical, unrolling

@@ -36,7 +36,7 @@ from jax import lax
 from stochsolvers import _checks
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array, value_object
-from stochsolvers.forms import Gradient
+from stochsolvers.estimators.forms import Gradient
 from stochsolvers.prox import Prior
 from stochsolvers.solvers.derivatives import Implicit
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from stochsolvers import _checks
 from stochsolvers._typing import Array
 from stochsolvers.estimators import FeatureEstimator, VarianceReduced
-from stochsolvers.forms import Form, gradient_form
+from stochsolvers.estimators.forms import Form, gradient_form
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Diagnostics, Solution, Step

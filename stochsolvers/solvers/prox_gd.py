@@ -10,7 +10,7 @@ from jax import lax
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.estimators import Full
-from stochsolvers.forms import Form, gradient_form
+from stochsolvers.estimators.forms import Form, gradient_form
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Solution, Step

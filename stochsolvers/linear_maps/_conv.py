@@ -1,13 +1,6 @@
-r"""Linear maps of layers: a dense matrix and a two-dimensional convolution, with exact adjoints.
+"""The convolution of a layer."""
 
-A map A takes n1 input features to n2 output features. Leading axes of its argument are batch axes,
-features come last, and spatial axes stand just before them, as in Flax. For every x and z
-
-    <A(x), z> = <x, A.adjoint(z)>.
-
-`Dense` is the case of a 1 × 1 grid (Bibi et al. 2019, lemma 1).
-"""
-
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -18,69 +11,13 @@ from jax import lax
 
 from stochsolvers import _checks, _convolution
 from stochsolvers._typing import Array, static_field, value_object
+from stochsolvers.linear_maps._base import LinearMap
 
 Padding: TypeAlias = Literal["SAME", "VALID", "CIRCULAR"] | Sequence[tuple[int, int]]
 
 
 @value_object
-class Dense:
-    r"""A(x) = Wᵀx for a kernel W, row-wise: `x @ kernel`.
-
-    Args:
-      kernel: shape (n1, n2), as `flax` stores it. The paper's A is its transpose.
-
-    Raises:
-      ValueError: at trace time, if the kernel is not a floating-point matrix.
-    """
-
-    kernel: Array
-
-    def __post_init__(self):
-        _checks.floating("kernel of Dense", self.kernel)
-        _checks.rank("kernel of Dense", self.kernel, 2)
-        object.__setattr__(self, "kernel", jnp.asarray(self.kernel))
-
-    @property
-    def in_features(self) -> int:
-        """n1."""
-        return self.kernel.shape[0]
-
-    @property
-    def out_features(self) -> int:
-        """n2."""
-        return self.kernel.shape[1]
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        """Shape (n1,) of one input, without batch axes."""
-        return (self.in_features,)
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """Shape (n2,) of one output, without batch axes."""
-        return (self.out_features,)
-
-    def __call__(self, x: Array) -> Array:
-        """A(x), shape (..., n1) to (..., n2)."""
-        _checks.trailing("argument of Dense", x, self.in_shape)
-        return x @ self.kernel
-
-    def adjoint(self, z: Array) -> Array:
-        """A*(z), shape (..., n2) to (..., n1)."""
-        _checks.trailing("argument of Dense.adjoint", z, self.out_shape)
-        return z @ self.kernel.T
-
-    def restrict(self, indices: Array) -> "Dense":
-        """A on a subset S of input features, x_S ↦ Σ_{i∈S} A_i x_i.
-
-        Args:
-          indices: integer array (τ,), may be traced.
-        """
-        return Dense(self.kernel[indices])
-
-
-@value_object
-class Conv:
+class Conv(LinearMap):
     r"""Cross-correlation of an image with a bank of filters, Flax's convolution.
 
         A(x)[p, q, j] = Σ_{a, b, i} kernel[a, b, i, j] x̃[s p + d a, s q + d b, i],
@@ -194,6 +131,10 @@ class Conv:
             kernel_dilation=self.kernel_dilation,
         )
 
+    def absolute(self) -> "Conv":
+        """|A|."""
+        return dataclasses.replace(self, kernel=jnp.abs(self.kernel))
+
     def ungrouped_kernel(self) -> Array:
         """The kernel (kh, kw, n1, n2) of the same map with one group: zeros between groups."""
         groups = self.feature_group_count
@@ -270,9 +211,6 @@ class Conv:
             dilation=self.kernel_dilation,
             groups=self.feature_group_count,
         )
-
-
-LinearMap: TypeAlias = Dense | Conv
 
 
 def _canonical_padding(padding: Padding) -> str | tuple[tuple[int, int], ...]:

@@ -1,0 +1,216 @@
+"""The base class of linear maps, and what holds for all of them."""
+
+import abc
+import math
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, static_field, value_object
+
+_Map = TypeVar("_Map", bound="LinearMap")
+
+
+class LinearMap(abc.ABC):
+    r"""A linear map A from activations of shape `in_shape` to activations of shape `out_shape`.
+
+    Leading axes of an argument are batch axes. The last axis is that of the features: n1 of them go in,
+    n2 come out; axes between are spatial. For every x and z
+
+        <A(x), z> = <x, A.adjoint(z)>.
+
+    A map of your own is a subclass under `stochsolvers.value_object` with attributes `in_shape` and
+    `out_shape` (fields or properties) and a method `__call__` that takes (*batch, *in_shape) to
+    (*batch, *out_shape) and is linear for JAX (`jax.linear_transpose` accepts it). All else has a
+    default, which a map that knows better overrides:
+
+    | method | default | override it |
+    |---|---|---|
+    | `adjoint` | the transpose that JAX derives | for speed |
+    | `restrict` | zeros at the other features | if columns can be gathered |
+    | `squared_norm_bound` | None | if an upper bound on ‖A‖² is known: the steps then use it |
+    | `absolute` | None | if the matrix is made of known entries: certificates are then tighter |
+
+    Its arrays are fields of the value object, so that derivatives reach them.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+
+    @abc.abstractmethod
+    def __call__(self, x: Array) -> Array:
+        """A(x), shape (*batch, *in_shape) to (*batch, *out_shape)."""
+
+    def adjoint(self, z: Array) -> Array:
+        """A*(z), shape (*batch, *out_shape) to (*batch, *in_shape)."""
+        z = jnp.asarray(z)
+        _checks.trailing(f"argument of {type(self).__name__}.adjoint", z, self.out_shape)
+        batch = z.shape[: z.ndim - len(self.out_shape)]
+        dtype = jnp.promote_types(z.dtype, self.dtype)
+        x = jax.ShapeDtypeStruct((*batch, *self.in_shape), dtype)
+        return jax.linear_transpose(self.__call__, x)(z.astype(dtype))[0]
+
+    @property
+    def T(self) -> "LinearMap":  # noqa: N802 - as in numpy
+        """The adjoint as a map; of a convolution, the transposed convolution."""
+        return Transposed(self)
+
+    def restrict(self, indices: Array) -> "LinearMap":
+        """A on a subset S of input features, x_S ↦ Σ_{i∈S} A_i x_i.
+
+        Args:
+          indices: integer array (τ,), may be traced.
+        """
+        return _Restricted(self, indices)
+
+    def absolute(self) -> "LinearMap | None":
+        """The map |A| whose matrix has the absolute values of A's entries, or None if they are not known."""
+        return None
+
+    def squared_norm_bound(self) -> Array | None:
+        """An upper bound on ‖A‖² = λ_max(A A*), or None if none is known."""
+        return None
+
+    @property
+    def in_features(self) -> int:
+        """n1."""
+        return self.in_shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        """n2."""
+        return self.out_shape[-1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The widest real floating-point dtype among the map's arrays; float32 if it has none."""
+        kinds = [jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(self) if _is_inexact(leaf)]
+        return jnp.result_type(*kinds) if kinds else jnp.dtype(jnp.float32)
+
+    def astype(self: _Map, dtype: jnp.dtype) -> _Map:
+        """The map with its floating-point arrays in another real dtype; integers stay."""
+
+        def cast(leaf):
+            if not _is_inexact(leaf):
+                return leaf
+            is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+            return leaf.astype(jnp.result_type(dtype, jnp.complex64) if is_complex else dtype)
+
+        return jax.tree.map(cast, self)
+
+
+def _is_inexact(leaf: object) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)  # pyright: ignore
+
+
+@value_object
+class Transposed(LinearMap):
+    """A* as a map, z ↦ A.adjoint(z): the transposed convolution of a `Conv`.
+
+    Args:
+      base: A.
+    """
+
+    base: LinearMap
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """The shape of A's outputs."""
+        return self.base.out_shape
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The shape of A's inputs."""
+        return self.base.in_shape
+
+    def __call__(self, x: Array) -> Array:
+        """A*(x)."""
+        return self.base.adjoint(x)
+
+    def adjoint(self, z: Array) -> Array:
+        """A(z)."""
+        return self.base(z)
+
+    @property
+    def T(self) -> LinearMap:  # noqa: N802
+        """A itself."""
+        return self.base
+
+    def absolute(self) -> LinearMap | None:
+        """|A|*."""
+        absolute = self.base.absolute()
+        return None if absolute is None else absolute.T
+
+    def squared_norm_bound(self) -> Array | None:
+        """That of A."""
+        return self.base.squared_norm_bound()
+
+
+@value_object
+class _Restricted(LinearMap):
+    """x_S ↦ A(x with zeros outside S)."""
+
+    base: LinearMap
+    indices: Array
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return (*self.base.in_shape[:-1], self.indices.shape[0])
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.base.out_shape
+
+    def __call__(self, x: Array) -> Array:
+        whole = jnp.zeros((*x.shape[:-1], self.base.in_features), x.dtype)
+        return self.base(whole.at[..., self.indices].set(x))
+
+    def adjoint(self, z: Array) -> Array:
+        return self.base.adjoint(z)[..., self.indices]
+
+
+@value_object
+class Matrix(LinearMap):
+    """A map given by its whole matrix: x ↦ vec(x) M, reshaped.
+
+    Args:
+      kernel: M, shape (inputs, outputs) with the axes of an activation flattened.
+      in_shape: of one input; its product is the number of rows.
+      out_shape: of one output; its product is the number of columns.
+    """
+
+    kernel: Array
+    in_shape: tuple[int, ...] = static_field()
+    out_shape: tuple[int, ...] = static_field()
+
+    def __call__(self, x: Array) -> Array:
+        """A(x)."""
+        _checks.trailing("argument of Matrix", x, self.in_shape)
+        batch = x.shape[: x.ndim - len(self.in_shape)]
+        return (x.reshape(*batch, -1) @ self.kernel).reshape(*batch, *self.out_shape)
+
+    def adjoint(self, z: Array) -> Array:
+        """A*(z)."""
+        _checks.trailing("argument of Matrix.adjoint", z, self.out_shape)
+        batch = z.shape[: z.ndim - len(self.out_shape)]
+        return (z.reshape(*batch, -1) @ self.kernel.T).reshape(*batch, *self.in_shape)
+
+    def absolute(self) -> "Matrix":
+        """|A|."""
+        return Matrix(jnp.abs(self.kernel), self.in_shape, self.out_shape)
+
+
+def size(linear_map: LinearMap) -> int:
+    """The number of entries of the map's matrix."""
+    return math.prod(linear_map.in_shape) * math.prod(linear_map.out_shape)
+
+
+def written_out(linear_map: LinearMap) -> Matrix:
+    """The map by its whole matrix, from its products with the unit vectors."""
+    inputs = math.prod(linear_map.in_shape)
+    units = jnp.eye(inputs, dtype=linear_map.dtype).reshape(inputs, *linear_map.in_shape)
+    with jax.default_matmul_precision("highest"):
+        matrix = linear_map(units).reshape(inputs, -1)
+    return Matrix(matrix, linear_map.in_shape, linear_map.out_shape)
