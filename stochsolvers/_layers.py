@@ -51,7 +51,7 @@ def conv_map(layer: Any, kernel: Array, spatial_shape: tuple[int, ...]) -> Conv:
 def step_constant(solver: Solver, linear_map: LinearMap, ridge: Scalar) -> Array | None:
     """What the solver's step size is read off, for a layer to keep; None where there is nothing."""
     linear_map = lax.stop_gradient(linear_map)
-    inputs = jnp.zeros(linear_map.in_shape, linear_map.kernel.dtype)
+    inputs = jnp.zeros(linear_map.in_shape, linear_map.dtype)
     return solver.step_constant(LayerProblem(linear_map, inputs, ridge=ridge))
 
 
