@@ -6,8 +6,8 @@ r"""Losses ℓ(u, x) between A* z and the input x: the second factor of a layer'
 |---|---|---|---|---|
 | `Squares()` | ½ (u − x)² | u − x | 1 | r x + ½ r² |
 | `Huber(δ)` | ½ t², \|t\| ≤ δ, else δ\|t\| − ½ δ²; t = u − x | clip(t, −δ, δ) | 1 | r x + ½ r², \|r\| ≤ δ |
-| `Logistic()` | log(1 + exp(−x u)), x = ±1 | −x s, s = 1/(1 + exp(x u)) | ¼ | s log s + (1 − s) log(1 − s), s = −x r ∈ [0, 1] |
-| `CrossEntropy()` | log Σ_c exp u_c − Σ_c x_c u_c | softmax(u) − x | ½ | Σ_c p_c log p_c, p = r + x in the simplex |
+| `Logistic()` | log(1 + exp(−x u)) | −x s, s = 1/(1 + exp(x u)) | ¼ | s log s + (1−s) log(1−s), s = −x r |
+| `CrossEntropy()` | log Σ_c exp u_c − Σ_c x_c u_c | softmax(u) − x | ½ | Σ_c p_c log p_c, p = r + x |
 
 `Squares` is the paper's layer and the default. i runs over the features, the last axis, which the
 estimators sample. `CrossEntropy` couples another axis, the classes.
@@ -59,7 +59,7 @@ class Loss(abc.ABC):
         return r
 
     def dual_error(self, r: Array, x: Array) -> Array:
-        """Entrywise distance of r, a value of `derivative` or `dual_projection`, from dom ℓ*, by round-off."""
+        """Entrywise distance of a computed derivative or projection r from dom ℓ*."""
         return jnp.zeros_like(r)
 
     def derivative_error(self, error: Array) -> Array:
@@ -223,9 +223,7 @@ class CrossEntropy(Loss):
 
     def derivative_error(self, error):
         """The largest error among the classes, halved: |∂p_c| ≤ 2 p_c (1 − p_c) max |e|."""
-        return jnp.broadcast_to(
-            0.5 * jnp.max(error, axis=self.axis, keepdims=True), error.shape
-        )
+        return jnp.broadcast_to(0.5 * jnp.max(error, axis=self.axis, keepdims=True), error.shape)
 
     def _round_off(self, x: Array) -> float:
         return 8 * x.shape[self.axis] * float(jnp.finfo(x.dtype).eps)

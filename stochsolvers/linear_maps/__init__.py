@@ -5,7 +5,8 @@ features come last, and spatial axes stand just before them, as in Flax. For eve
 
     <A(x), z> = <x, A.adjoint(z)>.
 
-`Dense` is the case of a 1 × 1 grid (Bibi et al. 2019, lemma 1). `LinearMap` is the base class for maps of your own.
+`Dense` is the case of a 1 × 1 grid (Bibi et al. 2019, lemma 1). `LinearMap` is the base class for maps of
+your own.
 """
 
 from stochsolvers.linear_maps._base import LinearMap as LinearMap

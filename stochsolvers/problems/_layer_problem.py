@@ -60,4 +60,3 @@ class LayerProblem(Objective):
         """
         z = self._variable(z)
         return _certificate.certificate(*jax.tree.map(lax.stop_gradient, (self, z)))
-

@@ -132,7 +132,9 @@ class Objective:
         classes, least = getattr(self.loss, "axis", -1), -len(self.linear_map.in_shape)
         if classes < least:
             _checks.fail(
-                f"axis of {type(self.loss).__name__}", f"an axis of the inputs, {least}..-2", classes
+                f"axis of {type(self.loss).__name__}",
+                f"an axis of the inputs, {least}..-2",
+                classes,
             )
         for leaf in jax.tree.leaves(self.prior):
             if jnp.ndim(leaf) > event_ndim:

@@ -200,5 +200,3 @@ def _round_off(count: int, like: Array) -> float:
 def tree_round_off(shape: tuple[int, ...], like: Array) -> float:
     """The same for a sum over an array of that shape, in the trees that XLA's reductions are."""
     return (8.0 + 4.0 * math.log2(max(math.prod(shape), 1))) * float(jnp.finfo(like.dtype).eps)
-
-
