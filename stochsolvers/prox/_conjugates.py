@@ -40,27 +40,28 @@ def symmetric_barrier(u: Array, gamma: Array) -> ValueAndPartials:
 
 
 def _maximiser(y: Array, gamma: Array) -> tuple[Array, ...]:
-    r"""u, 1 − u and log(1 − u²) at the maximiser of y u + γ log(1 − u²), y ≥ 0.
+    r"""u, 1 − u, y (1 − u) and log(1 − u²) at the maximiser of y u + γ log(1 − u²), y ≥ 0.
 
     With H = √(γ² + y²): u = y/(γ + H), 1 − u² = 2γ/(γ + H), 1 − u = γ (1 + γ/(H + y))/(γ + H), and
     y u = H − γ, so that −log(1 − u²) = log(1 + y u/(2γ)).
     """
     half_h, half_gamma, half_y = 0.5 * hypot(gamma, y), 0.5 * gamma, 0.5 * y
     u = half_y / (half_gamma + half_h)
-    wall = half_gamma * (1 + half_gamma / (half_h + half_y)) / (half_gamma + half_h)
+    scale = gamma * (1 + half_gamma / (half_h + half_y))
+    wall = 0.5 * scale / (half_gamma + half_h)
     growth = half_y / gamma * u
     finite = growth <= jnp.finfo(growth.dtype).max
     logs = -jnp.where(
         finite, jnp.log1p(jnp.where(finite, growth, 0)), _log_ratio(half_gamma + half_h, gamma)
     )
-    return u, wall, logs
+    return u, wall, scale * u, logs
 
 
 @with_partials
 def symmetric(w: Array, gamma: Array) -> ValueAndPartials:
     """q − γ log(1 + q/(2γ)), q = w u with the maximiser u: the conjugate of −γ log(1 − u²)."""
     y = jnp.abs(w)
-    u, _, logs = _maximiser(y, gamma)
+    u, _, _, logs = _maximiser(y, gamma)
     q = y * u
     # at small w the two terms are in the ratio 2 : 1, and the second may underflow
     value = jnp.where(-logs < jnp.finfo(w.dtype).eps, 0.5 * q, q + gamma * logs)
@@ -74,7 +75,7 @@ def interval(w: Array, gamma: Array) -> ValueAndPartials:
         g*(−2y) = −y (1 − u) + γ (log(1 − u²) − 2 log 2),   u the maximiser at y.
     """
     y = 0.5 * jnp.abs(w)
-    u, wall, logs = _maximiser(y, gamma)
+    u, wall, pull, logs = _maximiser(y, gamma)
     logs = logs - 2 * jnp.log(jnp.asarray(2, w.dtype))
-    value = jnp.maximum(w, 0) + (gamma * logs - y * wall)
+    value = jnp.maximum(w, 0) + (gamma * logs - pull)
     return value, (jnp.where(w < 0, 0.5 * wall, 0.5 + 0.5 * u), logs)

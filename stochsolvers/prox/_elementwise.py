@@ -72,7 +72,8 @@ class SquaredHinge(Weighted):
 
     def _prox(self, v, step):
         gamma, shift = self._parameters(v)
-        return jnp.where(v >= -shift, v, _roots.hinge_root(v, shift, step, gamma))
+        below = jnp.where(v >= -shift, -shift, v)
+        return jnp.where(v >= -shift, v, _roots.hinge_root(below, shift, step, gamma))
 
     def _conjugate(self, w):
         gamma, shift = self._parameters(w)

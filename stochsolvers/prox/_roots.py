@@ -56,9 +56,11 @@ def barrier_odds(half_a: Array, half_excess: Array, half_weight: Array) -> Array
     """
     b, e, k = half_a, half_excess, half_weight
     tiny = jnp.finfo(b.dtype).tiny
-    root = hypot(e, 2 * jnp.sqrt(k) * jnp.sqrt(0.5 + k))
-    distance = jnp.where(e > 0, k / (0.5 * root + 0.5 * e), (root + jnp.abs(e)) / (1 + 2 * k))
-    t = b / ((0.25 + 0.5 * b + k + 0.5 * root) * jnp.maximum(distance, 2 * tiny))
+    # a quarter of the root: XLA turns x/2 + y/2 into (x + y)/2, but does not look into hypot
+    root = hypot(0.25 * e, 0.5 * jnp.sqrt(k) * jnp.sqrt(0.5 + k))
+    large = root + 0.25 * jnp.abs(e)
+    distance = jnp.where(e > 0, 0.5 * k / large, 4 * large / (1 + 2 * k))
+    t = b / ((0.25 + 0.5 * b + k + 2 * root) * jnp.maximum(distance, 2 * tiny))
     for _ in range(3 if jnp.finfo(t.dtype).bits <= 32 else 4):
         wall, q = 1 / (1 + t), 1 / (1 + 2 * t)
         miss = jnp.where(t < 1, 0.5 * t * wall - b, -0.5 * wall - e) + k * t * (1 + q)
