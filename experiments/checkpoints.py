@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments import parallel
+from experiments import parallel, terminal
 
 KEPT = 2
 TERMINATION = (signal.SIGTERM, signal.SIGINT)
@@ -227,12 +227,9 @@ def _unreadable(folder: Path, reason: str) -> CheckpointError:
 
 
 def _reason(error: BaseException) -> str:
-    line = next(iter(str(error).splitlines()), "")
     # TensorStore adds its settings after the cause: [name='…'] [name='…']
-    line, *_ = re.split(r" \[[\w ]+='", line)
-    if len(line) > 200:  # the cause is at one end or the other
-        line = f"{line[:100]} … {line[-100:]}"
-    return f"{type(error).__name__}: {line}".rstrip(": ")
+    line, *_ = re.split(r" \[[\w ]+='", terminal.first_line(error))
+    return f"{type(error).__name__}: {terminal.shortened(line)}".rstrip(": ")
 
 
 def _short(value: Any) -> str:

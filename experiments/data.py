@@ -2,18 +2,19 @@
 
 import dataclasses
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from experiments import archive, checkpoints
+from experiments import archive, checkpoints, terminal
 
 DatasetName: TypeAlias = str
 """One of `NAMES`, or the path of an .npz file."""
 
 NAMES = ("digits", "cifar10", "cifar100")
+TRAIN_ARRAYS, TEST_ARRAYS = ("images", "labels"), ("test_images", "test_labels")
+"""The arrays of an .npz file."""
 VALIDATION_FRACTION = 0.1
 TEST_FRACTION = 0.2
 
@@ -113,7 +114,12 @@ def read(name: DatasetName, data_dir: Path) -> Source:
         raise archive.DataError(
             f"dataset: expected {', '.join(NAMES)} or the path of an .npz file, got {name}"
         )
-    return Source(Path(name).stem, *npz(Path(name)))
+    return Source(name_of(name), *npz(Path(name)))
+
+
+def name_of(dataset: DatasetName) -> str:
+    """The name of a data set; that of a file is without folder and suffix."""
+    return terminal.as_unicode(Path(dataset).stem)
 
 
 def load(name: DatasetName, data_dir: Path, *, seed: int) -> Dataset:
@@ -144,9 +150,9 @@ def npz(path: Path) -> tuple[Split, Split, tuple[str, ...]]:
       archive.DataError: the file is missing, is no .npz, lacks an array, or an array does not fit.
     """
     arrays = _npz_arrays(path)
-    train = _npz_split(path, arrays, "images", "labels")
-    if "test_images" in arrays or "test_labels" in arrays:
-        test = _npz_split(path, arrays, "test_images", "test_labels")
+    train = _npz_split(path, arrays, *TRAIN_ARRAYS)
+    if arrays.keys() >= set(TEST_ARRAYS):
+        test = _npz_split(path, arrays, *TEST_ARRAYS)
         if test.images.shape[1:] != train.images.shape[1:]:
             raise _misfit(
                 path, "test_images", f"images of shape {train.images.shape[1:]}", test.images.shape
@@ -163,38 +169,48 @@ def npz(path: Path) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of both splits, or of the training split alone; other members are not read."""
     if not path.is_file():
         raise archive.DataError(f"{path}: no such file")
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-        raise archive.DataError(f"{path} cannot be read as an .npz file ({error})") from error
+            found = set(file.files)
+            wanted = (*TRAIN_ARRAYS, *(TEST_ARRAYS if found & {*TEST_ARRAYS} else ()))
+            arrays = {name: file[name] for name in wanted if name in found}
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise archive.DataError(
+            f"{path} cannot be read as an .npz file ({terminal.reason(error)})"
+        ) from error
+    for name in wanted:
+        if name not in found:
+            held = terminal.shortened(", ".join(sorted(found))) or "nothing"
+            raise archive.DataError(f"{path} lacks {name}; it holds {held}")
+        if not isinstance(arrays[name], np.ndarray):  # NumPy gives the bytes of other files
+            raise _misfit(path, name, "an array in NumPy's format", "another file")
+    return arrays
 
 
 def _npz_split(
     path: Path, arrays: dict[str, np.ndarray], images_key: str, labels_key: str
 ) -> Split:
-    for key in (images_key, labels_key):
-        if key not in arrays:
-            raise archive.DataError(f"{path} lacks {key}; it holds {', '.join(sorted(arrays))}")
     images, labels = arrays[images_key], arrays[labels_key]
     if images.ndim not in (3, 4) or 0 in images.shape or len(images) < 3:
         expected = "(n, height, width) or (n, height, width, channels) with n ≥ 3"
         raise _misfit(path, images_key, expected, images.shape)
-    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise _misfit(path, images_key, "uint8 or floating", images.dtype)
+    if images.dtype != np.uint8:
+        with np.errstate(over="ignore"):
+            images = images.astype(np.float32)
     if not np.all(np.isfinite(images)):
-        raise _misfit(path, images_key, "finite values", "NaN or infinity")
+        raise _misfit(path, images_key, "finite values in float32", "NaN or infinity")
     if labels.shape != images.shape[:1]:
         raise _misfit(path, labels_key, f"shape {images.shape[:1]}, one an image", labels.shape)
-    if not np.issubdtype(labels.dtype, np.integer):
+    if labels.dtype.kind not in "iu":
         raise _misfit(path, labels_key, "integers", labels.dtype)
     if labels.min() < 0 or labels.max() >= len(labels):
         expected = f"0..{len(labels) - 1}, fewer classes than images"
         raise _misfit(path, labels_key, expected, f"{labels.min()}..{labels.max()}")
-    if images.dtype != np.uint8:
-        images = images.astype(np.float32)
     images = images[..., None] if images.ndim == 3 else images
     return Split(images, labels.astype(np.int32))
 

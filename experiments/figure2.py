@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
 import stochsolvers as ss
-from experiments import plots, results
+from experiments import plots, results, terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,7 @@ def draw(path: Path, points: int) -> dict[str, float]:
 def main(args: list[str] | None = None) -> None:
     """Parse the command line, draw, print the distances."""
     try:
-        config = tyro.cli(Config, prog="python -m experiments.figure2", args=args)
+        config = terminal.parse(Config, "experiments.figure2", args)
         if config.points < 2:
             raise ValueError(f"points: expected at least 2, got {config.points}")
         apart: dict[str, float] = {}

@@ -107,7 +107,7 @@ class Options:
         common = dataclasses.asdict(self)
         for name in (*UNRECORDED, *ADDABLE):
             common.pop(name, None)
-        return {"table": table, **common, "dataset": Path(self.dataset).stem}
+        return {"table": table, **common, "dataset": data.name_of(self.dataset)}
 
     def train_config(self, seed: int) -> steps.TrainConfig:
         """Of training from scratch; `filled` comes first."""

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from experiments import panels, plots, results
+from experiments import panels, plots, results, terminal
 from experiments.panels import Rows, grouped, lost, name_of
 
 CSV, PAGE, NOTES = "summary.csv", "README.md", "NOTES.md"
@@ -247,11 +247,10 @@ def write(folder: Path, rows: Rows) -> list[str]:
         elif (folder / name).exists():
             remarks.append(f"{folder / name}: kept, the rows hold nothing to draw it from")
     target, notes = folder / PAGE, folder / NOTES
-    if not target.exists() or target.read_text().startswith(MARK):
+    if not target.exists() or results.read_text(target).startswith(MARK):
         pictures = [name for name in PICTURES if (folder / name).exists()]
-        text = page(rows, pictures, notes.read_text() if notes.exists() else "")
-        with results.whole_file(target) as partial:
-            partial.write_text(text)
+        text = page(rows, pictures, results.read_text(notes) if notes.exists() else "")
+        results.write_text(target, text)
     else:
         remarks.append(f"{target}: kept, it was written by hand")
     return remarks
@@ -298,7 +297,7 @@ def load(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 def main(args: list[str] | None = None) -> None:
     """Parse the command line, print the tables, write the files."""
-    config = tyro.cli(Config, prog="python -m experiments.report", args=args)
+    config = terminal.parse(Config, "experiments.report", args)
     try:
         folders = found(config.folders or [STORED])
         groups = {config.out: folders} if config.out else {each: [each] for each in folders}

@@ -50,10 +50,27 @@ def _umask() -> int:
     return mask
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file in UTF-8, whatever the locale says."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """What a file in UTF-8 holds.
+
+    Raises:
+      FolderError: it is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FolderError(f"{path}: not in UTF-8 ({error})") from None
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
-    with whole_file(path) as partial:
-        partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -62,8 +79,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with whole_file(path) as partial:
-        partial.write_text(text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def write_figure(path: Path, draw: Callable[[Path], None]) -> None:
@@ -79,7 +95,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
       FolderError: a line is not a JSON object, or lacks what its kind must hold; names it.
     """
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -184,14 +200,13 @@ class Run:
         """Add the rows of a finished network, and write what there is."""
         self.rows += (dict(row) for row in rows)
         if parallel.is_first():
-            with whole_file(self.folder / SETTINGS) as partial:
-                partial.write_text(json.dumps(self.settings, indent=2) + "\n")
+            write_text(self.folder / SETTINGS, json.dumps(self.settings, indent=2) + "\n")
             write_jsonl(self.folder / ROWS, self.rows)
 
     def _check_settings(self) -> None:
         path = self.folder / SETTINGS
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(read_text(path))
         except FileNotFoundError:
             raise FolderError(
                 f"{self.folder}: holds {ROWS} without {SETTINGS}. "
@@ -243,7 +258,7 @@ def environment() -> dict[str, Any]:
 
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -19,6 +18,7 @@ from experiments import (
     parallel,
     report,
     results,
+    terminal,
     training,
 )
 from experiments.options import Options
@@ -137,7 +137,7 @@ def main(
     table: str, config: type[Any], run: Callable[[Any], list[Row]], args: list[str] | None
 ) -> None:
     """Parse the command line, run, print the table; fail if a network diverged."""
-    options: Any = tyro.cli(config, prog=f"python -m experiments.{table}", args=args)
+    options: Any = terminal.parse(config, f"experiments.{table}", args)
     try:
         with _stoppable():
             rows = run(options)
