@@ -122,7 +122,8 @@ def test_the_source_distribution_holds_what_its_tests_import_and_read():
             n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Constant)
         )
         used |= {node.value for node in constants if isinstance(node.value, str)}
-    here = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text("utf-8").split()}
+    here = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - ignored
     included = {name.removeprefix("/") for name in TARGETS["sdist"]["include"]}
     assert {"README.md", "tests", *OURS} <= used & here
     assert used & here <= included | {"pyproject.toml"}  # which is always there
