@@ -35,13 +35,13 @@ class Dataset:
     """The splits of a data set.
 
     Attributes:
-      name: of the data set.
-      train: to fit.
-      validation: to watch and to choose.
-      test: read once, at the end.
+      name: name of the data set.
+      train: the images that networks are trained on.
+      validation: held out of the training images; scored after every epoch, and for choices.
+      test: scored once, after the last epoch.
       classes: names of the classes.
-      mean: of the training pixels, for each channel.
-      std: likewise, the standard deviation.
+      mean: mean of the training pixels, shape (channels,).
+      std: their standard deviation, likewise; 1 for a constant channel.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set as it was read: what does not depend on a seed.
+    """A data set before its validation split is drawn, the same for every seed.
 
     Attributes:
-      name: of the data set; of a file, without folder and suffix.
-      train: to learn from and to validate on.
-      test: read once, at the end.
+      name: name of the data set; of a file, without folder and suffix.
+      train: the images for training and validation.
+      test: scored once, after the last epoch.
       classes: names of the classes.
     """
 
@@ -76,10 +76,12 @@ class Source:
     classes: tuple[str, ...]
 
     def dataset(self, seed: int, examples: int | None = None) -> Dataset:
-        """Hold out a tenth of the training images, chosen by the seed, for validation.
+        """The splits of a seed: a random tenth of the training images is held out for validation.
 
-        With `examples`, so many of the others are kept, chosen by the seed as well; the statistics are
-        those of all.
+        Args:
+          seed: of both random choices.
+          examples: keep this many of the other training images, chosen at random; by default all. The
+            mean and the standard deviation are those of all of them.
         """
         train, validation = hold_out(self.train, VALIDATION_FRACTION, seed=seed)
         mean, std = pixel_statistics(train.images)
@@ -90,7 +92,7 @@ class Source:
         return Dataset(self.name, train, validation, self.test, self.classes, mean, std)
 
     def sha256(self) -> str:
-        """Of all images and labels."""
+        """SHA-256 of all images and labels."""
         splits = (self.train, self.test)
         return checkpoints.digest(array for s in splits for array in (s.images, s.labels))
 
@@ -101,7 +103,7 @@ def read(name: DatasetName, data_dir: Path) -> Source:
     Args:
       name: "digits" is embedded in scikit-learn; "cifar10" and "cifar100" are read from `data_dir`;
         FILE.npz is read by `npz`.
-      data_dir: folder of archives and of what is prepared from them.
+      data_dir: folder of the CIFAR archives and of the copies prepared from them.
 
     Raises:
       archive.DataError: the name is unknown; an archive or a file is missing or corrupt.
@@ -140,11 +142,11 @@ def _cifar(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def npz(path: Path) -> tuple[Split, Split, tuple[str, ...]]:
-    """One's own images: training split, test split, the names "0", "1", … of the classes.
+    """A user's own images: training split, test split, the names "0", "1", … of the classes.
 
     The file holds `images`, (n, height, width) or (n, height, width, channels), uint8 or floating,
     and `labels`, (n,) integers from 0. It may hold `test_images` and `test_labels` as well; without
-    them a fifth of the images, the same whatever the seed of a run, is for the test.
+    them, a fifth of the images becomes the test split, the same for every seed.
 
     Raises:
       archive.DataError: the file is missing, is no .npz, lacks an array, or an array does not fit.
@@ -220,10 +222,10 @@ def _misfit(path: Path, what: str, expected: str, got: Any) -> archive.DataError
 
 
 def digits() -> tuple[Split, Split, tuple[str, ...]]:
-    """scikit-learn's 1,797 digits as 32×32 grey images; every fifth one is for the test.
+    """scikit-learn's 1,797 digits as 32×32 grey images; every fifth is a test image.
 
     The 8×8 images are enlarged by repeating each pixel in a 4×4 square, so that the LeNet of the
-    CIFAR experiments fits as it is.
+    CIFAR experiments can be used unchanged.
     """
     from sklearn.datasets import load_digits
 
@@ -237,7 +239,7 @@ def digits() -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Split, Split]:
-    """Partition a split by a seeded permutation; the second part has `fraction` of it, at least 1."""
+    """Two random parts of a split; the second has this fraction of the images, at least one image."""
     count = max(1, round(fraction * len(split)))
     order = np.random.default_rng([seed, 0]).permutation(len(split))
     kept, held = np.sort(order[count:]), np.sort(order[:count])
@@ -248,7 +250,7 @@ def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Split, Split]
 
 
 def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel; from exact sums where the pixels are integers."""
+    """Mean and standard deviation of each channel, from exact sums if the pixels are integers."""
     axes, count = (0, 1, 2), images[..., 0].size
     if np.issubdtype(images.dtype, np.integer):
         total = images.sum(axis=axes, dtype=np.int64)
