@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import re
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,11 @@ class Checkpoints:
       identity: configuration, data and network of the run; other checkpoints are refused.
 
     Raises:
-      CheckpointError: the folder holds something other than checkpoints.
+      CheckpointError: the folder holds something other than checkpoints, or see `check_path`.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        check_path(folder)
         self.folder = folder.absolute()
         self.identity = dict(identity)
         _check_holds_checkpoints_alone(self.folder)
@@ -130,6 +132,17 @@ class Checkpoints:
     def close(self) -> None:
         """Release the folder."""
         self._manager.close()
+
+
+def check_path(folder: Path) -> None:
+    """Raise a `CheckpointError` for a path that is not text: TensorStore takes paths in UTF-8 alone."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{folder}: expected a path in the encoding of the locale, {sys.getfilesystemencoding()}, "
+            "got other bytes. Choose another --out, or a locale in UTF-8."
+        ) from None
 
 
 def digest(arrays: Any) -> str:

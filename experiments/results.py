@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from experiments import checkpoints, curves, parallel
+from experiments import checkpoints, curves, parallel, terminal
 
 PACKAGES = ("stochsolvers", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 ROWS, SETTINGS = "results.jsonl", "config.json"
@@ -270,8 +270,8 @@ def _cores() -> int:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text: the first column aligned to the left, the others to the right."""
-    cells = [list(header), *(list(row) for row in rows)]
+    """A table for the terminal: the first column aligned to the left, the others to the right."""
+    cells = [[terminal.shown(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row):

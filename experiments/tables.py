@@ -55,8 +55,10 @@ def opened(
 
     Raises:
       training.ConfigurationError: a network does not fit the images, or a batch the devices.
+      checkpoints.CheckpointError: the path of the folder is not text.
       results.FolderError: the folder belongs to another run, is damaged, or is in use.
     """
+    checkpoints.check_path(options.out)
     if options.tensorboard:
         curves.check_installed()
     mesh = options.machine.mesh()

@@ -57,6 +57,12 @@ def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error(ERRORS, _in_ascii)
 
 
+def shown(text: str) -> str:
+    """A text as `print` shows it, so that columns can be aligned."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, ERRORS).decode(encoding, "replace")
+
+
 def as_unicode(name: str) -> str:
     """A file name for files in UTF-8: decoded from UTF-8, whatever the encoding of the locale."""
     return os.fsencode(name).decode("utf-8", "replace")

@@ -4,13 +4,14 @@ import ast
 import io
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from experiments import data, report, results, table2, terminal
+from experiments import checkpoints, data, report, results, table2, terminal
 
 ROOT = pathlib.Path(__file__).parents[2]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
@@ -61,7 +62,11 @@ def test_a_table_in_an_ascii_terminal(finished):
     options, out = finished
     done = run("table2", *options, locale=ASCII)
     assert done.returncode == 0, done.stderr.decode()
-    assert b"71.50 +/- 2.121" in done.stdout
+    header, rule, row = done.stdout.decode("ascii").splitlines()[1:4]
+    assert "71.50 +/- 2.121" in row
+    assert "+/- trials" in header
+    ends = [match.end() for match in re.finditer(r"-+", rule)]
+    assert all(row[end : end + 2].isspace() or end >= len(row) for end in ends)
     written = files(out)
     page = written[report.PAGE].decode("utf-8")
     assert "71.50 ± 2.121" in page
@@ -74,6 +79,16 @@ def test_a_table_in_an_ascii_terminal(finished):
         assert done.returncode == 0, done.stderr.decode()
         assert spread in done.stdout.decode("utf-8")
         assert files(out) == written
+
+
+def test_a_path_that_is_not_text_is_refused_before_training(tmp_path):
+    done = run("table2", "--out", tmp_path / "größe", locale=ASCII)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: ")
+    assert b"expected a path in the encoding of the locale, ascii" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert not list(tmp_path.iterdir())
+    checkpoints.check_path(tmp_path / "größe")
 
 
 @pytest.mark.parametrize("module", ["table2", "table3", "table4", "table5", "figure2", "report"])
