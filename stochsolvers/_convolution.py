@@ -1,8 +1,8 @@
 r"""Correlations with derivatives that XLA's CPU backend computes fast, inside loops too.
 
 The backend has one fast routine, for images (batch, rows, columns, features) and kernels (rows, columns,
-features, outputs), with one, two or three spatial axes. Outside loops it rewrites the transposed convolutions that JAX derives into
-that form; in the body of a loop it does not, and they take many times as long. Here
+features, outputs), with one, two or three spatial axes. Outside loops it rewrites the transposed convolutions
+that JAX derives into that form; in the body of a loop it does not, and they take many times as long. Here
 
     y = K ⋆ x,   x̄ = (flipped K)ᵀ ⋆ ȳ,   K̄ = ȳᵀ ⋆ xᵀ,
 

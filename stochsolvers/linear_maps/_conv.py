@@ -15,7 +15,9 @@ from stochsolvers import _checks, _convolution
 from stochsolvers._typing import Array, static_field, value_object
 from stochsolvers.linear_maps._base import LinearMap
 
-Padding: TypeAlias = Literal["SAME", "VALID", "CIRCULAR", "CAUSAL"] | int | Sequence[tuple[int, int]]
+Padding: TypeAlias = (
+    Literal["SAME", "VALID", "CIRCULAR", "CAUSAL"] | int | Sequence[tuple[int, int]]
+)
 
 
 @value_object
@@ -87,9 +89,7 @@ class Conv(LinearMap):
         if len(low) != axes:
             _checks.fail("circular_low", f"{axes} integers", low)
         extents = zip(low, self.dilated_kernel_shape, strict=True)
-        return tuple(
-            _checks.count("circular_low", n, minimum=0, maximum=k - 1) for n, k in extents
-        )
+        return tuple(_checks.count("circular_low", n, minimum=0, maximum=k - 1) for n, k in extents)
 
     @property
     def in_features(self) -> int:
