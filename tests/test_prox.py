@@ -1,6 +1,7 @@
 """Proximal operators against brute force in numpy that shares no code with the library."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -522,7 +523,7 @@ def _exact_conjugate(name, w, gamma, shift):
     return np.maximum(w, 0) + low_value, np.where(w > 0, 1 - low, low), logs
 
 
-def _assert_representable(got, exact, scale=0.0, floor=1.0, units=32, what=""):
+def _assert_representable(got, exact, scale: Any = 0.0, floor: Any = 1.0, units=32, what=""):
     """Equal to a few units of round-off, wherever the exact result is a normal float32.
 
     The floor is 1, or the factor of which u times it is the result.
@@ -641,7 +642,9 @@ def test_dual_projections_over_the_whole_range(name):
 
 def test_the_derivative_of_a_shifted_hinge_keeps_its_digits():
     v, shift = np.float32(-0.3000002), np.float32(0.3)
-    got = jax.grad(lambda gamma: prox.SquaredHinge(gamma, shift).prox(v, 1.0))(jnp.float32(0.7))
+    got = jax.grad(lambda gamma: prox.SquaredHinge(gamma, shift).prox(jnp.asarray(v), 1.0))(
+        jnp.float32(0.7)
+    )
     assert float(got) == pytest.approx(-(float(v) + float(shift)) / 1.7**2, rel=1e-6)
 
 
@@ -706,11 +709,12 @@ def test_dual_projections_have_the_derivatives_of_finite_differences(name, rng):
     prior = ALL[name]
     for shape in ((3, 3),) if name == "psd" else ((3, 3), (2, 5), (5, 2)):
         w, dw = jnp.asarray(2 * _matrix(rng, *shape)), jnp.asarray(_matrix(rng, *shape))
-        tangent = jax.jvp(prior.dual_projection, (w, 0.2), (dw, 0.3))[1]
-        expected = _finite_difference(
-            lambda t: prior.dual_projection(w + t * dw, 0.2 + 0.3 * t), 0.0, 1.0
-        )
-        np.testing.assert_allclose(tangent, expected, atol=1e-7)
+
+        def along(t, w=w, dw=dw):
+            return prior.dual_projection(w + t * dw, 0.2 + 0.3 * t)
+
+        tangent = jax.jvp(along, (0.0,), (1.0,))[1]
+        np.testing.assert_allclose(tangent, _finite_difference(along, 0.0, 1.0), atol=1e-7)
     gradient = jax.grad(lambda w: jnp.sum(jnp.sin(prior.dual_projection(w, 0.2))))
     for point in (jnp.zeros((3, 3)), jnp.eye(3), -5 * jnp.eye(3), jnp.ones((3, 3))):
         assert np.all(np.isfinite(gradient(point)))
@@ -861,7 +865,7 @@ def test_half_precision_is_computed_in_single(name, dtype, rng):
     assert prior.value(v).dtype == prior.conjugate(v).dtype == np.float32
 
 
-STRICT = ((), (3, 1), (1, 3, 1), (4, 1, 1))
+STRICT = ((), (3, 1), (4, 1, 1))
 """Shapes of weights and steps that broadcast to an array of shape (4, 3, 3)."""
 
 
@@ -942,9 +946,10 @@ class _NotSeparable(_HalfSquare):
     separable = False
 
 
-@pytest.mark.parametrize("prior", [_HalfSquare(), _NotSeparable()])
+@pytest.mark.parametrize("make", [_HalfSquare, _NotSeparable])
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
-def test_a_prior_of_two_formulas(prior, jitted, rng):
+def test_a_prior_of_two_formulas(make, jitted, rng):
+    prior = make()
     kernel, x = _matrix(rng, 5, 3), _matrix(rng, 2, 5)
     wrap = jax.jit if jitted else (lambda function: function)
     z = jnp.asarray(_matrix(rng, 2, 3))

@@ -24,12 +24,13 @@ is prox_g; every other activation changes its shape with η, for instance the le
 Errata: in table 1 and proposition 3 the shift s is called λ, and the branch below the threshold must
 read (v − γs)/(1 + γ), as continuity at v = −s shows; appendix C is written for γ = 1 only.
 
-Range: for every normal float32 v and ηγ from 1e-30 to 1e30 (γ for conjugates), values, prox, conjugates,
-dual projections and their first derivatives keep their digits wherever the exact result is a normal
-number too. Two exceptions: entries of one group or matrix that differ by more than 1e38 count as
-zeros beside the largest, and spectra are exact relative to the largest entry. Derivatives of higher
-order are finite for the barriers, |v| up to 1e6 in float32 and ηγ from 1e-8 to 1e3. Numbers below
-1e-38 count as zero, as XLA flushes them. float16 and bfloat16 are computed and returned in float32.
+Range in float32: for |v| up to 3e38 and ηγ from 1e-30 to 1e30 (values and conjugates: γ), the value,
+prox, conjugate and dual projection and their first derivatives are finite and keep their digits
+wherever the exact result is a normal number. Numbers below 1.2e-38 count as zero, as XLA flushes
+them, and with them the derivatives by η and γ that are proportional to such a number. Results on
+groups and matrices keep the digits of the largest entry. Derivatives of higher order are finite for
+the barriers, |v| up to 1e6 and ηγ from 1e-8 to 1e3. float16 and bfloat16 are computed and returned in
+float32.
 """
 
 from stochsolvers.prox._base import Prior as Prior
