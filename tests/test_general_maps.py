@@ -230,9 +230,9 @@ def test_low_precision_is_promoted(rng, name):
 @each_map
 def test_strict_modes(rng, name):
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        A = one_of_each(rng)[name]
-        x = jnp.asarray(rng.normal(size=(2, *A.in_shape)))
-        problem = ss.LayerProblem(A, x)
+        A = one_of_each(rng, jnp.float32)[name]
+        x = jnp.asarray(rng.normal(size=(2, *A.in_shape)), jnp.float32)
+        problem = ss.LayerProblem(A, x, bias=jnp.ones(A.out_features, jnp.float32))
         for form in forms.FORMS:
             if form not in ("auto", "literal") and forms._refusal(A, form):
                 continue
@@ -323,8 +323,8 @@ def test_conv_transpose_is_flax(rng, shape, taps, strides, dilation, padding, tr
     extents = [d * (k - 1) + 1 for d, k in zip(dilation, taps, strict=True)]
     if padding == "pairs":  # one cut off, one as wide as can be
         padding = tuple((k // 2, k + s - 2) for k, s in zip(extents, strides, strict=True))
-    if padding == 1 and 1 in taps:
-        padding = 0
+    if padding == 1 and 1 in taps:  # out of that filter's reach
+        padding = ((0, 1), (1, 1))
     options = {"strides": strides, "padding": padding, "kernel_dilation": dilation}
     features = (3, 2) if transpose_kernel else (2, 3)
     kernel = jnp.asarray(rng.normal(size=(*taps, *features)))
