@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +11,11 @@ import jax.numpy as jnp
 from flax import errors, nnx
 
 from stochsolvers import _layers, reports
+from stochsolvers.linear_maps import LinearMap
 from stochsolvers.nnx._dropout import linear_map_of
-from stochsolvers.nnx._layers import SolverLayer, SolverRecord
+from stochsolvers.nnx._layers import SolverConv, SolverLayer, SolverLinear, SolverRecord
 from stochsolvers.reports import _certificates, _lipschitz, _trace
+from stochsolvers.reports._known_layers import inherits_unchanged
 
 
 @reports.certify.register(nnx.Module)
@@ -117,7 +121,8 @@ def lipschitz_report(
     layers within `nnx.scan`, …) is named as not bounded. Operations between the layers count with
     their own constants: 1 for ReLU, tanh, softplus and pools of disjoint windows, |c| for a
     scaling by c. One that has none, such as `sign`, or none that is known is named, and makes the bound
-    infinite; so does a residual or parallel connection around a layer.
+    infinite; so does a residual or parallel connection around a layer. Activations count where their
+    program is that of `jax.nn`'s, whatever their name. The bound is one in exact arithmetic.
 
     Args:
       model: the network.
@@ -139,7 +144,8 @@ def lipschitz_report(
     inputs = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32 if dtype is None else dtype)
     trace = _trace.trace(forward, parameters, inputs)
     modules = {_name(path): module for path, module in nnx.iter_modules(model)}
-    parts = [_part(modules[call.label], call.input_shape) for call in trace.calls]
+    arrays = jax.tree.leaves(parameters)
+    parts = [_part(modules[call.label], call, arrays) for call in trace.calls]
     owners = [
         _name(tuple(key.key for key in path if hasattr(key, "key"))[:-1])
         for path, _ in jax.tree_util.tree_leaves_with_path(parameters)
@@ -156,18 +162,34 @@ def _mark_layers(model: nnx.Module) -> None:
         if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm):  # they call with other kernels
             rewritten |= {id(inner) for _, inner in nnx.iter_modules(module)}
     for path, module in list(nnx.iter_modules(model)):
-        known = type(module).__call__ in _KNOWN_CALLS if callable(module) else False
-        if known and id(module) not in rewritten:
+        if _is_known(module) and id(module) not in rewritten:
             module.report_label = _name(path)  # pyright: ignore[reportAttributeAccessIssue]
             object.__setattr__(module, "__class__", _marking(type(module)))
 
 
-_KNOWN_CALLS = (
-    nnx.Linear.__call__,
-    nnx.Conv.__call__,
-    nnx.BatchNorm.__call__,
-    SolverLayer.__call__,
-)
+# The layers whose norm the report computes: class -> the linear map of such a layer for inputs of a shape
+# (batch axes included). A function raises ValueError for options that it does not cover.
+_LINEAR_MAPS: dict[type, Callable[[Any, tuple[int, ...]], LinearMap]] = {
+    nnx.Linear: linear_map_of,
+    nnx.Conv: linear_map_of,
+    SolverLinear: linear_map_of,
+    SolverConv: linear_map_of,
+}
+_NORMALISATIONS = (nnx.BatchNorm,)
+
+
+def _is_known(module: Any) -> bool:
+    """Whether a module computes what its class in the tables above does."""
+    known = (*_LINEAR_MAPS, *_NORMALISATIONS)
+    base = inherits_unchanged(type(module), known)
+    if base is None:
+        return False
+    defaults = inspect.signature(base.__init__).parameters
+    return all(
+        getattr(module, name) is defaults[name].default
+        for name in ("dot_general", "conv_general_dilated", "promote_dtype")
+        if name in defaults
+    )
 
 
 @functools.cache
@@ -185,14 +207,19 @@ def _marking(cls: Any) -> Any:
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-def _part(layer: Any, input_shape: tuple[int, ...]) -> _lipschitz.Part:
+def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschitz.Part:
+    """What the report needs of a layer for one call, given all of the network's parameters."""
     kind = type(layer).__name__
-    if isinstance(layer, nnx.BatchNorm):
+    if isinstance(layer, _NORMALISATIONS):
         scale = None if layer.scale is None else layer.scale[...]
         return _lipschitz.Part(kind, normalisation=(scale, layer.var[...], layer.epsilon))
+    kernel = layer.kernel.get_value()
+    if not all(i in call.parameters for i, array in enumerate(parameters) if array is kernel):
+        return _lipschitz.Part(kind)  # called with another kernel
+    linear_map_for = _LINEAR_MAPS[inherits_unchanged(type(layer), _LINEAR_MAPS)]
     try:
-        part = _lipschitz.Part(kind, linear_map_of(layer, input_shape))
-    except ValueError:  # not a two-dimensional convolution, or one with other options
+        part = _lipschitz.Part(kind, linear_map_for(layer, call.input_shape))
+    except ValueError:
         return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):
         return part
