@@ -1,7 +1,9 @@
 """Reports on whole networks, against dense matrices in numpy and certificates layer by layer."""
 
+import functools
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -864,10 +866,25 @@ def test_a_layer_that_computes_something_else_is_not_bounded_by_its_kernel():
         def reset(self):
             self.kernel[...] = jnp.zeros((3, 3))
 
+    class Narrow(nnx.Module):
+        """A normalisation by other statistics than those that it keeps."""
+
+        def __init__(self, of_the_batch):
+            self.norm, self.of_the_batch = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), of_the_batch
+
+        def __call__(self, x):
+            if self.of_the_batch:
+                self.norm.use_running_average = False
+            else:
+                self.norm.var.set_value(1e-4 * jnp.ones(3))
+            return self.norm(x)
+
     for model in [
         nnx.Linear(3, 3, dot_general=tenfold, rngs=nnx.Rngs(0)),
         Steep(3, 3, solver=ONE, rngs=nnx.Rngs(0)),
         Replaced(),
+        Narrow(True),
+        Narrow(False),
     ]:
         assert ss.lipschitz_report(model, (1, 3)).bound == np.inf
     own = ss.lipschitz_report(Own(nnx.Rngs(0)), (1, 3))
@@ -901,13 +918,13 @@ def test_a_layer_within_vmap_has_the_shape_that_it_sees():
             self.conv = nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(0))
 
         def __call__(self, x):  # examples along the last axis
-            return jax.vmap(lambda x: self.conv(x[None])[0], in_axes=-1, out_axes=-1)(x)
+            return jax.vmap(self.conv, in_axes=-1, out_axes=-1)(x)
 
     model = Mapped()
     report = ss.lipschitz_report(model, (5, 4, 2, 2))
     bias = model(jnp.zeros((5, 4, 2, 1)))
     want = dense_norm(lambda x: model(x[0][..., None]) - bias, (5, 4, 2))
-    assert report.rows[0].input_shape == (1, 5, 4, 2)
+    assert report.rows[0].input_shape == (5, 4, 2)
     assert want * (1 - 1e-6) <= report.bound <= want * 1.01
 
     @nnx.vmap
@@ -922,6 +939,27 @@ def test_a_layer_within_vmap_has_the_shape_that_it_sees():
             return nnx.vmap(lambda layer, x: layer(x))(self.layers, x)
 
     assert ss.lipschitz_report(Stack(), (3, 1, 3)).bound == np.inf
+
+    for axes in [{"params": 0}, {"params": None}]:
+
+        class Lifted(nn.Module):
+            axes: Any
+
+            @nn.compact
+            def __call__(self, x):
+                split = {"params": self.axes["params"] == 0}
+                conv = nn.vmap(nn.Conv, self.axes, split, in_axes=-1, out_axes=-1)
+                return conv(2, (3, 3), use_bias=False, name="conv")(x)
+
+        module = Lifted(axes)
+        variables = module.init(jax.random.key(0), jnp.ones((1, 5, 4, 2, 2)))
+        report = ss.lipschitz_report(module, variables, (1, 5, 4, 2, 2))
+        one = np.inf  # kernels of their own
+        if axes["params"] is None:
+            apply = functools.partial(module.apply, variables)
+            one = dense_norm(lambda x, apply=apply: apply(x[..., None]), (5, 4, 2))
+        assert one * (1 - 1e-6) <= report.bound
+        assert report.bound <= one * 1.01
 
 
 def test_a_layer_with_a_rewritten_kernel_has_one_row_in_both_interfaces():
@@ -974,3 +1012,49 @@ def test_layers_that_share_their_output_are_told_apart():
         "stem": "", "left": "on one of several paths", "right": "on one of several paths", "head": "",
     }  # fmt: skip
     np.testing.assert_allclose(report.factor, 2 * np.sqrt(2) / 2)
+
+
+class Graph(nnx.Module):
+    """Nodes that add what some earlier nodes computed; the last one is the output.
+
+    Args:
+      parents: of each node but the first, which is the input.
+      layered: the nodes that apply a dense layer to their sum.
+    """
+
+    def __init__(self, parents, layered):
+        self.parents = nnx.static(parents)
+        self.layers = nnx.data({i: nnx.Linear(2, 2, rngs=nnx.Rngs(i)) for i in layered})
+
+    def __call__(self, x):
+        values = [x]
+        for i, parents in enumerate(self.parents, 1):
+            value = sum((values[j] for j in parents[1:]), start=values[parents[0]])
+            if i in self.layers:
+                value = (nnx.jit if i % 2 else nnx.remat)(lambda f, x: f(x))(self.layers[i], value)
+            values.append(value)
+        return values[-1]
+
+
+def test_calls_on_every_path_are_those_of_all_enumerated_paths(rng):
+    seen = set()
+    for _ in range(40):
+        nodes = range(1, rng.integers(2, 8))
+        parents = tuple(
+            tuple(int(j) for j in rng.choice(i, rng.integers(1, min(i, 2) + 1), replace=False))
+            for i in nodes
+        )
+        layered = tuple(i for i in nodes if rng.random() < 0.6)
+
+        def paths(node, parents=parents):
+            return [(*p, node) for j in parents[node - 1] for p in paths(j)] if node else [(0,)]
+
+        everywhere = set.intersection(*map(set, paths(len(parents))))
+        report = ss.lipschitz_report(Graph(parents, layered), (1, 2))
+        for row in report.rows:
+            on_every_path = int(row.name.split(".")[-1]) in everywhere
+            assert row.note == ("" if on_every_path else "on one of several paths")
+            seen.add(row.note)
+        # a sum of sums counts every path once
+        assert report.factor == len(paths(len(parents)))
+    assert len(seen) == 2

@@ -231,15 +231,18 @@ def _part(
     """
     prefix = "" if call.label == "(model)" else f"{call.label}/"
     kind = type(layer).__name__
-    if isinstance(layer, _NORMALISATIONS):
-        scale, variance = flat.get(f"params/{prefix}scale"), flat[f"batch_stats/{prefix}var"]
+    is_normalisation = isinstance(layer, _NORMALISATIONS)
+    weight = f"params/{prefix}{'scale' if is_normalisation else 'kernel'}"
+    if weight in indices and indices[weight] not in call.parameters:
+        return _lipschitz.Part(kind)  # called with another kernel or scale
+    if is_normalisation and call.reads_others:
+        return _lipschitz.Part(kind)  # with another variance
+    if is_normalisation:
+        scale, variance = flat.get(weight), flat[f"batch_stats/{prefix}var"]
         return _lipschitz.Part(kind, normalisation=(scale, variance, layer.epsilon))
-    kernel = f"params/{prefix}kernel"
-    if indices[kernel] not in call.parameters:
-        return _lipschitz.Part(kind)  # called with another kernel
     linear_map_for = _LINEAR_MAPS[inherits_unchanged(type(layer), _LINEAR_MAPS)]
     try:
-        linear_map = linear_map_for(layer, flat[kernel], call.input_shape)
+        linear_map = linear_map_for(layer, flat[weight], call.input_shape)
     except ValueError:
         return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):

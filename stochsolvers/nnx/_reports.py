@@ -178,18 +178,25 @@ _LINEAR_MAPS: dict[type, Callable[[Any, tuple[int, ...]], LinearMap]] = {
 _NORMALISATIONS = (nnx.BatchNorm,)
 
 
+_OPERATIONS = ("dot_general", "conv_general_dilated", "promote_dtype")
+
+
 def _is_known(module: Any) -> bool:
     """Whether a module computes what its class in the tables above does."""
-    known = (*_LINEAR_MAPS, *_NORMALISATIONS)
-    base = inherits_unchanged(type(module), known)
-    if base is None:
-        return False
-    defaults = inspect.signature(base.__init__).parameters
-    return all(
-        getattr(module, name) is defaults[name].default
-        for name in ("dot_general", "conv_general_dilated", "promote_dtype")
-        if name in defaults
+    base = inherits_unchanged(type(module), (*_LINEAR_MAPS, *_NORMALISATIONS))
+    return base is not None and all(
+        getattr(module, name) is default for name, default in _operations(base).items()
     )
+
+
+@functools.cache
+def _operations(cls: Any) -> dict[str, Any]:
+    """The operations that a Flax layer lets its user replace, by their names in its constructor."""
+    defaults: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        parameters = inspect.signature(base.__init__).parameters
+        defaults |= {name: parameters[name].default for name in _OPERATIONS if name in parameters}
+    return defaults
 
 
 @functools.cache
@@ -197,9 +204,10 @@ def _marking(cls: Any) -> Any:
     """The class of a layer, with its input and output marked."""
 
     def call(self, inputs, *args, **options):
-        statistics = (*args, options.get("use_running_average"))[0]
-        if statistics is False:  # of the batch
-            return cls.__call__(self, inputs, *args, **options)
+        if isinstance(self, _NORMALISATIONS):
+            given = (*args, options.get("use_running_average"))[0]
+            if not (self.use_running_average if given is None else given):  # the batch's statistics
+                return cls.__call__(self, inputs, *args, **options)
         inputs = _trace.mark_input(inputs, self.report_label)
         outputs = cls.__call__(self, inputs, *args, **options)
         return _trace.mark_output(outputs, self.report_label)
@@ -210,12 +218,17 @@ def _marking(cls: Any) -> Any:
 def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschitz.Part:
     """What the report needs of a layer for one call, given all of the network's parameters."""
     kind = type(layer).__name__
-    if isinstance(layer, _NORMALISATIONS):
+    is_normalisation = isinstance(layer, _NORMALISATIONS)
+    weight = layer.scale if is_normalisation else layer.kernel
+    own = [] if weight is None else [weight.get_value()]
+    indices = {i for i, array in enumerate(parameters) if any(array is one for one in own)}
+    if indices and indices.isdisjoint(call.parameters):
+        return _lipschitz.Part(kind)  # called with another kernel or scale
+    if is_normalisation and call.reads_others:
+        return _lipschitz.Part(kind)  # with another variance
+    if is_normalisation:
         scale = None if layer.scale is None else layer.scale[...]
         return _lipschitz.Part(kind, normalisation=(scale, layer.var[...], layer.epsilon))
-    kernel = layer.kernel.get_value()
-    if not all(i in call.parameters for i, array in enumerate(parameters) if array is kernel):
-        return _lipschitz.Part(kind)  # called with another kernel
     linear_map_for = _LINEAR_MAPS[inherits_unchanged(type(layer), _LINEAR_MAPS)]
     try:
         part = _lipschitz.Part(kind, linear_map_for(layer, call.input_shape))

@@ -46,6 +46,7 @@ class Call:
       position: in the order of the trace.
       on_every_path: whether the network's output sees its input only through this layer.
       parameters: those, by their number, that the layer reads as they are.
+      reads_others: whether it reads other arrays that are computed outside of it, beside its input.
     """
 
     label: str
@@ -53,6 +54,7 @@ class Call:
     position: int
     on_every_path: bool
     parameters: frozenset[int]
+    reads_others: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +93,20 @@ def trace(function: Callable[..., Any], parameters: Any, inputs: Any) -> Trace:
     dependent = _dependent(steps, inputs)
     spans = [span for span in _spans(steps) if dependent.intersection(steps[span.stop].reads)]
     everywhere = _on_every_path(steps, spans, inputs, results)
-    calls = [
-        Call(
-            span.label,
-            span.input_shape,
-            span.start,
-            span in everywhere and _reads_its_input_alone(steps, span, dependent),
-            frozenset(_all_reads(steps, span).intersection(weights)),
+    calls = []
+    for span in sorted(spans, key=lambda span: span.start):
+        alone = _reads_its_input_alone(steps, span, dependent)
+        read = _outside_reads(steps, span)
+        calls.append(
+            Call(
+                span.label,
+                span.input_shape,
+                position=span.start,
+                on_every_path=span in everywhere and alone,
+                parameters=frozenset(read.intersection(weights)),
+                reads_others=not read.issubset(weights),
+            )
         )
-        for span in sorted(spans, key=lambda span: span.start)
-    ]
     marked = _marked(steps)
     strays = _strays(steps, marked, weights, results)
     return Trace(tuple(calls), strays, *_constants(steps, marked, inputs, results))
@@ -247,8 +253,10 @@ def _reads_its_input_alone(steps: Sequence[_Step], span: _Span, dependent: set[i
     return True
 
 
-def _all_reads(steps: Sequence[_Step], span: _Span) -> set[int]:
-    return {number for step in steps[span.start : span.stop + 1] for number in step.reads}
+def _outside_reads(steps: Sequence[_Step], span: _Span) -> set[int]:
+    """What a call reads from outside, beside its input."""
+    read = {number for step in steps[span.start + 1 : span.stop + 1] for number in step.reads}
+    return read.difference(*(step.writes for step in steps[span.start : span.stop]))
 
 
 def _constants(
