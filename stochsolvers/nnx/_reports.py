@@ -203,8 +203,8 @@ def _operations(cls: Any) -> dict[str, Any]:
 def _marking(cls: Any) -> Any:
     """The class of a layer, with its input and output marked."""
 
-    def call(self, inputs, *args, **options):
-        if isinstance(self, _NORMALISATIONS):
+    def call(self: Any, inputs, *args, **options):
+        if issubclass(cls, _NORMALISATIONS):
             given = (*args, options.get("use_running_average"))[0]
             if not (self.use_running_average if given is None else given):  # the batch's statistics
                 return cls.__call__(self, inputs, *args, **options)

@@ -136,8 +136,9 @@ def _ells(result: Value) -> list[float]:
 
 
 def _scaled(ell: float, factor: float | None) -> float:
-    known = factor is not None and math.isfinite(factor) and math.isfinite(ell)
-    return ell * abs(factor) if known else math.inf
+    if factor is None or not math.isfinite(factor) or not math.isfinite(ell):
+        return math.inf
+    return ell * abs(factor)
 
 
 _RULES: dict[str, Callable[[Value], float]] = {  # for integers, too

@@ -65,7 +65,7 @@ class Trace:
       calls: of marked layers, in order.
       strays: parameters, by their number, that the output depends on and that are read outside the
         marked layers, with the position of their first use.
-      between: names of the operations on the input's way outside the marked layers.
+      between: names of the operations outside the marked layers that compute the output from the input.
       factor: a Lipschitz constant of the network if every layer's is 1; 0 where the output does not
         depend on the input, infinite where one of the operations has none that is known.
       unknown: names of those.
@@ -85,9 +85,8 @@ def trace(function: Callable[..., Any], parameters: Any, inputs: Any) -> Trace:
     arguments = [next(values) for _ in jaxpr.invars]
     steps: list[_Step] = []
     results = [n for n in _flatten(jaxpr, arguments, values, steps) if n is not None]
-    count = len(
-        jax.tree.leaves(parameters)
-    )  # the first so many numbers are the parameters' indices
+    # the first numbers are those of the parameters
+    count = len(jax.tree.leaves(parameters))
     weights, inputs = arguments[:count], arguments[count:]
 
     dependent = _dependent(steps, inputs)
