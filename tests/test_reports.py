@@ -994,6 +994,19 @@ def test_a_layer_with_a_rewritten_kernel_has_one_row_in_both_interfaces():
     assert [row.name for row in report.rows] == [f"layers.{i}.layer_instance" for i in (0, 1)]
 
 
+def test_parameters_in_a_container_are_those_of_its_module():
+    class Scaled(nnx.Module):
+        def __init__(self):
+            self.gains = nnx.data({"first": nnx.Param(jnp.ones(4))})
+
+        def __call__(self, x):
+            return x * self.gains["first"][...]
+
+    report = ss.lipschitz_report(nnx.Sequential(Scaled(), jnp.tanh), (1, 4))
+    assert [(row.name, row.kind) for row in report.rows] == [("layers.0", "Scaled")]
+    assert report.bound == np.inf
+
+
 def test_layers_that_share_their_output_are_told_apart():
     class Branches(nnx.Module):
         def __init__(self, rngs):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -147,19 +147,33 @@ def lipschitz_report(
     arrays = jax.tree.leaves(parameters)
     parts = [_part(modules[call.label], call, arrays) for call in trace.calls]
     owners = [
-        _name(tuple(key.key for key in path if hasattr(key, "key"))[:-1])
+        _owner(tuple(key.key for key in path if hasattr(key, "key")), modules)
         for path, _ in jax.tree_util.tree_leaves_with_path(parameters)
     ]
     strays = {owners[index]: position for index, position in reversed(trace.strays.items())}
+    for name in list(strays):  # a wrapper and what it wraps have one row
+        if isinstance(modules[name], _WRAPPERS):
+            wrapped = "" if name == _name(()) else f"{name}."
+            if any(other.startswith(wrapped) for other in strays.keys() - {name}):
+                del strays[name]
     kinds = {name: type(modules[name]).__name__ for name in strays}
     return _lipschitz.norms_report(trace, parts, strays, kinds)
+
+
+def _owner(path: tuple[Any, ...], modules: Mapping[str, nnx.Module]) -> str:
+    """The name of the module that a parameter belongs to, itself or in a container."""
+    names = (_name(path[:end]) for end in range(len(path) - 1, -1, -1))
+    return next(name for name in names if name in modules)
+
+
+_WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm)  # they call layers with other kernels
 
 
 def _mark_layers(model: nnx.Module) -> None:
     """Make the layers that have a bound mark their calls."""
     rewritten = set()
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm):  # they call with other kernels
+        if isinstance(module, _WRAPPERS):
             rewritten |= {id(inner) for _, inner in nnx.iter_modules(module)}
     for path, module in list(nnx.iter_modules(model)):
         if _is_known(module) and id(module) not in rewritten:
