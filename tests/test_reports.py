@@ -735,6 +735,7 @@ def test_an_activation_without_a_slope_has_none():
     for function in [
         lambda x: jax.nn.celu(x, -1.0),  # grows like exp
         lambda x: jax.nn.squareplus(x, -1.0),
+        lambda x: jax.nn.leaky_relu(x, np.nan),
         lambda x: jax.nn.elu(x, jnp.sum(x)),
         jax.jit(lambda x: jax.nn.elu(x[:1], x[1])),
         lambda x: jax.nn.celu(x, jnp.asarray([1.0, -1.0, 1.0, 1.0])),

@@ -115,14 +115,19 @@ def lipschitz_report(
     The forward pass of a copy in evaluation mode is traced, not run, to see which layers are called,
     in which order and on which shapes. The model itself is unchanged.
 
-    `nnx.Linear`, two-dimensional `nnx.Conv` and their solvers have a certified norm: exact for dense
-    layers and circular padding, a bracket under zero padding. `nnx.BatchNorm` has its scale. What
-    else has parameters (attention, `Embed`, `ConvTranspose`, one- and three-dimensional convolutions,
-    layers within `nnx.scan`, …) is named as not bounded. Operations between the layers count with
-    their own constants: 1 for ReLU, tanh, softplus and pools of disjoint windows, |c| for a
-    scaling by c. One that has none, such as `sign`, or none that is known is named, and makes the bound
-    infinite; so does a residual or parallel connection around a layer. Activations count where their
-    program is that of `jax.nn`'s, whatever their name. The bound is one in exact arithmetic.
+    Layers with a certified norm: `nnx.Linear`, two-dimensional `nnx.Conv`, their solvers, and
+    `nnx.BatchNorm`, whose norm is its largest scale. The norm is exact for dense layers and circular
+    padding, and a bracket under zero padding. Subclasses count if they override no method, and layers if
+    they have Flax's own `dot_general` and `promote_dtype` and are called with their own kernel. All other
+    modules with parameters are named as not bounded: attention, `Embed`, `ConvTranspose`, one- and
+    three-dimensional convolutions, layers within `nnx.SpectralNorm`, `nnx.WeightNorm` and `nnx.scan`, …
+
+    The bound includes the Lipschitz constants of the operations between the layers: 1 for ReLU, tanh,
+    softplus and pools of disjoint windows, |c| for a scaling by c. An activation of `jax.nn` is
+    recognised by the operations that it consists of; the name of a function is not used. Operations
+    without a constant, such as `sign`, and those whose constant is not known are named, and make the
+    bound infinite; so does a residual or parallel connection around a layer. The bound holds in exact
+    arithmetic: rounding, as by a cast to bfloat16, adds the relative precision of the dtype.
 
     Args:
       model: the network.

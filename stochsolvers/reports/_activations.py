@@ -1,8 +1,9 @@
 r"""Lipschitz constants of the activations of `jax.nn`, recognised by their programs.
 
-A program is an activation φ where its graph of operations is that of `jax.nn`'s own function, traced by the
-JAX at hand: the same primitives of the same numbers, up to casts between floating-point dtypes and up to a
-permutation or reshape of all entries. A name proves nothing. The slopes:
+A computation is taken for an activation φ(x), entry by entry, if its graph of operations equals that of the
+function in `jax.nn`, traced by the installed JAX: the same primitives and the same constants. Casts between
+floating-point dtypes, and permutations and reshapes of all entries, are ignored. Names of functions are not
+used. Lipschitz constants of φ:
 
     softplus, soft_sign, hard_tanh, sparse_plus     1          silu, mish      1.1
     squareplus(b), b ≥ 0                            1          hard_silu       1.5
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from stochsolvers.reports._program import Value, is_float, run
 
@@ -52,12 +54,14 @@ def activation_constant(value: Value) -> float:
 
 def _constants(value: Value) -> Iterator[float]:
     for activation in _ACTIVATIONS:
-        program = _program(activation, value.aval.dtype, jax.config.read("jax_enable_x64"))
+        program = _program(activation, value.aval.dtype, jnp.result_type(float))
         found: dict[Value, Any] = {}
         if program.result.operation == value.operation and _matches(
             program.result, value, program.arguments, found
         ):
             x, *parameters = (found[argument] for argument in program.arguments)
+            if not all(map(math.isfinite, parameters)):
+                continue
             yield activation.slope(*parameters) * x[0].repeated(value.aval.shape)
 
 
@@ -67,8 +71,8 @@ class _Program(NamedTuple):
 
 
 @functools.cache
-def _program(activation: _Activation, dtype: Any, x64: bool) -> _Program:
-    """The graph of an activation of `jax.nn` on one number; `x64` is JAX's setting while it is traced."""
+def _program(activation: _Activation, dtype: Any, default: Any) -> _Program:
+    """The graph of an activation for scalars of a dtype, traced while JAX's default dtype is `default`."""
     scalars = [jax.ShapeDtypeStruct((), dtype)] * (1 + activation.parameters)
     jaxpr: Any = jax.make_jaxpr(activation.function)(*scalars).jaxpr
     arguments = tuple(Value(variable.aval, 0.0) for variable in jaxpr.invars)

@@ -8,11 +8,12 @@ arrays (0 for what does not depend on it), the result's is at most
     sum over n entries          n^{1/2} ℓ_1        n copies          n^{1/2} ℓ_1
     maxima over windows         o^{1/2} ℓ_1        sums over windows  (o n)^{1/2} ℓ_1
 
-for windows of n entries, each entry in o of them at most; `activation_constant` of an activation of
-`jax.nn`; and ∞ for whatever is not known here.
+for windows of n entries, each entry in o of them at most; `activation_constant` for the activations of
+`jax.nn`; and ∞ for everything else.
 
-They hold in exact arithmetic. Rounding, as by a cast to bfloat16, moves a value by its relative precision,
-which is more than ℓ ||x − y|| where x and y are close.
+The constants hold in exact arithmetic. Rounding moves a value by up to its relative precision (2⁻⁹ in
+bfloat16), so that a cast to bfloat16 is not 1-Lipschitz between points closer than that. Quantisers coarser
+than the 16-bit floating-point dtypes have no constant: integers, `reduce_precision`, 8-bit dtypes.
 """
 
 import math

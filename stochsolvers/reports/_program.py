@@ -1,7 +1,7 @@
-"""A jaxpr as a graph of values: what every value was computed by, calls entered.
+"""The values that a jaxpr computes, each with the operation and the operands that it results from.
 
-The calls that are entered are `jit`, `remat` and custom derivatives, whose values are those of their bodies.
-Loops and branches (scan, while, cond) are operations like any other.
+Calls of `jit`, `remat` and functions with custom derivatives are replaced by their bodies. Loops and branches
+(scan, while, cond) are operations like any other.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""The graph of a forward pass, read off its jaxpr: which layers are called, on what, and on which path.
+"""The graph of a forward pass, from its jaxpr: which layers are called, on which shapes, on which paths.
 
-A Flax room calls `mark_input` and `mark_output` around every layer that it knows. The marks are
-`checkpoint_name`s, identities that survive every transformation, so that layers within `jit` and
-`remat` are found, and that nothing depends on what was traced before. Loops and branches (scan, while,
-cond) are not entered.
+The Flax front ends call `mark_input` and `mark_output` around every layer whose norm they can compute. The
+marks are `checkpoint_name`s, which are identities that JAX's transformations keep, so that layers within
+`jit`, `remat` and `vmap` are found, also where JAX takes a jitted function from its cache. Loops and
+branches (scan, while, cond) are not entered.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _SHAPE_ONLY = ("reshape", "squeeze", "expand_dims", "transpose", "convert_elemen
 def mark_input(x: Array, label: str) -> Array:
     """The input of a layer, unchanged.
 
-    The mark tells its shape, since `jax.vmap` adds an axis, anywhere, to what the layer sees.
+    The mark contains its shape: within `jax.vmap`, the array of the jaxpr has one more axis, at any place.
     """
     return checkpoint_name(x, f"{_INPUT}{'x'.join(map(str, x.shape))}:{label}")
 
@@ -63,12 +63,12 @@ class Trace:
 
     Attributes:
       calls: of marked layers, in order.
-      strays: parameters, by their number, that the output depends on and that are read outside the
-        marked layers, with the position of their first use.
+      strays: parameters, by their number, that are read outside the marked layers and that the output
+        depends on, with the position of their first use.
       between: names of the operations outside the marked layers that compute the output from the input.
-      factor: a Lipschitz constant of the network if every layer's is 1; 0 where the output does not
-        depend on the input, infinite where one of the operations has none that is known.
-      unknown: names of those.
+      factor: a Lipschitz constant of the network if that of every marked layer is 1; 0 if the output
+        does not depend on the input, infinite if no constant is known for one of the operations.
+      unknown: names of the operations without a known constant.
     """
 
     calls: tuple[Call, ...]
