@@ -1008,6 +1008,15 @@ def test_parameters_in_a_container_are_those_of_its_module():
     assert report.bound == np.inf
 
 
+def test_partitioned_parameters_are_arrays():
+    kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "x"))
+    module = nn.Sequential([nn.Dense(4, kernel_init=kernel_init), jnp.tanh])
+    variables = module.init(jax.random.key(0), jnp.ones((1, 3)))
+    kernel = nn.unbox(variables)["params"]["layers_0"]["kernel"]
+    report = ss.lipschitz_report(module, variables, (1, 3))
+    np.testing.assert_allclose(report.bound, np.linalg.norm(kernel, 2), rtol=1e-4)
+
+
 def test_layers_that_share_their_output_are_told_apart():
     class Branches(nnx.Module):
         def __init__(self, rngs):

@@ -140,7 +140,7 @@ def lipschitz_report(
     """
     _check_variables(variables)
     layers: dict[str, nn.Module] = {}
-    variables = dict(variables)
+    variables = dict(nn.unbox(variables))
     parameters = variables.pop("params", {})
 
     wrappers: list[str] = []  # around the call at hand, which have it called with other kernels
