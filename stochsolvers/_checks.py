@@ -90,6 +90,14 @@ def pair_of_counts(what: str, value: Any) -> tuple[int, int]:
     return count(what, pair[0]), count(what, pair[1])
 
 
+def counts(what: str, value: Any, axes: int) -> tuple[int, ...]:
+    """Require one integer >= 1 for each of `axes` axes; a single integer stands for all."""
+    each = (value,) * axes if isinstance(value, int | np.integer) else value
+    if not isinstance(each, tuple | list) or len(each) != axes:
+        fail(what, f"{axes} integers >= 1" if axes > 1 else "one integer >= 1", repr(value))
+    return tuple(count(what, one) for one in each)
+
+
 def trailing(what: str, array: Any, shape: tuple[int, ...]) -> None:
     """Require that the array's last axes have exactly this shape (leading batch axes are free)."""
     if jnp.shape(array)[max(jnp.ndim(array) - len(shape), 0) :] != shape:

@@ -1,8 +1,8 @@
 r"""Correlations with derivatives that XLA's CPU backend computes fast, inside loops too.
 
 The backend has one fast routine, for images (batch, rows, columns, features) and kernels (rows, columns,
-features, outputs). Outside loops it rewrites the transposed convolutions that JAX derives into
-that form; in the body of a loop it does not, and they take many times as long. Here
+features, outputs), with one, two or three spatial axes. Outside loops it rewrites the transposed convolutions
+that JAX derives into that form; in the body of a loop it does not, and they take many times as long. Here
 
     y = K ⋆ x,   x̄ = (flipped K)ᵀ ⋆ ȳ,   K̄ = ȳᵀ ⋆ xᵀ,
 
@@ -20,9 +20,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from stochsolvers._typing import Array
 
-Pair: TypeAlias = tuple[int, int]
-Pads: TypeAlias = tuple[Pair, ...]
-_DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
+Counts: TypeAlias = tuple[int, ...]
+Pads: TypeAlias = tuple[tuple[int, int], ...]
 
 
 def correlate(
@@ -30,25 +29,26 @@ def correlate(
     kernel: Array,
     pads: Pads,
     *,
-    strides: Pair = (1, 1),
-    base: Pair = (1, 1),
-    dilation: Pair = (1, 1),
+    strides: Counts | None = None,
+    base: Counts | None = None,
+    dilation: Counts | None = None,
     groups: int = 1,
 ) -> Array:
-    """Σ_{a, b, i} kernel[a, b, i, j] x̃[s p + d a, s q + d b, i] of a batch, x̃ padded with zeros.
+    """Σ_{a, i} kernel[a, i, j] x̃[s p + d a, i] of a batch, x̃ padded with zeros; a, p run over spatial axes.
 
     Args:
-      x: shape (B, H, W, n1).
-      kernel: shape (kh, kw, n1 / groups, n2).
-      pads: (low, high) for rows and columns; negative ones cut off.
-      strides: s.
+      x: shape (B, *sizes, n1), one to three spatial axes.
+      kernel: shape (*taps, n1 / groups, n2).
+      pads: (low, high) for each spatial axis; negative ones cut off.
+      strides: s; 1 if None, as are the next two.
       base: distance of the pixels of x in x̃, zeros between them.
       dilation: d.
       groups: of features.
     """
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    geometry = _Geometry(pads, strides, base, dilation, groups)
+    ones = (1,) * len(pads)
+    geometry = _Geometry(pads, strides or ones, base or ones, dilation or ones, groups)
     # transposes by hand do not know the types of shard_map, and symbolic sizes are not compared
     manual = jax.sharding.get_abstract_mesh().manual_axes
     known = all(isinstance(n, int) and n > 0 for n in x.shape)
@@ -59,9 +59,9 @@ def correlate(
 
 class _Geometry(NamedTuple):
     pads: Pads
-    strides: Pair
-    base: Pair
-    dilation: Pair
+    strides: Counts
+    base: Counts
+    dilation: Counts
     groups: int
 
 
@@ -73,7 +73,9 @@ def _correlate(x: Array, kernel: Array, geometry: _Geometry) -> Array:
 def _tangent(geometry: _Geometry, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """The derivatives as transposes of the transposes, so that reverse mode runs the latter."""
     x, kernel = primals
-    (pads, strides, base, dilation, groups), axes = geometry, range(2)
+    pads, strides, base, dilation, groups = geometry
+    axes = range(len(pads))
+    images_last = (*(1 + i for i in axes), 0, 1 + len(axes))  # (B, *sizes, n) to (*sizes, B, n)
     y = _correlate(x, kernel, geometry)
     starts = [low for low, _ in pads]
     reach = [dilation[i] * (kernel.shape[i] - 1) for i in axes]
@@ -88,12 +90,13 @@ def _tangent(geometry: _Geometry, primals: Any, tangents: Any) -> tuple[Array, A
 
     def gradient_of_kernel(y: Array) -> Array:
         around = tuple((starts[i], reach[i] + beyond[i]) for i in axes)
-        features = x.reshape(*x.shape[:3], groups, -1).transpose(4, 1, 2, 3, 0)
-        features = lax.optimization_barrier(features.reshape(*features.shape[:3], -1))
-        windows = lax.optimization_barrier(y.transpose(1, 2, 0, 3))
+        features = x.reshape(*x.shape[:-1], groups, -1)
+        features = features.transpose(features.ndim - 1, *range(1, features.ndim - 1), 0)
+        features = lax.optimization_barrier(features.reshape(*features.shape[:-2], -1))
+        windows = lax.optimization_barrier(y.transpose(images_last))
         pair = _even(features, windows, groups)
         products = _fast(*pair, _Geometry(around, dilation, base, strides, groups))
-        return lax.optimization_barrier(products).transpose(1, 2, 0, 3)
+        return lax.optimization_barrier(products).transpose(images_last)
 
     directions = zip((gradient_of_x, gradient_of_kernel), tangents, strict=True)
     parts = [
@@ -108,13 +111,15 @@ _correlate.defjvp(_tangent, symbolic_zeros=True)
 
 
 def flipped(kernel: Array, groups: int) -> Array:
-    """The kernel (kh, kw, n2 / groups, n1) of the adjoint.
+    """The kernel (*taps, n2 / groups, n1) of the adjoint.
 
     The barrier keeps XLA from folding the flip into the convolution's window.
     """
-    kh, kw, n_in, n2 = kernel.shape
-    blocks = kernel[::-1, ::-1].reshape(kh, kw, n_in, groups, n2 // groups)
-    turned = blocks.transpose(0, 1, 4, 3, 2).reshape(kh, kw, n2 // groups, groups * n_in)
+    *taps, n_in, n2 = kernel.shape
+    axes = range(len(taps))
+    blocks = lax.rev(kernel, tuple(axes)).reshape(*taps, n_in, groups, n2 // groups)
+    turned = blocks.transpose(*axes, blocks.ndim - 1, blocks.ndim - 2, blocks.ndim - 3)
+    turned = turned.reshape(*taps, n2 // groups, groups * n_in)
     return lax.optimization_barrier(turned)
 
 
@@ -125,8 +130,8 @@ def _even(x: Array, kernel: Array, groups: int) -> tuple[Array, Array]:
     """
     if groups > 1 or x.shape[-1] == 1 or x.shape[-1] % 2 == 0:
         return x, kernel
-    x = jnp.pad(x, ((0, 0),) * 3 + ((0, 1),))
-    return x, jnp.pad(kernel, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, 1),))
+    return x, jnp.pad(kernel, ((0, 0),) * (kernel.ndim - 2) + ((0, 1), (0, 0)))
 
 
 def _fast(x: Array, kernel: Array, geometry: _Geometry) -> Array:
@@ -136,18 +141,21 @@ def _fast(x: Array, kernel: Array, geometry: _Geometry) -> Array:
     many is computed, from a row of zeros.
     """
     pads, strides, base, dilation, groups = geometry
-    sizes = zip(x.shape[1:3], base, kernel.shape[:2], dilation, strict=False)
+    nothing = ((0, 0),) * len(pads)
+    sizes = zip(x.shape[1:-1], base, kernel.shape[:-2], dilation, strict=True)
     if any(b * (n - 1) < d * (k - 1) for n, b, k, d in sizes):
         around = [(low, high, b - 1) for (low, high), b in zip(pads, base, strict=True)]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
-        x, pads, base = lax.optimization_barrier(x), ((0, 0), (0, 0)), (1, 1)
+        x, pads, base = lax.optimization_barrier(x), nothing, (1,) * len(pads)
     rows = None
-    if max(kernel.shape[:2]) > 1 and not any(map(any, pads)):
-        pads, rows = ((0, strides[0]), (0, 0)), -1
+    if max(kernel.shape[:-2]) > 1 and not any(map(any, pads)):
+        pads, rows = ((0, strides[0]), *nothing[1:]), -1
     return _lax(x, kernel, _Geometry(pads, strides, base, dilation, groups))[:, :rows]
 
 
 def _lax(x: Array, kernel: Array, geometry: _Geometry) -> Array:
+    spatial = "DHW"[-len(geometry.pads) :]
+    images = f"N{spatial}C"
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -155,6 +163,6 @@ def _lax(x: Array, kernel: Array, geometry: _Geometry) -> Array:
         geometry.pads,
         lhs_dilation=geometry.base,
         rhs_dilation=geometry.dilation,
-        dimension_numbers=_DIMENSION_NUMBERS,
+        dimension_numbers=(images, f"{spatial}IO", images),
         feature_group_count=geometry.groups,
     )

@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 import stochsolvers as ss
-from stochsolvers import forms
+from stochsolvers.estimators import forms
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR", ((1, 0), (2, 1)), ((3, 4), (0, 5)))
 CASES = [

@@ -5,7 +5,7 @@ r"""Cheaper equal forms of the gradient, for solvers that need it many times.
 "literal" is the left side and reads the input at every call. The other forms read it once, in c:
 
 "gram" holds H. For `Dense` it is the matrix G = WᵀW. For a convolution of unit stride it is a convolution
-with the Gram kernel of 2k − 1 taps in each direction,
+with the Gram kernel of 2k − 1 taps along each spatial axis,
 
     G[δ; j′, j] = Σ_{a − a′ = δ} Σ_i kernel[a, i, j] kernel[a′, i, j′].
 
@@ -17,10 +17,11 @@ to the image, and only what is cropped away separates H from the zero-padded con
 
     H z = G ∗ z − Σ_{rims} B B* z,
 
-B the layer's map from one strip of padding (above, below, left, right of the image; as wide as the
-padding, none under VALID) to the outputs beside it.
+B the layer's map from one strip of padding (two for each spatial axis, below and above the image; as wide
+as the padding, none under VALID) to the outputs beside it. Other linear maps have the literal form alone.
 """
 
+import itertools
 import math
 from typing import Literal, TypeAlias
 
@@ -30,7 +31,7 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
-from stochsolvers.linear_maps import Conv, Dense
+from stochsolvers.linear_maps import Conv, Dense, LinearMap
 from stochsolvers.problems import LayerProblem
 
 Form: TypeAlias = Literal["auto", "literal", "gram", "fourier"]
@@ -38,7 +39,7 @@ FORMS = ("auto", "literal", "gram", "fourier")
 
 _TRIANGLE = 256  # a symmetric product of at least so many columns computes one triangle
 # costs in multiply-adds of a convolution, measured on a two-core CPU
-_FFT_POINT = 20.0  # one point of a real two-dimensional FFT, for each halving of the grid
+_FFT_POINT = 20.0  # one point of a real FFT, for each halving of the grid
 _COMPLEX = 5.5  # a complex multiply-add in a product of small matrices
 _DENSE = 0.5  # a multiply-add in a dense matrix product
 
@@ -97,7 +98,8 @@ def gradient_form(problem: LayerProblem, form: Form, *, num_calls: int) -> Gradi
 
     Raises:
       ValueError: at trace time, for an unknown form, or one that the linear map does not have:
-        "fourier" for `Dense`; "gram" and "fourier" for strides, and for padding wider than the output.
+        "fourier" for `Dense`; "gram" and "fourier" for strides, for padding wider than the output, and
+        for maps other than `Dense` and `Conv`.
     """
     _checks.member("form", form, FORMS)
     if form == "auto":
@@ -125,11 +127,16 @@ def cheapest_form(problem: LayerProblem, num_calls: int) -> Form:
     possible: list[Form] = [
         f for f in forms if f == "literal" or not _refusal(problem.linear_map, f)
     ]
+    if len(possible) == 1:
+        return possible[0]
     return min(possible, key=lambda form: form_cost(problem, form, num_calls))
 
 
 def form_cost(problem: LayerProblem, form: Form, num_calls: int) -> float:
-    """Work of `num_calls` gradients, in multiply-adds of a convolution; what all forms share is left out."""
+    """Work of `num_calls` gradients, in multiply-adds of a convolution; what all forms share is left out.
+
+    Of a `Dense` or a `Conv`.
+    """
     A, batch = problem.linear_map, math.prod(problem.batch_shape)
     n2 = A.out_features
     if isinstance(A, Dense):
@@ -137,11 +144,13 @@ def form_cost(problem: LayerProblem, form: Form, num_calls: int) -> float:
             return _DENSE * num_calls * 2 * batch * A.in_features * n2
         triangle = 0.625 if n2 >= 2 * _TRIANGLE else 0.75 if n2 >= _TRIANGLE else 1.0
         return _DENSE * (triangle * A.in_features * n2**2 + num_calls * batch * n2**2)
-    taps, inputs, outputs = A.kernel.shape[0] * A.kernel.shape[1], A.kernel.shape[2], n2
-    pixels, block = math.prod(A.out_shape[:2]), n2 // A.feature_group_count
+    assert isinstance(A, Conv)
+    *sizes, inputs, outputs = A.kernel.shape
+    taps, pixels = math.prod(sizes), math.prod(A.out_shape[:-1])
+    block = n2 // A.feature_group_count
     if form == "literal":
         return float(num_calls * 2 * batch * pixels * taps * inputs * outputs)
-    gram_taps = (2 * A.kernel.shape[0] - 1) * (2 * A.kernel.shape[1] - 1)
+    gram_taps = math.prod(2 * k - 1 for k in sizes)
     setup = gram_taps * taps * inputs * block * n2
     rims = 2 * taps * _padding_pixels(A) * inputs * outputs
     if form == "gram":
@@ -156,38 +165,40 @@ def form_cost(problem: LayerProblem, form: Form, num_calls: int) -> float:
 def _offset(problem: LayerProblem) -> Array:
     """c = A x + b."""
     image = problem.linear_map(problem.inputs)
-    return image if problem.bias is None else image + problem.bias
+    if problem.bias is None:
+        return image
+    return image + jnp.expand_dims(problem.bias, tuple(range(image.ndim - problem.bias.ndim)))
 
 
-def _refusal(linear_map: Dense | Conv, form: Form) -> tuple[str, object] | None:
+def _refusal(linear_map: LinearMap, form: Form) -> tuple[str, object] | None:
     """What the form expects of the map and what it got, or None where it holds."""
     if isinstance(linear_map, Dense):
         return ("a convolution", "Dense") if form == "fourier" else None
-    if linear_map.strides != (1, 1):
-        return "strides (1, 1)", linear_map.strides
+    if not isinstance(linear_map, Conv):
+        return "a Dense or a Conv", type(linear_map).__name__
+    if max(linear_map.strides) > 1:
+        return f"strides {(1,) * len(linear_map.strides)}", linear_map.strides
     sizes = zip(linear_map.pads, linear_map.out_shape, strict=False)
     if linear_map.padding != "CIRCULAR" and any(max(pads) > size for pads, size in sizes):
-        return f"padding no wider than the output {linear_map.out_shape[:2]}", linear_map.pads
+        return f"padding no wider than the output {linear_map.out_shape[:-1]}", linear_map.pads
     return None
 
 
-def _hessian(linear_map: Dense | Conv, form: Form) -> "Dense | Conv | _Spectrum | _Toeplitz":
+def _hessian(linear_map: LinearMap, form: Form) -> "Dense | Conv | _Spectrum | _Toeplitz":
     """A A* as an operator."""
     if isinstance(linear_map, Dense):
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         return Dense(symmetric_product(linear_map.kernel, precision))
+    assert isinstance(linear_map, Conv)
     kernel = gram_kernel(linear_map)
     circular = linear_map.padding == "CIRCULAR"
     if form == "fourier":
         whole = _Spectrum.of(kernel, linear_map)
     else:
-        extents = [
-            d * (n - 1)
-            for d, n in zip(linear_map.kernel_dilation, linear_map.kernel.shape[:2], strict=True)
-        ]
+        extents = [k - 1 for k in linear_map.dilated_kernel_shape]
         whole = Conv(
             kernel,
-            (linear_map.out_shape[0], linear_map.out_shape[1]),
+            linear_map.out_shape[:-1],
             padding="CIRCULAR" if circular else [(e, e) for e in extents],
             kernel_dilation=linear_map.kernel_dilation,
             feature_group_count=linear_map.feature_group_count,
@@ -238,25 +249,27 @@ def gram_kernel(conv: Conv) -> Array:
     r"""G[δ; j′, j] = Σ_{a − a′ = δ} Σ_i kernel[a, i, j] kernel[a′, i, j′], δ = −(k − 1) … k − 1.
 
     Returns:
-      HWIO kernel (2kh − 1, 2kw − 1, n2 / groups, n2), with the groups and dilation of `conv`.
+      Kernel (*(2k − 1), n2 / groups, n2), with the groups and dilation of `conv`.
     """
-    kh, kw, inputs, n2 = conv.kernel.shape
-    groups = conv.feature_group_count
-    blocks = jnp.moveaxis(conv.kernel.reshape(kh, kw, inputs, groups, n2 // groups), 3, 0)
+    *taps, inputs, n2 = conv.kernel.shape
+    groups, axes = conv.feature_group_count, len(taps)
+    blocks = jnp.moveaxis(conv.kernel.reshape(*taps, inputs, groups, n2 // groups), -2, 0)
+    spatial = "DHW"[-axes:]
+    images = f"N{spatial}C"
 
     def one_group(kernel):
         # the filters j' as a batch of images, correlated with the filters j: δ runs backwards
         products = lax.conv_general_dilated(
-            jnp.moveaxis(kernel, 3, 0),
+            jnp.moveaxis(kernel, -1, 0),
             kernel,
-            (1, 1),
-            ((kh - 1, kh - 1), (kw - 1, kw - 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            (1,) * axes,
+            [(k - 1, k - 1) for k in taps],
+            dimension_numbers=(images, f"{spatial}IO", images),
         )
-        return jnp.moveaxis(products[:, ::-1, ::-1], 0, 2)
+        return jnp.moveaxis(lax.rev(products, tuple(range(1, axes + 1))), 0, -2)
 
     gram = one_group(blocks[0])[None] if groups == 1 else jax.vmap(one_group)(blocks)
-    return jnp.moveaxis(gram, 0, 3).reshape(2 * kh - 1, 2 * kw - 1, n2 // groups, n2)
+    return jnp.moveaxis(gram, 0, -2).reshape(*(2 * k - 1 for k in taps), n2 // groups, n2)
 
 
 @value_object
@@ -264,15 +277,12 @@ class _Rim:
     """B B*, B the map from a strip of padding to the outputs beside it, as an update of all outputs."""
 
     strip: Conv
-    corner: tuple[int, int] = static_field()
+    corner: tuple[int, ...] = static_field()
 
     def subtract_from(self, image: Array, z: Array) -> Array:
-        rows, columns = (
-            slice(start, start + n)
-            for start, n in zip(self.corner, self.strip.out_shape[:2], strict=True)
-        )
-        beside = z[..., rows, columns, :]
-        return image.at[..., rows, columns, :].add(-self.strip(self.strip.adjoint(beside)))
+        sizes = zip(self.corner, self.strip.out_shape, strict=False)
+        window = (..., *(slice(start, start + n) for start, n in sizes), slice(None))
+        return image.at[window].add(-self.strip(self.strip.adjoint(z[window])))
 
 
 def _padding_pixels(conv: Conv) -> int:
@@ -284,34 +294,29 @@ def _padding_pixels(conv: Conv) -> int:
 
 
 def _rims(conv: Conv) -> tuple[_Rim, ...]:
-    """The strips of zero padding: full rows above and below, the image's height left and right."""
+    """The strips of zero padding, two for each spatial axis.
+
+    On an axis, a strip is as long as the padded image on the axes after it, and as the image, padded by the
+    layer, on the axes before it, so that every pixel of padding is in one strip.
+    """
     if conv.padding == "CIRCULAR":
         return ()
-    (top, bottom), (left, right) = conv.pads
-    height, width = conv.spatial_shape
-    rows, columns = (extent - 1 for extent in conv.dilated_kernel_shape)
-    out_height, out_width, _ = conv.out_shape
-    full = width + left + right
-
-    def rim(shape, padding, corner):
+    rims, shape, pads = [], conv.spatial_shape, conv.pads
+    padded = tuple(n + sum(p) for n, p in zip(shape, pads, strict=True))
+    for axis, side in itertools.product(range(len(shape)), (0, 1)):
+        width, reach = pads[axis][side], conv.dilated_kernel_shape[axis] - 1
+        if not width:
+            continue
+        before, after = range(axis), range(axis + 1, len(shape))
         strip = Conv(
             conv.kernel,
-            shape,
-            padding=padding,
+            (*(shape[i] for i in before), width, *(padded[i] for i in after)),
+            padding=(*pads[:axis], ((0, reach), (reach, 0))[side], *((0, 0) for _ in after)),
             kernel_dilation=conv.kernel_dilation,
             feature_group_count=conv.feature_group_count,
         )
-        return _Rim(strip, corner)
-
-    rims = []
-    if top:
-        rims.append(rim((top, full), ((0, rows), (0, 0)), (0, 0)))
-    if bottom:
-        rims.append(rim((bottom, full), ((rows, 0), (0, 0)), (out_height - bottom, 0)))
-    if left:
-        rims.append(rim((height, left), ((top, bottom), (0, columns)), (0, 0)))
-    if right:
-        rims.append(rim((height, right), ((top, bottom), (columns, 0)), (0, out_width - right)))
+        start = (0, conv.out_shape[axis] - width)[side]
+        rims.append(_Rim(strip, (*(0 for _ in before), start, *(0 for _ in after))))
     return tuple(rims)
 
 
@@ -331,51 +336,54 @@ class _Toeplitz:
 
 @value_object
 class _Spectrum:
-    """Convolution with the Gram kernel on a torus, z ↦ irfft2(Ĝ(f) rfft2(z)), cropped to z's grid."""
+    """Convolution with the Gram kernel on a torus, z ↦ irfft(Ĝ(f) rfft(z)), cropped to z's grid."""
 
-    symbol: Array  # (P, Q, groups, n2 / groups, n2 / groups), Q the half spectrum
-    torus: tuple[int, int] = static_field()
+    symbol: Array  # (*torus, groups, n2 / groups, n2 / groups), of the last axis the half spectrum
+    torus: tuple[int, ...] = static_field()
 
     @classmethod
     def of(cls, kernel: Array, conv: Conv) -> "_Spectrum":
         """Ĝ(f) = Σ_δ G[δ] exp(2πi f·δ), with integer phases so that no digit is lost."""
-        shape, (dh, dw) = _torus(conv), conv.kernel_dilation
-        taps_h, taps_w, block, n2 = kernel.shape
-        rows = _phases(shape[0], shape[0], dh, taps_h, kernel.dtype)
-        columns = _phases(shape[1], shape[1] // 2 + 1, dw, taps_w, kernel.dtype)
-        groups = kernel.reshape(taps_h, taps_w, block, n2 // block, block)
-        partial = jnp.einsum("qb,abigj->aqgij", columns, groups)
-        return cls(jnp.einsum("pa,aqgij->pqgij", rows, partial), shape)
+        shape = _torus(conv)
+        *taps, block, n2 = kernel.shape
+        symbol, blocks, spatial = kernel.reshape(*taps, block, n2 // block, block), "igj", "abc"
+        for axis in reversed(range(len(taps))):
+            half = shape[axis] // 2 + 1 if axis == len(taps) - 1 else shape[axis]
+            phases = _phases(
+                shape[axis], half, conv.kernel_dilation[axis], taps[axis], kernel.dtype
+            )
+            old = spatial[: len(taps)]
+            new = old.replace(old[axis], "f")
+            equation = f"f{old[axis]},{old}{blocks}->{new}gij"
+            symbol, blocks = jnp.einsum(equation, phases, symbol.astype(phases.dtype)), "gij"
+        return cls(symbol, shape)
 
     def __call__(self, z: Array) -> Array:
-        height, width, n2 = z.shape[-3:]
-        groups = self.symbol.shape[2]
-        flat = z.reshape(-1, height, width, n2)
-        spectrum = jnp.fft.rfft2(flat, s=self.torus, axes=(1, 2))
-        spectrum = spectrum.reshape(*spectrum.shape[:3], groups, n2 // groups)
-        spectrum = jnp.einsum("bpqgi,pqgij->bpqgj", spectrum, self.symbol)
-        spectrum = spectrum.reshape(*spectrum.shape[:3], n2)
-        image = jnp.fft.irfft2(spectrum, s=self.torus, axes=(1, 2))
-        return image[:, :height, :width].reshape(z.shape)
+        groups, block = self.symbol.shape[-3:-1]
+        axes = tuple(range(1, len(self.torus) + 1))
+        flat = z.reshape(-1, *z.shape[-1 - len(axes) :])
+        spectrum = jnp.fft.rfftn(flat, s=self.torus, axes=axes)
+        spectrum = spectrum.reshape(*spectrum.shape[:-1], groups, block)
+        spectrum = jnp.einsum("b...gi,...gij->b...gj", spectrum, self.symbol)
+        spectrum = spectrum.reshape(*spectrum.shape[:-2], groups * block)
+        image = jnp.fft.irfftn(spectrum, s=self.torus, axes=axes)
+        return image[:, *(slice(n) for n in flat.shape[1:-1])].reshape(z.shape)
 
 
 def _phases(period: int, num_frequencies: int, dilation: int, taps: int, dtype) -> Array:
     """exp(2πi f δ / N) for f = 0 … F − 1 and the centred taps δ, shape (F, taps)."""
     delta = dilation * (jnp.arange(taps) - taps // 2)
-    turns = (jnp.arange(num_frequencies)[:, None] * delta) % period
+    turns = (jnp.arange(num_frequencies)[:, None] * delta[None]) % period
     angle = (2.0 * math.pi / period) * turns.astype(dtype)
     return lax.complex(jnp.cos(angle), jnp.sin(angle))
 
 
-def _torus(conv: Conv) -> tuple[int, int]:
+def _torus(conv: Conv) -> tuple[int, ...]:
     """The layer's own grid, or one on which the taps of G do not wrap around: out + k − 1, 5-smooth."""
     if conv.padding == "CIRCULAR":
         return conv.spatial_shape
-    rows, columns = (
-        _five_smooth(n + k - 1)
-        for n, k in zip(conv.out_shape[:2], conv.dilated_kernel_shape, strict=True)
-    )
-    return rows, columns
+    sizes = zip(conv.out_shape, conv.dilated_kernel_shape, strict=False)
+    return tuple(_five_smooth(n + k - 1) for n, k in sizes)
 
 
 def _five_smooth(n: int) -> int:
