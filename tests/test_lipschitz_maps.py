@@ -124,25 +124,38 @@ def by_input(matrix, n1):
     return np.array([squared(matrix[i::n1]) for i in range(n1)])
 
 
-@functools.partial(jax.jit, static_argnames="grid")
-def everything(linear_map, grid="layer"):
-    return {
+@functools.partial(jax.jit, static_argnames=("grid", "brief"))
+def everything(linear_map, grid="layer", brief=False):
+    """Every number; if `brief`, those that a transposed map does not simply take from its base."""
+    found = {
+        "features": feature_lipschitz_constants(linear_map, grid=grid),
+        "outputs": output_lipschitz_constants(linear_map, grid=grid),
+        "convexity": strong_convexity(linear_map),
+    }
+    if brief:
+        return found
+    return found | {
         "constant": lipschitz_constant(linear_map, grid=grid),
         "formula": lipschitz_constant(linear_map, grid=grid, method="formula"),
         "bracket": lipschitz_bracket(linear_map, grid=grid),
-        "features": feature_lipschitz_constants(linear_map, grid=grid),
-        "outputs": output_lipschitz_constants(linear_map, grid=grid),
         "values": singular_values(linear_map, grid=grid),
-        "convexity": strong_convexity(linear_map),
         "operator": operator_bracket(linear_map),
     }
 
 
-def check_exact(linear_map, matrix, dtype=np.float64):
+def check_exact(linear_map, matrix, dtype=np.float64, brief=False):
     """Every number of a map whose matrix (inputs, outputs) is known."""
     tight = 1e-9 if dtype == np.float64 else 2e-5
-    found, norm = everything(linear_map), squared(matrix)
+    found, norm = everything(linear_map, brief=brief), squared(matrix)
     n1, n2 = linear_map.in_features, linear_map.out_features
+    np.testing.assert_allclose(found["features"], n1 * by_input(matrix, n1), rtol=tight)
+    np.testing.assert_allclose(found["outputs"], by_input(matrix.T, n2), rtol=tight)
+    values = np.linalg.svd(matrix, compute_uv=False)
+    least = values[-1] ** 2 if matrix.shape[1] <= matrix.shape[0] else 0.0
+    assert 0 <= float(found["convexity"]) <= least + 1e-15 * norm
+    assert float(found["convexity"]) >= least - (5e-3 if dtype == np.float32 else 1e-8) * norm
+    if brief:
+        return
     for name in ("constant", "formula"):
         np.testing.assert_allclose(found[name], norm, rtol=tight)
     for name in ("bracket", "operator"):
@@ -150,23 +163,17 @@ def check_exact(linear_map, matrix, dtype=np.float64):
         assert float(lower) <= norm <= float(upper) <= float(lower) * (1 + 300 * tight)
         assert found[name].method == "exact"
         assert found[name].failure_probability == 0
-    np.testing.assert_allclose(found["features"], n1 * by_input(matrix, n1), rtol=tight)
-    np.testing.assert_allclose(found["outputs"], by_input(matrix.T, n2), rtol=tight)
-    values = np.linalg.svd(matrix, compute_uv=False)
     got = np.asarray(found["values"])
     slack = 1e-5 * np.sqrt(norm) if dtype == np.float32 else 1e-7 * np.sqrt(norm)
     np.testing.assert_allclose(got, values[: len(got)], atol=slack)
     assert np.all(values[len(got) :] <= slack)  # groups of unequal sides
-    least = values[-1] ** 2 if matrix.shape[1] <= matrix.shape[0] else 0.0
-    assert 0 <= float(found["convexity"]) <= least + 1e-15 * norm
-    assert float(found["convexity"]) >= least - (5e-3 if dtype == np.float32 else 1e-8) * norm
 
 
 @pytest.mark.parametrize("name", CIRCULAR)
 def test_circular_convolutions_and_their_transposes(name, rng):
     conv, matrix = CIRCULAR[name].build(rng)
     check_exact(conv, matrix)
-    check_exact(Transposed(conv), matrix.T)
+    check_exact(Transposed(conv), matrix.T, brief=name != "3-D strided")
 
 
 @pytest.mark.parametrize("name", ["1-D of many channels", "3-D", "3-D strided"])
@@ -295,7 +302,7 @@ def test_contractions(shape, rng):
         matrix[g, :, g] = kernel[g]
     whole = np.kron(np.eye(2), matrix.reshape(groups * c, -1))
     check_exact(linear_map, whole)
-    check_exact(linear_map.T, whole.T)
+    check_exact(linear_map.T, whole.T, brief=True)
 
 
 def test_an_fft_blur_and_a_sum_of_two_maps(rng):
@@ -305,7 +312,7 @@ def test_an_fft_blur_and_a_sum_of_two_maps(rng):
     check_exact(blur, matrix)
     conv, of_conv = Case((5, 4), (3, 2), (1, 1), padding="SAME").build(rng)
     check_exact(Sum(blur, conv), matrix + of_conv)
-    check_exact(Sum(blur, conv).T, (matrix + of_conv).T)
+    check_exact(Sum(blur, conv).T, (matrix + of_conv).T, brief=True)
 
 
 def test_more_inputs_than_outputs_are_written_out_from_the_outputs(rng):
@@ -585,12 +592,13 @@ def test_maps_that_are_not_finite(size, bad):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("order", [3, 16, 17, 20, 64])
+@pytest.mark.parametrize("order", [3, 17, 64])
 def test_no_convexity_is_invented(order, dtype):
     """Zero, rank one, and round-off that leaves nothing: the least eigenvalue is 0."""
     ones = jnp.ones((order, order), dtype)
     for kernel in (0 * ones, ones, 1e-30 * ones, jnp.eye(order, dtype=dtype).at[0, 0].set(0.0)):
-        assert strong_convexity(ss.Dense(kernel)) == 0
+        for upper in (None, jnp.finfo(dtype).tiny, 1.0, jnp.inf, jnp.nan):
+            assert strong_convexity(ss.Dense(kernel), upper=upper) == 0
         assert strong_convexity(ss.Dense(kernel).T) == 0
     images = ss.Conv(0 * ones[None, None], (3, 2), padding="CIRCULAR")
     assert strong_convexity(images) == 0
@@ -605,13 +613,11 @@ def test_constants_at_the_ends_of_the_range(scale, rng):
         norm = squared(matrix) * 0.09 * scale**2
         n1, n2 = case.features
         for method in ("fast", "formula"):
-            found = lipschitz_constant(conv, method=method)
+            found, slope = jax.value_and_grad(lipschitz_constant)(conv, method=method)
             np.testing.assert_allclose(found, norm, rtol=1e-5)
-            slope = jax.grad(
-                lambda k: lipschitz_constant(dataclasses.replace(conv, kernel=k), method=method)
-            )  # noqa: B023
-            inner = np.vdot(np.asarray(slope(conv.kernel), float), np.asarray(conv.kernel, float))
-            np.testing.assert_allclose(inner, 2 * norm, rtol=1e-4)
+            inner = np.vdot(np.asarray(slope.kernel, float), np.asarray(conv.kernel, float))
+            # entries of the gradient are products with scale², the smallest ones subnormal
+            np.testing.assert_allclose(inner, 2 * norm, rtol=1e-4, atol=3e-38)
         unit = 0.3 * scale
         np.testing.assert_allclose(
             feature_lipschitz_constants(conv), n1 * by_input(matrix * unit, n1), rtol=1e-4

@@ -62,7 +62,9 @@ def strong_convexity(linear_map: LinearMap, *, upper: Array | None = None) -> Ar
         level, lower = _searched(taps, phases, upper / scale / scale)
     lower, _ = widened(lower, level, taps, phases)
     lower = lower * scale * scale
-    lower = jnp.where(jnp.isfinite(level * scale * scale), lower, 0.0)
+    # the search has nothing to compare in a zero map; numbers below the normal ones are rounded coarsely
+    holds = jnp.isfinite(level * scale * scale) & jnp.any(taps != 0)
+    lower = jnp.where(holds & (lower >= jnp.finfo(dtype).tiny), lower, 0.0)
     return jnp.where(jnp.all(jnp.isfinite(taps)), lower, jnp.nan)
 
 

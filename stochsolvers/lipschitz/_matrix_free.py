@@ -57,13 +57,13 @@ def matrix_free_bracket(
 
 def norm_estimate(linear_map: LinearMap, *, safe: bool) -> Array:
     """The map's bound, else the Ritz value θ = ||A v||², or θ / (1 − ε) if `safe`; differentiable."""
-    base = base_of(linear_map)
+    base = checked(base_of(linear_map))
     bound = base.squared_norm_bound()
     if bound is not None:
-        return jnp.asarray(bound) if not safe else matrix_free_bracket(base).upper
+        return jnp.asarray(bound, base.dtype) if not safe else matrix_free_bracket(base).upper
     frozen = jax.tree.map(lax.stop_gradient, base)
     vector, scale = lax.stop_gradient(_ritz_vector(frozen, STEPS, None))
-    forward, shape = _smaller_side(checked(base))[::2]
+    forward, shape = _smaller_side(base)[::2]
     image = forward(vector.reshape(shape)) / scale
     value = jnp.sum(image**2) / jnp.sum(vector**2)
     if safe:

@@ -48,8 +48,9 @@ def rescaled(
 ) -> Bracket:
     """The bracket times scale²; the ends stay on their sides if they over- or underflow."""
     floats = jnp.finfo(scale.dtype)
+    lower = jnp.minimum(lower * scale * scale, floats.max)
     return Bracket(
-        jnp.minimum(lower * scale * scale, floats.max),
+        jnp.where(lower < floats.tiny, 0.0, lower),  # what is smaller may have been rounded up
         jnp.maximum(upper * scale * scale, floats.tiny),
         method=method,
         failure_probability=failure,

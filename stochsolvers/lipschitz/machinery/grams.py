@@ -79,6 +79,6 @@ def mirrored(form: Form, level: Array | None) -> Form:
         im = None if grams.im is None else -grams.im
         sizes = level + jnp.max(jnp.abs(grams.re), axis=(-2, -1))  # of what is rounded
         rounding = 2 * spectra.unit_round_off(level.dtype) * sizes
-        return Symbols(diagonal - grams.re, im), errors + rounding
+        return Symbols(diagonal[None] - grams.re, im), errors + rounding
 
     return form_mirrored

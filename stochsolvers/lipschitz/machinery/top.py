@@ -83,7 +83,7 @@ def _contract(taps: Array, pairs: Array, axis: int, *, accurate: bool) -> Array:
     if not accurate:
         subscripts = "pio,piz->poz" if axis == 1 else "pio,oz->piz"
         return jnp.einsum(subscripts, taps, pairs, precision="highest")
-    products = taps[..., None] * (pairs[:, :, None] if axis == 1 else pairs)
+    products = taps[..., None] * (pairs[:, :, None] if axis == 1 else pairs[None, None])
     return spectra.pairwise_sum(jnp.moveaxis(products, axis, 0))
 
 
