@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 
 from benchmarks import measure
-from experiments import results
+from experiments import results, terminal
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
@@ -73,15 +72,14 @@ def main(
     name: str, benchmark: Callable[[Options], Sequence[Figure]], args: list[str] | None
 ) -> None:
     """Parse the command line, measure, write the results, redraw the page, print."""
-    options = tyro.cli(
-        Options, prog=f"python -m benchmarks.{name}", description=benchmark.__doc__, args=args
-    )
+    module = f"benchmarks.{name}"
+    options = terminal.parse(Options, module, args, description=benchmark.__doc__)
     if options.quick:
         options = dataclasses.replace(options, rounds=2)
     figures = list(benchmark(options))
     if not options.quick:
         write(name, options, figures)
-        PAGE.write_text(page(read_all()))
+        results.write_text(PAGE, page(read_all()))
     print(results.format_table(*_table([{"figures": [as_dict(f) for f in figures]}])))
 
 
@@ -103,19 +101,18 @@ def write(name: str, options: Options, figures: Sequence[Figure]) -> None:
         "figures": [as_dict(figure) for figure in figures],
     }
     path = RESULTS / f"{name}-{jax.default_backend()}.json"
-    with results.whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    results.write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_all() -> list[dict[str, Any]]:
     """The stored results, in the order of the page."""
-    contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    contents = [json.loads(results.read_text(path)) for path in sorted(RESULTS.glob("*.json"))]
     return sorted(contents, key=lambda content: NAMES.index(content["benchmark"]))
 
 
 def page(contents: Sequence[dict[str, Any]]) -> str:
     """The page in Markdown: a table for each device, then how and on what it was measured."""
-    parts = [(HERE / "HEADER.md").read_text().rstrip()]
+    parts = [results.read_text(HERE / "HEADER.md").rstrip()]
     for backend in dict.fromkeys(content["hardware"]["device"] for content in contents):
         chosen = [c for c in contents if c["hardware"]["device"] == backend]
         hardware = chosen[0]["hardware"]
@@ -123,7 +120,7 @@ def page(contents: Sequence[dict[str, Any]]) -> str:
         parts.append(results.markdown_table(*_table(chosen)))
         runs = [_provenance(content) for content in chosen]
         parts.append("Runs:\n\n" + "\n".join(f"- {run}" for run in runs))
-    parts.append((HERE / "NOTES.md").read_text().rstrip())
+    parts.append(results.read_text(HERE / "NOTES.md").rstrip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -155,5 +152,5 @@ def _provenance(content: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(read_all()))
+    results.write_text(PAGE, page(read_all()))
     print(f"written to {PAGE.relative_to(HERE.parent)}")

@@ -1,4 +1,4 @@
-"""The CIFAR python archives: find or download them, and read them without trusting them."""
+"""The CIFAR python archives: find or download them; nothing in them is executed when they are read."""
 
 import dataclasses
 import gzip
@@ -27,16 +27,16 @@ class ArchiveFormat:
     """Layout of an official archive.
 
     Attributes:
-      name: of the data set.
-      filename: of the archive.
-      folder: that the archive holds.
+      name: name of the data set.
+      filename: file name of the archive.
+      folder: the folder inside the archive.
       splits: the batch files of each split, in order.
-      label_key: of a batch's labels.
+      label_key: key of the labels in a batch.
       meta: the file of class names.
-      class_key: of the class names.
+      class_key: key of the class names in it.
       num_classes: number of classes.
-      url: where the official archive is.
-      sha256: of the official archive; checked after a download, not for an archive that is found.
+      url: address of the official archive.
+      sha256: SHA-256 of the official archive; checked after a download only.
     """
 
     name: str

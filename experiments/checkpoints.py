@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: saved whole, checked when read, never overwritten by another run.
+"""Checkpoints of a training run: written atomically, verified when read, kept from other runs.
 
-A folder belongs to one run. A save becomes visible by a rename once it is complete, and the last two
-are kept, so a process that is killed while it saves leaves the save before it.
+A folder belongs to one run. A checkpoint is renamed to its final name when it is complete, and the
+last two are kept: if the process is killed while it saves, the checkpoint before is still there.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import re
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments import parallel
+from experiments import parallel, terminal
 
 KEPT = 2
 TERMINATION = (signal.SIGTERM, signal.SIGINT)
@@ -30,13 +31,13 @@ class CheckpointError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-      step: steps done.
-      metrics: of the steps of the epoch that is under way, for each seed.
-      history: for each seed, one record for each epoch that is complete.
-      seconds: of training so far.
+      step: number of completed steps.
+      metrics: loss and accuracy of the steps of the current, incomplete epoch, for each seed.
+      history: for each seed, one record for each completed epoch.
+      seconds: seconds of training so far.
     """
 
     step: int = 0
@@ -46,20 +47,21 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step.
+    """The checkpoints of one run, numbered by step.
 
     Args:
       folder: made if absent.
-      identity: what the run is; a checkpoint with another identity is refused.
+      identity: configuration, data and network of the run; other checkpoints are refused.
 
     Raises:
-      CheckpointError: the folder holds something other than checkpoints.
+      CheckpointError: the folder holds something other than checkpoints, or see `check_path`.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        check_path(folder)
         self.folder = folder.absolute()
         self.identity = dict(identity)
-        _refuse_strangers(self.folder)
+        _check_holds_checkpoints_alone(self.folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -82,14 +84,14 @@ class Checkpoints:
         )
         try:
             self._manager.save(progress.step, args=items)
-        except Exception as error:  # whatever the storage raises, the run stops with its reason
+        except Exception as error:  # the storage libraries document no common exception
             raise CheckpointError(
                 f"{self.folder}: step {progress.step} could not be saved ({_reason(error)}). "
                 "The checkpoints before it are still good: the same command goes on from there."
             ) from error
 
     def restore(self, template: Any) -> tuple[Any, Progress] | None:
-        """The latest state, with arrays in the places of the template's, and the progress.
+        """The state of the latest checkpoint, in the structure of the template, and the progress.
 
         Returns:
           None if there is no checkpoint.
@@ -132,6 +134,17 @@ class Checkpoints:
         self._manager.close()
 
 
+def check_path(folder: Path) -> None:
+    """Raise a `CheckpointError` for a path that is not text: TensorStore takes paths in UTF-8 alone."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{folder}: expected a path in the encoding of the locale, {sys.getfilesystemencoding()}, "
+            "got other bytes. Choose another --out, or a locale in UTF-8."
+        ) from None
+
+
 def digest(arrays: Any) -> str:
     """SHA-256 of the values, shapes and types of some arrays."""
     total = hashlib.sha256()
@@ -157,16 +170,16 @@ def differing(found: Any, expected: Any, name: str = "") -> str:
             for key in dict.fromkeys([*expected, *found])
         )
         return "; ".join(filter(None, parts))
-    if isinstance(expected, tuple):  # a list, once it has been JSON
+    if isinstance(expected, tuple):  # JSON has lists only
         expected = list(expected)
     return "" if found == expected else f"{name} is {_short(found)} there, {_short(expected)} here"
 
 
 @contextlib.contextmanager
 def deferred_termination() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list, instead of obeying them, while the block runs.
+    """Collect SIGTERM and SIGINT in a list while the block runs, instead of ending the program.
 
-    A second Ctrl-C is obeyed at once.
+    A second Ctrl-C ends it at once.
     """
     received: list[int] = []
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in TERMINATION}
@@ -190,7 +203,7 @@ def deferred_termination() -> Iterator[list[int]]:
 
 
 def host_arrays(state: Any) -> dict[str, np.ndarray]:
-    """The arrays of a tree on the host, by their number in it; keys as integers, none empty."""
+    """The arrays of a tree on the host, by position; random keys as integers, empty arrays left out."""
     leaves = (
         np.asarray(jax.random.key_data(leaf) if parallel.is_key(leaf) else leaf)
         for leaf in jax.tree.leaves(state)
@@ -208,7 +221,7 @@ def _with_arrays(template: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     return jax.tree.unflatten(tree, leaves)
 
 
-def _refuse_strangers(folder: Path) -> None:
+def _check_holds_checkpoints_alone(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -227,12 +240,9 @@ def _unreadable(folder: Path, reason: str) -> CheckpointError:
 
 
 def _reason(error: BaseException) -> str:
-    line = next(iter(str(error).splitlines()), "")
     # TensorStore adds its settings after the cause: [name='…'] [name='…']
-    line, *_ = re.split(r" \[[\w ]+='", line)
-    if len(line) > 200:  # the cause is at one end or the other
-        line = f"{line[:100]} … {line[-100:]}"
-    return f"{type(error).__name__}: {line}".rstrip(": ")
+    line, *_ = re.split(r" \[[\w ]+='", terminal.first_line(error))
+    return f"{type(error).__name__}: {terminal.shortened(line)}".rstrip(": ")
 
 
 def _short(value: Any) -> str:

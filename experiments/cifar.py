@@ -22,8 +22,8 @@ class CifarArchive(tfds.core.GeneratorBasedBuilder):
     """Prepares a CIFAR python archive, examples in the archive's order.
 
     Args:
-      contents: of the archive; None to read what is already prepared.
-      sha256: of the archive.
+      contents: contents of the archive; None to read a copy that is prepared already.
+      sha256: SHA-256 of the archive.
       **options: those of `tfds.core.GeneratorBasedBuilder`.
     """
 
@@ -75,8 +75,8 @@ class CifarArchive(tfds.core.GeneratorBasedBuilder):
 def load(layout: archive.ArchiveFormat, data_dir: Path) -> archive.Contents:
     """The data set's arrays, prepared under `data_dir` the first time and reread from there.
 
-    The archive is looked for in `data_dir`, else downloaded into it. A copy that was prepared from
-    another archive is replaced. The prepared copy appears under its name when it is complete.
+    The archive is read from `data_dir`, or downloaded into it if it is not there. A copy that was
+    prepared from another archive is replaced. A copy gets its final name when it is complete.
 
     Raises:
       archive.DataError: the archive is missing or corrupt, or the prepared copy is damaged.
@@ -100,7 +100,7 @@ def _prepare(layout: archive.ArchiveFormat, path: Path, prepared: Path) -> Cifar
     if _is_prepared(builder) and _metadata(builder)["sha256"] == sha256:
         return builder
     contents = archive.read(path, layout)
-    # what a killed preparation left: nobody else is preparing, since the archive is locked
+    # left by a preparation that was killed; no other is under way, since the archive is locked
     for leftover in prepared.glob("*/incomplete.*"):
         shutil.rmtree(leftover)
     if _is_prepared(builder):

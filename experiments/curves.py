@@ -11,7 +11,7 @@ TAGS = {
     "validation_accuracy": "accuracy/validation",
     "learning_rate": "learning_rate",
 }
-"""What an epoch's record holds, and what TensorBoard calls it."""
+"""Keys of an epoch's record, and the names of the curves in TensorBoard."""
 TEST = "accuracy/test"
 
 
@@ -29,14 +29,14 @@ def check_installed() -> None:
 
 
 class Board:
-    """The curves of one network, a point an epoch, in one event file.
+    """The curves of one network, one point for each epoch, in one event file.
 
-    The file is written anew when a run goes on, from the records of its checkpoint: no point is lost
-    and none is there twice, however the run was stopped.
+    When a run is resumed, the file is written anew from the records of its checkpoint, so that every
+    epoch has exactly one point.
 
     Args:
-      folder: of the event file; with None, nothing is written.
-      after: epochs that were trained before these.
+      folder: folder of the event file; with None, nothing is written.
+      after: number of epochs that were trained before these curves begin.
     """
 
     def __init__(self, folder: Path | None, after: int = 0):
@@ -44,7 +44,7 @@ class Board:
         self._after, self._writer = after, None
 
     def show(self, records: Sequence[Mapping[str, float]]) -> None:
-        """Write the records of the epochs that are not there yet."""
+        """Write the records of the epochs that are not in the file yet."""
         if self._folder is None:
             return
         writer = self._open(self._folder)
@@ -62,7 +62,7 @@ class Board:
 
     def _open(self, folder: Path) -> Any:
         if self._writer is None:
-            from tensorboardX import SummaryWriter  # an extra
+            from tensorboardX import SummaryWriter  # of the extra `tensorboard`
 
             for old in folder.glob("events.out.tfevents.*"):
                 old.unlink()

@@ -2,18 +2,19 @@
 
 import dataclasses
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from experiments import archive, checkpoints
+from experiments import archive, checkpoints, terminal
 
 DatasetName: TypeAlias = str
 """One of `NAMES`, or the path of an .npz file."""
 
 NAMES = ("digits", "cifar10", "cifar100")
+TRAIN_ARRAYS, TEST_ARRAYS = ("images", "labels"), ("test_images", "test_labels")
+"""The arrays of an .npz file."""
 VALIDATION_FRACTION = 0.1
 TEST_FRACTION = 0.2
 
@@ -34,13 +35,13 @@ class Dataset:
     """The splits of a data set.
 
     Attributes:
-      name: of the data set.
-      train: to fit.
-      validation: to watch and to choose.
-      test: read once, at the end.
+      name: name of the data set.
+      train: the images that networks are trained on.
+      validation: held out of the training images; scored after every epoch, and for choices.
+      test: scored once, after the last epoch.
       classes: names of the classes.
-      mean: of the training pixels, for each channel.
-      std: likewise, the standard deviation.
+      mean: mean of the training pixels, shape (channels,).
+      std: their standard deviation, likewise; 1 for a constant channel.
     """
 
     name: str
@@ -60,12 +61,12 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set as it was read: what does not depend on a seed.
+    """A data set before its validation split is drawn, the same for every seed.
 
     Attributes:
-      name: of the data set; of a file, without folder and suffix.
-      train: to learn from and to validate on.
-      test: read once, at the end.
+      name: name of the data set; of a file, without folder and suffix.
+      train: the images for training and validation.
+      test: scored once, after the last epoch.
       classes: names of the classes.
     """
 
@@ -75,10 +76,12 @@ class Source:
     classes: tuple[str, ...]
 
     def dataset(self, seed: int, examples: int | None = None) -> Dataset:
-        """Hold out a tenth of the training images, chosen by the seed, for validation.
+        """The splits of a seed: a random tenth of the training images is held out for validation.
 
-        With `examples`, so many of the others are kept, chosen by the seed as well; the statistics are
-        those of all.
+        Args:
+          seed: of both random choices.
+          examples: keep this many of the other training images, chosen at random; by default all. The
+            mean and the standard deviation are those of all of them.
         """
         train, validation = hold_out(self.train, VALIDATION_FRACTION, seed=seed)
         mean, std = pixel_statistics(train.images)
@@ -89,7 +92,7 @@ class Source:
         return Dataset(self.name, train, validation, self.test, self.classes, mean, std)
 
     def sha256(self) -> str:
-        """Of all images and labels."""
+        """SHA-256 of all images and labels."""
         splits = (self.train, self.test)
         return checkpoints.digest(array for s in splits for array in (s.images, s.labels))
 
@@ -100,7 +103,7 @@ def read(name: DatasetName, data_dir: Path) -> Source:
     Args:
       name: "digits" is embedded in scikit-learn; "cifar10" and "cifar100" are read from `data_dir`;
         FILE.npz is read by `npz`.
-      data_dir: folder of archives and of what is prepared from them.
+      data_dir: folder of the CIFAR archives and of the copies prepared from them.
 
     Raises:
       archive.DataError: the name is unknown; an archive or a file is missing or corrupt.
@@ -113,7 +116,12 @@ def read(name: DatasetName, data_dir: Path) -> Source:
         raise archive.DataError(
             f"dataset: expected {', '.join(NAMES)} or the path of an .npz file, got {name}"
         )
-    return Source(Path(name).stem, *npz(Path(name)))
+    return Source(name_of(name), *npz(Path(name)))
+
+
+def name_of(dataset: DatasetName) -> str:
+    """The name of a data set; that of a file is without folder and suffix."""
+    return terminal.as_unicode(Path(dataset).stem)
 
 
 def load(name: DatasetName, data_dir: Path, *, seed: int) -> Dataset:
@@ -134,19 +142,19 @@ def _cifar(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def npz(path: Path) -> tuple[Split, Split, tuple[str, ...]]:
-    """One's own images: training split, test split, the names "0", "1", … of the classes.
+    """A user's own images: training split, test split, the names "0", "1", … of the classes.
 
     The file holds `images`, (n, height, width) or (n, height, width, channels), uint8 or floating,
     and `labels`, (n,) integers from 0. It may hold `test_images` and `test_labels` as well; without
-    them a fifth of the images, the same whatever the seed of a run, is for the test.
+    them, a fifth of the images becomes the test split, the same for every seed.
 
     Raises:
       archive.DataError: the file is missing, is no .npz, lacks an array, or an array does not fit.
     """
     arrays = _npz_arrays(path)
-    train = _npz_split(path, arrays, "images", "labels")
-    if "test_images" in arrays or "test_labels" in arrays:
-        test = _npz_split(path, arrays, "test_images", "test_labels")
+    train = _npz_split(path, arrays, *TRAIN_ARRAYS)
+    if arrays.keys() >= set(TEST_ARRAYS):
+        test = _npz_split(path, arrays, *TEST_ARRAYS)
         if test.images.shape[1:] != train.images.shape[1:]:
             raise _misfit(
                 path, "test_images", f"images of shape {train.images.shape[1:]}", test.images.shape
@@ -163,38 +171,48 @@ def npz(path: Path) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of both splits, or of the training split alone; other members are not read."""
     if not path.is_file():
         raise archive.DataError(f"{path}: no such file")
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-        raise archive.DataError(f"{path} cannot be read as an .npz file ({error})") from error
+            found = set(file.files)
+            wanted = (*TRAIN_ARRAYS, *(TEST_ARRAYS if found & {*TEST_ARRAYS} else ()))
+            arrays = {name: file[name] for name in wanted if name in found}
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise archive.DataError(
+            f"{path} cannot be read as an .npz file ({terminal.reason(error)})"
+        ) from error
+    for name in wanted:
+        if name not in found:
+            held = terminal.shortened(", ".join(sorted(found))) or "nothing"
+            raise archive.DataError(f"{path} lacks {name}; it holds {held}")
+        if not isinstance(arrays[name], np.ndarray):  # NumPy gives the bytes of other files
+            raise _misfit(path, name, "an array in NumPy's format", "another file")
+    return arrays
 
 
 def _npz_split(
     path: Path, arrays: dict[str, np.ndarray], images_key: str, labels_key: str
 ) -> Split:
-    for key in (images_key, labels_key):
-        if key not in arrays:
-            raise archive.DataError(f"{path} lacks {key}; it holds {', '.join(sorted(arrays))}")
     images, labels = arrays[images_key], arrays[labels_key]
     if images.ndim not in (3, 4) or 0 in images.shape or len(images) < 3:
         expected = "(n, height, width) or (n, height, width, channels) with n ≥ 3"
         raise _misfit(path, images_key, expected, images.shape)
-    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise _misfit(path, images_key, "uint8 or floating", images.dtype)
+    if images.dtype != np.uint8:
+        with np.errstate(over="ignore"):
+            images = images.astype(np.float32)
     if not np.all(np.isfinite(images)):
-        raise _misfit(path, images_key, "finite values", "NaN or infinity")
+        raise _misfit(path, images_key, "finite values in float32", "NaN or infinity")
     if labels.shape != images.shape[:1]:
         raise _misfit(path, labels_key, f"shape {images.shape[:1]}, one an image", labels.shape)
-    if not np.issubdtype(labels.dtype, np.integer):
+    if labels.dtype.kind not in "iu":
         raise _misfit(path, labels_key, "integers", labels.dtype)
     if labels.min() < 0 or labels.max() >= len(labels):
         expected = f"0..{len(labels) - 1}, fewer classes than images"
         raise _misfit(path, labels_key, expected, f"{labels.min()}..{labels.max()}")
-    if images.dtype != np.uint8:
-        images = images.astype(np.float32)
     images = images[..., None] if images.ndim == 3 else images
     return Split(images, labels.astype(np.int32))
 
@@ -204,10 +222,10 @@ def _misfit(path: Path, what: str, expected: str, got: Any) -> archive.DataError
 
 
 def digits() -> tuple[Split, Split, tuple[str, ...]]:
-    """scikit-learn's 1,797 digits as 32×32 grey images; every fifth one is for the test.
+    """scikit-learn's 1,797 digits as 32×32 grey images; every fifth is a test image.
 
     The 8×8 images are enlarged by repeating each pixel in a 4×4 square, so that the LeNet of the
-    CIFAR experiments fits as it is.
+    CIFAR experiments can be used unchanged.
     """
     from sklearn.datasets import load_digits
 
@@ -221,7 +239,7 @@ def digits() -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Split, Split]:
-    """Partition a split by a seeded permutation; the second part has `fraction` of it, at least 1."""
+    """Two random parts of a split; the second has this fraction of the images, at least one image."""
     count = max(1, round(fraction * len(split)))
     order = np.random.default_rng([seed, 0]).permutation(len(split))
     kept, held = np.sort(order[count:]), np.sort(order[:count])
@@ -232,7 +250,7 @@ def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Split, Split]
 
 
 def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel; from exact sums where the pixels are integers."""
+    """Mean and standard deviation of each channel, from exact sums if the pixels are integers."""
     axes, count = (0, 1, 2), images[..., 0].size
     if np.issubdtype(images.dtype, np.integer):
         total = images.sum(axis=axes, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What the experiments ask of a network, and its accuracy on a split."""
+"""The interface of a network, and its accuracy on a split."""
 
 import functools
 from typing import Any, Protocol
@@ -16,15 +16,15 @@ from experiments.networks import set_mode
 
 
 class Model(Protocol):
-    """A network: an `nnx.Module` in two parts, of which only the second may be random at test time."""
+    """A network: an `nnx.Module` of two parts; only the second may sample at test time."""
 
     @property
     def features(self) -> nnx.Module:
-        """The deterministic part, a module of its own: from normalised images."""
+        """The deterministic part, a module that maps normalised images to features."""
         ...
 
     def head(self, features: jax.Array, /) -> jax.Array:
-        """The part that may be stochastic: logits (batch, classes)."""
+        """The part that may sample: logits (batch, classes) of the features."""
         ...
 
     def __call__(self, images: jax.Array, /) -> jax.Array:
@@ -33,7 +33,7 @@ class Model(Protocol):
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether the network is stochastic at test time."""
+        """Whether the network samples at test time."""
         ...
 
 
@@ -52,19 +52,19 @@ def evaluate(
     batch_size: int = 200,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Accuracy in percent, once for each trial.
+    """Accuracy in percent, shape (trials,).
 
-    The features are computed once; the trials repeat the part that is stochastic, with the model's
-    own random streams.
+    The features are computed once; each trial repeats the part that samples, with the model's own
+    random streams.
 
     Args:
-      model: its random streams are not advanced; its mode is set.
-      split: to classify.
-      data: whose statistics normalise the pixels.
-      trials: independent repetitions.
-      deterministic: full gradients in the solvers instead of sampling.
-      batch_size: images at a time, on the splits of every size, so that one program serves all.
-      mesh: shares each batch; by default one device.
+      model: the network; its random streams are not advanced, its mode is set.
+      split: the images to classify.
+      data: the data set whose mean and standard deviation normalise the pixels.
+      trials: number of independent repetitions.
+      deterministic: use full gradients in the solvers instead of sampling.
+      batch_size: images in a batch; the last one is padded, so that a single program is compiled.
+      mesh: devices that share each batch; by default one.
     """
     set_mode(model, "deterministic" if deterministic else "test")
     mesh = mesh or parallel.local_mesh()
@@ -77,7 +77,7 @@ def evaluate(
     for start in range(0, len(split), size):
         images = split.images[start : start + size]
         labels = split.labels[start : start + size]
-        # a short last batch is filled with images of no class
+        # the last batch is padded with images whose label, −1, is never predicted
         missing = size - len(labels)
         images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
         labels = np.pad(labels, (0, missing), constant_values=-1)
@@ -93,7 +93,7 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _features(graph, state, images, mean, std):
-    # compiled apart from the head, which differs between the networks of a table
+    # compiled separately from the head, which differs between the networks of a table
     return nnx.merge(graph, state, copy=True)(normalise(images, mean, std))
 
 

@@ -19,16 +19,15 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
 import stochsolvers as ss
-from experiments import plots, results
+from experiments import plots, results, terminal
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """An activation and the prior whose proximal operator approximates it."""
+    """An activation, the prior whose proximal operator approximates it, and the range |v| ≤ reach."""
 
     name: str
     activation: Callable[[jax.Array], jax.Array]
@@ -46,14 +45,14 @@ STEPS = (1.0, 0.3, 0.1)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Draw figure 2 and print how far each pair of curves is apart."""
+    """Draw figure 2 and print the largest distance between the two curves of each pair."""
 
     out: Path = Path("runs/figure2")
     """Folder of figure2.png."""
     points: int = 801
-    """Abscissas a curve."""
+    """Number of points of each curve."""
     smoke: bool = False
-    """As with the tables; the whole figure takes seconds, so it changes nothing."""
+    """Accepted as by the tables, without effect: the whole figure takes seconds."""
 
 
 def curves(panel: Panel, points: int) -> tuple[np.ndarray, np.ndarray, dict[float, np.ndarray]]:
@@ -64,7 +63,7 @@ def curves(panel: Panel, points: int) -> tuple[np.ndarray, np.ndarray, dict[floa
 
 
 def draw(path: Path, points: int) -> dict[str, float]:
-    """Draw the figure; the largest distance of each pair at η = 1."""
+    """Draw the figure; returns the largest distance between the two curves of each pair at η = 1."""
     apart = {}
     with mpl.rc_context(plots.STYLE):
         figure = Figure(figsize=(9, 6), layout="constrained")
@@ -89,7 +88,7 @@ def draw(path: Path, points: int) -> dict[str, float]:
 def main(args: list[str] | None = None) -> None:
     """Parse the command line, draw, print the distances."""
     try:
-        config = tyro.cli(Config, prog="python -m experiments.figure2", args=args)
+        config = terminal.parse(Config, "experiments.figure2", args)
         if config.points < 2:
             raise ValueError(f"points: expected at least 2, got {config.points}")
         apart: dict[str, float] = {}

@@ -1,8 +1,8 @@
 """What tables 3 to 5 share: train a network, swap a solver into it, finetune, and compare.
 
 The paper finetunes the swapped network and compares it with the network before. More training alone
-might do as much, so the unswapped network is finetuned here as well, for the same epochs: the
-control. What the swap brings is the difference between the two finetuned networks.
+might do as much, so the unswapped network, the control, is finetuned here as well for the same
+epochs. The gain of the swap is the difference between the two finetuned networks.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ Accuracy = tuple[float, float | None]
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to go on from the trained baseline.
+    """One network that is finetuned from the trained baseline.
 
     Attributes:
-      name: in rows and file names.
-      label: in tables and pictures.
-      swap: changes a copy of the baseline in place, with random streams; None is the control.
+      name: name in rows and file names.
+      label: name in tables and pictures.
+      swap: replaces layers of a copy of the baseline, in place; None for the control.
       paper: the accuracy in the paper.
-      settings: for the rows.
+      settings: settings to store in the rows.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A baseline and the ways to go on from it; the control is added to them.
+    """A baseline and the networks that are finetuned from it; the control is added to them.
 
     Attributes:
-      name: in rows and file names.
-      label: in tables and pictures.
+      name: name in rows and file names.
+      label: name in tables and pictures.
       build: makes the baseline from random streams.
-      arms: without the control.
+      arms: the finetuned networks, without the control.
       paper: the baseline's accuracy in the paper.
-      settings: for the rows.
+      settings: settings to store in the rows.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Table(NamedTuple):
 
 
 def copied(model: Any) -> Any:
-    """A model with arrays of its own, so that training it leaves the first as it is."""
+    """A copy of a model that shares no arrays with it."""
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
@@ -86,7 +86,7 @@ def swapped(baseline: Any, arm: Arm) -> Callable[[nnx.Rngs], Any]:
 
 
 def run(table: Table, options: FinetuneOptions) -> list[tables.Row]:
-    """Run what is not finished yet, write the files, and return all rows."""
+    """Train the networks that are not finished yet, write the files, and return all rows."""
     options = options.filled()
 
     def builds(dataset: data.Dataset) -> Iterator[tables.Build]:
@@ -106,9 +106,9 @@ def run(table: Table, options: FinetuneOptions) -> list[tables.Row]:
 def _run_study(
     study: Study, dataset: data.Dataset, options: FinetuneOptions, seed: int, job: tables.Job
 ) -> None:
-    """Train the baseline, and go on from it in every way that is not finished yet.
+    """Train the baseline, and finetune from it every network that is not finished yet.
 
-    A network that diverges is a row without an accuracy; nothing goes on from such a baseline.
+    The row of a network that diverges has no accuracy; if the baseline diverges, nothing is finetuned.
     """
     first = Arm("baseline", "baseline", paper=study.paper)
     arms = (Arm("control", "baseline, finetuned"), *study.arms)

@@ -1,4 +1,4 @@
-"""The command lines of the tables: what all of them share, and what tables 3 to 5 add."""
+"""The command lines of the tables: common options, and those that tables 3 to 5 add."""
 
 import dataclasses
 import math
@@ -19,9 +19,9 @@ PAPER_BATCH_SIZE = 128
 SMOKE = {"epochs": 2, "finetune_epochs": 2, "batch_size": 32, "width": 0.125, "examples": 320}
 SMOKE_TRIALS = 3
 ADDABLE = ("seeds", "rates", "methods", "variants")
-"""Options that may grow when a command is given again with the same folder."""
+"""Options to which values may be added when a command is repeated with the same folder."""
 UNRECORDED = ("out", "data_dir", "overwrite", "smoke", "tensorboard", "machine", "seeds_at_once")
-"""Options that change no number, or that are filled in."""
+"""Options that change no result, or whose effect other options record."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +36,23 @@ class Options:
     data_dir: Path = Path("runs/data")
     """Folder of the CIFAR archives, downloaded if absent, and of the prepared copies."""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """A third at each learning rate; by default 20 on digits, else the paper's 300."""
+    """Epochs, a third of them at each learning rate; by default 20 on digits, else the paper's 300."""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """By default 32 on digits, else 128."""
+    """Images in a batch; by default 32 on digits, else 128."""
     learning_rate: float = LEARNING_RATES[0]
-    """The first; the next are a tenth and a hundredth of it."""
+    """The first learning rate; the next ones are a tenth and a hundredth of it."""
     seeds: tuple[int, ...] = (0,)
-    """Each of them is a run: validation split, initial weights, order of the examples, sampling."""
+    """Each seed is a run with its own validation split, initial weights, order of examples, sampling."""
     trials: int = 20
-    """Tests of a network that samples at test time; no more than 3 in a smoke run."""
+    """Repeated tests of a network that samples at test time; at most 3 in a smoke run."""
     examples: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Train on so many images only; by default on all."""
+    """Train on this many images only; by default on all."""
     augment: bool = False
     """Crop and flip the training images at random; not in the paper."""
     precision: steps.Precision = "float32"
     """bf16 computes plain layers in bfloat16; solvers, parameters and loss stay float32."""
     smoke: bool = False
-    """A minute's run on few images, and a narrow network: to see that everything works."""
+    """A run of about a minute on few images with a narrow network, to see that everything works."""
     overwrite: bool = False
     """Remove the results and checkpoints in --out first."""
     tensorboard: bool = False
@@ -63,7 +63,7 @@ class Options:
 
     counts: ClassVar[tuple[str, ...]] = ("epochs", "batch_size", "trials", "examples")
     smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """What a smoke run takes instead of all there is, where nothing was chosen."""
+    """Values that a smoke run uses in place of the defaults."""
 
     def __post_init__(self):
         for name in self.counts:
@@ -77,14 +77,14 @@ class Options:
             )
 
     def defaults(self) -> dict[str, Any]:
-        """What `filled` puts where nothing is given, by data set."""
+        """Defaults that depend on the data set; see `filled`."""
         return {
             "epochs": EPOCHS.get(self.dataset, PAPER_EPOCHS)[0],
             "batch_size": BATCH_SIZE.get(self.dataset, PAPER_BATCH_SIZE),
         }
 
     def filled(self) -> Self:
-        """The options with the defaults of the data set, or of a smoke run, filled in."""
+        """The options, with defaults of the data set or of a smoke run in the place of None."""
         defaults = self.defaults() | (SMOKE if self.smoke else {})
         names = {field.name for field in dataclasses.fields(self)}
         missing: dict[str, Any] = {
@@ -94,7 +94,7 @@ class Options:
         }
         if self.smoke:
             missing["trials"] = min(self.trials, SMOKE_TRIALS)
-            # `is`, since a choice that equals the default is a choice
+            # `is`: a value that was given is kept, even if it equals the default
             missing |= {
                 name: choice
                 for name, choice in self.smoke_choices.items()
@@ -103,14 +103,14 @@ class Options:
         return dataclasses.replace(self, **missing)
 
     def settings(self, table: str) -> dict[str, Any]:
-        """What the networks of a folder have in common; seeds, rates and methods may be added."""
+        """The settings that all networks of a folder share; seeds, rates and methods may be added."""
         common = dataclasses.asdict(self)
         for name in (*UNRECORDED, *ADDABLE):
             common.pop(name, None)
-        return {"table": table, **common, "dataset": Path(self.dataset).stem}
+        return {"table": table, **common, "dataset": data.name_of(self.dataset)}
 
     def train_config(self, seed: int) -> steps.TrainConfig:
-        """Of training from scratch; `filled` comes first."""
+        """The configuration of training from scratch; call `filled` first."""
         assert self.epochs is not None and self.batch_size is not None  # noqa: PT018
         return steps.TrainConfig(
             epochs=self.epochs,
@@ -127,11 +127,11 @@ class FinetuneOptions(Options):
     """The command line of tables 3 to 5."""
 
     finetune_epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Half at each learning rate; by default 8 on digits, else 200."""
+    """Epochs of finetuning, half at each learning rate; by default 8 on digits, else 200."""
     finetune_learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """The first of finetuning, the next is a tenth of it; by default a tenth of --learning-rate."""
+    """The first rate of finetuning, the second is a tenth of it; by default a tenth of --learning-rate."""
     width: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """Factor of the numbers of channels and hidden units; by default 1."""
+    """Factor on the numbers of channels and hidden units; by default 1."""
 
     counts: ClassVar[tuple[str, ...]] = (*Options.counts, "finetune_epochs")
 
@@ -143,7 +143,7 @@ class FinetuneOptions(Options):
             _check_rate("finetune_learning_rate", self.finetune_learning_rate)
 
     def defaults(self) -> dict[str, Any]:
-        """Those of all tables, and of what is added here."""
+        """The defaults of all tables, and those of the options added here."""
         return {
             **super().defaults(),
             "finetune_epochs": EPOCHS.get(self.dataset, PAPER_EPOCHS)[1],
@@ -152,7 +152,7 @@ class FinetuneOptions(Options):
         }
 
     def finetune_config(self, seed: int) -> steps.TrainConfig:
-        """Of what follows training, swapped or not; `filled` comes first."""
+        """The configuration of finetuning, for all networks alike; call `filled` first."""
         assert self.finetune_epochs is not None and self.finetune_learning_rate is not None  # noqa: PT018
         return dataclasses.replace(
             self.train_config(seed),
@@ -162,7 +162,7 @@ class FinetuneOptions(Options):
 
 
 def _scaled(rates: Sequence[float], first: float) -> tuple[float, ...]:
-    """Rates in proportion to the first of them, without the round-off of the factor."""
+    """The rates times a factor that makes `first` the first of them, rounded to 12 digits."""
     factor = first / rates[0]
     return tuple(float(f"{rate * factor:.12g}") for rate in rates)
 
@@ -173,14 +173,14 @@ def _check_rate(name: str, rate: float) -> None:
 
 
 def check_methods(methods: Sequence[str]) -> None:
-    """Raise a ValueError for what the command line of tables 3 to 5 cannot run."""
+    """Raise a ValueError for methods that tables 3 to 5 cannot run."""
     if not methods or "dropout" in methods:
         got = ", ".join(methods) or "none"
         raise ValueError(f"methods: expected at least one solver and no dropout, got {got}")
 
 
 def check_solver(num_iters: int, decay: float = 1.0) -> None:
-    """Raise a ValueError for iterations or a decay of the step size that no solver takes."""
+    """Raise a ValueError for a number of iterations below 1 or a decay outside (0, 1]."""
     if num_iters < 1:
         raise ValueError(f"num_iters: expected at least 1, got {num_iters}")
     if not 0 < decay <= 1:

@@ -1,4 +1,4 @@
-"""From rows to the curves of the pictures."""
+"""The curves of the pictures, from stored rows."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,20 +14,20 @@ Panels = dict[str, list[Curve]]
 
 
 def name_of(row: Row) -> str:
-    """The network of a row."""
+    """The name of a row's network."""
     names: Mapping[Any, str] = networks.NAMES
     return row.get("name") or f"{row['variant']} {names.get(row['method'], row['method'])}"
 
 
 def title_of(rows: Rows) -> str:
-    """Networks and data sets: "LeNet on digits"; table 2 has no other network than the LeNet."""
+    """Networks and data sets: "LeNet on digits"; every variant of table 2 is a LeNet."""
     kinds = ("LeNet" if row.get("variant") else name_of(row).split()[0] for row in rows)
     datasets = (str(row["dataset"]) for row in rows)
     return " on ".join(", ".join(dict.fromkeys(names)) for names in (kinds, datasets))
 
 
 def ordered(rows: Rows) -> list[Row]:
-    """By ascending dropout rate of the studies that have one; otherwise as they are."""
+    """The rows in ascending order of their studies' dropout rates; in the given order without rates."""
     rates = {row["study"]: rate for row in rows if (rate := _rate(row)) is not None}
     return sorted(rows, key=lambda row: rates.get(row.get("study"), 0.0))
 
@@ -37,15 +37,15 @@ def _rate(row: Row) -> float | None:
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """The rows by a key, in order of appearance."""
+    """The rows grouped by a key, in order of appearance."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
 
 
-def lost(finals: Rows) -> str:
-    """How many of the final rows of a network, one for each seed, diverged, in words; "" for none."""
+def diverged(finals: Rows) -> str:
+    """How many seeds of a network diverged, in words; "" for none."""
     count = sum(row["accuracy"] is None for row in finals)
     return f"diverged {count} of {len(finals)}" if count else ""
 
@@ -60,7 +60,7 @@ def accuracy(rows: Rows) -> Panels:
         epochs = grouped(group, lambda row: row["epoch"])
         x = sorted(epochs)
         values = [[row["validation_accuracy"] for row in epochs[k]] for k in x]
-        missing = lost(finals.get(name, []))
+        missing = diverged(finals.get(name, []))
         full = f"{label}, {missing}" if missing else label
         curve = _over_seeds(full, np.array(x), values, colors[label], plain=_is_plain(label))
         panels.setdefault(title, []).append(curve)
@@ -86,7 +86,7 @@ def residuals(rows: Rows) -> Panels:
 
 
 def rates(rows: Rows) -> list[Curve]:
-    """Test accuracy over the dropout rate, likewise over seeds; a gap where a seed diverged."""
+    """Test accuracy over the dropout rate, mean over the seeds; a gap where a seed diverged."""
     labels, colors = _labels(rows), _colors(rows)
     finals = [row for row in rows if row["kind"] == "final" and _rate(row) is not None]
     curves = []
@@ -94,7 +94,7 @@ def rates(rows: Rows) -> list[Curve]:
         points = grouped(group, _rate)
         x = sorted(points)
         values = [
-            [np.nan if lost(points[rate]) else row["accuracy"] for row in points[rate]]
+            [np.nan if diverged(points[rate]) else row["accuracy"] for row in points[rate]]
             for rate in x
         ]
         curve = _over_seeds(label, np.array(x), values, colors[label], plain=_is_plain(label))
@@ -121,7 +121,7 @@ def _colors(rows: Rows) -> dict[str, int]:
 
 
 def _labels(rows: Rows) -> dict[str, tuple[str, str]]:
-    """Name of a network to the title of its comparison, the words common to all, and what is its own."""
+    """For each network, the words that all names of its comparison begin with, and the other words."""
     labels = {}
     for group in grouped(rows, lambda row: row.get("study") or row.get("variant")).values():
         names = list(dict.fromkeys(map(name_of, group)))

@@ -1,4 +1,4 @@
-"""Where a run computes: one device, several devices, several processes; the results are the same.
+"""The devices of a run: one, several, or those of several processes; the results are the same.
 
 Parameters, their optimiser and the data set are replicated; a batch is split over the devices. The
 random masks are those of one device (they depend on the key and the global shape alone).
@@ -18,11 +18,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
 AGREE_EVERY = 16
-"""Steps from one agreement of several processes on whether to stop to the next."""
+"""Several processes agree on whether to stop once in this many steps."""
 
 
 class DeviceError(ValueError):
-    """There are not the devices that were asked for."""
+    """The requested devices are not available."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A tree of arrays, equal on every process, on every device of a mesh; what is there is not copied."""
+    """A tree of arrays, equal on every process, on every device of a mesh; copied only if needed."""
     return jax.tree.map(lambda leaf: _put(leaf, replicated(mesh)), tree)
 
 
@@ -132,10 +132,10 @@ def anywhere(flag: Any) -> bool:
 
 
 def stop_now(flag: Any, step: int) -> bool:
-    """Whether to stop after a step, on every process alike, since a flag is set on any of them.
+    """Whether to stop after a step: the same answer on every process, true if any of them sets the flag.
 
-    A single process stops at once. Several have to agree, which makes them wait for their devices, so
-    they ask each other every `AGREE_EVERY` steps.
+    A single process stops at once. Several processes exchange their flags, which waits for their
+    devices, so they do it every `AGREE_EVERY` steps.
     """
     if jax.process_count() > 1 and step % AGREE_EVERY:
         return False

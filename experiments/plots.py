@@ -27,11 +27,11 @@ class Curve:
     """One line of a picture.
 
     Attributes:
-      label: in the legend.
+      label: text in the legend.
       x: abscissas.
       y: ordinates.
-      color: number in matplotlib's colour cycle.
-      dashed: instead of solid.
+      color: index in matplotlib's colour cycle.
+      dashed: whether the line is dashed instead of solid.
       band: lower and upper ordinates of a shaded band, or None.
     """
 
@@ -44,7 +44,7 @@ class Curve:
 
 
 Panels = Mapping[str, Sequence[Curve]]
-"""Curves under the titles of their axes."""
+"""Curves by the titles of their axes."""
 SEEDS = "mean over the seeds, band from least to greatest"
 IMAGES = "of one seed: median over images, band around the middle 80%"
 
@@ -63,7 +63,7 @@ def residuals(path: Path, contents: Panels, *, title: str) -> None:
 
 
 def _titled(title: str, curves: Sequence[Curve], note: str) -> str:
-    """The title, with a line on the bands if there are any."""
+    """The title, with a line that explains the bands if there are any."""
     return f"{title}\n{note}" if any(curve.band is not None for curve in curves) else title
 
 
@@ -96,7 +96,7 @@ def _panels(path: Path, panels: Panels, title: str, *, xlabel: str, ylabel: str,
 
 
 def rates(path: Path, contents: Sequence[Curve], *, title: str) -> None:
-    """Test accuracy over dropout rates, which stand at equal distances."""
+    """Test accuracy over dropout rates, at equal distances on the axis."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()

@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from experiments import panels, plots, results
-from experiments.panels import Rows, grouped, lost, name_of
+from experiments import panels, plots, results, terminal
+from experiments.panels import Rows, diverged, grouped, name_of
 
 CSV, PAGE, NOTES = "summary.csv", "README.md", "NOTES.md"
 PICTURES = {
@@ -31,7 +31,7 @@ PICTURES = {
     "rates.png": "test accuracy over dropout rates, mean over the seeds, band from least to greatest",
 }
 OLD = ("table2.csv",)
-"""What earlier revisions wrote in the place of the summary."""
+"""File names of earlier revisions for the summary; such files are removed."""
 FILES = (CSV, PAGE, *PICTURES, *OLD)
 STORED = Path(__file__).parent / "results"
 MARK = "<!-- Drawn by python -m experiments.report; remarks belong in NOTES.md. -->"
@@ -56,7 +56,7 @@ class Config:
 
 
 def summarise(rows: Rows) -> list[dict[str, Any]]:
-    """One row for each network of the final rows: means over its seeds, and two kinds of spread."""
+    """One row for each network: means over its seeds, and standard deviations over seeds and trials."""
     finals = [row for row in rows if row["kind"] == "final"]
     baselines = {_family(row): row["accuracy"] for row in finals if _role(row) in BASELINES}
     groups = grouped(finals, lambda row: (row["dataset"], name_of(row)))
@@ -64,12 +64,12 @@ def summarise(rows: Rows) -> list[dict[str, Any]]:
 
 
 def _role(row: Mapping[str, Any]) -> str | None:
-    """What a network is in its comparison: the arm of a finetuning study, or table 2's method."""
+    """The role of a network in its comparison: the arm of a finetuning study, or table 2's method."""
     return row.get("arm") or row.get("method")
 
 
 def _family(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What the networks of one comparison have in common."""
+    """A key that the networks of one comparison share."""
     return row["dataset"], row.get("study"), row.get("variant"), row["seed"]
 
 
@@ -94,7 +94,7 @@ def _summary(
         "dataset": dataset,
         "name": name,
         "seeds": " ".join(str(row["seed"]) for row in group),
-        "diverged": lost(group),
+        "diverged": diverged(group),
         "accuracy": accuracy,
         "seed_std": seed_std,
         "trial_std": _over_seeds(group, "std")[0],
@@ -126,7 +126,7 @@ def _over_seeds(group: Rows, key: str) -> tuple[Any, float | None]:
 
 
 def table(rows: Rows) -> str:
-    """The summary as aligned text, with what there is to know about it."""
+    """The summary as aligned text, with remarks on seeds, epochs and the paper's numbers."""
     rows = panels.ordered(rows)
     finals = [row for row in rows if row["kind"] == "final"]
     header = ["network", "test %", "± trials", "full gradient", "validation %", "gain", "paper"]
@@ -223,10 +223,10 @@ def _hardware(row: Mapping[str, Any]) -> str:
 
 
 def write(folder: Path, rows: Rows) -> list[str]:
-    """Write the summary, the page and the pictures; a page by another hand is kept.
+    """Write the summary, the page and the pictures; a page that was not drawn by this command is kept.
 
     Returns:
-      what is kept though it could not be drawn, and what was removed, a line for each.
+      one line for each file that was kept as it is, or removed.
     """
     rows, remarks = panels.ordered(rows), []
     results.write_csv(folder / CSV, COLUMNS, summarise(rows))
@@ -247,21 +247,20 @@ def write(folder: Path, rows: Rows) -> list[str]:
         elif (folder / name).exists():
             remarks.append(f"{folder / name}: kept, the rows hold nothing to draw it from")
     target, notes = folder / PAGE, folder / NOTES
-    if not target.exists() or target.read_text().startswith(MARK):
+    if not target.exists() or results.read_text(target).startswith(MARK):
         pictures = [name for name in PICTURES if (folder / name).exists()]
-        text = page(rows, pictures, notes.read_text() if notes.exists() else "")
-        with results.whole_file(target) as partial:
-            partial.write_text(text)
+        text = page(rows, pictures, results.read_text(notes) if notes.exists() else "")
+        results.write_text(target, text)
     else:
         remarks.append(f"{target}: kept, it was written by hand")
     return remarks
 
 
 def found(folders: Iterable[Path]) -> list[Path]:
-    """The folders with results, in themselves or below.
+    """All folders with results among the given folders and their subfolders.
 
     Raises:
-      results.FolderError: one has none.
+      results.FolderError: one of the given folders has none.
     """
     every: list[Path] = []
     for folder in folders:
@@ -298,7 +297,7 @@ def load(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 def main(args: list[str] | None = None) -> None:
     """Parse the command line, print the tables, write the files."""
-    config = tyro.cli(Config, prog="python -m experiments.report", args=args)
+    config = terminal.parse(Config, "experiments.report", args)
     try:
         folders = found(config.folders or [STORED])
         groups = {config.out: folders} if config.out else {each: [each] for each in folders}

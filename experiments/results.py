@@ -1,4 +1,4 @@
-"""Results on disk and on the screen: JSON Lines, CSV, tables; every file is written whole."""
+"""Results on disk and on the screen: JSON Lines, CSV, tables; every file is written atomically."""
 
 import contextlib
 import csv
@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from experiments import checkpoints, curves, parallel
+from experiments import checkpoints, curves, parallel, terminal
 
 PACKAGES = ("stochsolvers", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 ROWS, SETTINGS = "results.jsonl", "config.json"
@@ -26,12 +26,12 @@ KEYS = {
     "residuals": ("layer", "deterministic", "low", "middle", "high"),
     "final": ("dataset", "seed", "accuracy"),
 }
-"""Kinds of rows, and what each of them must hold."""
+"""Kinds of rows, and the keys that each kind must have."""
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` if the block succeeds, and vanishes if it does not."""
+    """A temporary path, renamed to `path` if the block succeeds, removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -50,20 +50,36 @@ def _umask() -> int:
     return mask
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file in UTF-8, whatever the locale says."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """What a file in UTF-8 holds.
+
+    Raises:
+      FolderError: it is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FolderError(f"{path}: not in UTF-8 ({error})") from None
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
-    with whole_file(path) as partial:
-        partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """The named columns of the rows; what a row lacks, or has as None, stays empty."""
+    """The named columns of the rows; a value that is missing or None is an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with whole_file(path) as partial:
-        partial.write_text(text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def write_figure(path: Path, draw: Callable[[Path], None]) -> None:
@@ -76,10 +92,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a run.
 
     Raises:
-      FolderError: a line is not a JSON object, or lacks what its kind must hold; names it.
+      FolderError: a line is not a JSON object, or lacks a key of its kind.
     """
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -105,12 +121,12 @@ class FolderError(RuntimeError):
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if absent, for one command; the system releases it if the process dies.
+    """Lock a folder, made if absent, for one command; the lock ends with the process.
 
     Raises:
-      FolderError: another command holds it.
+      FolderError: another command has locked it.
     """
-    if not parallel.is_first():  # the first process holds it for all of them
+    if not parallel.is_first():  # the first process locks it for all of them
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,15 +144,15 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class Run:
-    """The folder of one run: the rows of its finished networks, checkpoints of the others.
+    """The folder of one run: rows of the finished networks, checkpoints of the others.
 
-    Several processes may share it; the first one writes.
+    Several processes may share the folder; the first one writes.
 
     Args:
       folder: made when there is something to write.
-      settings: what all rows have in common, as JSON; a folder with others is refused.
-      files: names of what else the run writes there, removed with the rows.
-      overwrite: remove the rows, checkpoints and curves that are there.
+      settings: settings that all rows share, as JSON; a folder with other settings is refused.
+      files: names of other files that the run writes there; `overwrite` removes them too.
+      overwrite: first remove the rows, checkpoints and curves in the folder.
       tensorboard: write curves for TensorBoard.
 
     Raises:
@@ -177,21 +193,20 @@ class Run:
         return self.folder / CHECKPOINTS / _joined(names)
 
     def board(self, *names: Any, after: int = 0) -> curves.Board:
-        """The curves of one network, which come after so many epochs; inert unless asked for."""
+        """The curves of one network, after so many earlier epochs; written only with `tensorboard`."""
         return curves.Board(self.folder / CURVES / _joined(names) if self._curves else None, after)
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add the rows of a finished network, and write what there is."""
+        """Add the rows of a finished network, and write all rows."""
         self.rows += (dict(row) for row in rows)
         if parallel.is_first():
-            with whole_file(self.folder / SETTINGS) as partial:
-                partial.write_text(json.dumps(self.settings, indent=2) + "\n")
+            write_text(self.folder / SETTINGS, json.dumps(self.settings, indent=2) + "\n")
             write_jsonl(self.folder / ROWS, self.rows)
 
     def _check_settings(self) -> None:
         path = self.folder / SETTINGS
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(read_text(path))
         except FileNotFoundError:
             raise FolderError(
                 f"{self.folder}: holds {ROWS} without {SETTINGS}. "
@@ -213,7 +228,7 @@ class Run:
             for name in (CHECKPOINTS, CURVES):
                 if (self.folder / name).exists():
                     shutil.rmtree(self.folder / name)
-        parallel.anywhere(False)  # nobody goes on before it is done
+        parallel.anywhere(False)  # all processes wait until it is done
 
 
 def _joined(names: Iterable[Any]) -> str:
@@ -225,7 +240,7 @@ def _scalars(row: Mapping[str, Any]) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, without anything that names the machine or its paths."""
+    """Versions and hardware, without host names and paths."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -243,7 +258,7 @@ def environment() -> dict[str, Any]:
 
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
@@ -255,8 +270,8 @@ def _cores() -> int:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned by spaces, the first to the left and the others to the right."""
-    cells = [list(header), *(list(row) for row in rows)]
+    """A table for the terminal: the first column aligned to the left, the others to the right."""
+    cells = [[terminal.shown(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row):
@@ -275,7 +290,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def percent(mean: float | None, std: float | None = None) -> str:
-    """An accuracy as the paper prints it."""
+    """An accuracy in the paper's format, "72.86 ± 0.177"; "" for None."""
     if mean is None:
         return ""
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.3f}"

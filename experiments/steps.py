@@ -1,7 +1,7 @@
 """One step of training, compiled: for one network, or for several seeds of a network at once.
 
-Nothing that differs between seeds, or between training and finetuning, is a constant of the program:
-networks of one structure share their compiled step.
+Whatever differs between seeds, or between training and finetuning, is an argument of the program, so
+that networks of the same structure share one compiled step.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from experiments.evaluation import normalise
 Precision = Literal["float32", "bf16"]
 CROP_PADDING = 4
 COMPILED = 8
-"""Structures whose compiled programs are kept."""
+"""Number of network structures whose compiled programs are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +28,13 @@ class TrainConfig:
     """The paper's optimiser.
 
     Attributes:
-      epochs: in all; an equal part of the steps at each learning rate.
-      batch_size: examples a step.
-      learning_rates: one after the other.
-      momentum: of SGD.
-      weight_decay: of the weights and biases, added to the gradient before the momentum.
-      seed: of the initialisation, the order of the examples and the sampling.
-      augment: crop and flip the training images at random; the paper does not say that it did.
+      epochs: number of epochs; each learning rate is used for an equal part of the steps.
+      batch_size: examples in a step.
+      learning_rates: in order of use.
+      momentum: momentum of SGD.
+      weight_decay: λ of (λ/2)||w||², weights and biases; its gradient enters the momentum.
+      seed: seed of the initialisation, the order of the examples and the sampling.
+      augment: crop and flip the training images at random; the paper does not mention it.
       precision: "bf16" computes plain layers in bfloat16; parameters, solvers and loss stay float32.
     """
 
@@ -49,7 +49,7 @@ class TrainConfig:
 
 
 class State(NamedTuple):
-    """What a step changes: parameters, the model's other state, the optimiser's."""
+    """The state of training: parameters, other state of the model, state of the optimiser."""
 
     params: Any
     rest: Any
@@ -57,7 +57,7 @@ class State(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What a network learns from: stored images, labels, statistics of the pixels, a random key."""
+    """The training data: images as stored, labels, mean and deviation of the pixels, a random key."""
 
     images: Any
     labels: Any
@@ -67,7 +67,7 @@ class Source(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """The optimiser's numbers, λ the weight decay."""
+    """The parameters of the optimiser."""
 
     learning_rate: Any
     momentum: Any
@@ -88,7 +88,7 @@ def optimizer(rates: Rates) -> optax.GradientTransformation:
 
 
 def augmented(key: jax.Array, images: jax.Array, *, padding: int = CROP_PADDING) -> jax.Array:
-    """Each image, with a border of zeros, cropped to its size at random, and flipped or not."""
+    """Each image padded with zeros, cropped at random to its size, and flipped with probability ½."""
     border = ((padding, padding), (padding, padding), (0, 0))
 
     def one(key, image):
@@ -111,7 +111,7 @@ def set_precision(model: Any, precision: Precision) -> None:
 
 
 def stack(trees: Sequence[Any]) -> Any:
-    """The trees of several seeds as one, with a leading axis; that of a single seed as it is."""
+    """The trees of several seeds, stacked along a new first axis; a single tree is returned unchanged."""
     if len(trees) == 1:
         return trees[0]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -129,7 +129,7 @@ def compiled_step(graph: Any, *, augment: bool, together: bool) -> Callable[...,
     """(state, source, batch, number, rates) -> the next state, (loss, accuracy in percent).
 
     The batch holds indices into the source; its number is the step's. With `together`, state, source
-    and batch are stacked over seeds, and so is what comes back. The state is donated.
+    and batch are stacked over seeds, and so are the results. The state is donated.
     """
 
     def loss_of(params, rest, images, labels):
@@ -157,7 +157,7 @@ def compiled_step(graph: Any, *, augment: bool, together: bool) -> Callable[...,
 
 @functools.lru_cache(COMPILED)
 def compiled_refresh(graph: Any, *, together: bool) -> Callable[..., Any]:
-    """(parameters, the model's other state) -> the latter with every Lipschitz constant recomputed."""
+    """(parameters, other state) -> other state with every Lipschitz constant recomputed."""
 
     def refresh(params, rest):
         model = nnx.merge(graph, params, rest, copy=True)

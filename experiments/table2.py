@@ -6,8 +6,8 @@
 Two hidden layers of 120 and 84 units can be marked D: D-ND is the penultimate, ND-D the last, D-D both.
 A marked layer has dropout (p = 0.5) before it, or is solved by 10 iterations of Prox-SG with
 τ = n1/2, or by another method. All networks are trained from scratch and tested once, after the last
-epoch, those with stochastic solvers in 20 trials, since they sample at test time as well. Nothing is
-chosen by the test set. A run that was stopped goes on when the same command is given again.
+epoch; those with stochastic solvers, which sample at test time as well, in 20 trials. Nothing is
+chosen by the test set. A run that was stopped is resumed by the same command.
 
 References:
   Bibi, Ghanem, Koltun and Ranftl, Deep Layers as Stochastic Solvers, ICLR 2019, section 4, table 2.
@@ -42,18 +42,18 @@ class Config(options.Options):
     """Train the LeNets of table 2 and print their accuracy beside the paper's."""
 
     out: Path = Path("runs/table2")
-    """Folder of the results and checkpoints of one configuration; a stopped run goes on there."""
+    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     variants: tuple[Variant, ...] = ("D-D", "D-ND", "ND-D")
     """Which of the two hidden layers, penultimate-last, are marked D."""
     methods: tuple[Method, ...] = ("dropout", "prox-sg")
-    """What the mark D means."""
+    """What a layer marked D is: dropout before it, or the solver."""
     num_iters: int = 10
     """Iterations of the solvers."""
     decay: float = 0.9
     """Factor of the solver's step size, 1/L at first, from one iteration to the next."""
     seeds_at_once: bool = False
-    """Train a network from all --seeds in one vmapped step, at the memory of as many networks and data
-    sets; meant for an accelerator that one network leaves idle, and slower on a CPU."""
+    """Train a network from all --seeds in one vmapped step, which needs the memory of as many networks
+    and data sets; for accelerators that one network does not occupy, and slower on a CPU."""
 
     smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {"variants": SMOKE_VARIANTS}
 
@@ -72,7 +72,7 @@ class Config(options.Options):
 
 
 def run(config: Config) -> list[tables.Row]:
-    """Run what is not finished yet, write the files and return all rows."""
+    """Train the networks that are not finished yet, write the files and return all rows."""
     config = config.filled()
 
     def builds(dataset: data.Dataset) -> Iterator[tables.Build]:
@@ -97,7 +97,7 @@ def run(config: Config) -> list[tables.Row]:
 def _run_network(
     network: LeNetConfig, datasets: dict[int, data.Dataset], config: Config, job: tables.Job
 ) -> None:
-    """Train a network from each seed. One that diverges is a row; the others begin again without it."""
+    """Train a network from each seed; if one diverges, the others are trained again without it."""
     while datasets:
         try:
             job.stored.add(_train_and_test(network, datasets, config, job))
@@ -141,7 +141,7 @@ def _name(network: LeNetConfig) -> str:
 def _about(
     network: LeNetConfig, dataset: data.Dataset, config: Config, seed: int
 ) -> tuple[tables.Row, tables.Row]:
-    """What all rows of a network have in common, and what the final one adds."""
+    """The entries that all rows of a network share, and those of the final row alone."""
     variant, method = network.variant, network.block.method
     known = PAPER.get((variant, method)) if config.dataset == "cifar10" else None
     optimiser = config.train_config(seed)
@@ -163,8 +163,8 @@ def residuals(model: LeNet, dataset: data.Dataset, *, images: int = 256) -> list
     """Relative residuals of each solver of a network on the first validation images.
 
     Returns:
-      by layer, sampled (where the solver samples) and with full gradients: for each iteration the
-      median over the images and the limits of the middle 80%.
+      for each layer, sampled (if the solver samples) and with full gradients: for each iteration the
+      median over the images and the quantiles 0.1 and 0.9.
     """
     networks.set_mode(model, "test")
     pixels = jnp.asarray(dataset.validation.images[:images])

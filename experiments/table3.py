@@ -4,7 +4,7 @@
     python -m experiments.table3 --dataset cifar10 --data-dir DIR
 
 The network is trained plain, then the solver takes the place of the first layer, with the same
-parameters, and the network is finetuned; beside it, the plain network is finetuned as long. The
+parameters, and the network is finetuned; for comparison, so is the plain network, as long. The
 solver's step is 1/L, L from lemma 2 on the unpadded grid, recomputed every epoch.
 
 References:
@@ -27,7 +27,7 @@ class Config(options.FinetuneOptions):
     """Train AlexNet, swap its first layer for a solver, finetune, and print the accuracies."""
 
     out: Path = Path("runs/table3")
-    """Folder of the results and checkpoints of one configuration; a stopped run goes on there."""
+    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     num_iters: int = 10
     """Iterations of the solver; the paper does not give the number."""
     methods: tuple[Literal["prox-gd", "fista"], ...] = ("prox-gd",)

@@ -5,7 +5,7 @@
 
 The network has two fully-connected ReLU layers with dropout, p = 0.5, before each. It is trained, then
 the last layer (ND-D) or both (D-D) become Prox-SG with τ = n1/2, or both become Prox-GD behind the
-dropout that stays; then it is finetuned. Beside them, the plain network is finetuned as long.
+dropout that stays; then it is finetuned. For comparison, the plain network is finetuned as long.
 
 References:
   Bibi, Ghanem, Koltun and Ranftl, Deep Layers as Stochastic Solvers, ICLR 2019, section 4, table 4.
@@ -36,8 +36,8 @@ PAPER: dict[str, dict[str, finetune.Accuracy]] = {
         "prox-gd-D-D": (71.10, None),
     },
 }
-"""Accuracy in percent, and standard deviation over 20 trials; which layers Prox-GD replaces there is not
-stated, and taken to be both."""
+"""Accuracy in percent, and standard deviation over 20 trials; the paper does not
+state which layers Prox-GD replaces; here both."""
 SMOKE_VARIANTS: tuple[Marks, ...] = ("D-D",)
 SMOKE_METHODS: tuple[Method, ...] = ("prox-sg",)  # a program of VGG16 takes ten seconds to compile
 
@@ -47,7 +47,7 @@ class Config(options.FinetuneOptions):
     """Train VGG16, swap its hidden layers for solvers, finetune, and print the accuracies."""
 
     out: Path = Path("runs/table4")
-    """Folder of the results and checkpoints of one configuration; a stopped run goes on there."""
+    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     num_iters: int = 30
     """Iterations of the solvers."""
     decay: float = 0.9
@@ -55,7 +55,7 @@ class Config(options.FinetuneOptions):
     variants: tuple[Marks, ...] = ("ND-D", "D-D")
     """Whether the last hidden layer or both become solvers that sample."""
     batch_norm: bool = True
-    """Normalise after every convolution; the paper does not say."""
+    """Batch normalisation after every convolution; the paper does not say whether it has any."""
     methods: tuple[Method, ...] = ("prox-sg", "prox-gd")
     """The solvers; prox-gd and fista keep the dropout."""
 
@@ -73,7 +73,7 @@ class Config(options.FinetuneOptions):
 
 
 def arms(config: Config, paper: dict[str, finetune.Accuracy]) -> list[finetune.Arm]:
-    """Solvers in the last layer or in both; those behind dropout in both."""
+    """Solvers that sample in the last layer or in both; Prox-GD and FISTA in both."""
 
     def arm(method: Method, marks: Marks) -> finetune.Arm:
         block = BlockConfig(method, num_iters=config.num_iters, decay=config.decay)

@@ -5,7 +5,7 @@
     python -m experiments.table5 --dataset cifar10 --data-dir DIR --network lenet --epochs 12
 
 For every rate a network is trained with dropout before its last hidden layer, then that layer becomes
-a solver and the network is finetuned; beside it, the plain network is finetuned as long. VGG16 keeps
+a solver and the network is finetuned; for comparison, the plain network is finetuned as long. VGG16 keeps
 dropout, p = 0.5, before its other hidden layer; LeNet and AlexNet have none elsewhere. --layer
 penultimate does the same in the layer before.
 
@@ -45,13 +45,13 @@ class Config(options.FinetuneOptions):
     """Train a network for each dropout rate, swap its last hidden layer, finetune, print accuracies."""
 
     out: Path = Path("runs/table5")
-    """Folder of the results and checkpoints of one configuration; a stopped run goes on there."""
+    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     network: Head = "vgg16"
     """vgg16 is the paper's; lenet is table 2's, which trains on a CPU and has no --width; alexnet is
-    table 3's with a hidden layer of 256 units."""
+    table 3's with a hidden layer of 256 units added."""
     layer: Layer = "last"
-    """Which hidden layer; the paper's is the last. Of lenet it has 120 inputs, the penultimate 400;
-    alexnet has but one."""
+    """Which hidden layer; the paper's is the last. In lenet the last has 120 inputs, the penultimate 400;
+    alexnet has the last only."""
     rates: tuple[float, ...] = (0.0, 0.1, 0.5, 0.9, 0.95)
     """Dropout rates p of that layer."""
     num_iters: int = 30
@@ -76,7 +76,7 @@ class Config(options.FinetuneOptions):
 
 
 def builder(config: Config, dataset: data.Dataset) -> tuple[Callable[[nnx.Rngs], Any], Any]:
-    """What makes the network, its hidden layer marked, and the network's configuration."""
+    """A function that builds the network with its hidden layer marked, and its configuration."""
     shape, count, width = dataset.image_shape, len(dataset.classes), config.width or 1.0
     dropout = BlockConfig("dropout")
     if config.network == "vgg16":

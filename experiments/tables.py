@@ -1,4 +1,4 @@
-"""What the commands of tables 2 to 5 share: the run around the networks, their scores and rows."""
+"""What the commands of tables 2 to 5 share: opening the data and the folder, scores, rows."""
 
 import contextlib
 import signal
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -19,6 +18,7 @@ from experiments import (
     parallel,
     report,
     results,
+    terminal,
     training,
 )
 from experiments.options import Options
@@ -29,11 +29,11 @@ EXPECTED = (
     *(archive.DataError, checkpoints.CheckpointError, results.FolderError, OSError),
     *(parallel.DeviceError, training.ConfigurationError, curves.MissingError),
 )
-"""What a command answers with one line."""
+"""Errors that a command reports in one line."""
 
 
 class Job(NamedTuple):
-    """What a run works with: its data, its devices, its folder."""
+    """The data, the devices and the folder of a run."""
 
     source: data.Source
     mesh: Mesh
@@ -46,17 +46,19 @@ def opened(
 ) -> Iterator[Job]:
     """The job of a command; at the end of the block, its page, table and pictures are written.
 
-    The data, the devices and the networks are checked before anything is made or removed.
+    The data, the devices and the networks are checked before any file is written or removed.
 
     Args:
       table: name of the module.
-      options: filled.
-      builds: what makes the networks, for a data set of this shape.
+      options: the options, after `filled`.
+      builds: functions that make the networks for a data set of this shape.
 
     Raises:
       training.ConfigurationError: a network does not fit the images, or a batch the devices.
-      results.FolderError: the folder is another run's, damaged, or in use.
+      checkpoints.CheckpointError: the path of the folder is not text.
+      results.FolderError: the folder belongs to another run, is damaged, or is in use.
     """
+    checkpoints.check_path(options.out)
     if options.tensorboard:
         curves.check_installed()
     mesh = options.machine.mesh()
@@ -83,16 +85,16 @@ def opened(
 
 
 def say(text: str) -> None:
-    """Print, in the first process alone."""
+    """Print, in the first process only."""
     if parallel.is_first():
         print(text, flush=True)
 
 
 def scored(trained: training.Trained, dataset: data.Dataset, trials: int, mesh: Mesh) -> Row:
-    """Test and validation accuracy in percent, sampled as in the paper and along the full gradient.
+    """Test and validation accuracy in percent, sampled as in the paper and with full gradients.
 
-    A network that samples is tested `trials` times: the mean, and the standard deviation of those
-    trials about it (over n, not n − 1: they are all there are of this network's table entry).
+    A network that samples is tested `trials` times; its scores are the mean and the standard
+    deviation over these n trials (divided by n, not n − 1).
     """
     model, scores = trained.model, {}
     sampled = model.is_stochastic
@@ -117,7 +119,7 @@ def scored(trained: training.Trained, dataset: data.Dataset, trials: int, mesh: 
 def finished(
     tags: Mapping[str, Any], trained: training.Trained, scores: Row, final: Row, *, after: int = 0
 ) -> list[Row]:
-    """The rows of a network: its epochs, which come after so many, and the final one; says so."""
+    """The rows of a network: one for each epoch, numbered from `after` + 1, and the final one; prints it."""
     accuracy = results.percent(scores["accuracy"], scores["std"])
     say(f"{tags['name']}, seed {tags['seed']}: {accuracy} % in {trained.seconds:.0f} s")
     epochs = [
@@ -128,7 +130,7 @@ def finished(
 
 
 def diverged(tags: Mapping[str, Any], error: training.DivergenceError, final: Row) -> list[Row]:
-    """The row of a network without an accuracy; says so."""
+    """The row of a network that diverged, without an accuracy; prints the error."""
     say(str(error))
     return [{"kind": "final", **tags, "accuracy": None, **final, "error": str(error)}]
 
@@ -137,7 +139,7 @@ def main(
     table: str, config: type[Any], run: Callable[[Any], list[Row]], args: list[str] | None
 ) -> None:
     """Parse the command line, run, print the table; fail if a network diverged."""
-    options: Any = tyro.cli(config, prog=f"python -m experiments.{table}", args=args)
+    options: Any = terminal.parse(config, f"experiments.{table}", args)
     try:
         with _stoppable():
             rows = run(options)
@@ -152,7 +154,7 @@ def main(
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """End the program on SIGTERM and Ctrl-C with a word, cleaning up; in training it saves first."""
+    """End the program on SIGTERM and Ctrl-C with a message; training saves a checkpoint first."""
 
     def stop(number: int, _: Any) -> None:
         print("stopped; the same command goes on from what is saved", file=sys.stderr)

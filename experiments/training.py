@@ -24,11 +24,11 @@ from experiments.steps import State, TrainConfig
 
 Record = dict[str, float]
 Watch = Callable[[Sequence[Record]], None]
-"""Is shown the records of the epochs so far: when training begins or goes on, and after each epoch."""
+"""Called with the records of all epochs so far: when training begins or resumes, after each epoch."""
 
 
 class DivergenceError(RuntimeError):
-    """The loss of a seed stopped being finite."""
+    """The loss of a seed is infinite or NaN."""
 
     def __init__(self, message: str, seed: int):
         super().__init__(message)
@@ -36,11 +36,11 @@ class DivergenceError(RuntimeError):
 
 
 class ConfigurationError(ValueError):
-    """A configuration that does not fit the data, the machine, or what is stored already."""
+    """A configuration that does not fit the data, the devices, or the stored results."""
 
 
 class Trained(NamedTuple):
-    """A trained model, one record for each epoch, and its share of the seconds of training."""
+    """A trained model, one record for each epoch, and the seconds of training per seed."""
 
     model: Any
     history: list[Record]
@@ -55,7 +55,7 @@ def train(
     watch: Watch | None = None,
     **options: Any,
 ) -> Trained:
-    """Train a network: `train_together` of one seed."""
+    """Train a network from one seed; see `train_together`."""
     watches = [] if watch is None else [watch]
     (trained,) = train_together(build, {config.seed: data}, config, watches=watches, **options)
     return trained
@@ -71,17 +71,17 @@ def train_together(
     mesh: Mesh | None = None,
     watches: Sequence[Watch] = (),
 ) -> list[Trained]:
-    """Train a network from several seeds at once, each as if it were alone, to round-off.
+    """Train a network from several seeds at once; each as if trained alone, up to round-off.
 
     The seeds' networks and data are stacked, and one step is vmapped over them; a single seed is not.
 
     Args:
-      build: makes the network from random streams; it may be trained already, to be finetuned.
-      data: of each seed: its training split is learned, its validation split watched once an epoch.
-      config: of the optimiser, but for the seed.
-      label: for the progress bar and for errors.
-      checkpoint: a folder, saved to once an epoch, and on SIGTERM or Ctrl-C, which then end the program
-        with status 143 or 130. A run that finds its own checkpoint there goes on as if it had not stopped.
+      build: makes the network from random streams; for finetuning, one that is trained already.
+      data: for each seed, its data; the validation split is scored after every epoch.
+      config: configuration of the optimiser; its seed is not used.
+      label: name of the network in the progress bar and in errors.
+      checkpoint: a folder, saved to after every epoch, and on SIGTERM or Ctrl-C, which then end the
+        program with status 143 or 130. A run is resumed from its own checkpoint to the same results.
       mesh: devices that share each batch; by default one.
       watches: one for each seed, or none.
 
@@ -105,8 +105,9 @@ def train_together(
     refresh = steps.compiled_refresh(graph, together=len(seeds) > 1)
 
     start = time.perf_counter() - progress.seconds
-    about = f"{label}, seed{'s'[: len(seeds) > 1]} {' '.join(map(str, seeds))}"
-    bar = tqdm(total=total, initial=progress.step, desc=about, leave=False, disable=_bar_off())
+    word = "seeds" if len(seeds) > 1 else "seed"
+    about = f"{label}, {word} {' '.join(map(str, seeds))}"
+    bar = tqdm(total=total, initial=progress.step, desc=about, leave=False, disable=_bar_disabled())
     with bar, checkpoints.deferred_termination() as terminated:
         while progress.step < total:
             epoch, history = progress.step // count, progress.history
@@ -143,7 +144,7 @@ def train_together(
 def _initial(
     build: Callable[[nnx.Rngs], Model], seeds: Sequence[int], config: TrainConfig
 ) -> tuple[Any, State]:
-    """The networks before the first step: their common structure, and their stacked state."""
+    """The networks before the first step: their common structure and their stacked states."""
     parts = []
     for seed in seeds:
         model: Any = build(nnx.Rngs(params=seed, dropout=seed + 1))
@@ -157,7 +158,7 @@ def _initial(
 
 
 def steps_per_epoch(data: Dataset, config: TrainConfig, mesh: Mesh) -> int:
-    """Whole batches in an epoch; raises a `ConfigurationError` if there is none."""
+    """Number of full batches in an epoch; raises a `ConfigurationError` if there is none."""
     if config.epochs < 1:
         raise ConfigurationError(f"epochs: expected at least 1, got {config.epochs}")
     if not 1 <= config.batch_size <= len(data.train):
@@ -175,7 +176,7 @@ def steps_per_epoch(data: Dataset, config: TrainConfig, mesh: Mesh) -> int:
 def _identity(
     graph: Any, state: State, data: dict[int, Dataset], config: TrainConfig
 ) -> dict[str, Any]:
-    """What a checkpoint must agree on to be resumed."""
+    """The settings that a checkpoint must share with a run to be resumed by it."""
     splits = (split for each in data.values() for split in (each.train, each.validation))
     arrays = (array for split in splits for array in (split.images, split.labels))
     seeds = list(data)
@@ -195,7 +196,7 @@ def _identity(
 def _epoch_steps(
     graph: Any, data: dict[int, Dataset], config: TrainConfig, mesh: Mesh
 ) -> Callable[..., tuple[State, np.ndarray]]:
-    """(state, epoch, metrics so far) -> the state and metrics at its end, or when it has to stop.
+    """(state, epoch, metrics so far) -> state and metrics after the epoch, or at a signal to stop.
 
     The metrics are loss and accuracy, shape (steps, seeds, 2).
     """
@@ -269,7 +270,7 @@ def _check_finite(metrics: np.ndarray, label: str, seeds: Sequence[int], first_s
 
 
 def _stop(bar: tqdm, step: int, received: Sequence[int], *, saved: bool) -> None:
-    """End the program, by the signal that it received, or that another process did."""
+    """End the program with the status of the signal that this or another process received."""
     if parallel.is_first():
         there = "; the same command goes on from there" if saved else ""
         bar.write(f"stopped at step {step}{there}", file=sys.stderr)
@@ -290,11 +291,11 @@ def _show(watches: Sequence[Watch], progress: Progress) -> None:
         watch(records)
 
 
-def _bar_off() -> bool | None:
-    """No progress bar but the first process's, and none where there is no terminal."""
+def _bar_disabled() -> bool | None:
+    """For tqdm: None shows the bar in a terminal only; the first process alone has one."""
     return None if parallel.is_first() else True
 
 
 def count_parameters(model: Any) -> int:
-    """Numbers that training changes."""
+    """Number of trainable parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

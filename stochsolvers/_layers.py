@@ -20,58 +20,106 @@ from stochsolvers.solvers import Solution, Solver
 
 
 def conv_map(layer: Any, kernel: Array, spatial_shape: tuple[int, ...]) -> Conv:
-    """A `Conv` with the options of a Flax convolution, for inputs of (H, W) pixels.
+    """A `Conv` with the options of a Flax convolution, for inputs of these pixels.
 
     Raises:
-      ValueError: for options that it has no equal for.
+      ValueError: for unsupported options.
     """
-    if kernel.ndim != 4:
-        _checks.fail("kernel of a solver convolution", "4 axes (two spatial)", kernel.shape)
+    rank = kernel.ndim - 2
     input_dilation = 1 if layer.input_dilation is None else layer.input_dilation
-    if tuple(np.broadcast_to(input_dilation, (2,))) != (1, 1):
+    if any(d != 1 for d in np.broadcast_to(input_dilation, (rank,))):
         _checks.fail("input_dilation of a solver convolution", "1", input_dilation)
     if layer.mask is not None:
         got = f"an array of shape {layer.mask.shape}"
         _checks.fail("mask of a solver convolution", "None", got)
     padding = layer.padding
     if isinstance(padding, int):
-        padding = ((padding, padding),) * 2
+        padding = ((padding, padding),) * rank
     elif not isinstance(padding, str):
         padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
     return Conv(
         kernel,
-        cast(tuple[int, int], spatial_shape),
-        strides=_checks.pair_of_counts("strides", layer.strides or 1),
+        cast(Any, tuple(spatial_shape)),
+        strides=cast(Any, _for_each_axis(layer.strides, rank)),
         padding=cast(Padding, padding),
-        kernel_dilation=_checks.pair_of_counts("kernel_dilation", layer.kernel_dilation or 1),
+        kernel_dilation=cast(Any, _for_each_axis(layer.kernel_dilation, rank)),
         feature_group_count=layer.feature_group_count,
     )
 
 
+def _for_each_axis(value: Any, rank: int) -> tuple[int, ...]:
+    """One number for each spatial axis, as Flax reads it: None is 1."""
+    value = 1 if value is None else value
+    return (value,) * rank if isinstance(value, int) else tuple(value)
+
+
 def step_constant(solver: Solver, linear_map: LinearMap, ridge: Scalar) -> Array | None:
-    """What the solver's step size is read off, for a layer to keep; None where there is nothing."""
+    """The problem constant that sets the solver's step, for a layer to keep; None for a fixed step."""
     linear_map = lax.stop_gradient(linear_map)
-    inputs = jnp.zeros(linear_map.in_shape, linear_map.kernel.dtype)
+    inputs = jnp.zeros(linear_map.in_shape, linear_map.dtype)
     return solver.step_constant(LayerProblem(linear_map, inputs, ridge=ridge))
 
 
-def current_constant(
-    solver: Solver, linear_map: LinearMap, ridge: Scalar, kept: Array | None, refreshed: Any
-) -> Array | None:
-    """The kept constant if it has ever been refreshed, else one computed from the kernel at hand.
+_SAMPLES = 64  # entries of the kernel in a fingerprint
+_MOVED = 0.5  # relative change above which a kernel is another one
 
-    So that a network into which weights have just been loaded does not run on the steps of its
-    initialisation.
+
+def fingerprint(linear_map: LinearMap) -> Array:
+    """Numbers by which a map is known again: its Euclidean norm, the shape of its inputs, some entries."""
+    leaves = [leaf.ravel() for leaf in jax.tree.leaves(lax.stop_gradient(linear_map))]
+    entries = jnp.concatenate(leaves).astype(jnp.promote_types(linear_map.dtype, jnp.float32))
+    norm = jnp.sqrt(jnp.sum(entries**2))
+    few = entries[:: max(1, -(-entries.size // _SAMPLES))]
+    shape = jnp.asarray(linear_map.in_shape, entries.dtype)
+    return jnp.concatenate([norm[None], shape, few])
+
+
+def is_current(reference: Array, linear_map: LinearMap) -> Array:
+    """Whether a map is still about the one of an earlier fingerprint.
+
+    Training moves a kernel little from one refresh to the next. A kernel whose norm, or whose entries, have
+    changed by half is another one (loaded from a checkpoint, say), and so is one for images of another
+    size; zeros are the fingerprint of no map.
     """
-    if kept is None:
+    now, count = fingerprint(linear_map), 1 + len(linear_map.in_shape)
+    if now.shape != reference.shape:
+        return jnp.zeros((), bool)
+    same_shape = jnp.all(now[1:count] == reference[1:count])
+    same_norm = jnp.abs(now[0] - reference[0]) <= _MOVED * reference[0]
+    moved, before = now[count:] - reference[count:], reference[count:]
+    return same_shape & same_norm & (jnp.sum(moved**2) <= _MOVED**2 * jnp.sum(before**2))
+
+
+def current_constant(
+    solver: Solver,
+    linear_map: LinearMap,
+    ridge: Scalar,
+    kept: Array | None,
+    reference: Array | None,
+) -> Array | None:
+    """The kept constant if it is of about this map, else one computed from the map at hand.
+
+    So that a network into which weights have just been loaded does not run on the steps of others.
+    """
+    if kept is None or reference is None:
         return step_constant(solver, linear_map, ridge)
     kept, linear_map = varying((kept, linear_map), (kept, linear_map))
     return lax.cond(
-        refreshed,
+        is_current(reference, linear_map),
         lambda _: kept,
         lambda current: jnp.asarray(step_constant(solver, current, ridge), kept.dtype),
         lax.stop_gradient(linear_map),
     )
+
+
+def check_factors(layer: str, solver: object, prior: object, ridge: object) -> None:
+    """Refuse what is no solver, no prior and no weight, at construction."""
+    if not isinstance(solver, Solver):
+        _checks.fail(f"solver of {layer}", "a Solver such as ProxGD(10)", repr(solver))
+    if not isinstance(prior, Prior):
+        _checks.fail(f"prior of {layer}", "a Prior such as prox.NonNegative()", repr(prior))
+    _checks.non_negative("ridge", ridge)
+    _checks.rank("ridge", ridge, 0)
 
 
 def refuse(layer: str, **options: Any) -> None:
@@ -112,7 +160,7 @@ def run(
     problem: LayerProblem,
     *,
     kept: Array | None,
-    refreshed: Array | None,
+    reference: Array | None,
     deterministic: bool,
     precision: Any,
     dtype: Any,
@@ -126,15 +174,15 @@ def run(
       key: random key; None where nothing is sampled.
       problem: the layer's problem.
       kept: what `step_constant` returned when the layer last computed it, or None.
-      refreshed: whether that was ever asked for.
+      reference: the `fingerprint` of the map that it was computed from, or None.
       deterministic: sample nothing.
       precision: of the layer's matrix products.
       dtype: of the value.
       certify: fill in the certificate, of the value as returned.
-      record: takes what the solve shows of itself; None observes nothing.
+      record: takes the measurements of the solve; None measures nothing.
     """
     with precision_context(precision):
-        constant = current_constant(solver, problem.linear_map, problem.ridge, kept, refreshed)
+        constant = current_constant(solver, problem.linear_map, problem.ridge, kept, reference)
         solution = solver.solve(key, problem, step_constant=constant, deterministic=deterministic)
     solution = dataclasses.replace(solution, value=jnp.asarray(solution.value, dtype))
     if not certify and record is None:
@@ -143,19 +191,3 @@ def run(
     if record is not None:
         record(reports.observe(solver, problem, solution, gap, constant, deterministic))
     return dataclasses.replace(solution, certificate=gap) if certify else solution
-
-
-def split_static(tree: Any) -> tuple[list[Any], Any]:
-    """The arrays of a tree, to be traced, and the rest of it as hashable structure."""
-    leaves, structure = jax.tree.flatten(tree)
-    arrays = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
-    traced = [leaf for leaf, array in zip(leaves, arrays, strict=True) if array]
-    static = tuple(None if array else leaf for leaf, array in zip(leaves, arrays, strict=True))
-    return traced, (structure, static)
-
-
-def join_static(traced: list[Any], rest: Any) -> Any:
-    """The tree of `split_static`."""
-    structure, static = rest
-    arrays = iter(traced)
-    return jax.tree.unflatten(structure, [next(arrays) if s is None else s for s in static])

@@ -85,3 +85,21 @@ def value_object(cls: type[_T]) -> type[_T]:
 def real(value: Any) -> Any:
     """A Python integer as a float, so that it can be differentiated; anything else as it is."""
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def split_static(tree: Any) -> tuple[list[Any], Any]:
+    """The numbers and arrays of a tree, to be traced, and the rest of it as hashable structure."""
+    leaves, structure = jax.tree.flatten(tree)
+    traced = [leaf for leaf in leaves if _is_number(leaf)]
+    return traced, (structure, tuple(None if _is_number(leaf) else leaf for leaf in leaves))
+
+
+def join_static(traced: list[Any], rest: Any) -> Any:
+    """The tree of `split_static`."""
+    structure, static = rest
+    numbers = iter(traced)
+    return jax.tree.unflatten(structure, [next(numbers) if s is None else s for s in static])
+
+
+def _is_number(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") or (isinstance(leaf, int | float) and not isinstance(leaf, bool))

@@ -5,6 +5,8 @@ has m_i = 1[i ∈ S]. Every function takes the key first, and draws independentl
 `batch_shape`. Masks are boolean; none of them scales anything.
 """
 
+from typing import Any
+
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -40,6 +42,16 @@ def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int |
             _checks.fail(what, f"a fraction that leaves at least 1 of {n} features", tau)
         return rounded
     return _checks.count(what, tau, maximum=n)
+
+
+def canonical_tau(tau: Any) -> Any:
+    """A known fraction as a Python float, so that it stays known where it is traced; else τ as it is."""
+    known = isinstance(tau, jax.Array | np.generic | np.ndarray)
+    if known and not isinstance(tau, jax.core.Tracer) and jnp.ndim(tau) == 0:
+        if jnp.issubdtype(jnp.result_type(tau), jnp.floating):
+            return float(tau)
+        return int(tau) if isinstance(tau, np.integer) else tau
+    return tau
 
 
 def tau_nice_mask(key: Array, tau: int | Array, n: int, batch_shape: tuple[int, ...] = ()) -> Array:

@@ -11,7 +11,7 @@ from flax import nnx
 from oracles import nnls_layer, objective
 
 import stochsolvers as ss
-from stochsolvers.problems import _certificate
+from stochsolvers.problems import _products
 
 pytestmark = pytest.mark.optimized
 
@@ -263,9 +263,7 @@ def test_blocked_products_are_within_their_bound(shape, options, rng):
         x = (7 * one(1, *spatial, shape[2] * groups)).astype(np.float32)
         z = (7 * one(1, *conv.out_shape)).astype(np.float32)
         for adjoint, operand in ((False, x), (True, z)):
-            (total, rest), error = _certificate._in_blocks(
-                conv, jnp.asarray(operand), adjoint=adjoint
-            )
+            (total, rest), error = _products.in_blocks(conv, jnp.asarray(operand), adjoint=adjoint)
             found = np.asarray(total, np.float64) + np.asarray(rest, np.float64)
             want, bound = (
                 (A.adjoint if adjoint else A)(jnp.asarray(sign(operand), np.float64))

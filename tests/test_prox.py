@@ -426,6 +426,292 @@ def test_distances_below_the_spacing_of_floats_stay_inside():
     assert np.isfinite(prox.LogBarrier(1e-8).value(prox.LogBarrier(1e-8).prox(v[:2], 1.0)))
 
 
+# --- range ----------------------------------------------------------------------------------------
+#
+# |v| over all normal float32, ηγ from 1e-30 to 1e30 in several splits into η and γ, against closed forms
+# or bisection in long double, which has 15 bits of exponent.
+
+
+def _whole_range():
+    """(v, η, γ) in float32, flat."""
+    size = np.concatenate([np.logspace(-37.5, 38.5, 77), 10.0 ** np.arange(-7, 0)])
+    v = np.concatenate([-size, size, 1 + size[84 // 2 - 8 :], [0.0, 0.5, 1.0, -1.0, 0.75, -0.3]])
+    c = np.concatenate([np.logspace(-30, 30, 13), [3e-8, 1e-3, 0.7, 3e7]])
+    etas = np.concatenate([np.ones_like(c), c, np.full_like(c, 1e-6), np.full_like(c, 1e6)])
+    gammas = np.concatenate([c, np.ones_like(c), 1e6 * c, 1e-6 * c])
+    v, eta = np.meshgrid(np.clip(v, -3.4e38, 3.4e38).astype(np.float32), etas.astype(np.float32))
+    gamma = np.broadcast_to(gammas.astype(np.float32)[:, None], v.shape)
+    return v.ravel(), eta.ravel(), gamma.ravel()
+
+
+def _exact_odds(a, excess, c):
+    """The odds t of the cubic's root, by bisection."""
+
+    def increasing(t):
+        fit = np.where(t < 1, t / (1 + t) - a, -1 / (1 + t) - excess)
+        return fit + c * (t + t / (1 + 2 * t))
+
+    return _bisect(increasing, np.full_like(a, 1e-90), np.full_like(a, 1e90))
+
+
+def _exact_symmetric(a, excess, c):
+    """u, 1 − u, du/da and du/dc for a ≥ 0."""
+    t = _exact_odds(a, excess, c)
+    u, wall = t / (1 + t), 1 / (1 + t)
+    square = wall * (1 + u)  # 1 − u²
+    slope = square**2 / (square**2 + 2 * c * (1 + u * u))
+    return u, wall, slope, -2 * u * square / (square**2 + 2 * c * (1 + u * u))
+
+
+def _exact_prox(name, v, c, shift):
+    """u, du/dv and du/dc in long double."""
+    if name == "log":
+        h = np.sqrt(v * v + 4 * c)
+        return np.where(v < 0, 2 * c / (h + np.abs(v)), (np.abs(v) + h) / 2), 0, 1 / h
+    if name == "symmetric":
+        u, _, slope, by_weight = _exact_symmetric(np.abs(v), np.abs(v) - 1, c)
+        return np.sign(v) * u, slope, np.sign(v) * by_weight
+    if name == "interval":
+        left = v < 0.5
+        a, excess = np.where(left, 1 - 2 * v, 2 * v - 1), np.where(left, -2 * v, 2 * v - 2)
+        _, wall, slope, by_weight = _exact_symmetric(a, excess, 4 * c)
+        u = np.where(left, wall / 2, 1 - wall / 2)
+        return u, slope, np.where(left, -2, 2) * by_weight
+    if name == "hinge":
+        below = v < -shift
+        u = np.where(below, (v - c * shift) / (1 + c), v)
+        slope = np.where(below, 1 / (1 + c), 1)
+        return u, slope, np.where(below, -(v + shift) / (1 + c) ** 2, 0)
+    u = np.sign(v) * np.maximum(np.abs(v) - c, 0)
+    return u, np.abs(v) > c, -np.sign(v) * (np.abs(v) > c)
+
+
+def _exact_value(name, u, gamma, shift):
+    """g, dg/du, dg/dγ."""
+    with np.errstate(all="ignore"):
+        h, slope = {
+            "log": lambda: (-np.log(u), -1 / u),
+            "symmetric": lambda: (-np.log1p(-u * u), 2 * u / ((1 - u) * (1 + u))),
+            "interval": lambda: (-np.log(u) - np.log1p(-u), (2 * u - 1) / (u * (1 - u))),
+            "hinge": lambda: (np.maximum(-u - shift, 0) ** 2 / 2, -np.maximum(-u - shift, 0)),
+            "l1": lambda: (np.abs(u), np.sign(u)),
+        }[name]()
+    return gamma * h, gamma * slope, h
+
+
+def _exact_conjugate(name, w, gamma, shift):
+    """g*, dg*/dw = u and dg*/dγ = −h(u), with the maximiser u of w u − γ h(u); and the terms' size."""
+    if name == "hinge":
+        return w * w / (2 * gamma) - shift * w, w / gamma - shift, -((w / gamma) ** 2) / 2
+    if name == "log":
+        return gamma * (np.log(-gamma / w) - 1), -gamma / w, np.log(-gamma / w)
+    root = np.sqrt((4 if name == "interval" else 1) * gamma**2 + w * w)
+    if name == "symmetric":
+        u = w / (gamma + root)
+        low = np.minimum(u * u, 0.5)
+        logs = np.where(low < 0.25, np.log1p(-low), np.log(2 * gamma / (gamma + root)))
+        q = w * u
+        return np.where(-logs < 1e-12, q / 2, q + gamma * logs), u, logs
+    low = 2 * gamma / (2 * gamma + np.abs(w) + root)  # u for −|w|
+    logs = np.log(low) + np.log1p(-low)
+    low_value = -np.abs(w) * low + gamma * logs
+    return np.maximum(w, 0) + low_value, np.where(w > 0, 1 - low, low), logs
+
+
+def _assert_representable(got, exact, scale=0.0, floor=1.0, units=32, what=""):
+    """Equal to a few units of round-off, wherever the exact result is a normal float32.
+
+    The floor is 1, or the factor of which u times it is the result.
+    """
+    info = np.finfo(np.float32)
+    got, exact = np.asarray(got), np.asarray(exact, np.longdouble)
+    fits = np.abs(exact) < 0.99 * info.max
+    error = np.abs(got - exact)
+    allowed = units * info.eps * np.maximum(np.abs(exact), scale) + 4 * info.tiny * np.maximum(
+        floor, 1
+    )
+    wrong = fits & ~(error <= allowed)
+    assert not np.any(wrong), (
+        what,
+        np.flatnonzero(wrong)[:5],
+        wrong.sum(),
+        got[wrong][:5],
+        exact[wrong][:5],
+    )
+
+
+RANGED = {
+    "log": lambda gamma, shift: prox.LogBarrier(gamma),
+    "symmetric": lambda gamma, shift: prox.SymmetricLogBarrier(gamma),
+    "interval": lambda gamma, shift: prox.IntervalLogBarrier(gamma),
+    "hinge": lambda gamma, shift: prox.SquaredHinge(gamma, shift),
+    "l1": lambda gamma, shift: prox.L1(gamma),
+}
+ranged = pytest.mark.parametrize("name", list(RANGED))
+
+
+def _entrywise(method, name):
+    """The function's values and partial derivatives, entry by entry."""
+
+    def function(argument, gamma, shift, *rest):
+        return getattr(RANGED[name](gamma, shift), method)(argument, *rest)
+
+    return jax.jit(jax.vmap(jax.value_and_grad(function, (0, 1))))
+
+
+@ranged
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_prox_over_the_whole_range(name, shift):
+    v, eta, gamma = _whole_range()
+    decided = np.abs(np.abs(v) - eta * gamma) > 1e-6 * np.abs(v)  # not on the kink of L1
+    v, eta, gamma = v[decided], eta[decided], gamma[decided]
+    shift = np.full_like(v, shift)
+
+    def function(v, gamma, eta, shift):
+        return RANGED[name](gamma, shift).prox(v, eta)
+
+    u, dv, dgamma, deta = jax.jit(
+        lambda *arguments: (
+            function(*arguments),
+            *jax.vjp(function, *arguments)[1](jnp.ones_like(v))[:3],
+        )
+    )(v, gamma, eta, shift)
+    wide = [array.astype(np.longdouble) for array in (v, eta, gamma, shift)]
+    exact, slope, by_weight = _exact_prox(name, wide[0], wide[1] * wide[2], wide[3])
+    if name == "log":
+        slope = exact * by_weight
+    near = name == "l1"  # |v| − ηγ: the round-off of the product is relative to the product
+    _assert_representable(u, exact, np.abs(wide[0]) if near or shift[0] else 0.0, what="u")
+    _assert_representable(dv, slope, what="du/dv")
+    _assert_representable(dgamma, by_weight * wide[1], floor=eta, what="du/dγ")
+    _assert_representable(deta, by_weight * wide[2], floor=gamma, what="du/dη")
+    for first, second in ((u, exact), (dv, slope)):
+        assert np.all(np.isfinite(first) | (np.abs(second) > 3e38))
+
+
+@ranged
+def test_values_over_the_whole_range(name):
+    v, eta, gamma = _whole_range()
+    u = np.asarray(jax.jit(lambda v, g, e: RANGED[name](g, 0.3).prox(v, e))(v, gamma, eta))
+    u = np.where(np.abs(u) < np.finfo(np.float32).tiny, np.float32(0.5), u)
+    shift = np.full_like(v, 0.3)
+    got, (du, dgamma) = _entrywise("value", name)(u, gamma, shift)
+    wide = [array.astype(np.longdouble) for array in (u, gamma, shift)]
+    exact, slope, by_weight = _exact_value(name, *wide)
+    _assert_representable(got, exact, what="g")
+    scale = wide[1] * np.abs(1 / wide[0]) if name == "interval" else 0.0
+    _assert_representable(du, slope, scale, what="dg/du")
+    _assert_representable(dgamma, by_weight, what="dg/dγ")
+
+
+@ranged
+def test_conjugates_over_the_whole_range(name):
+    w, _, gamma = (array[: len(array) // 2] for array in _whole_range())  # γ from 1e-30 to 1e30
+    if name == "l1":
+        w = np.clip(w, -gamma, gamma)
+        assert np.all(_entrywise("conjugate", name)(w, gamma, gamma)[0] == 0)
+        return
+    if name in ("log", "hinge"):
+        w, gamma = w[w < 0], gamma[w < 0]
+    shift = np.full_like(w, 0.3)
+    got, (dw, dgamma) = _entrywise("conjugate", name)(w, gamma, shift)
+    wide = [array.astype(np.longdouble) for array in (w, gamma, shift)]
+    exact, u, by_weight = _exact_conjugate(name, *wide)
+    # condition: the round-off of the arguments alone moves g* by these
+    scale = np.abs(wide[0] * u) + wide[1] if name in ("log", "interval") else 0.0
+    _assert_representable(got, exact, scale, what="g*")
+    _assert_representable(dw, u, what="dg*/dw")
+    _assert_representable(dgamma, by_weight, 1.0 if name == "log" else 0.0, what="dg*/dγ")
+
+
+@ranged
+def test_dual_projections_over_the_whole_range(name):
+    w, _, gamma = _whole_range()
+    got, (dw, _) = _entrywise("dual_projection", name)(w, gamma, 0 * w)
+    low = {"log": -INF, "hinge": -INF, "l1": -gamma}.get(name, -INF)
+    high = {"log": -np.finfo(np.float32).tiny, "hinge": np.float32(0), "l1": gamma}.get(name, INF)
+    np.testing.assert_array_equal(got, np.clip(w, low, high))
+    inside = (w > low) & (w < high)
+    np.testing.assert_array_equal(np.asarray(dw)[inside], 1)
+
+
+def test_the_derivative_of_a_shifted_hinge_keeps_its_digits():
+    v, shift = np.float32(-0.3000002), np.float32(0.3)
+    got = jax.grad(lambda gamma: prox.SquaredHinge(gamma, shift).prox(v, 1.0))(jnp.float32(0.7))
+    assert float(got) == pytest.approx(-(float(v) + float(shift)) / 1.7**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", [1e-30, 1e-20, 1e-3, 1.0, 1e20, 1e30])
+@pytest.mark.parametrize("size", [1e-37, 1e-20, 1e-10, 1.0, 1e10, 1e20, 2e38])
+def test_group_jacobian_over_the_whole_range(size, weight):
+    v = (size * np.array([0.6, -0.8, 1.1])).astype(np.float32)
+    wide, c = v.astype(np.longdouble), np.longdouble(np.float32(weight))
+    norm = np.sqrt(np.sum(wide**2))
+    unit, keeps = wide / norm, (norm > c).astype(np.longdouble)
+    prior = prox.GroupL2(jnp.float32(weight))
+    _assert_representable(prior.prox(jnp.asarray(v), 1.0), keeps * (1 - c / norm) * wide)
+    for mode in (jax.jacfwd, jax.jacrev):
+        jacobian = mode(lambda x: prior.prox(x, 1.0))(jnp.asarray(v))
+        exact = keeps * ((1 - c / norm) * np.eye(3) + c / norm * np.outer(unit, unit))
+        _assert_representable(jacobian, exact)
+        by_step = mode(lambda s: prox.GroupL2(1.0).prox(jnp.asarray(v), s))(jnp.float32(weight))
+        _assert_representable(by_step, -keeps * unit)
+        jacobian = mode(prior.dual_projection)(jnp.asarray(v))
+        inner = c / norm * (np.eye(3) - np.outer(unit, unit))
+        _assert_representable(jacobian, np.where(keeps == 1, inner, np.eye(3)), c / norm * keeps)
+    _assert_representable(prior.value(jnp.asarray(v)), c * norm)
+    _assert_representable(jax.grad(prior.value)(jnp.asarray(v)), c * unit)
+    _assert_representable(
+        prior.dual_projection(jnp.asarray(v)), np.where(keeps == 1, c * unit, wide)
+    )
+    assert (prior.conjugate(jnp.asarray(v)) == INF) == bool(keeps)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-66, 2.0**66, 2.0**120])
+@pytest.mark.parametrize("name", list(GROUPED))
+def test_norms_and_spectra_are_homogeneous(name, scale, rng):
+    # prox of s v at the step s η is s prox(v, η), and the derivatives are the same.
+    prior, scale = ALL[name], np.float32(scale)
+    v, dv = (
+        jnp.asarray(_matrix(rng, 2, 3, 4 if name == "nuclear" else 3), np.float32) for _ in "12"
+    )
+
+    def prox_of(s):
+        return jax.jvp(prior.prox, (s * v, jnp.float32(0.4) * s), (dv, jnp.float32(1.0)))
+
+    def dual_of(s):
+        gamma = () if name == "psd" else (0.7 * s,)
+        return jax.jvp(type(prior)(*gamma).dual_projection, (s * v, 0.1 * s), (dv, jnp.float32(1)))
+
+    for function in (prox_of, dual_of):
+        (u, du), (at_one, du_at_one) = function(scale), function(np.float32(1))
+        np.testing.assert_allclose(u / scale, at_one, atol=2e-6)
+        np.testing.assert_allclose(du, du_at_one, atol=2e-6)
+    u = prior.prox(v, 0.4)
+    if name == "psd":
+        assert prior.value(scale * u) == 0
+        assert prior.conjugate(-scale * u) == 0
+    else:
+        value, slope = jax.value_and_grad(prior.value)(scale * u)
+        np.testing.assert_allclose(value / scale, prior.value(u), rtol=1e-5)
+        np.testing.assert_allclose(slope, jax.grad(prior.value)(u), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", list(GROUPED))
+def test_dual_projections_have_the_derivatives_of_finite_differences(name, rng):
+    prior = ALL[name]
+    for shape in ((3, 3),) if name == "psd" else ((3, 3), (2, 5), (5, 2)):
+        w, dw = jnp.asarray(2 * _matrix(rng, *shape)), jnp.asarray(_matrix(rng, *shape))
+        tangent = jax.jvp(prior.dual_projection, (w, 0.2), (dw, 0.3))[1]
+        expected = _finite_difference(
+            lambda t: prior.dual_projection(w + t * dw, 0.2 + 0.3 * t), 0.0, 1.0
+        )
+        np.testing.assert_allclose(tangent, expected, atol=1e-7)
+    gradient = jax.grad(lambda w: jnp.sum(jnp.sin(prior.dual_projection(w, 0.2))))
+    for point in (jnp.zeros((3, 3)), jnp.eye(3), -5 * jnp.eye(3), jnp.ones((3, 3))):
+        assert np.all(np.isfinite(gradient(point)))
+
+
 # --- derivatives ----------------------------------------------------------------------------------
 
 

@@ -1,8 +1,7 @@
 """The networks of the tables, with dropout or a solver in the layers under study.
 
-Every network has `features`, its deterministic part, and `head`, the part that may be stochastic. The
-layers under study are made of plain layers by `blocks`, so that a network can be trained plain and
-swapped afterwards.
+Every network has `features`, its deterministic part, and `head`, the part that may sample. `blocks`
+replaces plain layers by solvers with the same parameters, so a network can be trained plain first.
 """
 
 from experiments.networks.alexnet import AlexNet as AlexNet

@@ -23,11 +23,11 @@ class AlexNetConfig:
 
     Attributes:
       image_shape: height, width, channels.
-      num_classes: outputs.
-      width: factor of the numbers of channels, rounded; 1 is the paper's network.
+      num_classes: number of outputs.
+      width: factor on the numbers of channels, rounded; 1 is the paper's network.
       hidden: units of a fully-connected ReLU layer before the classifier, times `width`; None for the
         paper's network, whose only fully-connected layer is the classifier.
-      block: what the mark D of that layer, "last", means.
+      block: dropout or the solver of that layer, "last".
     """
 
     image_shape: tuple[int, int, int] = (32, 32, 3)
@@ -40,8 +40,8 @@ class AlexNetConfig:
 class AlexNetFeatures(nnx.Module):
     """conv 64@11×11 stride 4 padding 5, pool, 192@5×5, pool, 384@3×3, 256@3×3, 256@3×3, pool; flattened.
 
-    All pools are of 2×2 and keep the rim of an odd grid, so that images of less than 32×32 pixels
-    fit; on 32×32 pixels there is none.
+    All pools are 2×2; on an odd grid, the last row and column form pools of their own, so that images
+    of fewer than 32×32 pixels are accepted. On 32×32 pixels every grid is even.
     """
 
     def __init__(self, config: AlexNetConfig, *, rngs: nnx.Rngs):
@@ -68,9 +68,9 @@ class AlexNetFeatures(nnx.Module):
 
 
 class AlexNet(nnx.Module):
-    """The features and the classes, with a ReLU layer between them if wanted.
+    """The features and the classifier, with an optional ReLU layer between them.
 
-    `features` is the deterministic part, `head` the part that may be stochastic.
+    `features` is the deterministic part, `head` the part that may sample.
     """
 
     def __init__(self, config: AlexNetConfig, *, rngs: nnx.Rngs):
@@ -93,17 +93,17 @@ class AlexNet(nnx.Module):
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether the network is stochastic at test time."""
+        """Whether the network samples at test time."""
         return has_stochastic_solver(self)
 
 
 def pool(images: jax.Array) -> jax.Array:
-    """The maximum of 2×2 pixels; the rim of an odd grid has less."""
+    """The maximum of 2×2 pixels; of fewer in the last row and column of an odd grid."""
     return nnx.max_pool(images, (2, 2), (2, 2), padding="SAME")
 
 
 def scaled(count: int, width: float) -> int:
-    """A number of channels times the width, at least 1."""
+    """A number of channels times the width, rounded, at least 1."""
     if not width > 0:
         raise ValueError(f"width: expected a positive factor, got {width}")
     return max(1, round(width * count))

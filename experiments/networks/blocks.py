@@ -1,4 +1,4 @@
-"""The layers under study: plain, with dropout, or solved."""
+"""The layers under study: plain, with dropout, or solver layers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,19 +30,19 @@ _DETERMINISTIC: tuple[Method, ...] = ("prox-gd", "fista")
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """What stands in a ReLU layer that is marked D.
+    """Dropout or the solver of a ReLU layer that is marked D.
 
     Attributes:
       method: "dropout" drops inputs before the layer. The others solve the layer's problem: "prox-sg",
-        "importance" (p_i ∝ L_i) and "expected-smoothness" (steps 1/(2𝓛)) sample inputs; "ms2gd" does
-        so in two rounds around a full gradient; "prox-gd" and "fista" follow the full gradient, and
-        keep the dropout before it.
+        "importance" (p_i ∝ L_i) and "expected-smoothness" (steps 1/(2𝓛)) sample inputs; "ms2gd"
+        samples in two outer iterations, each with one full gradient; "prox-gd" and "fista" take full
+        gradients, with dropout before the layer.
       rate: dropout rate p; a solver that samples takes τ = (1 − p) n1 inputs.
-      num_iters: iterations of the solver; of "ms2gd", the inner ones together.
-      decay: factor of the step size from one iteration to the next; "ms2gd", "prox-gd" and "fista",
-        which converge without, ignore it.
+      num_iters: iterations of the solver; for "ms2gd" the total of inner iterations.
+      decay: factor on the step size from one iteration to the next; ignored by "ms2gd", "prox-gd" and
+        "fista", which converge without it.
       ridge: λ of the solver's problem.
-      step_size: a constant in place of 1/L or 1/(2𝓛).
+      step_size: a constant step size in place of 1/L or 1/(2𝓛).
     """
 
     method: Method = "prox-sg"
@@ -64,7 +64,7 @@ class BlockConfig:
         """The solver's configuration.
 
         Raises:
-          ValueError: for "dropout", which solves nothing.
+          ValueError: for "dropout", which has no solver.
         """
         if self.method not in _SOLVERS:
             raise ValueError(f"method: expected one that solves, got {self.method}")
@@ -116,12 +116,12 @@ class DropoutReLU(nnx.Module):
 
 
 class DropoutSolver(nnx.Module):
-    """Dropout of the inputs, then a solver that samples nothing itself.
+    """Dropout of the inputs, then a deterministic solver.
 
     Args:
       rate: dropout rate p.
       linear: the solver layer.
-      rngs: random streams of the dropout.
+      rngs: random streams for the dropout.
     """
 
     def __init__(self, rate: float, linear: ss.nnx.SolverLinear, *, rngs: nnx.Rngs):
@@ -137,13 +137,13 @@ HiddenLayer: TypeAlias = DropoutReLU | DropoutSolver | ss.nnx.SolverLinear
 
 
 class ConvReLU(nnx.Module):
-    """Convolution, batch normalisation if wanted, ReLU.
+    """Convolution, optional batch normalisation, ReLU.
 
     Args:
       in_features: channels of the inputs.
       out_features: channels of the outputs.
       kernel_size: height and width.
-      batch_norm: normalise before the ReLU.
+      batch_norm: batch normalisation before the ReLU.
       rngs: random streams of the initialisation.
       **options: those of `nnx.Conv`.
     """
@@ -174,7 +174,7 @@ class ConvReLU(nnx.Module):
 def hidden_layer(
     in_features: int, out_features: int, *, marked: bool, block: BlockConfig, rngs: nnx.Rngs
 ) -> HiddenLayer:
-    """A fully-connected ReLU layer, with dropout or a solver where it is marked D."""
+    """A fully-connected ReLU layer, with dropout or a solver if it is marked D."""
     if marked and block.method != "dropout":
         linear = nnx.Linear(in_features, out_features, rngs=rngs)
         return _solve(linear, block, rngs)
@@ -182,7 +182,7 @@ def hidden_layer(
 
 
 def swap_hidden(layer: HiddenLayer, block: BlockConfig, *, rngs: nnx.Rngs) -> HiddenLayer:
-    """A trained layer with its marked part exchanged; the twin shares the layer's parameters."""
+    """A layer with the same parameters, and the dropout or solver of `block`."""
     linear = layer if isinstance(layer, ss.nnx.SolverLinear) else layer.linear
     if block.method != "dropout":
         return _solve(linear, block, rngs)
@@ -205,13 +205,13 @@ def _solve(linear: nnx.Linear, block: BlockConfig, rngs: nnx.Rngs) -> HiddenLaye
 def swap_conv(
     layer: ConvReLU, block: BlockConfig, spatial_shape: tuple[int, int]
 ) -> ss.nnx.SolverConv:
-    """The solver twin of a trained convolution and its ReLU; it shares the layer's parameters.
+    """A solver layer with the parameters of a trained convolution, in place of it and its ReLU.
 
-    The Lipschitz constant is that of the layer's own, unpadded grid, as in the paper.
+    The Lipschitz constant is that of the unpadded grid, as in the paper.
 
     Args:
-      layer: without batch normalisation.
-      block: its method follows the full gradient; its dropout rate is not used.
+      layer: a layer without batch normalisation.
+      block: a method with full gradients; the dropout rate is not used.
       spatial_shape: height and width of the layer's inputs.
     """
     if block.method not in _DETERMINISTIC:
@@ -238,7 +238,7 @@ def solver_of(layer: Any) -> ss.nnx.SolverLinear | ss.nnx.SolverConv | None:
 
 
 def has_stochastic_solver(model: nnx.Module) -> bool:
-    """Whether a network samples at test time: dropout does not, stochastic solvers do."""
+    """Whether a network samples at test time: stochastic solvers do, dropout does not."""
     return any(
         isinstance(module, ss.nnx.SolverLinear | ss.nnx.SolverConv) and module.solver.stochastic
         for _, module in nnx.iter_modules(model)
@@ -248,9 +248,9 @@ def has_stochastic_solver(model: nnx.Module) -> bool:
 def set_mode(model: nnx.Module, mode: Literal["train", "test", "deterministic"]) -> None:
     """Switch a model's random layers, in place.
 
-    "train": all random. "test": dropout off, solvers random, as the paper tests. "deterministic":
-    dropout off, solvers follow the full gradient. Batch normalisation learns its statistics in
-    "train" only.
+    "train": dropout and solvers sample. "test": dropout is off, solvers sample, as in the paper.
+    "deterministic": dropout is off, solvers take full gradients. Batch normalisation updates its
+    statistics in "train" only.
     """
     if mode == "train":
         model.train()

@@ -20,9 +20,9 @@ class LeNetConfig:
 
     Attributes:
       image_shape: height, width, channels.
-      num_classes: outputs.
+      num_classes: number of outputs.
       variant: which of the two hidden layers is marked D: "D-ND" the penultimate, "ND-D" the last.
-      block: what D means.
+      block: dropout or the solver of a layer marked D.
     """
 
     image_shape: tuple[int, int, int] = (32, 32, 3)
@@ -50,9 +50,9 @@ class LeNetFeatures(nnx.Module):
 
 
 class LeNet(nnx.Module):
-    """The features, 120, 84, classes, with ReLU after each but the last.
+    """The features, then linear layers of 120, 84 and `num_classes` units; ReLU after all but the last.
 
-    `features` is the deterministic part, `head` the part that may be stochastic.
+    `features` is the deterministic part, `head` the part that may sample.
     """
 
     def __init__(self, config: LeNetConfig, *, rngs: nnx.Rngs):
@@ -76,7 +76,7 @@ class LeNet(nnx.Module):
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether the network is stochastic at test time."""
+        """Whether the network samples at test time."""
         return has_stochastic_solver(self)
 
 

@@ -26,12 +26,12 @@ class VGG16Config:
 
     Attributes:
       image_shape: height, width, channels.
-      num_classes: outputs.
-      width: factor of the numbers of channels and hidden units, rounded; 1 is the paper's network.
-      batch_norm: normalise after every convolution. The paper does not say; without it the 13
-        convolutions hardly train from scratch.
+      num_classes: number of outputs.
+      width: factor on the numbers of channels and hidden units, rounded; 1 is the paper's network.
+      batch_norm: batch normalisation after every convolution. The paper does not say; without it the
+        13 convolutions hardly train from scratch.
       variant: which of the two hidden layers is marked D: "D-ND" the penultimate, "ND-D" the last.
-      block: what D means.
+      block: dropout or the solver of a layer marked D.
     """
 
     image_shape: tuple[int, int, int] = (32, 32, 3)
@@ -45,7 +45,8 @@ class VGG16Config:
 class VGG16Features(nnx.Module):
     """13 convolutions of 3×3 in five stages, each with a pool after it; flattened.
 
-    The pools keep the rim of an odd grid, so that images of less than 32×32 pixels fit.
+    On an odd grid, the last row and column form pools of their own, so that images of fewer than
+    32×32 pixels are accepted.
     """
 
     def __init__(self, config: VGG16Config, *, rngs: nnx.Rngs):
@@ -74,9 +75,9 @@ class VGG16Features(nnx.Module):
 
 
 class VGG16(nnx.Module):
-    """The features, 512, 512, classes, with ReLU after each but the last.
+    """The features, then linear layers of 512, 512 and `num_classes` units; ReLU after all but the last.
 
-    `features` is the deterministic part, `head` the part that may be stochastic.
+    `features` is the deterministic part, `head` the part that may sample.
     """
 
     def __init__(self, config: VGG16Config, *, rngs: nnx.Rngs):
@@ -101,5 +102,5 @@ class VGG16(nnx.Module):
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether the network is stochastic at test time."""
+        """Whether the network samples at test time."""
         return has_stochastic_solver(self)

@@ -23,6 +23,7 @@ as the padding, none under VALID) to the outputs beside it. Other linear maps ha
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import jax
@@ -46,7 +47,7 @@ _DENSE = 0.5  # a multiply-add in a dense matrix product
 
 @value_object
 class LiteralGradient:
-    """∇F(z) = A(A* z − x) − b + λ z."""
+    """∇F(z) = A ∂ℓ(A* z, x) − b + λ z, as the problem defines it."""
 
     problem: LayerProblem
 
@@ -55,13 +56,21 @@ class LiteralGradient:
         return self.problem.gradient(z)
 
     def at_zero(self) -> Array:
-        """∇F(0) = −(A x + b), at the price of the plain layer."""
-        return -_offset(self.problem)
+        """∇F(0) = A ∂ℓ(0, x) − b, at the price of the plain layer."""
+        if self.problem.is_quadratic:
+            return -_offset(self.problem)
+        x = self.problem.inputs
+        slope = self.problem.linear_map(self.problem.loss.derivative(jnp.zeros_like(x), x))
+        return self.problem.with_bias_and_ridge(slope, jnp.zeros_like(slope))
 
-    def curvature(self, direction: Array) -> Array:
-        """∇F(z + d) − ∇F(z) = A A* d + λ d."""
-        A = self.problem.linear_map
-        return A(A.adjoint(direction)) + self.problem.ridge * direction
+    def curvature(self, z: Array) -> Callable[[Array], Array]:
+        """d ↦ ∇²F(z) d = A(∂²ℓ(A* z, x) ⊙ A* d) + λ d."""
+        A, ridge = self.problem.linear_map, self.problem.ridge
+        if self.problem.is_quadratic:
+            return lambda d: A(A.adjoint(d)) + ridge * d
+        loss, x = self.problem.loss, self.problem.inputs
+        _, second = jax.linearize(lambda u: loss.derivative(u, x), A.adjoint(z))
+        return lambda d: A(second(A.adjoint(d))) + ridge * d
 
 
 @value_object
@@ -74,15 +83,15 @@ class QuadraticGradient:
 
     def __call__(self, z: Array) -> Array:
         """∇F(z)."""
-        return self.curvature(z) - self.offset
+        return self.hessian(z) + self.ridge * z - self.offset
 
     def at_zero(self) -> Array:
         """∇F(0) = −c."""
         return -self.offset
 
-    def curvature(self, direction: Array) -> Array:
-        """∇F(z + d) − ∇F(z) = H d + λ d."""
-        return self.hessian(direction) + self.ridge * direction
+    def curvature(self, z: Array) -> Callable[[Array], Array]:
+        """d ↦ H d + λ d, the same for every z."""
+        return lambda d: self.hessian(d) + self.ridge * d
 
 
 Gradient: TypeAlias = LiteralGradient | QuadraticGradient
@@ -106,6 +115,8 @@ def gradient_form(problem: LayerProblem, form: Form, *, num_calls: int) -> Gradi
         form = cheapest_form(problem, num_calls)
     if form == "literal":
         return LiteralGradient(problem)
+    if not problem.is_quadratic:
+        _checks.fail(f"loss of form {form!r}", "Squares", type(problem.loss).__name__)
     refusal = _refusal(problem.linear_map, form)
     if refusal:
         _checks.fail(f"linear map of form {form!r}", *refusal)
@@ -121,7 +132,7 @@ def cheapest_form(problem: LayerProblem, num_calls: int) -> Form:
 
     "literal" where a size is symbolic (`jax.export`).
     """
-    if not all(isinstance(n, int) for n in problem.batch_shape):
+    if not problem.is_quadratic or not all(isinstance(n, int) for n in problem.batch_shape):
         return "literal"
     forms: tuple[Form, ...] = ("literal", "gram", "fourier")
     possible: list[Form] = [
@@ -165,9 +176,7 @@ def form_cost(problem: LayerProblem, form: Form, num_calls: int) -> float:
 def _offset(problem: LayerProblem) -> Array:
     """c = A x + b."""
     image = problem.linear_map(problem.inputs)
-    if problem.bias is None:
-        return image
-    return image + jnp.expand_dims(problem.bias, tuple(range(image.ndim - problem.bias.ndim)))
+    return -problem.with_bias_and_ridge(-image, jnp.zeros_like(image))
 
 
 def _refusal(linear_map: LinearMap, form: Form) -> tuple[str, object] | None:

@@ -163,7 +163,7 @@ class Conv(LinearMap):
         return dataclasses.replace(self, kernel=kernel, feature_group_count=1)
 
     def absolute(self) -> "Conv":
-        """|A|."""
+        """|A|, or a map above it where the taps of a CIRCULAR filter larger than the image meet."""
         return dataclasses.replace(self, kernel=jnp.abs(self.kernel))
 
     def ungrouped_kernel(self) -> Array:

@@ -20,6 +20,11 @@ RECORDS = "solver_records"
 class SolverLayer(nn.Module):
     """What the two solver layers share; not for use on its own."""
 
+    def __post_init__(self) -> None:
+        layer: Any = self
+        _layers.check_factors(type(self).__name__, layer.solver, layer.prior, layer.ridge)
+        super().__post_init__()
+
     def __call__(self, inputs: Array, **options: Any) -> Array:
         """prox_g of the solver's last iterate; options as in `solve`."""
         layer: Any = self
@@ -41,14 +46,14 @@ class SolverLayer(nn.Module):
         problem = _layers.make_problem(
             linear_map, inputs, bias, skip, prior=layer.prior, ridge=layer.ridge
         )
-        kept, refreshed = self._kept_constant(problem.linear_map)
+        kept, reference = self._kept_constant(problem.linear_map)
         records = self.is_mutable_collection(RECORDS) and not self.is_initializing()
         return _layers.run(
             layer.solver,
             self.make_rng(layer.rng_collection) if sampled else None,
             problem,
             kept=kept,
-            refreshed=refreshed,
+            reference=reference,
             deterministic=bool(deterministic),
             precision=layer.precision,
             dtype=inputs.dtype,
@@ -65,13 +70,14 @@ class SolverLayer(nn.Module):
         refresh = self.is_mutable_collection(STATE)
         if not (refresh or self.has_variable(STATE, "lipschitz")):
             return None, None
-        if jax.eval_shape(constant) is None:  # a step size that is read off nothing
+        if jax.eval_shape(constant) is None:  # a fixed step
             return None, None
+        now = _layers.fingerprint(linear_map)
         kept = self.variable(STATE, "lipschitz", constant)
-        refreshed = self.variable(STATE, "refreshed", lambda: jnp.zeros((), bool))
+        reference = self.variable(STATE, "reference", lambda: jnp.zeros_like(now))  # of no kernel
         if refresh and not self.is_initializing():
-            kept.value, refreshed.value = constant(), jnp.ones((), bool)
-        return kept.value, refreshed.value
+            kept.value, reference.value = constant(), now
+        return kept.value, reference.value
 
 
 class SolverDense(SolverLayer, nn.Dense, kw_only=True):
@@ -115,7 +121,7 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
 
 
 class SolverConv(SolverLayer, nn.Conv, kw_only=True):
-    """`nn.Conv` (two-dimensional) and its activation, as a solver; see `stochsolvers.nnx.SolverConv`.
+    """`nn.Conv` and its activation, as a solver; see `stochsolvers.nnx.SolverConv`.
 
     Attributes:
       solver: a configuration such as `ProxGD(num_iters=10)`.
@@ -146,9 +152,11 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
             conv_general_dilated=self.conv_general_dilated,
             conv_general_dilated_cls=self.conv_general_dilated_cls,
         )
-        if jnp.ndim(inputs) < 3:
-            _checks.fail("shape of SolverConv's inputs", "(..., H, W, features)", jnp.shape(inputs))
         size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        if jnp.ndim(inputs) < len(size) + 1:
+            names = {1: "W", 2: "H, W", 3: "D, H, W"}.get(len(size), "spatial")
+            wanted = f"(..., {names}, features)"
+            _checks.fail("shape of SolverConv's inputs", wanted, jnp.shape(inputs))
         n1 = jnp.shape(inputs)[-1]
         shape = (*size, n1 // self.feature_group_count, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
@@ -165,4 +173,4 @@ def linear_map_of(layer: nn.Dense | nn.Conv, kernel: Array, shape: tuple[int, ..
     """The linear map A of a Flax layer with this kernel, for inputs of this shape."""
     if isinstance(layer, nn.Dense):
         return Dense(kernel)
-    return _layers.conv_map(layer, kernel, shape[-3:-1])
+    return _layers.conv_map(layer, kernel, shape[1 - kernel.ndim : -1])

@@ -11,7 +11,7 @@ from flax import traverse_util
 from flax.core import DenyList, tracers
 
 from stochsolvers import _checks, _layers, reports
-from stochsolvers._typing import Array
+from stochsolvers._typing import Array, join_static, split_static
 from stochsolvers.linen._layers import RECORDS, STATE, SolverLayer, linear_map_of
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 
@@ -54,7 +54,7 @@ def certify(
       ValueError: for an empty batch, and for a solver layer within a transform that drops its records.
     """
     _check_variables(variables)
-    traced, static = _layers.split_static((inputs, options))
+    traced, static = split_static((inputs, options))
     try:
         hash(module)
         observe = functools.partial(_observations, module)
@@ -64,7 +64,7 @@ def certify(
 
 
 def _observe(module, variables, rngs, traced, static):
-    inputs, options = _layers.join_static(traced, static)
+    inputs, options = join_static(traced, static)
     called = []
 
     def note(call, args, kwargs, context):
@@ -200,8 +200,9 @@ def _part(layer: Any, call: Any, flat: Mapping[str, Array]) -> _lipschitz.Part:
     if not isinstance(layer, SolverLayer):
         return _lipschitz.Part(kind, linear_map)
     kept = flat.get(f"{STATE}/{prefix}lipschitz")
-    if kept is not None and not flat[f"{STATE}/{prefix}refreshed"]:
-        kept = None
+    if kept is not None:
+        current = _layers.is_current(flat[f"{STATE}/{prefix}reference"], linear_map)
+        kept = kept if current else None
     return _lipschitz.Part(
         kind, linear_map, solver=layer.solver, ridge=layer.ridge, step_constant=kept
     )

@@ -60,6 +60,10 @@ def fold_batch_norm(layer: _Layer, norm: nnx.BatchNorm) -> _Layer:
     """
     if isinstance(layer, SolverLayer):
         _checks.fail("layer", "a plain layer (fold it, then `from_layer`)", type(layer).__name__)
+    if not isinstance(layer, nnx.Linear | nnx.Conv):
+        _checks.fail("layer", "an nnx.Linear or nnx.Conv", type(layer).__name__)
+    if not isinstance(norm, nnx.BatchNorm):
+        _checks.fail("norm", "an nnx.BatchNorm", type(norm).__name__)
     if norm.num_features != layer.out_features:
         _checks.fail("features of the BatchNorm", layer.out_features, norm.num_features)
     scale = jax.lax.rsqrt(norm.var[...] + norm.epsilon)

@@ -133,4 +133,5 @@ def linear_map_of(layer: nnx.Linear | nnx.Conv, inputs_shape: tuple[int, ...]) -
     """The linear map A of a Flax layer, for inputs of this shape."""
     if isinstance(layer, nnx.Linear):
         return Dense(layer.kernel[...])
-    return _layers.conv_map(layer, layer.kernel[...], inputs_shape[-3:-1])
+    kernel = layer.kernel[...]
+    return _layers.conv_map(layer, kernel, inputs_shape[1 - kernel.ndim : -1])

@@ -17,11 +17,11 @@ from stochsolvers.solvers import Solution, Solver
 
 
 class SolverState(nnx.Variable):
-    """Non-trainable state of a solver layer: what its step size is read off, λ_max(A A*) for 1/L."""
+    """Non-trainable state of a solver layer: the constant that sets its step, λ_max(A A*) for 1/L."""
 
 
 class SolverRecord(nnx.Variable):
-    """What solver layers show of their solves within `nnx.capture`; `certify` tabulates it."""
+    """Measurements of the solves of solver layers within `nnx.capture`; `certify` tabulates them."""
 
 
 class SolverLayer(Stochastic):
@@ -31,7 +31,7 @@ class SolverLayer(Stochastic):
     solver: Solver
     ridge: Scalar
     lipschitz: SolverState | None
-    refreshed: SolverState | None
+    reference: SolverState | None
     kernel: Any
     bias: Any
     dtype: Any
@@ -39,24 +39,43 @@ class SolverLayer(Stochastic):
     promote_dtype: Any
 
     def _init_solver(self, prior: Prior, solver: Solver, ridge: Scalar) -> None:
-        _checks.non_negative("ridge", ridge)
+        _layers.check_factors(type(self).__name__, solver, prior, ridge)
         self.prior, self.solver, self.ridge = _attribute(prior), _attribute(solver), ridge
-        constant = self._lipschitz_constant()
-        self.lipschitz = nnx.data(None) if constant is None else SolverState(constant)
-        refreshed = None if constant is None else SolverState(jnp.zeros((), bool))
-        self.refreshed = nnx.data(refreshed)
+        self.lipschitz = self.reference = nnx.data(None)
+        kept = self._constant()
+        if kept is not None:
+            self.lipschitz = SolverState(kept[0])
+            self.reference = SolverState(jnp.zeros_like(kept[1]))  # of no kernel
 
-    def _lipschitz_constant(self) -> Array | None:
-        raise TypeError("a solver layer defines _lipschitz_constant")
+    def _kept_map(self) -> LinearMap | None:
+        """The map whose constant can be kept; None where it depends on the inputs."""
+        raise TypeError("a solver layer defines _kept_map")
 
     def _linear_map(self, kernel: Array, inputs: Array) -> LinearMap:
         raise TypeError("a solver layer defines _linear_map")
 
+    def _constant(self) -> tuple[Array, Array] | None:
+        """The constant that sets the step and the fingerprint of the map that it is of, or None."""
+        if self.kernel[...].ndim > self._kernel_ndim():  # a stack of layers made by `nnx.vmap`
+            graph, state = nnx.split(self)
+            constants = [
+                nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))._constant()
+                for i in range(len(self.kernel[...]))
+            ]
+            return jax.tree.map(lambda *parts: jnp.stack(parts), *constants)
+        linear_map = self._kept_map()
+        if linear_map is None:
+            return None
+        constant = _layers.step_constant(self.solver, linear_map, self.ridge)
+        return None if constant is None else (constant, _layers.fingerprint(linear_map))
+
+    def _kernel_ndim(self) -> int:
+        return 2
+
     def refresh_lipschitz(self) -> None:
         """Recompute the kept constant from the current kernel, and use it from now on."""
-        if self.lipschitz is not None and self.refreshed is not None:
-            self.lipschitz[...] = self._lipschitz_constant()
-            self.refreshed[...] = jnp.ones((), bool)
+        if self.lipschitz is not None and self.reference is not None:
+            self.lipschitz[...], self.reference[...] = self._constant()  # pyright: ignore
 
     def problem(self, inputs: Array, *, skip: Array | None = None) -> LayerProblem:
         """The convex problem that the layer solves at these inputs, for objectives and certificates."""
@@ -94,13 +113,14 @@ class SolverLayer(Stochastic):
         problem = self.problem(inputs, skip=skip)
         deterministic = self.deterministic if deterministic is None else deterministic
         sampled = self.solver.stochastic and not deterministic
-        output, _ = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
+        parameters = [self.kernel[...]] + ([] if self.bias is None else [self.bias[...]])
+        output, *_ = self.promote_dtype((inputs, *parameters), dtype=self.dtype)
         return _layers.run(
             self.solver,
             self.key(rngs) if sampled else None,
             problem,
             kept=None if self.lipschitz is None else self.lipschitz[...],
-            refreshed=None if self.refreshed is None else self.refreshed[...],
+            reference=None if self.reference is None else self.reference[...],
             deterministic=deterministic,
             precision=self.precision,
             dtype=output.dtype,
@@ -176,7 +196,12 @@ class SolverLinear(SolverLayer, nnx.Linear):
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> "SolverLinear":
-        """The solver twin of a trained layer; it holds the very same parameter variables."""
+        """The solver twin of a trained layer; it holds the very same parameter variables.
+
+        Raises:
+          ValueError: for what is no `nnx.Linear`, or a subclass with a call of its own, which would be lost.
+        """
+        _check_layer(layer, nnx.Linear)
         twin = cls(
             layer.in_features,
             layer.out_features,
@@ -189,22 +214,22 @@ class SolverLinear(SolverLayer, nnx.Linear):
         )
         return _adopt(twin, layer, deterministic, rng_collection, rngs)
 
-    def _lipschitz_constant(self) -> Array | None:
-        return _layers.step_constant(self.solver, Dense(self.kernel[...]), self.ridge)
+    def _kept_map(self) -> Dense:
+        return Dense(self.kernel[...])
 
     def _linear_map(self, kernel: Array, inputs: Array) -> Dense:
         return Dense(kernel)
 
 
 class SolverConv(SolverLayer, nnx.Conv):
-    """`nnx.Conv` (two-dimensional) and its activation, as a solver; whole feature maps are sampled.
+    """`nnx.Conv` and its activation, as a solver; whole feature maps are sampled.
 
     Args:
       in_features: n1.
       out_features: n2.
-      kernel_size: (kh, kw).
+      kernel_size: (kh, kw), or one number for each of 1 to 3 spatial axes.
       strides: as in `nnx.Conv`.
-      spatial_shape: (H, W) of the inputs, on which the Lipschitz constant depends. With it the
+      spatial_shape: of the inputs, (H, W) for images, on which the Lipschitz constant depends. With it the
         constant is cached, as in the paper; without, it is computed at every call.
       prior: g, whose prox is the activation; ReLU by default.
       solver: a configuration such as `ProxGD(num_iters=10)`.
@@ -223,7 +248,7 @@ class SolverConv(SolverLayer, nnx.Conv):
         strides: Any = 1,
         *,
         solver: Solver,
-        spatial_shape: tuple[int, int] | None = None,
+        spatial_shape: tuple[int, ...] | None = None,
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         ridge: Scalar = 0.0,
         deterministic: bool = False,
@@ -240,7 +265,7 @@ class SolverConv(SolverLayer, nnx.Conv):
         nnx.Conv.__init__(
             self, in_features, out_features, kernel_size, strides, rngs=rngs, **options
         )
-        self.spatial_shape = spatial_shape
+        self.spatial_shape = None if spatial_shape is None else tuple(spatial_shape)
         self.init_stochastic(deterministic, rng_collection, rngs)
         self._init_solver(prior, solver, ridge)
 
@@ -250,14 +275,19 @@ class SolverConv(SolverLayer, nnx.Conv):
         layer: nnx.Conv,
         *,
         solver: Solver,
-        spatial_shape: tuple[int, int] | None = None,
+        spatial_shape: tuple[int, ...] | None = None,
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         ridge: Scalar = 0.0,
         deterministic: bool = False,
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> "SolverConv":
-        """The solver twin of a trained layer; it holds the very same parameter variables."""
+        """The solver twin of a trained layer; it holds the very same parameter variables.
+
+        Raises:
+          ValueError: for what is no `nnx.Conv`, or a subclass with a call of its own, which would be lost.
+        """
+        _check_layer(layer, nnx.Conv)
         shape_options = (
             "padding",
             "input_dilation",
@@ -280,18 +310,23 @@ class SolverConv(SolverLayer, nnx.Conv):
         )
         return _adopt(twin, layer, deterministic, rng_collection, rngs)
 
-    def _lipschitz_constant(self) -> Array | None:
+    def _kept_map(self) -> Conv | None:
         if self.spatial_shape is None:
             return None
-        conv = _layers.conv_map(self, self.kernel[...], self.spatial_shape)
-        return _layers.step_constant(self.solver, conv, self.ridge)
+        return _layers.conv_map(self, self.kernel[...], self.spatial_shape)
+
+    def _kernel_ndim(self) -> int:
+        return len(self.kernel_size) + 2
 
     def _linear_map(self, kernel: Array, inputs: Array) -> Conv:
-        if inputs.ndim < 3:
-            _checks.fail("shape of SolverConv's inputs", "(..., H, W, features)", inputs.shape)
-        if self.spatial_shape not in (None, inputs.shape[-3:-1]):
-            _checks.fail("spatial shape of the inputs", self.spatial_shape, inputs.shape[-3:-1])
-        return _layers.conv_map(self, kernel, inputs.shape[-3:-1])
+        rank = kernel.ndim - 2
+        if inputs.ndim < rank + 1:
+            names = {1: "W", 2: "H, W", 3: "D, H, W"}.get(rank, "spatial")
+            _checks.fail("shape of SolverConv's inputs", f"(..., {names}, features)", inputs.shape)
+        pixels = inputs.shape[-rank - 1 : -1]
+        if self.spatial_shape not in (None, pixels):
+            _checks.fail("spatial shape of the inputs", self.spatial_shape, pixels)
+        return _layers.conv_map(self, kernel, pixels)
 
 
 def refresh_lipschitz(model: nnx.Module) -> None:
@@ -309,6 +344,14 @@ def _attribute(value: Any) -> Any:
     """A value object as a module's attribute: static if it is made of numbers, data if of arrays."""
     arrays = any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
     return nnx.data(jax.tree.map(jnp.asarray, value)) if arrays else value
+
+
+def _check_layer(layer: Any, kind: type) -> None:
+    """Require an instance of a plain layer, or of its solver twin, whose call nobody has extended."""
+    known = (kind.__call__, SolverLayer.__call__)  # pyright: ignore[reportFunctionMemberAccess]
+    if not isinstance(layer, kind) or type(layer).__call__ not in known:
+        got = f"the class {layer.__name__}" if isinstance(layer, type) else type(layer).__name__
+        _checks.fail("layer", f"an nnx.{kind.__name__} without a call of its own", got)
 
 
 def _placeholder_rngs(rng_collection: str) -> nnx.Rngs:

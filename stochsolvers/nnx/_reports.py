@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import errors, nnx
 
 from stochsolvers import _layers, reports
+from stochsolvers._typing import join_static, split_static
 from stochsolvers.nnx._dropout import linear_map_of
 from stochsolvers.nnx._layers import SolverLayer, SolverRecord
 from stochsolvers.reports import _certificates, _lipschitz, _trace
@@ -43,7 +44,7 @@ def certify(
       ValueError: for an empty batch, and for a solver layer within a transform that drops its records.
     """
     graph, state = nnx.split(model)
-    traced, static = _layers.split_static((inputs, options))
+    traced, static = split_static((inputs, options))
     seen = _observations(graph, state, traced, static, deterministic)
     return _certificates.certificate_report(seen)
 
@@ -54,7 +55,7 @@ def _observations(graph, state, traced, static, deterministic):
     if deterministic is not None:
         model.set_attributes(deterministic=deterministic, raise_if_not_found=False)
     called = _listen(model)
-    inputs, options = _layers.join_static(traced, static)
+    inputs, options = join_static(traced, static)
     with _certificates.numbered_calls():
         try:
             _, records = nnx.capture(model, SolverRecord)(*inputs, **options)
@@ -191,12 +192,14 @@ def _part(layer: Any, input_shape: tuple[int, ...]) -> _lipschitz.Part:
         scale = None if layer.scale is None else layer.scale[...]
         return _lipschitz.Part(kind, normalisation=(scale, layer.var[...], layer.epsilon))
     try:
-        part = _lipschitz.Part(kind, linear_map_of(layer, input_shape))
+        linear_map = linear_map_of(layer, input_shape)
     except ValueError:  # not a two-dimensional convolution, or one with other options
         return _lipschitz.Part(kind)
+    part = _lipschitz.Part(kind, linear_map)
     if not isinstance(layer, SolverLayer):
         return part
     kept = None
-    if layer.lipschitz is not None and layer.refreshed is not None and layer.refreshed[...]:
-        kept = layer.lipschitz[...]
+    if layer.lipschitz is not None and layer.reference is not None:
+        current = _layers.is_current(layer.reference[...], linear_map)
+        kept = layer.lipschitz[...] if current else None
     return dataclasses.replace(part, solver=layer.solver, ridge=layer.ridge, step_constant=kept)

@@ -1,11 +1,11 @@
 r"""A block of a network as a convex problem: its objective, gradient, terms and certificate.
 
     minimise_z  P(z) = F(z) + g(z),
-    F(z) = (1/n1) Σ_{i=1..n1} f_i(z) + (λ/2) ||z||²
-         = ½ ||A* z − x||² − <b, z> + (λ/2) ||z||²                         (Bibi et al. 2019, eq. 5)
+    F(z) = Σ_i ℓ((A* z)_i, x_i) − <b, z> + (λ/2) ||z||²                (Bibi et al. 2019, eq. 1 and 5)
 
-x is the block's input, A its linear map, b its bias, g the prior whose proximal operator is the
-activation. Leading axes of x are batch axes: one problem for each example.
+x is the block's input, A its linear map, ℓ a loss, half the squared distance by default, b the bias, and g
+the prior whose proximal operator is the activation. Leading axes of x are batch axes: one problem for each
+example.
 """
 
 from stochsolvers.problems._layer_problem import LayerProblem as LayerProblem

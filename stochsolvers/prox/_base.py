@@ -17,8 +17,18 @@ class Prior(ABC):
     arrays that broadcast against the argument, for the priors on groups or matrices with size 1 in
     the axes of the group or matrix. A weight and a step are cast to the argument's dtype.
 
-    A prior of your own is a subclass under `stochsolvers.value_object` that defines `_value`, `_prox`,
-    `_conjugate` and `_dual_projection`, the formulas of the public methods of those names.
+    A prior of your own is a subclass under `stochsolvers.value_object` that defines `_value(u)` and
+    `_prox(v, step)`, the formulas of the public methods of those names. They get arrays in float32
+    or wider, and a step in the dtype and with the shape of v. All solvers then work, and
+    `LayerProblem.certificate` is finite where the smooth part is strongly convex, as with a ridge.
+    Two more formulas make certificates finite without a ridge, and smaller with one:
+
+    - `_conjugate(w)` gives the duality gap at dual points in the domain of g*. The default is +∞.
+    - `_dual_projection(w, margin)` moves other dual points into the domain, for a g* that is infinite
+      somewhere. The default returns w, which is right for a g* that is finite everywhere.
+
+    A certificate that needs a missing formula is `inf`. Set `separable = False` if g(u) is not a sum
+    of functions of single entries.
     """
 
     separable: ClassVar[bool] = True
@@ -26,7 +36,7 @@ class Prior(ABC):
 
     def value(self, u: Array) -> Array:
         """g(u), a scalar summed over the whole array; +∞ outside the domain."""
-        return self._value(working("u", u))
+        return self._value(as_float32_or_wider("u", u))
 
     def prox(self, v: Array, step_size: ArrayLike) -> Array:
         r"""argmin_u ½||u − v||² + η g(u).
@@ -39,33 +49,38 @@ class Prior(ABC):
           ValueError: at trace time, for dtypes and shapes that do not fit, or a concrete η ≤ 0.
         """
         _checks.positive("step_size", step_size)
-        v = working("v", v)
+        v = as_float32_or_wider("v", v)
         return self._prox(v, self._weight("step_size", step_size, v))
 
     def conjugate(self, w: Array) -> Array:
         """g*(w) = sup_u <w, u> − g(u), a scalar summed over the array; +∞ outside its domain.
 
+        A prior without a formula for g* returns +∞ everywhere, the bound that always holds.
         Where the domain is a ball of norms or eigenvalues, membership is decided up to round-off.
         """
-        return self._conjugate(working("w", w))
+        return self._conjugate(as_float32_or_wider("w", w))
 
     def dual_projection(self, w: Array, margin: ArrayLike = 0.0) -> Array:
         r"""argmin_z ||z − w||² over the z in dom g* that are `margin` away from its boundary.
+
+        A prior without a formula for it returns w.
 
         Args:
           w: any shape, leading axes are a batch.
           margin: absolute, ≥ 0; broadcasts as the weights do. A ball shrinks at most to 0.
         """
         _checks.non_negative("margin", margin)
-        w = working("w", w)
+        w = as_float32_or_wider("w", w)
         return self._dual_projection(w, self._weight("margin", margin, w))
 
     def _weight(self, what: str, weight: ArrayLike, like: Array) -> Array:
-        """A weight in the dtype of `like`, after a check that it broadcasts."""
-        _checks.broadcastable(what, weight, self._weight_shape(like))
-        return jnp.asarray(weight, like.dtype)
+        """A weight in the dtype of `like`, broadcast to `_weight_shape`."""
+        shape = self._weight_shape(like)
+        _checks.broadcastable(what, weight, shape)
+        return jnp.broadcast_to(jnp.asarray(weight, like.dtype), shape)
 
     def _weight_shape(self, like: Array) -> tuple[int, ...]:
+        """The shape of the weights and steps of an argument."""
         return like.shape
 
     @abstractmethod
@@ -74,18 +89,18 @@ class Prior(ABC):
     @abstractmethod
     def _prox(self, v: Array, step: Array) -> Array: ...
 
-    @abstractmethod
-    def _conjugate(self, w: Array) -> Array: ...
+    def _conjugate(self, w: Array) -> Array:
+        return jnp.full((), jnp.inf, w.dtype)
 
-    @abstractmethod
-    def _dual_projection(self, w: Array, margin: Array) -> Array: ...
+    def _dual_projection(self, w: Array, margin: Array) -> Array:
+        return w
 
 
-def working(what: str, array: ArrayLike) -> Array:
-    """The array in float32 or wider."""
+def as_float32_or_wider(what: str, array: ArrayLike) -> Array:
+    """A real floating-point array; float16 and bfloat16 become float32."""
     _checks.floating(what, array)
     array = jnp.asarray(array)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < 32 else array
 
 
 def finite_where(inside: Array, value: ArrayLike, like: Array) -> Array:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array, real, value_object
-from stochsolvers.prox import _roots
+from stochsolvers._typing import real, value_object
+from stochsolvers.prox import _conjugates, _roots
 from stochsolvers.prox._base import Prior, Weighted, finite_where
 
 
@@ -67,16 +67,17 @@ class SquaredHinge(Weighted):
 
     def _value(self, u):
         gamma, shift = self._parameters(u)
-        return jnp.sum(0.5 * gamma * jax.nn.relu(-u - shift) ** 2)
+        depth = jax.nn.relu(-u - shift)
+        return jnp.sum(0.5 * (gamma * depth) * depth)
 
     def _prox(self, v, step):
         gamma, shift = self._parameters(v)
-        weight = step * gamma
-        return jnp.where(v >= -shift, v, (v - weight * shift) / (1 + weight))
+        below = jnp.where(v >= -shift, -shift, v)
+        return jnp.where(v >= -shift, v, _roots.hinge_root(below, shift, step, gamma))
 
     def _conjugate(self, w):
         gamma, shift = self._parameters(w)
-        return finite_where(w <= 0, jnp.sum(w * (w / (2 * gamma) - shift)), w)
+        return finite_where(w <= 0, jnp.sum(_conjugates.hinge(w, shift, gamma)), w)
 
     def _dual_projection(self, w, margin):
         return jnp.minimum(w, -margin)
@@ -112,12 +113,11 @@ class LogBarrier(_Barrier):
         return finite_where(u > 0, -jnp.sum(self._gamma(u) * logs), u)
 
     def _prox(self, v, step):
-        return _roots.positive_root(v, step * self._gamma(v))
+        return _roots.positive_root(v, step, self._gamma(v))
 
     def _conjugate(self, w):
-        gamma = self._gamma(w)
-        ratio = gamma / jnp.where(w < 0, -w, 1)
-        return finite_where(w < 0, jnp.sum(gamma * (jnp.log(ratio) - 1)), w)
+        safe = jnp.where(w < 0, w, -1)
+        return finite_where(w < 0, jnp.sum(_conjugates.logarithm(safe, self._gamma(w))), w)
 
     def _dual_projection(self, w, margin):
         # The domain is open: stay one (normal) float away from its boundary.
@@ -139,19 +139,13 @@ class SymmetricLogBarrier(_Barrier):
     def _value(self, u):
         inside = jnp.abs(u) < 1
         safe = jnp.where(inside, u, 0)
-        logs = jnp.log1p(safe) + jnp.log1p(-safe)
-        return finite_where(inside, -jnp.sum(self._gamma(u) * logs), u)
+        return finite_where(inside, jnp.sum(_conjugates.symmetric_barrier(safe, self._gamma(u))), u)
 
     def _prox(self, v, step):
-        return _roots.symmetric_root(v, step * self._gamma(v))
+        return _roots.symmetric_root(v, step, self._gamma(v))
 
     def _conjugate(self, w):
-        return jnp.sum(_symmetric_conjugate(w, self._gamma(w)))
-
-
-def _symmetric_conjugate(w: Array, gamma: Array) -> Array:
-    q = w * w / (gamma + jnp.sqrt(gamma * gamma + w * w))
-    return q - gamma * jnp.log1p(q / (2 * gamma))
+        return jnp.sum(_conjugates.symmetric(w, self._gamma(w)))
 
 
 @value_object
@@ -173,11 +167,10 @@ class IntervalLogBarrier(_Barrier):
         return finite_where(inside, -jnp.sum(self._gamma(u) * logs), u)
 
     def _prox(self, v, step):
-        return _roots.interval_root(v, step * self._gamma(v))
+        return _roots.interval_root(v, step, self._gamma(v))
 
     def _conjugate(self, w):
-        gamma = self._gamma(w)
-        return jnp.sum(0.5 * w + _symmetric_conjugate(0.5 * w, gamma) - 2 * gamma * jnp.log(2))
+        return jnp.sum(_conjugates.interval(w, self._gamma(w)))
 
 
 @value_object

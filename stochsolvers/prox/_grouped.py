@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from stochsolvers import _checks, _linalg
 from stochsolvers._typing import Array, static_field, value_object
-from stochsolvers.prox import _spectra
+from stochsolvers.prox import _balls, _spectra
 from stochsolvers.prox._base import Prior, Weighted, finite_where
 
 
@@ -34,30 +34,23 @@ class GroupL2(Weighted):
     def _weight_shape(self, like):
         return _reduced_shape(like, self.axis)
 
-    def _norms(self, u):
-        """||u_G||₂ with kept axes; u is scaled, so that no square overflows or underflows."""
-        axes = _canonical_axes(self.axis, u.ndim)
-        scale = jax.lax.stop_gradient(jnp.max(jnp.abs(u), axes, keepdims=True, initial=0))
-        scale = jnp.where(scale == 0, 1, scale)
-        squares = jnp.sum((u / scale) ** 2, axes, keepdims=True)
-        return jnp.where(squares == 0, 0, scale * jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+    def _axes(self, u):
+        return _canonical_axes(self.axis, u.ndim)
 
     def _value(self, u):
-        return jnp.sum(self._gamma(u) * self._norms(u))
+        return jnp.sum(_balls.weighted_norm(self._axes(u), u, self._gamma(u)))
 
     def _prox(self, v, step):
-        weight, norms = step * self._gamma(v), self._norms(v)
-        zero = norms <= weight
-        return jnp.where(zero, 0, v * ((norms - weight) / jnp.where(zero, 1, norms)))
+        return _balls.shrink(self._axes(v), v, step * self._gamma(v))
 
     def _conjugate(self, w):
-        slack = 1 + 8 * jnp.finfo(w.dtype).eps
-        return finite_where(self._norms(w) <= slack * self._gamma(w), 0, w)
+        slack = 1 + 8 * float(jnp.finfo(w.dtype).eps)
+        gamma = self._gamma(w)
+        norms = _balls.weighted_norm(self._axes(w), w, jnp.ones_like(gamma))
+        return finite_where(norms <= slack * gamma, 0, w)
 
     def _dual_projection(self, w, margin):
-        radius, norms = jax.nn.relu(self._gamma(w) - margin), self._norms(w)
-        outside = norms > radius
-        return jnp.where(outside, w * (radius / jnp.where(outside, norms, 1)), w)
+        return _balls.project(self._axes(w), w, jax.nn.relu(self._gamma(w) - margin))
 
 
 def _canonical_axes(axes: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
@@ -92,8 +85,8 @@ def _round_off(like: Array, axes: tuple[int, int]) -> float:
 class NuclearNorm(Weighted):
     r"""g(U) = γ ||U||_*, the sum of singular values: prox(V) = P max(Σ − ηγ, 0) Qᵀ for V = PΣQᵀ.
 
-    g* is the indicator of spectral norm ≤ γ. The derivative of prox is finite at repeated and
-    vanishing singular values (Daleckii–Krein formula); `dual_projection`'s there is not.
+    g* is the indicator of spectral norm ≤ γ. The derivatives of prox and `dual_projection` are finite
+    at repeated and vanishing singular values (Daleckii–Krein formula).
 
     Args:
       gamma: γ > 0; an array has size 1 in the axes of a matrix.
@@ -111,40 +104,39 @@ class NuclearNorm(Weighted):
         return _reduced_shape(like, self.axes)
 
     def _matrices(self, array):
-        """Matrices on the last two axes; weights of fewer axes broadcast first."""
+        """Matrices on the last two axes."""
         return jnp.moveaxis(array, self.axes, (-2, -1))
 
-    def _threshold(self, weight, like):
+    def _threshold(self, weight):
         """A weight for each matrix, aligned with its vector of singular values."""
-        return self._matrices(jnp.broadcast_to(weight, self._weight_shape(like)))[..., 0]
-
-    def _singular_values(self, u):
-        return _linalg.singular_values(self._matrices(u))
+        return self._matrices(weight)[..., 0]
 
     def _value(self, u):
-        return jnp.sum(self._threshold(self._gamma(u), u) * self._singular_values(u))
+        sigma = _spectra.singular_values(self._matrices(u))
+        return jnp.sum(self._threshold(self._gamma(u)) * sigma)
 
     def _prox(self, v, step):
-        threshold = self._threshold(step * self._gamma(v), v)
-        return jnp.moveaxis(_spectra.shrink(self._matrices(v), threshold), (-2, -1), self.axes)
+        threshold = self._threshold(step * self._gamma(v))
+        shrunk = _spectra.of_singular_values(_spectra.EXCESS, self._matrices(v), threshold)
+        return jnp.moveaxis(shrunk, (-2, -1), self.axes)
 
     def _conjugate(self, w):
-        radius = self._threshold(self._gamma(w), w) * (1 + _round_off(w, self.axes))
-        return finite_where(self._singular_values(w) <= radius, 0, w)
+        radius = self._threshold(self._gamma(w)) * (1 + _round_off(w, self.axes))
+        return finite_where(_spectra.singular_values(self._matrices(w)) <= radius, 0, w)
 
     def _dual_projection(self, w, margin):
-        radius = self._threshold(jax.nn.relu(self._gamma(w) - margin), w)
-        left, sigma, right = _linalg.svd(self._matrices(w))
-        clipped = _spectra.product(left * jnp.minimum(sigma, radius)[..., None, :], right)
-        return jnp.moveaxis(clipped, (-2, -1), self.axes)
+        radius = self._threshold(jax.nn.relu(self._gamma(w) - margin))
+        capped = _spectra.of_singular_values(_spectra.CAPPED, self._matrices(w), radius)
+        return jnp.moveaxis(capped, (-2, -1), self.axes)
 
 
 @value_object
 class PositiveSemidefinite(Prior):
     r"""g(U) = 0 if U = Uᵀ ⪰ 0, else ∞: prox(V) = Q max(Λ, 0) Qᵀ for (V + Vᵀ)/2 = QΛQᵀ.
 
-    g* is the indicator of (W + Wᵀ)/2 ⪯ 0; the skew part is free. The derivative of prox is finite
-    at repeated and vanishing eigenvalues (Daleckii–Krein formula). `value` accepts round-off.
+    g* is the indicator of (W + Wᵀ)/2 ⪯ 0; the skew part is free. The derivatives of prox and
+    `dual_projection` are finite at repeated and vanishing eigenvalues (Daleckii–Krein formula).
+    `value` accepts round-off.
 
     Args:
       axes: the two axes of a square matrix.
@@ -168,7 +160,8 @@ class PositiveSemidefinite(Prior):
 
     def _semidefinite(self, matrices, sign):
         """Whether sign · (symmetric part) ⪰ 0, up to round-off."""
-        values = sign * _linalg.eigvalsh(_spectra.symmetric(matrices))
+        scaled, _ = _spectra.scaled(matrices)
+        values = sign * _linalg.eigvalsh(_spectra.symmetric(scaled))
         scale = jnp.max(jnp.abs(values), -1, keepdims=True, initial=0)
         return values >= -_round_off(matrices, (-2, -1)) * scale
 
@@ -178,17 +171,16 @@ class PositiveSemidefinite(Prior):
         return finite_where(jnp.all(symmetric) & jnp.all(self._semidefinite(u, 1)), 0, u)
 
     def _prox(self, v, step):
-        return jnp.moveaxis(
-            _spectra.clip_eigenvalues(_spectra.symmetric(self._matrices(v))), (-2, -1), self.axes
-        )
+        symmetric = _spectra.symmetric(self._matrices(v))
+        zero = jnp.zeros_like(symmetric[..., 0])
+        positive = _spectra.of_eigenvalues(_spectra.EXCESS, symmetric, zero)
+        return jnp.moveaxis(positive, (-2, -1), self.axes)
 
     def _conjugate(self, w):
         return finite_where(self._semidefinite(self._matrices(w), -1), 0, w)
 
     def _dual_projection(self, w, margin):
-        w, margin = self._matrices(w), jnp.broadcast_to(margin, self._weight_shape(w))
+        w, bound = self._matrices(w), -jnp.moveaxis(margin, self.axes, (-2, -1))[..., 0]
         symmetric = _spectra.symmetric(w)
-        values, vectors = _linalg.eigh(symmetric)
-        values = jnp.minimum(values, -self._matrices(margin)[..., 0])
-        z = _spectra.product(vectors * values[..., None, :], jnp.swapaxes(vectors, -1, -2))
-        return jnp.moveaxis(_spectra.symmetric(z) + (w - symmetric), (-2, -1), self.axes)
+        capped = _spectra.of_eigenvalues(_spectra.CAPPED, symmetric, bound)
+        return jnp.moveaxis(capped + (w - symmetric), (-2, -1), self.axes)

@@ -1,39 +1,39 @@
-r"""The scalar equations of the barriers' proximal operators: a quadratic and a cubic.
+r"""The scalar equations of the barriers' proximal operators: a quadratic and a cubic, c = ηγ.
 
 The closed forms of Bibi et al. 2019, appendices B and C (v/2 + √(v²/4 + γ), and the cosine formula
 for the cubic, printed there for γ = 1 only), cancel for large |v|. The roots here do not, and their
-derivatives come from the implicit function theorem, so they cost no iterations.
+derivatives come from the implicit function theorem, so they cost no iterations. Where a formula
+halves its terms, their sum would overflow.
 """
 
 import jax
 import jax.numpy as jnp
 
 from stochsolvers._typing import Array
+from stochsolvers.prox._rules import ValueAndPartials, hypot, with_partials
 
 
-@jax.custom_jvp
-def positive_root(v: Array, weight: Array) -> Array:
+def _weight(step: Array, gamma: Array) -> Array:
+    """c = ηγ, at least the smallest normal number."""
+    return jnp.maximum(step * gamma, jnp.finfo(step.dtype).tiny)
+
+
+@with_partials
+def positive_root(v: Array, step: Array, gamma: Array) -> ValueAndPartials:
     r"""The root u > 0 of u − v − c/u = 0, that is of u² − v u − c = 0.
 
-    The two roots have product −c, so the small one is c over the large one.
-
-    Args:
-      v: any shape.
-      weight: c = ηγ > 0, broadcasts against v.
+    The two roots have product −c, so the small one is c over the large one. They are v/2 ± h,
+    h = √(v²/4 + c), and du/dv = u/(2h), du/dc = 1/(2h).
     """
-    large = 0.5 * (jnp.abs(v) + jnp.sqrt(v * v + 4 * weight))
-    return jnp.maximum(jnp.where(v >= 0, large, weight / large), jnp.finfo(large.dtype).tiny)
-
-
-@positive_root.defjvp
-def _positive_root_jvp(primals, tangents):
-    (v, weight), (dv, dweight) = primals, tangents
-    u = positive_root(v, weight)
-    return u, (u * dv + dweight) / (u + weight / u)
+    weight = _weight(step, gamma)
+    half = hypot(0.5 * v, jnp.sqrt(weight))
+    large = 0.5 * jnp.abs(v) + half
+    u = jnp.maximum(jnp.where(v >= 0, large, weight / large), jnp.finfo(v.dtype).tiny)
+    return u, (0.5 * u / half, 0.5 * gamma / half, 0.5 * step / half)
 
 
 @jax.custom_jvp
-def barrier_odds(a: Array, excess: Array, weight: Array) -> Array:
+def barrier_odds(half_a: Array, half_excess: Array, half_weight: Array) -> Array:
     r"""The odds t = u/(1 − u) of the root 0 ≤ u < 1 of u − a + 2cu/(1 − u²) = 0.
 
     In t the equation is φ(t) = a with
@@ -46,57 +46,95 @@ def barrier_odds(a: Array, excess: Array, weight: Array) -> Array:
         (1 + c) d² + (a − 1) d − c = 0,   d = 1 − u,
 
     which errs in t by less than 14 %, and never upwards. φ is concave and increasing, so from there
-    Newton's iterates rise to the root without overshooting: no bracket is needed.
+    Newton's iterates rise to the root without overshooting: no bracket is needed. Odds above the
+    largest of which the inverse is a normal number are set to that.
 
     Args:
-      a: ≥ 0, any shape.
-      excess: a − 1, passed separately because the caller can compute it without rounding.
-      weight: c = ηγ > 0, broadcasts against a.
+      half_a: a/2 ≥ 0, any shape.
+      half_excess: (a − 1)/2, passed separately because the caller can compute it without rounding.
+      half_weight: c/2 > 0.
     """
-    root = jnp.sqrt(excess * excess + 4 * weight * (1 + weight))
-    large = root + jnp.abs(excess)
-    distance = jnp.where(excess > 0, 2 * weight / large, large / (2 * (1 + weight)))
-    t = 2 * a / ((1 + a + 2 * weight + root) * distance)
+    b, e, k = half_a, half_excess, half_weight
+    tiny = jnp.finfo(b.dtype).tiny
+    # a quarter of the root: XLA turns x/2 + y/2 into (x + y)/2, but does not look into hypot
+    root = hypot(0.25 * e, 0.5 * jnp.sqrt(k) * jnp.sqrt(0.5 + k))
+    large = root + 0.25 * jnp.abs(e)
+    distance = jnp.where(e > 0, 0.5 * k / large, 4 * large / (1 + 2 * k))
+    t = b / ((0.25 + 0.5 * b + k + 2 * root) * jnp.maximum(distance, 2 * tiny))
     for _ in range(3 if jnp.finfo(t.dtype).bits <= 32 else 4):
         wall, q = 1 / (1 + t), 1 / (1 + 2 * t)
-        miss = jnp.where(t < 1, t * wall - a, -wall - excess) + weight * t * (1 + q)
-        t = t - miss / (wall * wall + weight * (1 + q * q))
+        miss = jnp.where(t < 1, 0.5 * t * wall - b, -0.5 * wall - e) + k * t * (1 + q)
+        t = jnp.minimum(t - miss / (0.5 * wall * wall + k * (1 + q * q)), 0.5 / tiny)
     return t
 
 
 @barrier_odds.defjvp
 def _barrier_odds_jvp(primals, tangents):
-    a, excess, weight = primals
+    half_a, _, half_weight = primals
     da, _, dweight = tangents  # the tangent of the excess is that of a
-    t = barrier_odds(a, excess, weight)
+    t = barrier_odds(*primals)
     wall, q = 1 / (1 + t), 1 / (1 + 2 * t)
-    return t, (da - t * (1 + q) * dweight) / (wall * wall + weight * (1 + q * q))
+    return t, (da - t * (1 + q) * dweight) / (0.5 * wall * wall + half_weight * (1 + q * q))
 
 
-def inside(u: Array, lower: float | None, upper: float) -> Array:
-    """U, with a value rounded onto a wall moved to the next float inside; derivatives stay."""
-    info = jnp.finfo(u.dtype)
-    still = u - jax.lax.stop_gradient(u)  # zero, with u's derivative
-    u = jnp.where(u >= upper, still + upper * (1 - info.epsneg).astype(u.dtype), u)
-    return u if lower is None else jnp.where(u <= lower, still + lower + info.tiny, u)
+def _barrier_root(half_a: Array, half_excess: Array, half_weight: Array) -> tuple[Array, ...]:
+    r"""u, 1 − u, du/da, and C, s with du/dc = −s/C, at the root of `barrier_odds`.
+
+    With w = 1 − u, q = 1/(1 + 2t) and r = a − u = c t (1 + q), the theorem on implicit functions gives
+
+        du/da = w/(2C),   du/dc = −u (1 + q)/(2C),   2C = w + (r/(1 + q) + c)(1 + q²).
+    """
+    t = barrier_odds(half_a, half_excess, half_weight)
+    wall, q = 1 / (1 + t), 1 / (1 + 2 * t)
+    u = t * wall
+    half_rise = jnp.where(
+        half_excess > 0, half_excess + 0.5 * wall, half_weight * t * (1 + q)
+    )  # no difference of near numbers, no overflow
+    curve = 0.5 * wall + (half_rise / (1 + q) + half_weight) * (1 + q * q)
+    u = jnp.where(t < 1, u, 1 - wall)
+    return u, wall, 0.5 * wall / curve, curve, 0.5 * u * (1 + q)
 
 
-def symmetric_root(v: Array, weight: Array) -> Array:
+@with_partials
+def symmetric_root(v: Array, step: Array, gamma: Array) -> ValueAndPartials:
     """The root in (−1, 1) of u³ − v u² − (1 + 2c) u + v = 0 (Bibi et al. 2019, appendix C)."""
-    a = jnp.where(v < 0, -v, v)
-    t = barrier_odds(a, a - 1, weight)
-    # Two forms of u = t/(1 + t), for the digits of u and of its derivative 1/(1 + t)².
-    u = inside(jnp.where(t < 1, t / (1 + t), 1 - 1 / (1 + t)), None, 1.0)
-    return jnp.where(v < 0, -u, u)
+    a, sign = jnp.where(v < 0, -v, v), jnp.where(v < 0, -1, 1).astype(v.dtype)
+    a = jnp.minimum(a, jnp.finfo(v.dtype).max)
+    u, _, slope, curve, drop = _barrier_root(0.5 * a, 0.5 * a - 0.5, 0.5 * _weight(step, gamma))
+    drop = -sign * drop
+    return sign * _below_one(u), (slope, gamma / curve * drop, step / curve * drop)
 
 
-def interval_root(v: Array, weight: Array) -> Array:
+@with_partials
+def interval_root(v: Array, step: Array, gamma: Array) -> ValueAndPartials:
     """The root in (0, 1) of u − v − c/u + c/(1 − u) = 0.
 
-    With u = (1 + w)/2 it is the symmetric equation for w, at 2v − 1 and with weight 4c.
+    With u = (1 + w)/2 it is the symmetric equation for w, at a = 2v − 1 and with weight 4c.
     """
+    largest = jnp.finfo(v.dtype).max
+    v = jnp.clip(v, -largest, largest)
     left = v < 0.5
-    a = jnp.where(left, 1 - 2 * v, 2 * v - 1)
-    excess = jnp.where(left, -2 * v, 2 * v - 2)
-    half_wall = 0.5 / (1 + barrier_odds(a, excess, 4 * weight))
-    return inside(jnp.where(left, half_wall, 1 - half_wall), 0.0, 1.0)
+    half_a = jnp.where(left, 0.5 - v, v - 0.5)
+    half_excess = jnp.where(left, -v, v - 1)
+    _, wall, slope, curve, drop = _barrier_root(half_a, half_excess, 2 * _weight(step, gamma))
+    u = jnp.where(left, 0.5 * wall, _below_one(1 - 0.5 * wall))
+    drop = jnp.where(left, 2 * drop, -2 * drop)
+    return u, (slope, gamma / curve * drop, step / curve * drop)
+
+
+def _below_one(u: Array) -> Array:
+    """U, with a value rounded onto 1 moved to the float before it."""
+    return jnp.minimum(u, (1 - jnp.finfo(u.dtype).epsneg).astype(u.dtype))
+
+
+@with_partials
+def hinge_root(v: Array, shift: Array, step: Array, gamma: Array) -> ValueAndPartials:
+    r"""The root u = (v − c s)/(1 + c) = −s + (v + s)/(1 + c) of u − v + c (u + s) = 0.
+
+    It is computed as the mean of v and −s of weights 1/(1 + c) and c/(1 + c), whose terms do not
+    overflow; du/dc = −(v + s)/(1 + c)².
+    """
+    weight = step * gamma
+    near, far = 1 / (1 + weight), weight / (1 + weight)
+    drop = -(v + shift) * near
+    return v * near - shift * far, (near, -far, drop * (gamma * near), drop * (step * near))

@@ -1,18 +1,24 @@
-"""Spectral functions of matrices, with derivatives that are finite where eigenvalues meet."""
+r"""Spectral functions of matrices, with derivatives that are finite where eigenvalues meet.
+
+f is max(x − c, 0) (`EXCESS`) or min(x, c) (`CAPPED`). Matrices are divided by a power of two near the
+largest entry before they are decomposed: the derivatives do not change.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from stochsolvers import _linalg
 from stochsolvers._typing import Array
+from stochsolvers.prox._balls import power_of_two
+
+EXCESS, CAPPED = "excess", "capped"
 
 
 def symmetric(matrix: Array) -> Array:
     """(M + Mᵀ)/2."""
-    return 0.5 * (matrix + jnp.swapaxes(matrix, -1, -2))
+    return 0.5 * matrix + 0.5 * jnp.swapaxes(matrix, -1, -2)
 
 
 def product(*factors: Array) -> Array:
@@ -20,62 +26,106 @@ def product(*factors: Array) -> Array:
     return functools.reduce(functools.partial(jnp.matmul, precision="highest"), factors)
 
 
-def _divided_differences(x: Array, threshold: ArrayLike) -> Array:
-    """(f(x_i) − f(x_j))/(x_i − x_j) for f(x) = max(x − c, 0), the derivative where x_i = x_j."""
+def scaled(matrix: Array) -> tuple[Array, Array]:
+    """M/s and s of shape (..., 1), a power of two near the largest |entry|."""
+    scale = power_of_two(matrix, (-2, -1))
+    return matrix / scale, scale[..., 0]
+
+
+def _apply(function: str, x: Array, bound: Array) -> Array:
+    return jax.nn.relu(x - bound) if function == EXCESS else jnp.minimum(x, bound)
+
+
+def _derivatives(function: str, x: Array, bound: Array) -> tuple[Array, Array]:
+    """(f(x_i) − f(x_j))/(x_i − x_j), the derivative where x_i = x_j, and df/dc."""
     high = jnp.maximum(x[..., :, None], x[..., None, :])
     low = jnp.minimum(x[..., :, None], x[..., None, :])
-    between = (low <= threshold) & (high > threshold)
-    slope = (high - threshold) / jnp.where(between, high - low, 1)
-    return jnp.where(between, slope, jnp.where(low > threshold, 1, 0)).astype(x.dtype)
+    c = bound[..., None]
+    between = (low <= c) & (high > c)
+    slope = (high - c) / jnp.where(between, high - low, 1)
+    slopes = jnp.where(between, slope, jnp.where(low > c, 1, 0)).astype(x.dtype)
+    above = (x > bound).astype(x.dtype)
+    # min(x, c) = x − max(x − c, 0)
+    return (slopes, -above) if function == EXCESS else (1 - slopes, above)
 
 
-@jax.custom_jvp
-def clip_eigenvalues(matrix: Array) -> Array:
-    """Q max(Λ, 0) Qᵀ for a symmetric matrix QΛQᵀ."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def of_eigenvalues(function: str, matrix: Array, bound: Array) -> Array:
+    """Q f(Λ) Qᵀ for a symmetric matrix QΛQᵀ, c of shape (..., 1) or (..., n)."""
+    matrix, scale = scaled(matrix)
     values, vectors = _linalg.eigh(matrix)
-    kept = vectors * jax.nn.relu(values)[..., None, :]
-    return symmetric(product(kept, jnp.swapaxes(vectors, -1, -2)))
+    kept = vectors * _apply(function, values, bound / scale)[..., None, :]
+    return scale[..., None] * symmetric(product(kept, jnp.swapaxes(vectors, -1, -2)))
 
 
-@clip_eigenvalues.defjvp
-def _clip_eigenvalues_jvp(primals, tangents):
-    # Daleckii–Krein: dF = Q (Γ ∘ Qᵀ dS Q) Qᵀ with Γ the divided differences.
-    (matrix,), (tangent,) = primals, tangents
+@of_eigenvalues.defjvp
+def _of_eigenvalues_jvp(function, primals, tangents):
+    # Daleckii–Krein: dF = Q (Γ ∘ Qᵀ dS Q + diag(df/dc)) Qᵀ with Γ the divided differences.
+    (matrix, bound), (tangent, dbound) = primals, tangents
+    matrix, scale = scaled(matrix)
     values, vectors = _linalg.eigh(matrix)
     transposed = jnp.swapaxes(vectors, -1, -2)
-    kept = vectors * jax.nn.relu(values)[..., None, :]
-    inner = _divided_differences(values, 0) * product(transposed, tangent, vectors)
-    return symmetric(product(kept, transposed)), product(vectors, inner, transposed)
+    bound = bound / scale
+    kept = vectors * _apply(function, values, bound)[..., None, :]
+    slopes, by_bound = _derivatives(function, values, bound)
+    inner = slopes * product(transposed, tangent, vectors) + _diagonal(by_bound * dbound)
+    primal = scale[..., None] * symmetric(product(kept, transposed))
+    return primal, product(vectors, inner, transposed)
+
+
+def _diagonal(values: Array) -> Array:
+    size = values.shape[-1]
+    eye = jnp.eye(size, dtype=values.dtype).reshape((1,) * (values.ndim - 1) + (size, size))
+    return values[..., None, :] * eye
 
 
 @jax.custom_jvp
-def shrink(matrix: Array, threshold: Array) -> Array:
-    """P max(Σ − c, 0) Qᵀ for PΣQᵀ, c of shape (..., 1)."""
+def singular_values(matrix: Array) -> Array:
+    """Σ of PΣQᵀ, descending."""
+    matrix, scale = scaled(matrix)
+    return scale * _linalg.singular_values(matrix)
+
+
+@singular_values.defjvp
+def _singular_values_jvp(primals, tangents):
+    (matrix,), (tangent,) = primals, tangents
+    matrix, scale = scaled(matrix)
     left, sigma, right = _linalg.svd(matrix)
-    return product(left * jax.nn.relu(sigma - threshold)[..., None, :], right)
+    # the diagonal of Pᵀ dV Q
+    moved = jnp.sum(left * product(tangent, jnp.swapaxes(right, -1, -2)), -2)
+    return scale * sigma, moved
 
 
-@shrink.defjvp
-def _shrink_jvp(primals, tangents):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def of_singular_values(function: str, matrix: Array, bound: Array) -> Array:
+    """P f(Σ) Qᵀ for PΣQᵀ, c ≥ 0 of shape (..., 1)."""
+    matrix, scale = scaled(matrix)
+    left, sigma, right = _linalg.svd(matrix)
+    values = _apply(function, sigma, bound / scale)
+    return scale[..., None] * product(left * values[..., None, :], right)
+
+
+@of_singular_values.defjvp
+def _of_singular_values_jvp(function, primals, tangents):
     # Daleckii–Krein for the odd function of [[0, V], [Vᵀ, 0]]: the symmetric part of M = Pᵀ dV Q
     # meets (f_i − f_j)/(σ_i − σ_j), the skew part (f_i + f_j)/(σ_i + σ_j), and what lies outside
     # the ranges of P and Q meets f_i/σ_i.
-    (matrix, threshold), (tangent, dthreshold) = primals, tangents
+    (matrix, bound), (tangent, dbound) = primals, tangents
+    matrix, scale = scaled(matrix)
     left, sigma, right = _linalg.svd(matrix)
     left_t, right_t = jnp.swapaxes(left, -1, -2), jnp.swapaxes(right, -1, -2)
-    shrunk = jax.nn.relu(sigma - threshold)
-    safe = jnp.where(shrunk > 0, sigma, 1)
-    ratio = (shrunk / safe)[..., None, :]
+    bound = bound / scale
+    values = _apply(function, sigma, bound)
+    minus, by_bound = _derivatives(function, sigma, bound)
+    at_zero = 0 if function == EXCESS else 1  # f(σ)/σ as σ → 0, for c > 0
     total = sigma[..., :, None] + sigma[..., None, :]
-    plus = (shrunk[..., :, None] + shrunk[..., None, :]) / jnp.where(total > 0, total, 1)
-    minus = _divided_differences(sigma, threshold[..., None])
+    plus = (values[..., :, None] + values[..., None, :]) / jnp.where(total > 0, total, 1)
+    plus = jnp.where(total > 0, plus, at_zero)
+    ratio = jnp.where(sigma > 0, values / jnp.where(sigma > 0, sigma, 1), at_zero)[..., None, :]
     core = product(left_t, tangent, right_t)
     core_t = jnp.swapaxes(core, -1, -2)
     inner = 0.5 * (minus * (core + core_t) + plus * (core - core_t))
-    inner = inner - jnp.where(shrunk > 0, dthreshold, 0)[..., None, :] * jnp.eye(
-        sigma.shape[-1], dtype=sigma.dtype
-    )
-    outer = product(left, inner, right)
+    outer = product(left, inner + _diagonal(by_bound * dbound), right)
     rows, columns = matrix.shape[-2:]
     if rows > columns:
         across = product(tangent, right_t)
@@ -83,4 +133,5 @@ def _shrink_jvp(primals, tangents):
     if columns > rows:
         across = product(left_t, tangent)
         outer += product(left * ratio, across - product(core, right))
-    return product(left * shrunk[..., None, :], right), outer.astype(matrix.dtype)
+    primal = scale[..., None] * product(left * values[..., None, :], right)
+    return primal, outer.astype(matrix.dtype)

@@ -1,6 +1,5 @@
 """Bounds on one layer: its squared spectral norm, its step sizes, how far its solver can amplify."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,8 +14,7 @@ from stochsolvers.lipschitz import (
     strong_convexity,
 )
 from stochsolvers.problems import LayerProblem
-from stochsolvers.solvers import StepSizeRule
-from stochsolvers.solvers.step_sizes import as_steps
+from stochsolvers.solvers import Solver
 
 
 def is_exact(linear_map: LinearMap) -> bool:
@@ -28,7 +26,7 @@ def is_exact(linear_map: LinearMap) -> bool:
 
 
 def squared_norm_bracket(linear_map: LinearMap) -> Bracket:
-    """lower ≤ ||A||² ≤ upper: up to round-off where it is exact, around zero padding otherwise."""
+    """lower ≤ ||A||² ≤ upper: up to round-off where it is exact, else of the layer as it is."""
     exact = is_exact(linear_map)
     return lipschitz_bracket(linear_map) if exact else operator_bracket(linear_map)
 
@@ -36,14 +34,15 @@ def squared_norm_bracket(linear_map: LinearMap) -> Bracket:
 def first_step(
     solver: Any, problem: LayerProblem, step_constant: Array | None, deterministic: bool
 ) -> Array:
-    """η_0, a scalar or one for each output; NaN for a solver that is no configuration of ours."""
-    if not is_configuration(solver):
+    """η_0, a scalar or one for each output; NaN for an object that is no `Solver`."""
+    if not isinstance(solver, Solver):
         return jnp.asarray(jnp.nan, problem.dtype)
-    return _steps(solver, problem, step_constant, deterministic)(jnp.zeros((), int))
+    steps = solver.schedule(problem, step_constant, deterministic=deterministic)
+    return steps(jnp.zeros((), int))
 
 
 def solver_bound(
-    solver: Any, problem: LayerProblem, upper: Array, step_constant: Array | None
+    solver: Solver, problem: LayerProblem, upper: Array, step_constant: Array | None
 ) -> Array:
     r"""A Lipschitz constant of x ↦ z_K for K steps along the full gradient from zero.
 
@@ -51,23 +50,23 @@ def solver_bound(
 
         ℓ_{k+1} = max(|1 − η_k μ|, |1 − η_k (λ + upper)|) ℓ_k + η_k sqrt(upper),   ℓ_0 = 0,
 
-    μ = λ + λ_min(A A*). One step of size 1 gives sqrt(upper), the plain layer's.
+    μ = λ + λ_min(A A*), for squares. One step of size 1 gives sqrt(upper), the plain layer's.
 
     Args:
-      solver: a configuration for which `has_bound` holds.
+      solver: one for which `has_bound` holds.
       problem: of the layer, at any inputs.
       upper: an upper bound on ||A||².
       step_constant: what the layer keeps, or None.
     """
-    steps = _steps(solver, problem, step_constant, True)
-    ridge = jnp.asarray(problem.ridge, problem.dtype)
-    convexity = ridge + strong_convexity(problem.linear_map, upper=upper)
+    steps = solver.schedule(problem, step_constant, deterministic=True)
+    convexity = problem.ridge + strong_convexity(problem.linear_map, upper=upper)
 
     def step(k, bound):
         size = steps(k)
-        return _expansion(size, convexity, ridge + upper) * bound + size * jnp.sqrt(upper)
+        return _expansion(size, convexity, problem.ridge + upper) * bound + size * jnp.sqrt(upper)
 
-    return lax.fori_loop(0, solver._iterations(), step, jnp.zeros((), problem.dtype))
+    count = solver.deterministic().num_iters  # pyright: ignore[reportAttributeAccessIssue]
+    return lax.fori_loop(0, count, step, jnp.zeros((), problem.dtype))
 
 
 def guarantee(
@@ -82,18 +81,23 @@ def guarantee(
     Then z_{k+1} − z_k = T z_k − T z_{k−1} for one map T, which brings two points closer by that factor.
     """
     none = jnp.asarray(jnp.nan, problem.dtype)
-    if not is_configuration(solver) or getattr(solver, "momentum", False):
+    if not isinstance(solver, Solver):
         return none
     if solver.stochastic and not deterministic:
         return none
-    steps = _steps(solver, problem, step_constant, deterministic)
-    sizes = lax.map(steps, jnp.arange(solver._iterations()))
+    running = solver.deterministic() if deterministic else solver
+    if getattr(running, "momentum", False) or not running.takes_gradient_steps():
+        return none
+    steps = solver.schedule(problem, step_constant, deterministic=deterministic)
+    sizes = lax.map(steps, jnp.arange(running.num_iters))  # pyright: ignore[reportAttributeAccessIssue]
     if sizes.ndim > 1:  # one for each output
         return none
-    ridge = jnp.asarray(problem.ridge, problem.dtype)
-    factor = _expansion(
-        sizes[0], ridge + strong_convexity(problem.linear_map, upper=upper), ridge + upper
-    )
+    loss = problem.loss
+    convexity = problem.ridge
+    if loss.strong_convexity > 0:
+        least = strong_convexity(problem.linear_map, upper=upper)
+        convexity = convexity + loss.strong_convexity * least
+    factor = _expansion(sizes[0], convexity, problem.smoothness(upper))
     return jnp.where(jnp.all(sizes == sizes[0]), factor, none)
 
 
@@ -102,24 +106,8 @@ def _expansion(step: Array, convexity: Array, lipschitz: Array) -> Array:
     return jnp.maximum(jnp.abs(1.0 - step * convexity), jnp.abs(1.0 - step * lipschitz))
 
 
-def is_configuration(solver: Any) -> bool:
-    """Whether the solver tells its steps, as the configurations of this library do."""
-    return hasattr(solver, "_step_size")
-
-
 def has_bound(solver: Any) -> bool:
     """Whether `solver_bound` holds: one step size for all outputs, no momentum, no stopping rule."""
-    if not is_configuration(solver) or solver.per_output:
+    if not isinstance(solver, Solver) or solver.per_output or solver.tol is not None:
         return False
-    return not getattr(solver, "momentum", False) and getattr(solver, "tol", None) is None
-
-
-def _steps(
-    solver: Any, problem: LayerProblem, step_constant: Array | None, deterministic: bool
-) -> Callable[[Array], Array]:
-    steps = as_steps(solver._step_size(), per_output=solver.per_output)
-    if isinstance(steps, StepSizeRule):
-        if step_constant is None or solver._moves(deterministic):
-            step_constant = steps.constant(problem, solver._estimator(deterministic))
-        steps = steps.schedule(step_constant, problem)
-    return lambda k: jnp.asarray(steps(k), problem.dtype)
+    return solver.deterministic().takes_gradient_steps()

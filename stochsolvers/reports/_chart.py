@@ -10,7 +10,7 @@ def bar_chart(report: Any, ax: Any = None) -> Any:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
-            "LipschitzReport.plot needs matplotlib: pip install 'stochsolvers[experiments]'"
+            "LipschitzReport.plot needs matplotlib: pip install 'stochsolvers[plot]'"
         ) from error
     rows = report.rows
     if ax is None:

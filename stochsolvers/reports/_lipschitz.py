@@ -243,7 +243,7 @@ def _measure_one(linear_map, normalisation, solver, ridge, step_constant):
     lower, upper = jnp.sqrt(bracket.lower), jnp.sqrt(bracket.upper)
     if solver is None:
         return lower, upper, upper
-    inputs = jnp.zeros(linear_map.in_shape, linear_map.kernel.dtype)
+    inputs = jnp.zeros(linear_map.in_shape, linear_map.dtype)
     problem = LayerProblem(linear_map, inputs, ridge=ridge)
     return lower, upper, solver_bound(solver, problem, bracket.upper, step_constant)
 

@@ -1,45 +1,34 @@
-"""The one scan that every solver runs in, and the result that every solver returns."""
+"""The two loops that every solver runs in: a fixed number of iterations, and until a tolerance is met."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
-from stochsolvers import _checks
-from stochsolvers._typing import Array, value_object
+from stochsolvers._shards import varying
+from stochsolvers._typing import Array
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import derivatives
+from stochsolvers.solvers._solution import Status
 from stochsolvers.solvers.derivatives import Unrolled, Unrolling
 
 
-@value_object
-class Solution:
-    r"""What a solver returns.
+class Step(NamedTuple):
+    """The outcome of one iteration.
 
     Attributes:
-      value: the last iterate z_K, shape (*batch, …) as the layer's output. The only differentiable
-        field: the others are diagnostics, constant under differentiation.
-      residuals: ||z_{k+1} − z_k||₂ for each iteration and example, shape (K, *batch), in units of z.
-        It goes to zero for a solver that converges; with a decaying step it does so in any case.
-        With a tolerance K is the cap, and an example that has stopped has residual 0.
-      objectives: P(z_{k+1}), shape (K, *batch), where asked for, else None. It stays at its last value
-        for an example that has stopped.
-      finite: whether every iterate of an example was finite, shape (*batch,).
-      status: a `Status` for each example, shape (*batch,), where a tolerance was given, else None.
-      iterations: iterations that each example took, shape (*batch,), where a tolerance was given.
-      certificate: a bound on P(z_K) − min P for each example, shape (*batch,), where asked for
-        (`certify=True`); see `LayerProblem.certificate`.
+      value: the next iterate.
+      memory: what else is carried to the next iteration.
+      point: the point before the prox, looked at for finiteness only: a projection can turn an infinite
+        point into a finite iterate. None where there is none.
+      origin: where the step was taken, for the stopping test; None for the iterate before.
     """
 
     value: Array
-    residuals: Array
-    objectives: Array | None
-    finite: Array
-    status: Array | None = None
-    iterations: Array | None = None
-    certificate: Array | None = None
+    memory: Any = None
+    point: Array | None = None
+    origin: Array | None = None
 
 
 class Diagnostics(NamedTuple):
@@ -48,14 +37,6 @@ class Diagnostics(NamedTuple):
     residual: Array
     objective: Array | None
     finite: Array
-
-
-class Step(NamedTuple):
-    """The outcome of one update: the next iterate, what else is carried, the point before the prox."""
-
-    value: Array
-    memory: Any
-    point: Array
 
 
 Update = Callable[[Any, Array, Array, Any], Step]
@@ -77,7 +58,7 @@ def iterate(
 ) -> tuple[Array, Diagnostics]:
     """Run `update` for k = first, …, first + num_iters − 1 and stack its diagnostics.
 
-    `opening` is a cheaper equal of the first update, from a known starting point.
+    `opening` is the same first update, computed more cheaply from a known start.
     """
 
     def observed(update):
@@ -104,28 +85,114 @@ def observe(problem: LayerProblem, z: Array, step: Step, *, trace_objective: boo
     """Residual, finiteness and, on request, objective of one step; nothing is differentiated."""
     z, value, point = lax.stop_gradient((z, step.value, step.point))
     axes = tuple(range(len(problem.batch_shape), value.ndim))
-    # a projection can turn an infinite point into a finite iterate: look at both
-    finite = jnp.all(jnp.isfinite(point) & jnp.isfinite(value), axis=axes)
+    finite = jnp.isfinite(value) if point is None else jnp.isfinite(point) & jnp.isfinite(value)
     objective = lax.stop_gradient(problem).objective(value) if trace_objective else None
-    return Diagnostics(problem.norm(value - z), objective, finite)
+    return Diagnostics(problem.norm(value - z), objective, jnp.all(finite, axis=axes))
 
 
-def solution(z: Array, diagnostics: Diagnostics, **fields: Array) -> Solution:
-    """The result, from the last iterate and the stacked diagnostics."""
-    finite = jnp.all(diagnostics.finite, axis=0)
-    return Solution(z, diagnostics.residual, diagnostics.objective, finite, **fields)
+class Outcome(NamedTuple):
+    """The last iterate of each example, the diagnostics up to the cap, and how each example ended."""
+
+    value: Array
+    diagnostics: Diagnostics
+    status: Array
+    iterations: Array
 
 
-def certified(problem: LayerProblem, solution: Solution) -> Solution:
-    """The same with the certificate of its value."""
-    return dataclasses.replace(solution, certificate=problem.certificate(solution.value))
+class _State(NamedTuple):
+    """The iteration goes on for the whole batch; `value` is that of an example when it stopped."""
+
+    z: Array
+    memory: Any
+    value: Array
+    running: Array
+    converged: Array
+    growing: Array
+    iterations: Array
+    diagnostics: Diagnostics
 
 
-def starting_point(problem: LayerProblem, init: Array | None) -> Array:
-    """z_0: zero, or the user's point in the problem's shape and dtype."""
-    if init is None:
-        return jnp.zeros(problem.shape, problem.dtype)
-    _checks.floating("init", init)
-    if jnp.shape(init) != problem.shape:
-        _checks.fail("shape of init", f"{problem.shape}", jnp.shape(init))
-    return jnp.asarray(init, problem.dtype)
+def iterate_until(
+    problem: LayerProblem,
+    update: Update,
+    operands: Any,
+    init: Array,
+    num_iters: int,
+    tol: Array,
+    *,
+    memory: Any = None,
+    opening: Update | None = None,
+    trace_objective: bool = False,
+) -> Outcome:
+    r"""`iterate` until each example meets a tolerance, or the cap; not differentiable in reverse mode.
+
+    An example has converged at the first k with
+
+        ||T(y_k) − y_k||₂ ≤ tol · max(1, ||z_{k+1}||₂),      z_{k+1} = T(y_k),
+
+    T the step's map and y_k its origin, if the iterates do not grow at a constant rate. They do if
+    2 (k + 1) ||T(y_k) − y_k|| ≥ ||z_{k+1} − z_0|| ≥ ½ ||z_{k+1}|| ≥ ½ after ten iterations: of an unbounded
+    problem the left side of the test tends to a constant, and the right side to infinity. From then on an
+    example's value does not change.
+    """
+    batch = problem.batch_shape
+    axes = tuple(range(len(batch), init.ndim))
+
+    def advance(update, k, state):
+        step = update(operands, k, state.z, state.memory)
+        seen = observe(problem, state.z, step, trace_objective=trace_objective)
+        origin = state.z if step.origin is None else step.origin
+        moved, size = problem.norm(step.value - origin), problem.norm(step.value)
+        small = (moved <= tol * jnp.maximum(1, size)) & jnp.isfinite(size)
+        distance = problem.norm(step.value - init)
+        steady = (2 * (k + 1) * moved >= distance) & (2 * distance >= size)
+        growing = small & steady & (size >= 1) & (k >= 9)
+        running = state.running
+
+        def record(buffer, entry):
+            return buffer.at[k].set(jnp.where(running, entry, 0))
+
+        finite = seen.finite | ~running
+        recorded = Diagnostics(
+            record(state.diagnostics.residual, seen.residual),
+            None if seen.objective is None else record(state.diagnostics.objective, seen.objective),
+            state.diagnostics.finite & finite,
+        )
+        done = small & ~growing & finite
+        return _State(
+            step.value,
+            step.memory,
+            jnp.where(jnp.expand_dims(running, axes), step.value, state.value),
+            running & ~done & finite,
+            state.converged | (running & done),
+            jnp.where(running, growing & finite, state.growing),
+            state.iterations + running,
+            recorded,
+        )
+
+    buffer, none = jnp.zeros((num_iters, *batch), init.dtype), jnp.zeros(batch, bool)
+    diagnostics = Diagnostics(buffer, buffer if trace_objective else None, ~none)
+    counts = none.astype(jnp.int32)
+    state = _State(init, memory, init, ~none, none, none, counts, diagnostics)
+    state, start = varying(state, (problem, operands)), 0
+    if opening is not None:
+        start, state = 1, advance(opening, 0, state)
+    _, state = lax.while_loop(
+        lambda carry: (carry[0] < num_iters) & jnp.any(carry[1].running),
+        lambda carry: (carry[0] + 1, advance(update, *carry)),
+        (jnp.asarray(start), state),
+    )
+    return _outcome(state)
+
+
+def _outcome(state: _State) -> Outcome:
+    residuals, objectives, finite = state.diagnostics
+    if objectives is not None:
+        last = jnp.take_along_axis(objectives, state.iterations[None] - 1, axis=0)
+        counts = jnp.arange(len(residuals)).reshape(-1, *(1,) * state.iterations.ndim)
+        objectives = jnp.where(counts < state.iterations[None], objectives, last)
+    stuck = jnp.where(state.growing, Status.UNBOUNDED, Status.MAX_ITERS)
+    ended = jnp.where(finite, stuck, Status.DIVERGED)
+    status = jnp.where(state.converged, Status.CONVERGED, ended)
+    diagnostics = Diagnostics(residuals, objectives, finite[None])
+    return Outcome(state.value, diagnostics, status.astype(jnp.int32), state.iterations)

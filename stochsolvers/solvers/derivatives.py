@@ -30,7 +30,7 @@ class Unrolled:
 
 @value_object
 class Remat:
-    """Derivatives through every iteration, of which about √K chunks are computed twice, "remat"."""
+    """Derivatives through every iteration, each of which is computed once more in reverse, "remat"."""
 
 
 @value_object

@@ -2,7 +2,7 @@ r"""Derivatives through a solution: the implicit function theorem at a fixed poi
 
 A solution is a fixed point z = T(z, θ) of T(z, θ) = prox_{ηg}(z − η ∇F(z)), whatever the step η, so
 
-    dz = J dz + (∂T/∂θ) dθ,     J = D M,   D = prox′,   M = I − η(A A* + λ I).
+    dz = J dz + (∂T/∂θ) dθ,     J = D M,   D = prox′,   M = I − η ∇²F,     ∇²F = A A* + λ I for squares.
 
 D is the second derivative of a convex function, symmetric with 0 ⪯ D ⪯ I for every prior; so is M for
 η ≤ 1/L. D M is then self-adjoint in the semi-inner product <a, b>_M = aᵀ M b, and so conjugate
@@ -14,11 +14,12 @@ Forward mode needs w = (I − D M)⁻¹ b, reverse mode u = (I − M D)⁻¹ v:
 
     w = b + D M (b + p), r = D M b;         u = v + M p, r = D v.
 
-In reverse mode p = D u, so the gradient of the loss with respect to a bias of each example is η p. It is
+For other losses ∇²F = A diag(∂²ℓ) A* + λ I at the solution. In reverse mode p = D u, so the gradient of the
+loss with respect to a bias of each example is η p. It is
 what a later call at a nearby point can start its linear solve from (`Implicit.guess`).
 
 Where the restricted system is singular (a fixed point that is not unique) it is consistent for losses
-that do not tell the fixed points apart; for other right-hand sides the iteration stops at the
+that are constant over the solution set; for other right-hand sides the iteration stops at the
 directions without curvature, and leaves their part out. The step is half the solver's, so that M ⪰ 0
 for all steps with which prox-GD converges, η < 2/L; the derivative does not depend on it.
 
@@ -94,8 +95,10 @@ def _fixed_point_jvp(settings: tuple[int, int], primals: Any, tangents: Any) -> 
     _, moved = jax.jvp(lambda m: m(solution), (step_map,), (tangents[0],))
     _, D = jax.linearize(lambda v: step_map.prior.prox(v, step_map.step), step_map.point(solution))
 
+    hessian = step_map.gradient.curvature(solution)
+
     def M(a):  # noqa: N802 - a matrix
-        return a - step_map.step * step_map.gradient.curvature(a)
+        return a - step_map.step * hessian(a)
 
     def conjugate_gradients(right_side, start=None):
         return _conjugate_gradients(D, M, right_side, start, tol, *settings)

@@ -1,5 +1,10 @@
 """Data sets: the prepared copy, the splits, the statistics."""
 
+import contextlib
+import io
+import re
+import zipfile
+
 import numpy as np
 import pytest
 from archives import files_under, tiny_records, tiny_records100, write_archive
@@ -190,6 +195,102 @@ def test_npz_with_a_test_split_of_floats(tmp_path, rng):
 def test_npz_that_does_not_fit(tmp_path, rng, changes, message):
     np.savez(tmp_path / "mine.npz", **npz_arrays(rng, **changes))
     with pytest.raises(archive.DataError, match=message):
+        data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
+
+
+def npy(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def npy_of(header: str, version=1) -> bytes:
+    """A member with a header of one's own."""
+    text = header.encode().ljust(116) + b"\n"
+    return b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(2, "little") + text
+
+
+def zipped(members: dict[str, bytes], compression=zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive_file:
+        for name, content in members.items():
+            archive_file.writestr(name, content)
+    return file.getvalue()
+
+
+def members_of(arrays) -> dict[str, bytes]:
+    return {f"{name}.npy": npy(array) for name, array in arrays.items()}
+
+
+UNREADABLE = "cannot be read as an .npz file"
+SHAPED = "{'descr': '|u1', 'fortran_order': False, 'shape': %s, }"
+
+
+@pytest.mark.parametrize("name", [*data.TRAIN_ARRAYS, *data.TEST_ARRAYS])
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (b"", "expected an array in NumPy's format, got another file"),
+        (b"plain text", "expected an array in NumPy's format, got another file"),
+        (npy(np.uint8(3)), "expected "),  # of no axes
+        (npy(np.zeros((50, 9, 8), "datetime64[s]")), "expected "),
+        (npy(np.zeros(50, "timedelta64[s]")), "expected "),
+        (npy(np.zeros((50, 9, 8), [("a", "u1")])), "expected "),
+        (npy(np.full(50, "x")), "expected "),
+        (npy(np.zeros(50, bool)), "expected "),
+        (npy(np.zeros((50, 0, 8), np.uint8)), "expected "),
+        (npy(np.full((50, 9, 8), 1e300)), "expected "),
+        (npy(np.zeros((50, 9, 8), np.uint8))[:500], UNREADABLE),
+        (npy(np.zeros((50, 9, 8), np.uint8))[:50], UNREADABLE),
+        (npy_of("{'descr': '|u1', 'shape': (50, 9"), UNREADABLE),
+        (npy_of("("), UNREADABLE),
+        (npy_of("{}"), UNREADABLE),
+        (npy_of("{'descr': (), 'fortran_order': False, 'shape': (3,), }"), UNREADABLE),
+        (npy_of(SHAPED % f"({10**13}, 9, 8)"), UNREADABLE),
+        (npy_of(SHAPED % f"({10**30}, 9, 8)"), UNREADABLE),
+        (npy_of(SHAPED % "(True,)"), UNREADABLE),
+        (npy_of(SHAPED % "(50, 9, 8)", version=9), UNREADABLE),
+    ],
+)
+def test_odd_members_are_one_clear_line(tmp_path, rng, name, member, message):
+    test = {"test_images": np.zeros((5, 9, 8), np.uint8), "test_labels": np.zeros(5, int)}
+    members = members_of(npz_arrays(rng, **test)) | {f"{name}.npy": member}
+    (tmp_path / "mine.npz").write_bytes(zipped(members))
+    with pytest.raises(archive.DataError, match=re.escape(message)) as caught:
+        data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
+    words = str(caught.value)
+    assert "\n" not in words
+    assert len(words) < 200 + len(str(tmp_path)) + 100
+    assert message == UNREADABLE or f"mine.npz, {name}" in words or "labels: expected" in words
+
+
+@pytest.mark.parametrize(
+    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
+def test_damaged_files_are_refused_or_read(tmp_path, rng, compression):
+    whole = zipped(members_of(npz_arrays(rng)), compression)
+    damaged = [whole[:length] for length in (0, 10, len(whole) // 2, len(whole) - 5)]
+    for _ in range(150):
+        changed = bytearray(whole)
+        # the ends hold zip's own records and NumPy's header
+        place = rng.choice([*range(200), *range(len(whole) - 200, len(whole))])
+        changed[place] = rng.integers(256)
+        damaged.append(bytes(changed))
+    for content in damaged:
+        (tmp_path / "mine.npz").write_bytes(content)
+        with contextlib.suppress(archive.DataError):
+            assert len(data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0).train) == 36
+
+
+def test_members_that_are_not_needed_are_not_read(tmp_path, rng):
+    names = np.array(["cat", {}], object)
+    np.savez(tmp_path / "mine.npz", **npz_arrays(rng, **{"names": names, "größe": names}))
+    assert len(data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0).train) == 36
+    np.savez(tmp_path / "mine.npz", **{f"größe{k}": 1 for k in range(99)})
+    with pytest.raises(archive.DataError, match=r"lacks images; it holds größe0, .* … .*größe98$"):
+        data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
+    np.savez(tmp_path / "mine.npz")
+    with pytest.raises(archive.DataError, match="lacks images; it holds nothing"):
         data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
 
 

@@ -1,0 +1,233 @@
+r"""Losses ℓ(u, x) between A* z and the input x: the second factor of a layer's problem.
+
+    F(z) = Σ_i ℓ((A* z)_i, x_i) − <b, z> + (λ/2) ||z||²
+
+| loss | ℓ(u, x) | ∂ℓ/∂u | L_ℓ | ℓ*(r, x) |
+|---|---|---|---|---|
+| `Squares()` | ½ (u − x)² | u − x | 1 | r x + ½ r² |
+| `Huber(δ)` | ½ t², \|t\| ≤ δ, else δ\|t\| − ½ δ²; t = u − x | clip(t, −δ, δ) | 1 | r x + ½ r², \|r\| ≤ δ |
+| `Logistic()` | log(1 + exp(−x u)) | −x s, s = 1/(1 + exp(x u)) | ¼ | s log s + (1−s) log(1−s), s = −x r |
+| `CrossEntropy()` | log Σ_c exp u_c − Σ_c x_c u_c | softmax(u) − x | ½ | Σ_c p_c log p_c, p = r + x |
+
+`Squares` is the paper's layer and the default. i runs over the features, the last axis, which the
+estimators sample. `CrossEntropy` couples another axis, the classes.
+
+References:
+  Bibi et al. 2019, eq. 1 and 5; Rockafellar, Convex Analysis, 1970, section 12 (conjugates).
+"""
+
+import abc
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, Scalar, real, static_field, value_object
+
+
+class Loss(abc.ABC):
+    r"""A convex loss ℓ(u, x) with an L_ℓ-Lipschitz derivative in u.
+
+    A loss of your own is a subclass under `stochsolvers.value_object` with a method `value` and an
+    attribute `smoothness`. The derivative is then that of JAX. With `conjugate` (and, where its domain
+    is not the whole line, `dual_projection`) certificates need no curvature.
+
+    `value` and `conjugate` return terms whose sum is the loss of an example: arrays of x's shape, with
+    size 1 in an axis that the loss couples.
+    """
+
+    smoothness: float = 1.0
+    """L_ℓ, a Lipschitz constant of ∂ℓ/∂u."""
+    strong_convexity: ClassVar[float] = 0.0
+    """m with ℓ(·, x) − (m/2)||·||² convex."""
+
+    @abc.abstractmethod
+    def value(self, u: Array, x: Array) -> Array:
+        """Terms of ℓ(u, x)."""
+
+    def derivative(self, u: Array, x: Array) -> Array:
+        """∂ℓ/∂u, shaped as x."""
+        return jax.grad(lambda u: jnp.sum(self.value(u, x)))(u)
+
+    def conjugate(self, r: Array, x: Array) -> Array:
+        """Terms of ℓ*(r, x) = sup_u <r, u> − ℓ(u, x); +∞ outside its domain, and where it is not known."""
+        return jnp.full(x.shape, jnp.inf, x.dtype)
+
+    def dual_projection(self, r: Array, x: Array) -> Array:
+        """argmin ||s − r||² over the s with ℓ*(s, x) < ∞."""
+        return r
+
+    def dual_error(self, r: Array, x: Array) -> Array:
+        """Entrywise distance of a computed derivative or projection r from dom ℓ*."""
+        return jnp.zeros_like(r)
+
+    def derivative_error(self, error: Array) -> Array:
+        """Entrywise bound on |∂ℓ/∂u(u + e) − ∂ℓ/∂u(u)| for |e| ≤ error."""
+        return self.smoothness * error
+
+    def gap(self, u: Array, r: Array, x: Array) -> tuple[Array, Array]:
+        """Terms of ℓ(u, x) + ℓ*(r, x) − <u, r> ≥ 0, and the sizes of what they are sums of."""
+        value, conjugate = self.value(u, x), self.conjugate(r, x)
+        coupled = tuple(i for i, n in enumerate(value.shape) if n != x.shape[i])
+        product = jnp.sum(u * r, coupled, keepdims=True)
+        sizes = jnp.sum(jnp.abs(u * r), coupled, keepdims=True)
+        return value + conjugate - product, jnp.abs(value) + jnp.abs(conjugate) + sizes
+
+
+@value_object
+class Squares(Loss):
+    """ℓ(u, x) = ½ (u − x)², the paper's layer."""
+
+    strong_convexity: ClassVar[float] = 1.0
+
+    def value(self, u, x):
+        """½ (u − x)²."""
+        return 0.5 * (u - x) ** 2
+
+    def derivative(self, u, x):
+        """The residual u − x."""
+        return u - x
+
+    def conjugate(self, r, x):
+        """r x + ½ r²."""
+        return r * (x + 0.5 * r)
+
+    def gap(self, u, r, x):
+        """½ (r − (u − x))²."""
+        terms = 0.5 * (r - (u - x)) ** 2
+        return terms, terms
+
+
+@value_object
+class Huber(Loss):
+    r"""ℓ(u, x) = ½ t² for |t| ≤ δ, else δ|t| − ½ δ², t = u − x: squares that outliers do not dominate.
+
+    Args:
+      delta: δ > 0, traced.
+
+    References:
+      Huber 1964.
+    """
+
+    delta: Scalar = 1.0
+
+    def __post_init__(self):
+        _checks.positive("delta", self.delta)
+        object.__setattr__(self, "delta", real(self.delta))
+
+    def value(self, u, x):
+        """½ c² + δ (|t| − |c|), c = clip(t, −δ, δ)."""
+        delta = jnp.asarray(self.delta, x.dtype)
+        size = jnp.abs(u - x)
+        inner = jnp.minimum(size, delta)
+        return 0.5 * inner**2 + delta * (size - inner)
+
+    def derivative(self, u, x):
+        """clip(u − x, −δ, δ)."""
+        delta = jnp.asarray(self.delta, x.dtype)
+        return jnp.clip(u - x, -delta, delta)
+
+    def conjugate(self, r, x):
+        """r x + ½ r² for |r| ≤ δ."""
+        inside = jnp.abs(r) <= jnp.asarray(self.delta, x.dtype)
+        return jnp.where(inside, r * (x + 0.5 * r), jnp.inf)
+
+    def dual_projection(self, r, x):
+        """clip(r, −δ, δ)."""
+        delta = jnp.asarray(self.delta, x.dtype)
+        return jnp.clip(r, -delta, delta)
+
+
+@value_object
+class Logistic(Loss):
+    """ℓ(u, x) = log(1 + exp(−x u)) for labels x = ±1."""
+
+    smoothness: ClassVar[float] = 0.25
+
+    def value(self, u, x):
+        """softplus(−x u)."""
+        return jnp.logaddexp(-x * u, jnp.zeros((), x.dtype))
+
+    def derivative(self, u, x):
+        """−x / (1 + exp(x u))."""
+        return -x * jax.nn.sigmoid(-x * u)
+
+    def conjugate(self, r, x):
+        """s log s + (1 − s) log(1 − s), s = −x r ∈ [0, 1]."""
+        s = -x * r
+        inside = (s >= 0) & (s <= 1)
+        return jnp.where(inside, _x_log_x(s) + _x_log_x(1 - s), jnp.inf)
+
+    def dual_projection(self, r, x):
+        """−x clip(−x r, 0, 1)."""
+        return -x * jnp.clip(-x * r, 0, 1)
+
+
+@value_object
+class CrossEntropy(Loss):
+    r"""ℓ(u, x) = log Σ_c exp u_c − Σ_c x_c u_c, with classes c along one axis and Σ_c x_c = 1.
+
+    Args:
+      axis: the axis of the classes, counted from the end, not the last one: that is of the features. A
+        classifier's x is one-hot, of shape (..., classes, n) for n data.
+    """
+
+    axis: int = static_field(default=-2)
+    smoothness: ClassVar[float] = 0.5
+
+    def __post_init__(self):
+        axis = _checks.count("axis of CrossEntropy", self.axis, minimum=-(2**31), maximum=-2)
+        object.__setattr__(self, "axis", axis)
+
+    def value(self, u, x):
+        """Log Σ_c exp u_c − Σ_c x_c u_c, size 1 along the classes."""
+        total = jax.nn.logsumexp(u, axis=self.axis, keepdims=True)
+        return total - jnp.sum(x * u, axis=self.axis, keepdims=True)
+
+    def derivative(self, u, x):
+        """softmax(u) − x."""
+        return jax.nn.softmax(u, axis=self.axis) - x
+
+    def conjugate(self, r, x):
+        """Σ_c p_c log p_c for p = r + x in the simplex, up to the round-off that `dual_error` bounds."""
+        p = r + x
+        slack = self._round_off(x)
+        total = jnp.sum(p, axis=self.axis, keepdims=True)
+        inside = jnp.all(p >= -slack, axis=self.axis, keepdims=True) & (jnp.abs(total - 1) <= slack)
+        entropy = jnp.sum(_x_log_x(jnp.maximum(p, 0)), axis=self.axis, keepdims=True)
+        return jnp.where(inside, entropy, jnp.inf)
+
+    def dual_projection(self, r, x):
+        """p − x, p the projection of r + x to the simplex (Held, Wolfe and Crowder 1974)."""
+        p = jnp.moveaxis(r + x, self.axis, -1)
+        descending = -jnp.sort(-p, axis=-1)
+        counts = jnp.arange(1, p.shape[-1] + 1, dtype=p.dtype)
+        excess = (jnp.cumsum(descending, axis=-1) - 1) / jnp.expand_dims(counts, range(p.ndim - 1))
+        support = jnp.sum(descending > excess, axis=-1, keepdims=True)
+        threshold = jnp.take_along_axis(excess, support - 1, axis=-1)
+        return jnp.moveaxis(jnp.maximum(p - threshold, 0), -1, self.axis) - x
+
+    def dual_error(self, r, x):
+        """Distance of r from p/Σp − x, where p = max(r + x, 0)."""
+        p = r + x
+        rounding = 2 * float(jnp.finfo(x.dtype).eps) * (jnp.abs(r) + jnp.abs(x))
+        return self._round_off(x) * jnp.abs(p) + rounding + jnp.maximum(-p, 0)
+
+    def gap(self, u, r, x):
+        """As for every loss; the entropy of a p that is off by e is off by at most e (1 + log(1/e))."""
+        terms, sizes = super().gap(u, r, x)
+        floats, error = jnp.finfo(x.dtype), self.dual_error(r, x)
+        reach = error * (1 - jnp.log(jnp.maximum(error, floats.tiny)) + jnp.abs(u)) / floats.eps
+        return terms, sizes + jnp.sum(reach, axis=self.axis, keepdims=True)
+
+    def derivative_error(self, error):
+        """The largest error among the classes, halved: |∂p_c| ≤ 2 p_c (1 − p_c) max |e|."""
+        return jnp.broadcast_to(0.5 * jnp.max(error, axis=self.axis, keepdims=True), error.shape)
+
+    def _round_off(self, x: Array) -> float:
+        return 8 * x.shape[self.axis] * float(jnp.finfo(x.dtype).eps)
+
+
+def _x_log_x(x: Array) -> Array:
+    return jnp.where(x > 0, x * jnp.log(jnp.where(x > 0, x, 1)), 0)

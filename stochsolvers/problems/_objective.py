@@ -1,0 +1,170 @@
+"""The objective of a layer, its terms and its gradient."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from stochsolvers import _checks, losses, prox
+from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers.linear_maps import LinearMap
+
+
+@value_object
+class Objective:
+    """The formula of `LayerProblem`: values and gradients, without certificates; see there."""
+
+    linear_map: LinearMap
+    inputs: Array
+    _: dataclasses.KW_ONLY
+    loss: losses.Loss = losses.Squares()
+    bias: Array | None = None
+    prior: prox.Prior = prox.NonNegative()
+    ridge: Scalar = 0.0
+
+    def __post_init__(self):
+        for name, kind in (
+            ("linear_map", LinearMap), ("loss", losses.Loss), ("prior", prox.Prior),
+        ):  # fmt: skip
+            if not isinstance(getattr(self, name), kind):
+                article = "an instance of"
+                got = repr(getattr(self, name))
+                _checks.fail(f"{name} of LayerProblem", f"{article} {kind.__name__}", got)
+        _checks.floating("inputs of LayerProblem", self.inputs)
+        _checks.trailing("inputs of LayerProblem", self.inputs, self.linear_map.in_shape)
+        _checks.non_negative("ridge", self.ridge)
+        _checks.rank("ridge", self.ridge, 0)
+        dtype = jnp.promote_types(jnp.result_type(self.inputs), self.linear_map.dtype)
+        dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
+        object.__setattr__(self, "ridge", jnp.asarray(self.ridge, dtype))
+        if self.bias is not None:
+            _checks.floating("bias of LayerProblem", self.bias)
+            _checks.broadcastable("bias of LayerProblem", self.bias, self.shape)
+            object.__setattr__(self, "bias", jnp.asarray(self.bias, dtype))
+        object.__setattr__(self, "inputs", jnp.asarray(self.inputs, dtype))
+        object.__setattr__(self, "linear_map", self.linear_map.astype(dtype))
+        self._check_axes()
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Leading axes of the inputs: one problem for each of their entries."""
+        return self.inputs.shape[: self.inputs.ndim - len(self.linear_map.in_shape)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the variable z: (*batch, n2) or (*batch, H', W', n2)."""
+        return (*self.batch_shape, *self.linear_map.out_shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the variable z."""
+        return self.inputs.dtype
+
+    @property
+    def is_quadratic(self) -> bool:
+        """Whether ℓ is half the squared distance, so that ∇F is affine."""
+        return isinstance(self.loss, losses.Squares)
+
+    def residual(self, z: Array) -> Array:
+        """∂ℓ/∂u at u = A* z, shaped as the inputs; A* z − x for squares."""
+        return self.loss.derivative(self.linear_map.adjoint(self._variable(z)), self.inputs)
+
+    def terms(self, z: Array) -> Array:
+        r"""The n1 terms f_i(z) = n1 ℓ((A* z)_i, x_i) − <b, z>, shape (*batch, n1).
+
+        For a convolution, i runs over whole input feature maps. F is their mean, plus the ridge.
+        """
+        losses = self._losses(z)
+        spatial = tuple(range(len(self.batch_shape), losses.ndim - 1))
+        fit = self.linear_map.in_features * jnp.sum(losses, axis=spatial)
+        return fit - self._bias_product(z)[..., None]
+
+    def smooth(self, z: Array) -> Array:
+        """F(z) for each example, shape (*batch,)."""
+        z = self._variable(z)
+        # the ridge first, so that none is none where a square overflows
+        pull = 0.5 * self.sum((self.ridge * z) * z)
+        return self.sum(self._losses(z)) - self._bias_product(z) + pull
+
+    def objective(self, z: Array) -> Array:
+        """P(z) = F(z) + g(z) for each example, shape (*batch,); +inf outside the domain of g."""
+        return self.smooth(z) + self.prior_value(z)
+
+    def gradient(self, z: Array) -> Array:
+        r"""∇F(z) = A ∂ℓ(A* z, x) − b + λ z, shaped as z; A(A* z − x) − b + λ z for squares."""
+        return self.with_bias_and_ridge(self.linear_map(self.residual(z)), z)
+
+    def with_bias_and_ridge(self, data_gradient: Array, z: Array) -> Array:
+        """The gradient of the losses, or an estimate of it, completed by − b + λ z."""
+        if self.bias is not None:
+            data_gradient = data_gradient - self._expanded_bias()
+        return data_gradient + self.ridge * z
+
+    def prior_value(self, z: Array) -> Array:
+        """g(z) for each example, shape (*batch,)."""
+        return self.per_example(self.prior.value)(self._variable(z))
+
+    def per_example(self, function: Callable[..., Array]) -> Callable[..., Array]:
+        """`function` of unbatched variables, mapped over the batch axes."""
+        for _ in self.batch_shape:
+            function = jax.vmap(function)
+        return function
+
+    def sum(self, array: Array) -> Array:
+        """Sum of an array shaped as z or as x over everything but the batch axes."""
+        return jnp.sum(array, axis=tuple(range(len(self.batch_shape), array.ndim)))
+
+    def norm(self, array: Array) -> Array:
+        """Euclidean norm of an array shaped as z or as x, for each example; no square overflows."""
+        axes = tuple(range(len(self.batch_shape), array.ndim))
+        largest = jnp.max(jnp.abs(array), axis=axes, keepdims=True, initial=0)
+        unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+        return jnp.squeeze(unit, axes) * jnp.sqrt(self.sum((array / unit) ** 2))
+
+    def smoothness(self, squared_norm: Array) -> Array:
+        """L_F = L_ℓ ‖A‖² + λ, a Lipschitz constant of ∇F, given ‖A‖²."""
+        return self.loss.smoothness * squared_norm + self.ridge
+
+    def _check_axes(self) -> None:
+        named = getattr(self.prior, "axes", getattr(self.prior, "axis", ()))
+        event_ndim = len(self.linear_map.out_shape)
+        classes, least = getattr(self.loss, "axis", -1), -len(self.linear_map.in_shape)
+        if classes < least:
+            _checks.fail(
+                f"axis of {type(self.loss).__name__}",
+                f"an axis of the inputs, {least}..-2",
+                classes,
+            )
+        for leaf in jax.tree.leaves(self.prior):
+            if jnp.ndim(leaf) > event_ndim:
+                _checks.fail(
+                    f"weights of {type(self.prior).__name__}",
+                    f"at most {event_ndim} axes, none of them a batch axis",
+                    jnp.shape(leaf),
+                )
+        for axis in (named,) if isinstance(named, int) else named:
+            if not -event_ndim <= axis < (0 if self.batch_shape else event_ndim):
+                _checks.fail(
+                    f"axis of {type(self.prior).__name__}",
+                    f"one of the layer's own axes, counted from the end: {-event_ndim}..-1",
+                    axis,
+                )
+
+    def _losses(self, z: Array) -> Array:
+        return self.loss.value(self.linear_map.adjoint(self._variable(z)), self.inputs)
+
+    def _bias_product(self, z: Array) -> Array:
+        if self.bias is None:
+            return jnp.zeros(self.batch_shape, self.dtype)
+        return self.sum(self._expanded_bias() * z)
+
+    def _expanded_bias(self) -> Array:
+        """b with all axes of z, so that ranks are promoted once."""
+        bias = jnp.asarray(self.bias)
+        return jnp.expand_dims(bias, range(len(self.shape) - bias.ndim))
+
+    def _variable(self, z: Array) -> Array:
+        if jnp.shape(z) != self.shape:
+            _checks.fail("shape of the variable z", f"{self.shape}", jnp.shape(z))
+        return jnp.asarray(z, self.dtype)

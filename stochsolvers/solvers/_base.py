@@ -1,0 +1,332 @@
+"""The base class of solvers: what every algorithm has for free."""
+
+import abc
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from stochsolvers import _checks, step_sizes
+from stochsolvers._typing import (
+    Array,
+    Scalar,
+    join_static,
+    split_static,
+    static_field,
+    value_object,
+)
+from stochsolvers.estimators import Estimator, Full
+from stochsolvers.estimators.forms import Gradient, gradient_form
+from stochsolvers.problems import LayerProblem
+from stochsolvers.solvers import _loop
+from stochsolvers.solvers._loop import Diagnostics, Step
+from stochsolvers.solvers._solution import Solution
+from stochsolvers.solvers.derivatives import DerivativeLike, Implicit, canonical
+from stochsolvers.solvers.implicit import ProxGradientMap, fixed_point
+from stochsolvers.step_sizes import InverseLipschitz, Schedule, StepSizeRule
+
+
+@value_object
+class Run:
+    """What the steps of one solve are made from; derivatives pass through all of it.
+
+    Attributes:
+      problem: the layer's problem.
+      gradient: z ↦ ∇F(z), in the form that the solver asks for.
+      estimator: of ∇F; the full gradient where nothing is sampled.
+      step_size: k ↦ η_k.
+      key: random key, or None.
+      from_zero: whether the run starts at the default point, zero.
+    """
+
+    problem: LayerProblem
+    gradient: Gradient
+    estimator: Estimator
+    step_size: Schedule
+    key: Array | None
+    from_zero: bool = static_field(default=False)
+
+    def fold_key(self, k: Array | int) -> Array:
+        """The key of iteration k."""
+        if self.key is None:
+            _checks.fail("key", "a random key for a stochastic solver", None)
+        return jax.random.fold_in(self.key, k)
+
+    def estimate(self, k: Array, z: Array) -> Array:
+        """An unbiased estimate of ∇F(z) from the draw of iteration k; ∇F(z) where nothing is sampled."""
+        if isinstance(self.estimator, Full):
+            return self.gradient(z)
+        return self.estimator(self.fold_key(k), self.problem, z)
+
+    def prox(self, point: Array, k: Array | int) -> Array:
+        """prox_{η_k g}(point)."""
+        return self.problem.prior.prox(point, self.step_size(k))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Solver(abc.ABC):
+    r"""An algorithm with its options, as a value: everything but the problem.
+
+    A solver of your own is a subclass under `stochsolvers.value_object` with a field or attribute
+    `num_iters` and a method `step`; `init` says what is carried beside the iterate. For instance gradient
+    steps with a heavy ball:
+
+        @ss.value_object
+        class HeavyBall(ss.Solver):
+            num_iters: int = ss.static_field()
+            momentum: float = 0.5
+            step_size: ss.StepSizeLike = None
+
+            def init(self, run, z):
+                return z
+
+            def step(self, run, k, z, previous):
+                point = z - run.step_size(k) * run.gradient(z) + self.momentum * (z - previous)
+                return ss.Step(run.prox(point, k), memory=z, point=point)
+
+    It then runs as a function (`solve`) and in layers, stops at a tolerance, is differentiated in all ways,
+    and is certified. `step_size` may be declared as a field; it is 1/L otherwise. One that samples
+    sets `stochastic = True`, defines `estimator`, and takes `run.estimate(k, z)`.
+
+    A solver made of numbers is hashable, and so can be a module's static attribute.
+
+    Args:
+      tol: where an example stops, see `prox_gd`; only for solvers that do not sample. None runs all
+        iterations.
+      derivative: "unrolled", "remat", `Truncated(n)`, "implicit" or `Implicit(...)`; see
+        `solvers.derivatives`.
+        None is unrolled, implicit where `tol` is given. Solvers that sample have no implicit derivative.
+    """
+
+    tol: Scalar | None = dataclasses.field(default=None, kw_only=True)
+    derivative: DerivativeLike = static_field(default=None, kw_only=True)  # noqa: RUF009
+
+    stochastic: ClassVar[bool] = False
+    """Whether `solve` needs a key unless it is deterministic."""
+    per_output: ClassVar[bool] = False
+    """Whether a step size may be one number for each output feature."""
+
+    def __post_init__(self):
+        name = type(self).__name__
+        for count in ("num_iters", "num_outer", "num_inner"):
+            if count in {field.name for field in dataclasses.fields(self)}:
+                object.__setattr__(self, count, _checks.count(count, getattr(self, count)))
+        step_sizes.check(self._option("step_size"), per_output=self.per_output)
+        resolved = canonical(self.derivative, stops=self.tol is not None)
+        if self.stochastic and isinstance(resolved, Implicit):
+            what, got = ("tol", self.tol) if self.derivative is None else (
+                "derivative", self.derivative,
+            )  # fmt: skip
+            wanted = "None" if what == "tol" else "'unrolled', 'remat' or Truncated(...)"
+            _checks.fail(f"{what} of {name}", wanted, got)
+        if self.tol is not None:
+            _checks.non_negative("tol", self.tol)
+
+    # what a subclass defines
+
+    def init(self, run: Run, z: Array) -> Any:
+        """What is carried beside the iterate, before the first iteration from z."""
+        return None
+
+    @abc.abstractmethod
+    def step(self, run: Run, k: Array, z: Array, memory: Any) -> Step:
+        """Iteration k = 0, 1, … from z."""
+
+    def estimator(self) -> Estimator:
+        """The estimator of ∇F; the full gradient by default."""
+        return Full()
+
+    def default_step_size(self) -> StepSizeRule:
+        """The rule where `step_size` is None."""
+        return InverseLipschitz()
+
+    def deterministic(self) -> "Solver":
+        """The solver that takes this one's place where nothing is sampled, as in evaluation.
+
+        By default this one, along the full gradient. It runs with this one's step sizes.
+        """
+        return self
+
+    def check(self, problem: LayerProblem) -> None:  # noqa: B027 - nothing to refuse by default
+        """Refuse problems that the algorithm is not for; called at trace time."""
+
+    # what it has for free
+
+    def step_constant(self, problem: LayerProblem) -> Array | None:
+        """The problem constant that sets the step, L for 1/L; None for a fixed step."""
+        rule = self._rule()
+        return rule.constant(problem, self.estimator()) if isinstance(rule, StepSizeRule) else None
+
+    def schedule(
+        self,
+        problem: LayerProblem,
+        step_constant: Array | None = None,
+        *,
+        deterministic: bool = False,
+    ) -> Schedule:
+        """k ↦ η_k of a solve; `step_constant` is what the method of that name returned."""
+        estimator = self.estimator()
+        if deterministic and self.constant_depends_on_sampling():
+            estimator, step_constant = self._full_estimator(), None
+        return step_sizes.schedule_of(self._rule(), problem, estimator, step_constant)
+
+    def constant_depends_on_sampling(self) -> bool:
+        """Whether the constant of the step sizes is another one when nothing is sampled."""
+        return False
+
+    def takes_gradient_steps(self) -> bool:
+        """Whether every iteration is prox_{ηg}(z − η ∇F(z)), so that theory bounds how it contracts."""
+        return False
+
+    def solve(
+        self,
+        key: Array | None,
+        problem: LayerProblem,
+        *,
+        init: Array | None = None,
+        step_constant: Array | None = None,
+        deterministic: bool = False,
+        trace_objective: bool = False,
+        certify: bool = False,
+    ) -> Solution:
+        """Run the algorithm.
+
+        Args:
+          key: random key; iteration k uses `fold_in(key, k)`. None where nothing is sampled.
+          problem: the layer's problem.
+          init: z_0, zero by default.
+          step_constant: what the method of that name returned, where the caller keeps it.
+          deterministic: sample nothing: as many steps of the same sizes along the full gradient.
+          trace_objective: also return P(z_k) for every iteration, which reads the input each time.
+          certify: also return a bound on P(z_K) − min P.
+
+        Returns:
+          `Solution`. A path of inputs, weights, steps, tolerances and options that are arrays compiles once.
+        """
+        deterministic = deterministic or not self.stochastic
+        if key is None and not deterministic:
+            _checks.fail("key", "a random key for a stochastic solver", None)
+        self.check(problem)
+        traced, static = split_static(self)
+        solution = _solve(
+            traced,
+            None if deterministic else key,
+            problem,
+            _starting_point(problem, init),
+            step_constant,
+            static=static,
+            from_zero=init is None,
+            deterministic=deterministic,
+            trace_objective=trace_objective,
+        )
+        if certify:
+            gap = problem.certificate(solution.value)
+            solution = dataclasses.replace(solution, certificate=gap)
+        return solution
+
+    def _rule(self) -> Any:
+        step_size = self._option("step_size")
+        return self.default_step_size() if step_size is None else step_size
+
+    def _option(self, name: str, default: Any = None) -> Any:
+        """A field or attribute that a subclass may have."""
+        return getattr(self, name, default)
+
+    def _full_estimator(self) -> Estimator:
+        return Full()
+
+    def _num_gradients(self, from_zero: bool) -> int:
+        """How often ∇F is evaluated in all its digits, for the choice of its form."""
+        return self._option("num_iters")
+
+    def _opening(self, run: Run) -> Run | None:
+        """A run for the first iteration from zero that computes the same more cheaply, or None."""
+        return None
+
+    def _iterate(
+        self, run: Run, z: Array, *, derivative: Any, trace_objective: bool
+    ) -> tuple[Array, Diagnostics, dict[str, Array]]:
+        """All iterations: the last iterate, the diagnostics, and how it ended."""
+        traced, static = split_static(self)
+
+        def update(operands, k, z, memory):
+            traced, run = operands
+            return join_static(traced, static).step(run, k, z, memory)
+
+        def opening(operands, k, z, memory):
+            traced, run = operands
+            return join_static(traced, static).step(self._opening(run), k, z, memory)
+
+        cheap = run.from_zero and self._opening(run) is not None
+        options: dict[str, Any] = {
+            "memory": self.init(run, z),
+            "opening": opening if cheap else None,
+            "trace_objective": trace_objective,
+        }
+        arguments = run.problem, update, (traced, run), z, self._option("num_iters")
+        if self.tol is None:
+            z, diagnostics = _loop.iterate(*arguments, derivative=derivative, **options)
+            return z, diagnostics, {}
+        tol = jnp.asarray(self.tol, z.dtype)
+        outcome = _loop.iterate_until(*arguments, tol, **options)
+        ends = {"status": outcome.status, "iterations": outcome.iterations}
+        return outcome.value, outcome.diagnostics, ends
+
+
+@functools.partial(
+    jax.jit, static_argnames=("static", "from_zero", "deterministic", "trace_objective")
+)
+def _solve(
+    traced: list[Any],
+    key: Array | None,
+    problem: LayerProblem,
+    z: Array,
+    step_constant: Array | None,
+    *,
+    static: Any,
+    from_zero: bool,
+    deterministic: bool,
+    trace_objective: bool,
+) -> Solution:
+    def build(traced):
+        given: Solver = join_static(traced, static)
+        return given, given.deterministic() if deterministic else given
+
+    given, solver = build(traced)
+    schedule = given.schedule(problem, step_constant, deterministic=deterministic)
+    estimator = Full() if deterministic else given.estimator().prepare(problem)
+    calls = solver._num_gradients(from_zero)
+    gradient = gradient_form(problem, solver._option("form", "auto"), num_calls=calls)
+    run = Run(problem, gradient, estimator, schedule, key, from_zero)
+    derivative = canonical(solver.derivative, stops=solver.tol is not None)
+    if not isinstance(derivative, Implicit):
+        value, diagnostics, ends = solver._iterate(
+            run, z, derivative=derivative, trace_objective=trace_objective
+        )
+        return _solution(value, diagnostics, ends)
+    _, frozen = build(lax.stop_gradient(traced))
+    value, diagnostics, ends = frozen._iterate(
+        *lax.stop_gradient((run, z)), derivative=None, trace_objective=trace_objective
+    )
+    step = 0.5 * jnp.minimum(schedule(0), schedule(solver._option("num_iters") - 1))
+    step_map = ProxGradientMap(gradient, problem.prior, lax.stop_gradient(step))
+    value = fixed_point(step_map, value, derivative, len(problem.batch_shape))
+    return _solution(value, diagnostics, ends)
+
+
+def _solution(value: Array, diagnostics: Diagnostics, ends: dict[str, Array]) -> Solution:
+    finite = jnp.all(diagnostics.finite, axis=0)
+    return Solution(value, diagnostics.residual, diagnostics.objective, finite, **ends)
+
+
+def _starting_point(problem: LayerProblem, init: Array | None) -> Array:
+    """z_0: zero, or the user's point in the problem's shape and dtype."""
+    if init is None:
+        return jnp.zeros(problem.shape, problem.dtype)
+    _checks.floating("init", init)
+    if jnp.shape(init) != problem.shape:
+        _checks.fail("shape of init", f"{problem.shape}", jnp.shape(init))
+    return jnp.asarray(init, problem.dtype)
