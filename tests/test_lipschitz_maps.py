@@ -482,7 +482,7 @@ def test_a_second_map_of_the_same_kind_compiles_nothing(rng):
     class Counted(Diagonal):
         def __call__(self, x):
             traces.append(x.shape)
-            return super(Counted, self).__call__(x)
+            return super().__call__(x)
 
     for size in (6, 2100):
         for function in (lipschitz_constant, lipschitz_bracket, operator_bracket, strong_convexity):

@@ -118,7 +118,7 @@ def test_conjugates_are_suprema(name, rng):
         conjugate = np.sum(loss.conjugate(r, x))
         np.testing.assert_allclose(numpy_loss(name, u, x) + conjugate, np.sum(u * r), atol=1e-12)
         assert numpy_loss(name, v, x) + conjugate >= np.sum(v * r) - 1e-12
-        terms, sizes = loss.gap(v, r, x)
+        terms, sizes, _ = loss.gap(v, r, x)
         gap = numpy_loss(name, v, x) + conjugate - np.sum(v * r)
         np.testing.assert_allclose(jnp.sum(terms), gap, atol=1e-12)
         assert np.all(sizes >= np.abs(terms))
@@ -330,10 +330,10 @@ def test_a_classifier_on_gated_columns_learns(rng):
         np.eye(3)[labels].T,
         loss=ss.losses.CrossEntropy(),
         prior=ss.prox.Zero(),
-        ridge=0.1,
+        ridge=1.0,
     )
     step = ss.InverseExpectedSmoothness()
-    solution = ss.ms2gd(KEY, problem, tau=8, step_size=step, num_outer=30, num_inner=20)
+    solution = ss.ms2gd(KEY, problem, tau=8, step_size=step, num_outer=60, num_inner=20)
     scores = np.asarray(solution.value) @ data.T
     assert np.mean(np.argmax(scores, 0) == labels) > 0.8
     assert problem.certificate(solution.value) < 1e-3

@@ -63,7 +63,11 @@ class LiteralGradient:
         slope = self.problem.linear_map(self.problem.loss.derivative(jnp.zeros_like(x), x))
         return self.problem.with_bias_and_ridge(slope, jnp.zeros_like(slope))
 
-    def curvature(self, z: Array) -> Callable[[Array], Array]:
+    def curvature(self, direction: Array) -> Array:
+        """∇F(z + d) − ∇F(z) = A A* d + λ d for squares; ∇²F(0) d for other losses."""
+        return self.hessian_at(jnp.zeros_like(direction))(direction)
+
+    def hessian_at(self, z: Array) -> Callable[[Array], Array]:
         """d ↦ ∇²F(z) d = A(∂²ℓ(A* z, x) ⊙ A* d) + λ d."""
         A, ridge = self.problem.linear_map, self.problem.ridge
         if self.problem.is_quadratic:
@@ -83,15 +87,19 @@ class QuadraticGradient:
 
     def __call__(self, z: Array) -> Array:
         """∇F(z)."""
-        return self.hessian(z) + self.ridge * z - self.offset
+        return self.curvature(z) - self.offset
 
     def at_zero(self) -> Array:
         """∇F(0) = −c."""
         return -self.offset
 
-    def curvature(self, z: Array) -> Callable[[Array], Array]:
-        """d ↦ H d + λ d, the same for every z."""
-        return lambda d: self.hessian(d) + self.ridge * d
+    def curvature(self, direction: Array) -> Array:
+        """∇F(z + d) − ∇F(z) = H d + λ d."""
+        return self.hessian(direction) + self.ridge * direction
+
+    def hessian_at(self, z: Array) -> Callable[[Array], Array]:
+        """`curvature`, the same for every z."""
+        return self.curvature
 
 
 Gradient: TypeAlias = LiteralGradient | QuadraticGradient
