@@ -82,7 +82,7 @@ def _observe(module, variables, rngs, traced, static):
             called.append(_label(layer.path))
             leaks = scope.trace_level != tracers.current_trace()  # a transform of JAX
             if leaks or not layer.is_mutable_collection(RECORDS):
-                _certificates.lost(called[-1], _KEPT_BY)
+                _certificates.fail_dropped_records(called[-1], _KEPT_BY)
         return call(*args, **kwargs)
 
     with _certificates.numbered_calls(), nn.intercept_methods(note):
@@ -90,7 +90,7 @@ def _observe(module, variables, rngs, traced, static):
             _, written = module.apply(variables, *inputs, rngs=rngs, mutable=_MUTABLE, **options)
         except TypeError as error:  # a branch or a loop, of another structure now
             if called and RECORDS in str(error):
-                _certificates.lost(called[-1], _KEPT_BY)
+                _certificates.fail_dropped_records(called[-1], _KEPT_BY)
             raise
     flat = traverse_util.flatten_dict(written.get(RECORDS, {}))
     return {_label(path[:-1]): calls for path, calls in flat.items()}

@@ -65,13 +65,13 @@ def _observations(graph, state, traced, static, deterministic):
             _, records = nnx.capture(model, SolverRecord)(*inputs, **options)
         except (TypeError, ValueError) as error:  # a branch or a loop, of another structure now
             if called and "__captures__" in str(error):
-                _certificates.lost(called[-1], _KEPT_BY)
+                _certificates.fail_dropped_records(called[-1], _KEPT_BY)
             raise
     flat = nnx.to_flat_state(records)
     seen = {_name(path[:-1]): record.get_value() for path, record in flat}
     for name in called:
         if name not in seen:
-            _certificates.lost(name, _KEPT_BY)
+            _certificates.fail_dropped_records(name, _KEPT_BY)
     return seen
 
 
@@ -91,7 +91,7 @@ def _listen(model: nnx.Module) -> list[str]:
             try:
                 self.report_label = name  # NNX refuses within transforms of JAX
             except errors.TraceContextError:
-                _certificates.lost(name, _KEPT_BY)
+                _certificates.fail_dropped_records(name, _KEPT_BY)
             return cls.solve(self, *args, **options)
 
         return type(cls.__name__, (cls,), {"solve": solve})
