@@ -39,8 +39,8 @@ def lipschitz_constant(
 
     A map without a kernel is written out if its matrix has up to four million entries. Of a larger one,
     "layer" is an estimate: the map's `squared_norm_bound()` if it has one, else the largest Ritz value θ
-    after 64 Lanczos steps, θ ≤ L; "padded" is the upper end of `lipschitz_bracket`, for safe steps. The
-    derivative is that of the bound, or of ||A v||² at the Ritz vector v.
+    after 64 Lanczos steps, θ ≤ L; "padded" is the map's bound, or else the upper end of `lipschitz_bracket`,
+    for safe steps. The derivative is that of the bound, or of ||A v||² at the Ritz vector v.
 
     Args:
       linear_map: any.

@@ -45,7 +45,7 @@ def matrix_free_bracket(
     A `squared_norm_bound` below the Rayleigh quotient is none, and is replaced by infinity.
     """
     base = base_of(linear_map)
-    lower, scale = lanczos_bound(base, num_iters, key)
+    lower, scale = lanczos_bound(_constant(base), num_iters, key)
     bound = base.squared_norm_bound()
     if bound is not None:
         bound = jnp.asarray(bound, lower.dtype) / scale / scale
@@ -60,15 +60,19 @@ def norm_estimate(linear_map: LinearMap, *, safe: bool) -> Array:
     base = checked(base_of(linear_map))
     bound = base.squared_norm_bound()
     if bound is not None:
-        return jnp.asarray(bound, base.dtype) if not safe else matrix_free_bracket(base).upper
-    frozen = jax.tree.map(lax.stop_gradient, base)
-    vector, scale = lax.stop_gradient(_ritz_vector(frozen, STEPS, None))
+        # one product refutes a bound that is far off, and maps that are not finite
+        return matrix_free_bracket(base, 1).upper if safe else jnp.asarray(bound, base.dtype)
+    vector, scale = lax.stop_gradient(_ritz_vector(_constant(base), STEPS, None))
     forward, shape = _smaller_side(base)[::2]
     image = forward(vector.reshape(shape)) / scale
     value = jnp.sum(image**2) / jnp.sum(vector**2)
     if safe:
         value = _times(value, overshoot(base, STEPS, FAILURE))
     return value * scale * scale
+
+
+def _constant(linear_map: LinearMap) -> LinearMap:
+    return jax.tree.map(lax.stop_gradient, linear_map)
 
 
 def _times(value: Array, factor: float) -> Array:

@@ -13,6 +13,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,7 +21,7 @@ from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, LinearMap
 from stochsolvers.lipschitz._torus import half_spectrum, torus
 from stochsolvers.lipschitz._types import Grid, check_grid, compute_dtype
-from stochsolvers.lipschitz.machinery.written import base_of, entries
+from stochsolvers.lipschitz.machinery.written import base_of, entries, product_error
 
 _NODES_PAY = 1.5  # frequencies for each node, above which interpolation is faster
 
@@ -82,7 +83,9 @@ def taps_and_phases(linear_map: LinearMap, grid: Grid) -> tuple[Array, Phases]:
         phases = _phases(shape, strides, tuple(sizes), linear_map.kernel_dilation)
         return kernel.transpose(2, 0, 1, 3), phases
     if hasattr(linear_map, "blocks"):
-        return linear_map.blocks().astype(dtype)[:, None], _ONE  # pyright: ignore
+        blocks = linear_map.blocks().astype(dtype)  # pyright: ignore
+        summed = blocks.size != sum(leaf.size for leaf in jax.tree.leaves(linear_map))
+        return blocks[:, None], _ONE._replace(error=product_error(linear_map) if summed else 0.0)
     matrix, error = entries(linear_map)
     return matrix[None, None], _ONE._replace(error=error)
 
