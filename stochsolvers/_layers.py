@@ -13,7 +13,7 @@ from jax import lax
 from stochsolvers import _checks, reports
 from stochsolvers._shards import automatic, varying
 from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import Conv, LinearMap, Padding
+from stochsolvers.linear_maps import Contraction, Conv, LinearMap, Padding, conv_transpose
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solution, Solver
@@ -45,6 +45,28 @@ def conv_map(layer: Any, kernel: Array, spatial_shape: tuple[int, ...]) -> Conv:
         kernel_dilation=cast(Any, _for_each_axis(layer.kernel_dilation, rank)),
         feature_group_count=layer.feature_group_count,
     )
+
+
+def conv_transpose_map(layer: Any, kernel: Array, inputs_shape: tuple[int, ...]) -> LinearMap:
+    """The map of a Flax transposed convolution, for inputs of this shape."""
+    if layer.mask is not None:
+        _checks.fail("mask of a transposed convolution", "None", "an array")
+    rank = kernel.ndim - 2
+    return conv_transpose(
+        kernel,
+        tuple(inputs_shape[-rank - 1 : -1]),
+        strides=_for_each_axis(layer.strides, rank),
+        padding=layer.padding,
+        kernel_dilation=_for_each_axis(layer.kernel_dilation, rank),
+        transpose_kernel=layer.transpose_kernel,
+    )
+
+
+def einsum_map(equation: str, kernel: Array, inputs_shape: tuple[int, ...]) -> LinearMap:
+    """The map of a Flax einsum layer, for inputs of this shape."""
+    equation = equation.replace(" ", "")
+    labels = equation.split(",")[0].replace("...", "")
+    return Contraction(equation, kernel, tuple(inputs_shape[len(inputs_shape) - len(labels) :]))
 
 
 def _for_each_axis(value: Any, rank: int) -> tuple[int, ...]:
