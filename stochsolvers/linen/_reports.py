@@ -124,7 +124,8 @@ def lipschitz_report(
     r"""Spectral norms of the layers of a network, and a bound on its Lipschitz constant.
 
     As `stochsolvers.nnx.lipschitz_report`, for `nn.Dense`, `DenseGeneral`, `Einsum`, `Conv`,
-    `ConvTranspose`, the solver layers and `nn.BatchNorm`. Batch normalisation has a bound where it is called with `use_running_average`, so
+    `ConvTranspose`, the solver layers and `nn.BatchNorm`. Batch normalisation has a bound where it is
+    called with `use_running_average`, so
     pass what your network needs for that among the options. Solvers count as deterministic.
 
     Args:
