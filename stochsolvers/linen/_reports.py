@@ -255,10 +255,8 @@ def _part(
         return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):
         return _lipschitz.Part(kind, linear_map)
-    kept = flat.get(f"{STATE}/{prefix}lipschitz")
-    if kept is not None:
-        current = _layers.is_current(flat[f"{STATE}/{prefix}reference"], linear_map)
-        kept = kept if current else None
+    state = (flat.get(f"{STATE}/{prefix}{name}") for name in ("lipschitz", "reference"))
+    kept = _layers.kept_if_current(*state, linear_map)
     return _lipschitz.Part(
         kind, linear_map, solver=layer.solver, ridge=layer.ridge, step_constant=kept
     )

@@ -266,8 +266,7 @@ def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschit
     part = _lipschitz.Part(kind, linear_map)
     if not isinstance(layer, SolverLayer):
         return part
-    kept = None
-    if layer.lipschitz is not None and layer.reference is not None:
-        current = _layers.is_current(layer.reference[...], linear_map)
-        kept = layer.lipschitz[...] if current else None
+    state = (layer.lipschitz, layer.reference)
+    values = (None if variable is None else variable[...] for variable in state)
+    kept = _layers.kept_if_current(*values, linear_map)
     return dataclasses.replace(part, solver=layer.solver, ridge=layer.ridge, step_constant=kept)
