@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 
 from stochsolvers import _checks, reports
-from stochsolvers._shards import varying
+from stochsolvers._shards import automatic, varying
 from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import Conv, LinearMap, Padding
+from stochsolvers.linear_maps import Contraction, Conv, LinearMap, Padding, conv_transpose
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solution, Solver
@@ -45,6 +45,28 @@ def conv_map(layer: Any, kernel: Array, spatial_shape: tuple[int, ...]) -> Conv:
         kernel_dilation=cast(Any, _for_each_axis(layer.kernel_dilation, rank)),
         feature_group_count=layer.feature_group_count,
     )
+
+
+def conv_transpose_map(layer: Any, kernel: Array, inputs_shape: tuple[int, ...]) -> LinearMap:
+    """The map of a Flax transposed convolution, for inputs of this shape."""
+    if layer.mask is not None:
+        _checks.fail("mask of a transposed convolution", "None", "an array")
+    rank = kernel.ndim - 2
+    return conv_transpose(
+        kernel,
+        tuple(inputs_shape[-rank - 1 : -1]),
+        strides=_for_each_axis(layer.strides, rank),
+        padding=layer.padding,
+        kernel_dilation=_for_each_axis(layer.kernel_dilation, rank),
+        transpose_kernel=layer.transpose_kernel,
+    )
+
+
+def einsum_map(equation: str, kernel: Array, inputs_shape: tuple[int, ...]) -> LinearMap:
+    """The map of a Flax einsum layer, for inputs of this shape."""
+    equation = equation.replace(" ", "")
+    labels = equation.split(",")[0].replace("...", "")
+    return Contraction(equation, kernel, tuple(inputs_shape[len(inputs_shape) - len(labels) :]))
 
 
 def _for_each_axis(value: Any, rank: int) -> tuple[int, ...]:
@@ -103,13 +125,18 @@ def current_constant(
     """
     if kept is None or reference is None:
         return step_constant(solver, linear_map, ridge)
-    kept, linear_map = varying((kept, linear_map), (kept, linear_map))
-    return lax.cond(
-        is_current(reference, linear_map),
-        lambda _: kept,
-        lambda current: jnp.asarray(step_constant(solver, current, ridge), kept.dtype),
-        lax.stop_gradient(linear_map),
-    )
+
+    def choose(kept, reference, linear_map):
+        kept, linear_map = varying((kept, linear_map), (kept, linear_map))
+        return lax.cond(
+            is_current(reference, linear_map),
+            lambda _: kept,
+            lambda current: jnp.asarray(step_constant(solver, current, ridge), kept.dtype),
+            linear_map,
+        )
+
+    everywhere = jax.sharding.PartitionSpec()
+    return automatic(choose, everywhere, kept, reference, lax.stop_gradient(linear_map))
 
 
 def check_factors(layer: str, solver: object, prior: object, ridge: object) -> None:
