@@ -200,6 +200,7 @@ def test_jit_vmap_and_derivatives(rng, name):
     A = one_of_each(rng)[name]
     x, z = (jnp.asarray(rng.normal(size=(2, *shape))) for shape in (A.in_shape, A.out_shape))
 
+    @jax.jit
     def product(A, x, z):
         return A(jnp.sin(x)), A.adjoint(z)
 
@@ -240,7 +241,7 @@ def test_strict_modes(rng, name):
             if form not in ("auto", "literal") and forms._refusal(A, form):
                 continue
             gradient = forms.gradient_form(problem, form, num_calls=1)
-            jax.grad(lambda z, gradient=gradient: gradient(z).sum())(A(x))
+            jax.jit(jax.grad(lambda z, gradient=gradient: gradient(z).sum()))(A(x))
         A.restrict(jnp.array([0, 1])).adjoint(A(x))
 
 
