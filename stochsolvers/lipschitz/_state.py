@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers import _checks
+from stochsolvers._shards import replicated
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz._bracket import lipschitz_bracket
@@ -48,6 +49,7 @@ class LipschitzState:
     grid: Grid = static_field(default="layer", kw_only=True)
 
 
+@replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def lipschitz_state(linear_map: LinearMap, *, grid: Grid = "layer") -> LipschitzState:
     """The state for a kernel, from `lipschitz_bracket`'s full computation."""
@@ -60,6 +62,7 @@ def lipschitz_state(linear_map: LinearMap, *, grid: Grid = "layer") -> Lipschitz
     return LipschitzState(taps / scale, scale, upper, best, grid=grid)
 
 
+@replicated
 @jax.jit
 def lipschitz_refresh(
     linear_map: LinearMap, state: LipschitzState, *, tolerance: Scalar = 0.05
