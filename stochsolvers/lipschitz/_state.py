@@ -95,13 +95,14 @@ def lipschitz_refresh(
     taps, phases = taps_and_phases(linear_map, state.grid)
     if taps.shape != state.anchor.shape or taps.dtype != state.anchor.dtype:
         _checks.fail("taps of the layer", (state.anchor.shape, state.anchor.dtype), taps.shape)
-    return _refreshed(linear_map, taps / state.scale, phases, state, tolerance)
+    return _refreshed(linear_map, taps, phases, state, tolerance)
 
 
 def _refreshed(
     linear_map: LinearMap, taps: Array, phases: Phases, state: Any, tolerance: Scalar
 ) -> tuple[Bracket, LipschitzState]:
-    """`lipschitz_refresh` for taps divided by the state's scale."""
+    """`lipschitz_refresh` for the taps of the map."""
+    taps = taps / state.scale
     drift = _norm_bound(taps - state.anchor, phases)
     if phases.error:  # of the new taps; that of the anchor is within the ceiling
         drift = drift + 1.01 * phases.error * jnp.sqrt(jnp.sum(taps**2))
