@@ -1,7 +1,10 @@
 """On meshes of both kinds, Auto and Explicit (`jax.make_mesh`'s default), everything runs and is the same.
 
-One device is enough for the types; values on several are compared in tests/experiments/test_parallel.py.
+One device is enough for the types; eight compute the same values in a process of their own.
 """
+
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -127,3 +130,60 @@ def test_a_kernel_split_over_its_outputs(kind, rng):
         got = values(jax.device_put(kernel, NamedSharding(mesh, P(None, "model"))))
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
+
+
+EIGHT_DEVICES = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import stochsolvers as ss
+
+assert len(jax.devices()) == 8
+key = jax.random.key(0)
+kernel, x = jax.random.normal(key, (12, 6)) / 4, jax.random.normal(key, (16, 12))
+layer = ss.nnx.SolverLinear(12, 6, solver=ss.ProxSG(4, 3), rngs=nnx.Rngs(0, dropout=1))
+graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
+
+
+def values(kernel, x):
+    problem = ss.LayerProblem(ss.Dense(kernel), x, ridge=0.1)
+    slope = jax.grad(lambda p: jnp.sum(nnx.merge(graph, p, rest, copy=True)(x) ** 2))
+    stopped = ss.prox_gd(problem, num_iters=200, tol=1e-5)
+    return (
+        ss.prox_sg(key, problem, tau=4, num_iters=3).value,
+        ss.ms2gd(key, problem, tau=4, num_outer=2, num_inner=2).value,
+        ss.nsync(key, problem, tau=3, num_iters=3).value,
+        stopped.value,
+        stopped.iterations,
+        problem.certificate(stopped.value),
+        *jax.tree.leaves(jax.jit(slope)(parameters)),
+    )
+
+
+want = values(kernel, x)
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, P("data")))
+        got = values(jax.device_put(kernel, NamedSharding(mesh, P())), split)
+        assert len(got[0].addressable_shards) == 8
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+print("same")
+"""
+
+
+def test_eight_devices_draw_and_compute_the_same(users_environment):
+    flags = "--xla_force_host_platform_device_count=8"
+    run = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES],
+        env={**users_environment, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.stdout == "same\n", run.stderr
