@@ -527,9 +527,17 @@ def _assert_representable(got, exact, scale=0.0, floor=1.0, units=32, what=""):
     got, exact = np.asarray(got), np.asarray(exact, np.longdouble)
     fits = np.abs(exact) < 0.99 * info.max
     error = np.abs(got - exact)
-    allowed = units * info.eps * np.maximum(np.abs(exact), scale) + 4 * info.tiny * np.maximum(floor, 1)
+    allowed = units * info.eps * np.maximum(np.abs(exact), scale) + 4 * info.tiny * np.maximum(
+        floor, 1
+    )
     wrong = fits & ~(error <= allowed)
-    assert not np.any(wrong), (what, np.flatnonzero(wrong)[:5], wrong.sum(), got[wrong][:5], exact[wrong][:5])
+    assert not np.any(wrong), (
+        what,
+        np.flatnonzero(wrong)[:5],
+        wrong.sum(),
+        got[wrong][:5],
+        exact[wrong][:5],
+    )
 
 
 RANGED = {
@@ -653,7 +661,9 @@ def test_group_jacobian_over_the_whole_range(size, weight):
         _assert_representable(jacobian, np.where(keeps == 1, inner, np.eye(3)), c / norm * keeps)
     _assert_representable(prior.value(jnp.asarray(v)), c * norm)
     _assert_representable(jax.grad(prior.value)(jnp.asarray(v)), c * unit)
-    _assert_representable(prior.dual_projection(jnp.asarray(v)), np.where(keeps == 1, c * unit, wide))
+    _assert_representable(
+        prior.dual_projection(jnp.asarray(v)), np.where(keeps == 1, c * unit, wide)
+    )
     assert (prior.conjugate(jnp.asarray(v)) == INF) == bool(keeps)
 
 
@@ -662,7 +672,9 @@ def test_group_jacobian_over_the_whole_range(size, weight):
 def test_norms_and_spectra_are_homogeneous(name, scale, rng):
     # prox of s v at the step s η is s prox(v, η), and the derivatives are the same.
     prior, scale = ALL[name], np.float32(scale)
-    v, dv = (jnp.asarray(_matrix(rng, 2, 3, 4 if name == "nuclear" else 3), np.float32) for _ in "12")
+    v, dv = (
+        jnp.asarray(_matrix(rng, 2, 3, 4 if name == "nuclear" else 3), np.float32) for _ in "12"
+    )
 
     def prox_of(s):
         return jax.jvp(prior.prox, (s * v, jnp.float32(0.4) * s), (dv, jnp.float32(1.0)))
@@ -691,7 +703,9 @@ def test_dual_projections_have_the_derivatives_of_finite_differences(name, rng):
     for shape in ((3, 3),) if name == "psd" else ((3, 3), (2, 5), (5, 2)):
         w, dw = jnp.asarray(2 * _matrix(rng, *shape)), jnp.asarray(_matrix(rng, *shape))
         tangent = jax.jvp(prior.dual_projection, (w, 0.2), (dw, 0.3))[1]
-        expected = _finite_difference(lambda t: prior.dual_projection(w + t * dw, 0.2 + 0.3 * t), 0.0, 1.0)
+        expected = _finite_difference(
+            lambda t: prior.dual_projection(w + t * dw, 0.2 + 0.3 * t), 0.0, 1.0
+        )
         np.testing.assert_allclose(tangent, expected, atol=1e-7)
     gradient = jax.grad(lambda w: jnp.sum(jnp.sin(prior.dual_projection(w, 0.2))))
     for point in (jnp.zeros((3, 3)), jnp.eye(3), -5 * jnp.eye(3), jnp.ones((3, 3))):
