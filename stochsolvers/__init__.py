@@ -26,9 +26,13 @@ from stochsolvers._typing import static_field as static_field
 from stochsolvers._typing import value_object as value_object
 from stochsolvers.estimators import Estimator as Estimator
 from stochsolvers.estimators import forms as forms
+from stochsolvers.linear_maps import Contraction as Contraction
 from stochsolvers.linear_maps import Conv as Conv
 from stochsolvers.linear_maps import Dense as Dense
 from stochsolvers.linear_maps import LinearMap as LinearMap
+from stochsolvers.linear_maps import conv_transpose as conv_transpose
+from stochsolvers.linear_maps import dense_general as dense_general
+from stochsolvers.linear_maps import linear_map as linear_map
 from stochsolvers.lipschitz import Bracket as Bracket
 from stochsolvers.lipschitz import LipschitzState as LipschitzState
 from stochsolvers.lipschitz import feature_lipschitz_constants as feature_lipschitz_constants

@@ -7,7 +7,8 @@ that JAX derives into that form; in the body of a loop it does not, and they tak
     y = K ⋆ x,   x̄ = (flipped K)ᵀ ⋆ ȳ,   K̄ = ȳᵀ ⋆ xᵀ,
 
 are all written in that form. In the last the examples are the features. Where the default backend is
-another one, and within `shard_map`, these are JAX's own convolution and derivatives: the same values.
+another one, within `shard_map`, and on meshes with explicit axes, these are JAX's own convolution and
+derivatives: the same values.
 """
 
 import functools
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from stochsolvers._shards import is_explicit
 from stochsolvers._typing import Array
 
 Counts: TypeAlias = tuple[int, ...]
@@ -52,7 +54,7 @@ def correlate(
     # transposes by hand do not know the types of shard_map, and symbolic sizes are not compared
     manual = jax.sharding.get_abstract_mesh().manual_axes
     known = all(isinstance(n, int) and n > 0 for n in x.shape)
-    if jax.default_backend() != "cpu" or manual or not known:
+    if jax.default_backend() != "cpu" or manual or is_explicit() or not known:
         return _lax(x, kernel, geometry)
     return _correlate(x, kernel, geometry)
 

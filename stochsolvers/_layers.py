@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from stochsolvers import _checks, reports
-from stochsolvers._shards import varying
+from stochsolvers._shards import automatic, varying
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Conv, LinearMap, Padding
 from stochsolvers.problems import LayerProblem
@@ -103,13 +103,18 @@ def current_constant(
     """
     if kept is None or reference is None:
         return step_constant(solver, linear_map, ridge)
-    kept, linear_map = varying((kept, linear_map), (kept, linear_map))
-    return lax.cond(
-        is_current(reference, linear_map),
-        lambda _: kept,
-        lambda current: jnp.asarray(step_constant(solver, current, ridge), kept.dtype),
-        lax.stop_gradient(linear_map),
-    )
+
+    def choose(kept, reference, linear_map):
+        kept, linear_map = varying((kept, linear_map), (kept, linear_map))
+        return lax.cond(
+            is_current(reference, linear_map),
+            lambda _: kept,
+            lambda current: jnp.asarray(step_constant(solver, current, ridge), kept.dtype),
+            linear_map,
+        )
+
+    everywhere = jax.sharding.PartitionSpec()
+    return automatic(choose, everywhere, kept, reference, lax.stop_gradient(linear_map))
 
 
 def check_factors(layer: str, solver: object, prior: object, ridge: object) -> None:

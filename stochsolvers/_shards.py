@@ -1,10 +1,13 @@
-"""Types of arrays within `shard_map`."""
+"""Types of arrays within `shard_map`, and on meshes whose axes are explicit."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from stochsolvers._typing import Array
 
 _Tree = TypeVar("_Tree")
 
@@ -29,3 +32,32 @@ def _axes(leaf: object) -> frozenset[str]:
     kind = jax.typeof(leaf)
     # jax 0.11 renamed it
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def is_explicit() -> bool:
+    """Whether an axis of the current mesh is explicit, the default of `jax.make_mesh`."""
+    types = jax.sharding.get_abstract_mesh().axis_types
+    return any(kind == jax.sharding.AxisType.Explicit for kind in types)
+
+
+def automatic(function: Callable[..., _Tree], out_specs: Any, *operands: Any) -> _Tree:
+    """`function(*operands)`, within which XLA chooses the shardings.
+
+    On a mesh with explicit axes every intermediate array would need a sharding of its own: random masks, the
+    carries of loops, transposed convolutions. The results get the shardings `out_specs`, a tree of
+    `PartitionSpec`s; elsewhere they are not looked at. All arrays are operands.
+    """
+    if not is_explicit():
+        return function(*operands)
+    return jax.sharding.auto_axes(function, out_sharding=out_specs)(*operands)
+
+
+def batch_spec(array: Array, batch_ndim: int) -> jax.sharding.PartitionSpec:
+    """How the first `batch_ndim` axes of an array are split over an explicit mesh."""
+    return jax.sharding.PartitionSpec(*spec_of(array)[:batch_ndim])
+
+
+def spec_of(array: Any) -> tuple[Any, ...]:
+    """The mesh axes of each of the array's axes."""
+    spec = tuple(getattr(jax.typeof(array).sharding, "spec", ()))
+    return spec + (None,) * (jnp.ndim(array) - len(spec))

@@ -66,13 +66,17 @@ class Loss(abc.ABC):
         """Entrywise bound on |∂ℓ/∂u(u + e) − ∂ℓ/∂u(u)| for |e| ≤ error."""
         return self.smoothness * error
 
-    def gap(self, u: Array, r: Array, x: Array) -> tuple[Array, Array]:
-        """Terms of ℓ(u, x) + ℓ*(r, x) − <u, r> ≥ 0, and the sizes of what they are sums of."""
+    def gap(self, u: Array, r: Array, x: Array) -> tuple[Array, Array, Array]:
+        """Terms of ℓ(u, x) + ℓ*(r, x) − <u, r> ≥ 0, the sizes of their summands, and an error of their own.
+
+        The last is by how much they are off at the point of dom ℓ* within `dual_error` of r.
+        """
         value, conjugate = self.value(u, x), self.conjugate(r, x)
         coupled = tuple(i for i, n in enumerate(value.shape) if n != x.shape[i])
         product = jnp.sum(u * r, coupled, keepdims=True)
         sizes = jnp.sum(jnp.abs(u * r), coupled, keepdims=True)
-        return value + conjugate - product, jnp.abs(value) + jnp.abs(conjugate) + sizes
+        sizes = jnp.abs(value) + jnp.abs(conjugate) + sizes
+        return value + conjugate - product, sizes, jnp.zeros_like(sizes)
 
 
 @value_object
@@ -96,7 +100,7 @@ class Squares(Loss):
     def gap(self, u, r, x):
         """½ (r − (u − x))²."""
         terms = 0.5 * (r - (u - x)) ** 2
-        return terms, terms
+        return terms, terms, jnp.zeros_like(terms)
 
 
 @value_object
@@ -210,16 +214,17 @@ class CrossEntropy(Loss):
 
     def dual_error(self, r, x):
         """Distance of r from p/Σp − x, where p = max(r + x, 0)."""
-        p = r + x
-        rounding = 2 * float(jnp.finfo(x.dtype).eps) * (jnp.abs(r) + jnp.abs(x))
-        return self._round_off(x) * jnp.abs(p) + rounding + jnp.maximum(-p, 0)
+        p, eps = r + x, float(jnp.finfo(x.dtype).eps)
+        rounding = 2 * eps * (jnp.abs(r) + jnp.abs(x))
+        return (x.shape[self.axis] + 4) * eps * jnp.abs(p) + rounding + jnp.maximum(-p, 0)
 
     def gap(self, u, r, x):
-        """As for every loss; the entropy of a p that is off by e is off by at most e (1 + log(1/e))."""
-        terms, sizes = super().gap(u, r, x)
-        floats, error = jnp.finfo(x.dtype), self.dual_error(r, x)
-        reach = error * (1 - jnp.log(jnp.maximum(error, floats.tiny)) + jnp.abs(u)) / floats.eps
-        return terms, sizes + jnp.sum(reach, axis=self.axis, keepdims=True)
+        """As for every loss; an entropy at p ± e is off by e (1 + min(log 1/e, log 1/(p − e))) at most."""
+        terms, sizes, _ = super().gap(u, r, x)
+        error, tiny = self.dual_error(r, x), jnp.finfo(x.dtype).tiny
+        slope = 1 - jnp.log(jnp.maximum(jnp.maximum(error, r + x - error), tiny))
+        error = error * (jnp.maximum(slope, 1) + jnp.abs(u))
+        return terms, sizes, jnp.sum(error, axis=self.axis, keepdims=True)
 
     def derivative_error(self, error):
         """The largest error among the classes, halved: |∂p_c| ≤ 2 p_c (1 − p_c) max |e|."""

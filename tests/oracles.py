@@ -1,7 +1,30 @@
 """Oracles in numpy and scipy; nothing here imports the library."""
 
+import itertools
+
 import numpy as np
 from scipy.optimize import nnls
+
+
+def convolution_matrix(kernel, shape, strides, pads, dilation, groups=1, *, wrap=False):
+    """The matrix (outputs, inputs) of a correlation on any number of axes, entry by entry.
+
+    Σ_{a, i} kernel[a, i, j] x[s p + d a − low, i]; positions outside the image are zero, or wrap around.
+    """
+    *taps, n_in, n2 = kernel.shape
+    axes = range(len(shape))
+    extents = [d * (k - 1) + 1 for d, k in zip(dilation, taps, strict=True)]
+    out = [(shape[i] + sum(pads[i]) - extents[i]) // strides[i] + 1 for i in axes]
+    matrix = np.zeros((*out, n2, *shape, groups * n_in))
+    for p, a in itertools.product(np.ndindex(*out), np.ndindex(*taps)):
+        q = [strides[i] * p[i] + dilation[i] * a[i] - pads[i][0] for i in axes]
+        if wrap:
+            q = [q[i] % shape[i] for i in axes]
+        if any(not 0 <= q[i] < shape[i] for i in axes):
+            continue
+        for i, j in np.ndindex(n_in, n2):
+            matrix[(*p, j, *q, j // (n2 // groups) * n_in + i)] += kernel[(*a, i, j)]
+    return matrix.reshape(int(np.prod(out)) * n2, -1)
 
 
 def nnls_layer(kernel, x, bias, ridge):

@@ -9,11 +9,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"_typing", "_checks", "_shards"},
     {"_convolution", "_linalg"},
-    {"linear_maps", "prox", "tensor_product"},
+    {"linear_maps", "losses", "prox", "tensor_product"},
     {"sampling"},
     {"lipschitz"},
     {"problems"},
     {"estimators"},
+    {"step_sizes"},
     {"dropout", "solvers"},
     {"reports"},
     {"_layers"},

@@ -1,6 +1,8 @@
 """The benchmarks' own arithmetic, and that their commands run; nothing here asserts a speed."""
 
+import io
 import json
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -64,6 +66,13 @@ def test_the_page_shows_hits_and_misses(monkeypatch, tmp_path):
     assert "| a miss | b | 4× | ≤ 3× | **no** |  |" in page
     assert "| an error | c | 1.2e-07 |  |  |  |" in page
     assert "float32 matrix product 100 GFLOP/s, elementwise pass 10.0 GB/s" in page
+
+
+def test_figures_in_an_ascii_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    record.main("dense", lambda _: [Figure("a ratio", "b", 2.0, goal=Goal("≤", 3))], ["--quick"])
+    sys.stdout.flush()
+    assert b"2x  <= 3x  yes" in sys.stdout.buffer.getvalue()
 
 
 def test_the_stored_page_is_the_one_of_the_stored_results():

@@ -36,6 +36,31 @@ CASES = {
         "groups": 2,
         "inputs": 6,
     },
+    "one axis": {"size": (9,), "shape": (3,), "inputs": 3, "pads": ((1, 1),)},
+    "one axis, everything": {
+        "size": (7,),
+        "shape": (2,),
+        "pads": ((3, 4),),
+        "strides": (2,),
+        "base": (2,),
+        "dilation": (3,),
+        "groups": 2,
+    },
+    "three axes": {
+        "size": (4, 3, 5),
+        "shape": (3, 1, 2),
+        "inputs": 3,
+        "pads": ((1, 1), (0, 0), (1, 0)),
+    },
+    "three axes, everything": {
+        "size": (3, 4, 2),
+        "shape": (2, 3, 1),
+        "pads": ((2, 1), (0, 3), (-1, 2)),
+        "strides": (2, 1, 2),
+        "base": (1, 2, 2),
+        "dilation": (1, 2, 1),
+        "groups": 2,
+    },
 }
 
 
@@ -43,6 +68,7 @@ def problem(seed, *, size=(6, 5), shape=(3, 2), inputs=4, groups=1, **geometry):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(3, *size, inputs)))
     kernel = jnp.asarray(rng.normal(size=(*shape, inputs // groups, 4)))
+    axes = "DHW"[-len(size) :]
 
     def ours(x, kernel):
         return jnp.sin(_convolution.correlate(x, kernel, groups=groups, **geometry)).sum()
@@ -51,11 +77,11 @@ def problem(seed, *, size=(6, 5), shape=(3, 2), inputs=4, groups=1, **geometry):
         y = jax.lax.conv_general_dilated(
             x,
             kernel,
-            geometry.get("strides", (1, 1)),
+            geometry.get("strides", (1,) * len(size)),
             geometry["pads"],
             lhs_dilation=geometry.get("base"),
             rhs_dilation=geometry.get("dilation"),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
             feature_group_count=groups,
         )
         return jnp.sin(y).sum()
@@ -83,7 +109,9 @@ def test_gradient_of_one_argument(argument):
     agree(jax.grad(ours, argument), jax.grad(theirs, argument), *operands)
 
 
-@pytest.mark.parametrize("case", ["same", "everything"])
+@pytest.mark.parametrize(
+    "case", ["same", "everything", "one axis, everything", "three axes, everything"]
+)
 def test_forward_and_second_derivatives_and_batches(case):
     ours, theirs, operands = problem(2, **CASES[case])
     directions = tuple(jnp.cos(operand) for operand in operands)

@@ -21,6 +21,14 @@ CASES = [
 ]
 
 
+OTHER_AXES = [
+    ((7,), (3,), (1,), 1),
+    ((8,), (4,), (2,), 2),
+    ((4, 3, 5), (3, 2, 3), (1, 1, 2), 2),
+    ((3, 4, 3), (1, 3, 2), (1, 1, 1), 1),
+]
+
+
 def random_cases(count):
     """Shapes, kernels, dilations, groups and paddings at random; padding no wider than the output."""
     rng = np.random.default_rng(11)
@@ -68,7 +76,14 @@ def matrix_of(linear_map):
 
 @pytest.mark.parametrize(
     ("shape", "kernel", "dilation", "groups", "padding"),
-    [(*case, padding) for padding in PADDINGS for case in CASES] + random_cases(10),
+    [(*case, padding) for padding in PADDINGS for case in CASES]
+    + random_cases(10)
+    + [(*case, padding) for padding in PADDINGS[:3] for case in OTHER_AXES]
+    + [
+        ((6,), (4,), (1,), 2, ((3, 5),)),
+        ((5,), (3,), (2,), 1, "CAUSAL"),
+        ((4, 3, 3), (2, 2, 1), (1, 2, 1), 2, ((2, 0), (1, 2), (0, 1))),
+    ],
 )
 def test_conv_forms_are_the_dense_matrix(rng, shape, kernel, dilation, groups, padding):
     problem = conv_problem(rng, shape, kernel, dilation, groups, padding)
@@ -83,7 +98,7 @@ def test_conv_forms_are_the_dense_matrix(rng, shape, kernel, dilation, groups, p
     @jax.jit
     def evaluate(problem, z):
         values = [forms.gradient_form(problem, form, num_calls=1) for form in forms.FORMS]
-        return [(v(z), v.curvature(z), v.at_zero()) for v in values]
+        return [(v(z), v.curvature(z)(z), v.at_zero()) for v in values]
 
     for value, curved, at_zero in evaluate(problem, z):
         np.testing.assert_allclose(value, want, atol=1e-10)
@@ -265,12 +280,16 @@ def test_auto_counts_operations_of_dense_maps(batch, n1, n2, num_calls, best):
         ((3, 3, 3, 64), "SAME", 1, "literal"),
         ((1, 1, 256, 64), "VALID", 1, "gram"),
         ((3, 3, 64, 64), "CIRCULAR", 2, "literal"),
+        ((1, 256, 64), "SAME", 1, "gram"),
+        ((9, 64, 64), "CIRCULAR", 1, "fourier"),
+        ((3, 3, 3, 64, 64), "CIRCULAR", 1, "fourier"),
+        ((3, 3, 3, 2, 64), "VALID", 1, "literal"),
     ],
 )
 def test_auto_counts_operations_of_convolutions(kernel, padding, strides, best):
     def build():
-        conv = ss.Conv(jnp.zeros(kernel), (32, 32), padding=padding, strides=(strides, strides))
-        return ss.LayerProblem(conv, jnp.zeros((128, 32, 32, kernel[2])))
+        conv = ss.Conv(jnp.zeros(kernel), 32, padding=padding, strides=strides)
+        return ss.LayerProblem(conv, jnp.zeros((128, *conv.in_shape)))
 
     assert forms.cheapest_form(jax.eval_shape(build), 9) == best
 
@@ -282,11 +301,17 @@ def test_what_has_no_such_form_is_refused(rng):
         )
 
     strided, wide = conv((6, 6), strides=(2, 2)), conv((1, 1), padding=((4, 4), (2, 2)))
+    one_axis = ss.LayerProblem(ss.Conv(jnp.ones((3, 1, 1)), 5, strides=2), jnp.ones((5, 1)))
+    other = ss.LayerProblem(ss.Dense(jnp.ones((3, 2))).T, jnp.ones((4, 2)))
+    assert forms.cheapest_form(other, 1000) == "literal"
     for problem, form, message in [
         (dense_problem(rng), "fourier", "linear map of form 'fourier': expected a convolution"),
         (strided, "gram", r"linear map of form 'gram': expected strides \(1, 1\), got \(2, 2\)"),
         (wide, "fourier", "expected padding no wider than the output"),
         (wide, "newton", "form: expected one of 'auto'"),
+        (one_axis, "fourier", r"expected strides \(1,\), got \(2,\)"),
+        (other, "gram", "linear map of form 'gram': expected a Dense or a Conv, got Transposed"),
+        (other, "fourier", "expected a Dense or a Conv, got Transposed"),
     ]:
         with pytest.raises(ValueError, match=message):
             solve(problem, form)

@@ -273,8 +273,8 @@ def test_what_has_no_such_derivative_is_refused(rng):
     problem = build(*arrays_of(rng))
     stochastic = {"tau": 2, "step_size": 0.1, "derivative": "implicit"}
     calls = [
-        (lambda: ss.prox_sg(KEY, problem, num_iters=2, **stochastic), "derivative of prox_sg"),
-        (lambda: ss.nsync(KEY, problem, num_iters=2, **stochastic), "derivative of nsync"),
+        (lambda: ss.prox_sg(KEY, problem, num_iters=2, **stochastic), "derivative of ProxSG"),
+        (lambda: ss.nsync(KEY, problem, num_iters=2, **stochastic), "derivative of NSync"),
         (lambda: ss.ms2gd(KEY, problem, num_outer=1, num_inner=1, **stochastic), "of ms2gd"),
         (lambda: ss.prox_gd(problem, num_iters=2, derivative="exact"), "derivative: expected one"),
         (lambda: ss.ProxGD(2, derivative="exact"), "derivative: expected one of 'unrolled'"),

@@ -28,6 +28,17 @@ GEOMETRIES = {
     "circular wrapping": Geometry((3, 2), (5, 3), 2, 3, "CIRCULAR", dilation=(1, 2)),
     "pairs grouped": Geometry((5, 4), (3, 3), 4, 6, ((0, 2), (3, 1)), groups=2),
     "pairs beyond the kernel": Geometry((4, 4), (2, 2), 2, 3, ((4, 5), (0, 3)), strides=(3, 2)),
+    "1-D same": Geometry((7,), (4,), 3, 2, dilation=(1,)),
+    "1-D valid": Geometry((7,), (3,), 3, 2, "VALID"),
+    "1-D causal": Geometry((7,), (3,), 2, 3, "CAUSAL", strides=(2,), dilation=(2,)),
+    "1-D circular grouped": Geometry((7,), (3,), 4, 6, "CIRCULAR", strides=(3,), groups=2),
+    "1-D pairs": Geometry((6,), (2,), 2, 3, ((3, 4),), strides=(3,)),
+    "3-D same": Geometry((3, 4, 2), (3, 2, 1), 2, 3),
+    "3-D strided grouped": Geometry((4, 3, 3), (2, 3, 2), 4, 2, strides=(2, 1, 2), groups=2),
+    "3-D circular": Geometry((3, 2, 3), (2, 2, 3), 2, 3, "CIRCULAR", strides=(1, 2, 1)),
+    "3-D pairs dilated": Geometry(
+        (3, 3, 4), (2, 1, 2), 2, 3, ((1, 0), (0, 2), (2, 1)), strides=(2, 2, 1), dilation=(2, 1, 3)
+    ),
 }
 each_geometry = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -77,7 +88,9 @@ def test_conv_restriction_is_a_set_of_columns(geometry, rng):
     assert part.in_features == len(indices)
 
 
-@pytest.mark.parametrize("name", ["same even strided", "circular grouped", "pairs grouped"])
+@pytest.mark.parametrize(
+    "name", ["same even strided", "circular grouped", "pairs grouped", "1-D causal", "3-D circular"]
+)
 def test_conv_is_nnx_conv(name, rng):
     geometry = GEOMETRIES[name]
     kernel = jnp.asarray(geometry.kernel(rng))
@@ -237,6 +250,15 @@ KERNEL = np.ones((3, 3, 2, 6))
         (lambda: ss.Conv(KERNEL, (4, 4), kernel_dilation=(1, 0)), "kernel_dilation"),
         (lambda: ss.Conv(KERNEL, (4, 4, 1)), "spatial_shape"),
         (lambda: ss.Conv(KERNEL, (4, 0)), "spatial_shape"),
+        (lambda: ss.Conv(KERNEL, ()), "one to three spatial axes"),
+        (lambda: ss.Conv(np.ones((2, 2, 2, 2, 1, 1)), (4, 4, 4, 4)), "one to three spatial axes"),
+        (lambda: ss.Conv(KERNEL, (4, 4), padding="CAUSAL"), "'CIRCULAR', got"),
+        (lambda: ss.Conv(KERNEL[0], 4, padding=(1, 1)), "one .low, high. pair"),
+        (lambda: ss.Conv(KERNEL[0], 4, strides=(1, 1)), "one integer"),
+        (lambda: ss.Conv(KERNEL[0], 4, padding=-1), ">= 0"),
+        (lambda: ss.Conv(KERNEL, (4, 4), circular_low=1), "'CIRCULAR', got 'SAME'"),
+        (lambda: ss.Conv(KERNEL, 4, padding="CIRCULAR", circular_low=(1, 3)), r"in 0\.\.2, got 3"),
+        (lambda: ss.Conv(KERNEL, 4, padding="CIRCULAR", circular_low=(1,)), "2 integers"),
         (lambda: ss.Conv(KERNEL, (4, 2), padding="VALID"), "at least one pixel"),
         (lambda: ss.Conv(KERNEL, (4, 4), padding="VALID", kernel_dilation=(2, 1)), "one pixel"),
     ],

@@ -51,8 +51,8 @@ def test_initial_parameters_are_those_of_the_plain_layers(images):
     plain = Plain().init(jax.random.key(0), images)
     jax.tree.map(np.testing.assert_array_equal, ours["params"], plain["params"])
     assert jax.tree.map(jnp.shape, ours["solver_state"]) == {
-        "conv": {"lipschitz": (), "reference": (58,)},
-        "dense": {"lipschitz": (), "reference": (66,)},
+        "conv": {"lipschitz": (), "reference": (40,)},
+        "dense": {"lipschitz": (), "reference": (56,)},
     }
 
 
@@ -122,3 +122,13 @@ def test_options_that_would_be_ignored_are_refused(images):
     layer = ss.linen.SolverDense(4, solver=ONE, dot_general=lambda *a, **k: None)
     with pytest.raises(ValueError, match="dot_general of SolverDense: expected the default"):
         layer.init(jax.random.key(0), jnp.ones((3, 4)))
+
+
+def test_a_constant_of_another_image_size_is_not_used(rng):
+    layer = ss.linen.SolverConv(3, (3, 3), solver=ss.ProxGD(5), ridge=0.1, padding="CIRCULAR")
+    small, large = (jnp.asarray(rng.normal(size=(2, n, n, 2)), jnp.float32) for n in (3, 8))
+    variables = layer.init(jax.random.key(0), small)
+    _, state = layer.apply(variables, small, mutable=["solver_state"])
+    variables = {**variables, **state}
+    want = layer.apply({"params": variables["params"]}, large)  # computed at the call
+    np.testing.assert_array_equal(layer.apply(variables, large), want)

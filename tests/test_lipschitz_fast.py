@@ -12,9 +12,6 @@ from equivalence.plain_layers import Geometry, dense_matrix
 
 import stochsolvers as ss
 from stochsolvers.lipschitz import (
-    _hermitian,
-    _operator,
-    _spectra,
     lipschitz_bracket,
     lipschitz_constant,
     lipschitz_refresh,
@@ -23,6 +20,7 @@ from stochsolvers.lipschitz import (
     singular_values,
     strong_convexity,
 )
+from stochsolvers.lipschitz.machinery import hermitian, spectra, written
 
 pytestmark = pytest.mark.optimized
 
@@ -232,8 +230,8 @@ def test_most_frequencies_need_no_eigenvalue(name, factored, monkeypatch):
 
         monkeypatch.setattr(module, function, wrapped)
 
-    counted(_hermitian, "cholesky_certificate")
-    counted(_spectra, "lanczos")
+    counted(hermitian, "cholesky_certificate")
+    counted(spectra, "lanczos")
     counted(jnp.linalg, "eigh")
     kernel = jnp.asarray(ADVERSARIES[name][0], jnp.float32)
     fresh = jax.jit(lambda kernel: lipschitz_constant.__wrapped__(ss.Conv(kernel, (32, 32))))
@@ -441,7 +439,7 @@ def test_operator_bracket_of_many_channels_on_few_pixels(dtype, rng):
 )
 def test_operator_bracket_by_lanczos(geometry, dtype, loss, rng, monkeypatch):
     """The steps that large layers take, on one whose dense matrix can still be decomposed."""
-    monkeypatch.setattr(_operator, "_DENSE_SIZE", 2**20)
+    monkeypatch.setattr(written, "DENSE_SIZE", 2**20)
     operator_bracket.clear_cache()
     kernel = geometry.kernel(rng)
     matrix = dense_matrix(geometry, kernel)

@@ -370,3 +370,124 @@ def test_tabulate(images):
     table = nnx.tabulate(Twin(ss.ProxGD(3), ss.ProxSG(0.5, 3), nnx.Rngs(0, dropout=1)), images)
     assert "dense" in table
     assert "conv" in table
+
+
+@pytest.mark.parametrize("how", ["update", "assign", "one entry"])
+def test_weights_loaded_after_from_layer_do_not_keep_the_old_step(how, rng):
+    plain = nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+    layer = ss.nnx.SolverLinear.from_layer(plain, solver=ss.ProxGD(40), ridge=0.1)
+    kernel = jnp.asarray(7 * rng.normal(size=(8, 8)), jnp.float32)
+    if how == "update":
+        nnx.update(layer, {"kernel": nnx.Param(kernel)})
+    elif how == "assign":
+        layer.kernel[...] = kernel
+    else:
+        kernel = layer.kernel[...].at[3, 5].set(50.0)
+        layer.kernel[...] = kernel
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    want = ss.prox_gd(layer.problem(x), num_iters=40)
+    np.testing.assert_allclose(layer(x), want.value, rtol=1e-4, atol=1e-5)
+    assert np.all(np.isfinite(layer.solve(x, certify=True).certificate))
+    # in a report too
+    step = ss.certify(layer, x).rows[0].step_size
+    np.testing.assert_allclose(step, 1 / (0.1 + np.linalg.norm(kernel, 2) ** 2), rtol=1e-4)
+
+
+def test_a_stack_of_layers_is_refreshed(rng):
+    @nnx.vmap
+    def stack(key):
+        rngs = nnx.Rngs(params=key, dropout=key)
+        return ss.nnx.SolverLinear(6, 4, solver=ss.ProxSG(0.5, 3), rngs=rngs)
+
+    layers = stack(jax.random.split(jax.random.key(0), 3))
+    layers.kernel[...] = 2 * layers.kernel[...]
+    ss.nnx.refresh_lipschitz(layers)
+    want = [np.linalg.norm(kernel, 2) ** 2 for kernel in np.asarray(layers.kernel[...])]
+    np.testing.assert_allclose(layers.lipschitz[...], want, rtol=1e-5)
+    x = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+    outputs = nnx.vmap(lambda layer, x: layer(x, deterministic=True), in_axes=(0, None))(layers, x)
+    assert outputs.shape == (3, 2, 4)
+
+
+def test_output_dtype_is_the_plain_layers_whatever_the_bias_has():
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    plain = nnx.Linear(4, 3, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    plain.bias = nnx.Param(jnp.ones(3, jnp.float32))
+    twin = ss.nnx.SolverLinear.from_layer(plain, solver=ss.ProxGD(1, step_size=1.0))
+    assert twin(x).dtype == plain(x).dtype == jnp.float32
+
+
+LORA = nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0))
+LINEAR, CONV = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Conv(4, 3, (3, 3), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: ss.nnx.SolverLinear.from_layer(LORA, solver=ss.ProxGD(1)),
+            "layer: expected an nnx.Linear without a call of its own, got LoRALinear",
+        ),
+        (
+            lambda: ss.nnx.SolverLinear.from_layer(CONV, solver=ss.ProxGD(1)),
+            "layer: expected an nnx.Linear without a call of its own, got Conv",
+        ),
+        (
+            lambda: ss.nnx.SolverConv.from_layer(LINEAR, solver=ss.ProxGD(1)),
+            "layer: expected an nnx.Conv without a call of its own, got Linear",
+        ),
+        (
+            lambda: ss.nnx.SolverLinear.from_layer(nnx.Linear, solver=ss.ProxGD(1)),
+            "layer: expected an nnx.Linear without a call of its own, got the class Linear",
+        ),
+        (
+            lambda: ss.nnx.SolverLinear.from_layer(LINEAR, solver="prox_gd"),
+            "solver of SolverLinear: expected a Solver such as ProxGD.10., got 'prox_gd'",
+        ),
+        (
+            lambda: ss.nnx.SolverLinear.from_layer(LINEAR, solver=ss.ProxGD),
+            "solver of SolverLinear: expected a Solver such as ProxGD.10., got <class",
+        ),
+        (
+            lambda: ss.nnx.SolverLinear.from_layer(LINEAR, solver=ss.ProxGD(1), prior=nnx.relu),
+            "prior of SolverLinear: expected a Prior such as prox.NonNegative",
+        ),
+        (
+            lambda: ss.linen.SolverDense(3, solver=ss.ProxGD(1), prior=nnx.relu),
+            "prior of SolverDense: expected a Prior such as prox.NonNegative",
+        ),
+        (
+            lambda: ss.linen.SolverConv(3, (3, 3), solver="fista"),
+            "solver of SolverConv: expected a Solver such as ProxGD.10., got 'fista'",
+        ),
+        (
+            lambda: ss.nnx.fold_batch_norm(LINEAR, nnx.LayerNorm(3, rngs=nnx.Rngs(0))),
+            "norm: expected an nnx.BatchNorm, got LayerNorm",
+        ),
+        (
+            lambda: ss.nnx.fold_batch_norm(nnx.Embed, nnx.BatchNorm(3, rngs=nnx.Rngs(0))),
+            "layer: expected an nnx.Linear or nnx.Conv",
+        ),
+    ],
+)
+def test_wrong_kinds_are_refused_at_construction(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_solver_layer_gets_another_solver(rng):
+    first = ss.nnx.SolverLinear.from_layer(LINEAR, solver=ss.ProxGD(1, step_size=1.0))
+    second = ss.nnx.SolverLinear.from_layer(first, solver=ss.ProxGD(5))
+    assert second.kernel is LINEAR.kernel
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_convolutions_of_other_ranks(rank, rng):
+    plain = nnx.Conv(2, 3, (3,) * rank, padding="CIRCULAR", rngs=nnx.Rngs(0))
+    x = jnp.asarray(rng.normal(size=(2, *(5, 4, 6)[:rank], 2)), jnp.float32)
+    one = ss.nnx.SolverConv.from_layer(plain, solver=ss.ProxGD(1, step_size=1.0))
+    np.testing.assert_allclose(one(x), nnx.relu(plain(x)), rtol=1e-5, atol=1e-6)
+    layer = ss.nnx.SolverConv.from_layer(
+        plain, solver=ss.ProxGD(30), spatial_shape=x.shape[1:-1], ridge=0.1
+    )
+    assert np.all(layer.solve(x, certify=True).certificate < 0.1)

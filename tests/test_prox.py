@@ -1,5 +1,8 @@
 """Proximal operators against brute force in numpy that shares no code with the library."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,9 @@ import pytest
 import scipy.optimize
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import each_prior
 
+import stochsolvers as ss
 from stochsolvers import prox
 
 pytestmark = pytest.mark.optimized
@@ -518,7 +523,7 @@ def _exact_conjugate(name, w, gamma, shift):
     return np.maximum(w, 0) + low_value, np.where(w > 0, 1 - low, low), logs
 
 
-def _assert_representable(got, exact, scale=0.0, floor=1.0, units=32, what=""):
+def _assert_representable(got, exact, scale: Any = 0.0, floor: Any = 1.0, units=32, what=""):
     """Equal to a few units of round-off, wherever the exact result is a normal float32.
 
     The floor is 1, or the factor of which u times it is the result.
@@ -637,7 +642,9 @@ def test_dual_projections_over_the_whole_range(name):
 
 def test_the_derivative_of_a_shifted_hinge_keeps_its_digits():
     v, shift = np.float32(-0.3000002), np.float32(0.3)
-    got = jax.grad(lambda gamma: prox.SquaredHinge(gamma, shift).prox(v, 1.0))(jnp.float32(0.7))
+    got = jax.grad(lambda gamma: prox.SquaredHinge(gamma, shift).prox(jnp.asarray(v), 1.0))(
+        jnp.float32(0.7)
+    )
     assert float(got) == pytest.approx(-(float(v) + float(shift)) / 1.7**2, rel=1e-6)
 
 
@@ -702,11 +709,12 @@ def test_dual_projections_have_the_derivatives_of_finite_differences(name, rng):
     prior = ALL[name]
     for shape in ((3, 3),) if name == "psd" else ((3, 3), (2, 5), (5, 2)):
         w, dw = jnp.asarray(2 * _matrix(rng, *shape)), jnp.asarray(_matrix(rng, *shape))
-        tangent = jax.jvp(prior.dual_projection, (w, 0.2), (dw, 0.3))[1]
-        expected = _finite_difference(
-            lambda t: prior.dual_projection(w + t * dw, 0.2 + 0.3 * t), 0.0, 1.0
-        )
-        np.testing.assert_allclose(tangent, expected, atol=1e-7)
+
+        def along(t, w=w, dw=dw):
+            return prior.dual_projection(w + t * dw, 0.2 + 0.3 * t)
+
+        tangent = jax.jvp(along, (0.0,), (1.0,))[1]
+        np.testing.assert_allclose(tangent, _finite_difference(along, 0.0, 1.0), atol=1e-7)
     gradient = jax.grad(lambda w: jnp.sum(jnp.sin(prior.dual_projection(w, 0.2))))
     for point in (jnp.zeros((3, 3)), jnp.eye(3), -5 * jnp.eye(3), jnp.ones((3, 3))):
         assert np.all(np.isfinite(gradient(point)))
@@ -855,6 +863,117 @@ def test_half_precision_is_computed_in_single(name, dtype, rng):
     assert u.dtype == np.float32
     np.testing.assert_array_equal(u, prior.prox(v.astype(jnp.float32), 0.5))
     assert prior.value(v).dtype == prior.conjugate(v).dtype == np.float32
+
+
+STRICT = ((), (3, 1), (4, 1, 1))
+"""Shapes of weights and steps that broadcast to an array of shape (4, 3, 3)."""
+
+
+def _with_weight(prior, weight):
+    """The prior with its γ, or the bounds of a box, replaced."""
+    if isinstance(prior, prox.Box):
+        return prox.Box(-weight, weight)
+    return dataclasses.replace(prior, gamma=weight) if hasattr(prior, "gamma") else prior
+
+
+def _fits(prior, shape):
+    if isinstance(prior, prox.NuclearNorm | prox.PositiveSemidefinite):
+        return shape in ((), (4, 1, 1))
+    return True
+
+
+def _check_all_of(prior, v, step):
+    """Every method and its first derivatives, in v's dtype."""
+    u = prior.prox(v, step)
+    w = prior.dual_projection(v, step)
+    results = [u, w, prior.value(u), prior.conjugate(w), prior.value(v), prior.conjugate(v)]
+    results += [jax.grad(prior.value)(u), jax.grad(prior.conjugate)(w)]
+    for method in (prior.prox, prior.dual_projection):
+        results += jax.grad(lambda v, s, m=method: jnp.sum(m(v, s)), (0, 1))(v, 1.0 * step)
+    results += jax.tree.leaves(jax.grad(lambda p: jnp.sum(p.prox(v, step)))(prior))
+    return results
+
+
+@each_prior
+@pytest.mark.parametrize("shape", STRICT, ids=str)
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+def test_strict_modes(prior, shape, jitted, rng):
+    if not _fits(prior, shape):
+        with pytest.raises(ValueError, match="broadcasts"):
+            prior.prox(jnp.ones((4, 3, 3)), jnp.ones(shape))
+        return
+    v = jnp.asarray(_matrix(rng, 4, 3, 3), jnp.float32)
+    prior = jax.tree.map(jnp.float32, _with_weight(prior, jnp.full(shape, 0.3, jnp.float32)))
+    check = jax.jit(_check_all_of) if jitted else _check_all_of
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.debug_nans(True),
+    ):
+        results = check(prior, v, jnp.full(shape, 0.5, jnp.float32))
+        for array in (v.astype(jnp.bfloat16), v.astype(jnp.float64)):
+            u = prior.prox(array, 0.5)
+            assert prior.value(u).dtype == prior.conjugate(u).dtype == u.dtype
+    assert all(result.dtype == np.float32 for result in results)
+
+
+@each_prior
+@pytest.mark.parametrize("number", [0.3, 1, np.float64(0.3), np.float32(0.3), np.full((), 0.3)])
+def test_weights_and_steps_do_not_change_the_dtype(prior, number, rng):
+    v = jnp.asarray(_matrix(rng, 3, 3), jnp.float32)
+    prior = _with_weight(prior, number)
+    for method in (prior.prox, prior.dual_projection):
+        assert method(v, number).dtype == np.float32
+        assert jax.eval_shape(jax.jit(method), v, number).dtype == np.float32
+    assert prior.value(v).dtype == prior.conjugate(v).dtype == np.float32
+
+
+@ss.value_object
+class _HalfSquare(prox.Prior):
+    """g(u) = ½||u||² by two formulas."""
+
+    def _value(self, u):
+        return 0.5 * jnp.sum(u * u)
+
+    def _prox(self, v, step):
+        return v / (1 + step)
+
+
+@ss.value_object
+class _NotSeparable(_HalfSquare):
+    """The same, of a class that says that it is no sum over entries."""
+
+    separable = False
+
+
+@pytest.mark.parametrize("make", [_HalfSquare, _NotSeparable])
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+def test_a_prior_of_two_formulas(make, jitted, rng):
+    prior = make()
+    kernel, x = _matrix(rng, 5, 3), _matrix(rng, 2, 5)
+    wrap = jax.jit if jitted else (lambda function: function)
+    z = jnp.asarray(_matrix(rng, 2, 3))
+    v = jnp.asarray(_matrix(rng, 4))
+    assert prior.conjugate(v) == INF
+    assert prior.conjugate(v.astype(jnp.bfloat16)).dtype == np.float32
+    np.testing.assert_array_equal(prior.dual_projection(v, 0.5), v)
+
+    def bound(kernel, ridge):
+        problem = ss.LayerProblem(ss.Dense(kernel), jnp.asarray(x), prior=prior, ridge=ridge)
+        return problem.certificate(z)
+
+    with jax.debug_nans(True):
+        with_ridge = wrap(lambda kernel: bound(kernel, 0.5))(jnp.asarray(kernel))
+        wide = jnp.asarray(np.concatenate([kernel, kernel], 1)[:, :6])
+    hessian = kernel.T @ kernel + 1.5 * np.eye(3)
+    best = np.linalg.solve(hessian, (x @ kernel).T).T
+    gap = 0.5 * np.einsum("bi,ij,bj->b", z - best, hessian, z - best)
+    assert np.all(with_ridge >= gap * (1 - 1e-12))
+    assert np.all(np.isfinite(with_ridge))
+    z = jnp.asarray(_matrix(rng, 2, 6))
+    with jax.debug_nans(True):  # six outputs of five inputs: F is flat along a line
+        without = wrap(lambda kernel: bound(kernel, 0.0))(wide)
+    assert np.all(np.isinf(without))
 
 
 @names

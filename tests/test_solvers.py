@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from oracles import nnls_layer, objective, prox_gradient
 
 import stochsolvers as ss
@@ -226,3 +227,109 @@ def test_prepared_importance_draws_the_same(rng, by, tau):
     for estimator in (serial, fixed):
         plain, prepared = (e(KEY, problem, z) for e in (estimator, estimator.prepare(problem)))
         np.testing.assert_allclose(prepared, plain, rtol=1e-12)
+
+
+def test_nsync_is_stable_by_default(rng):
+    """A unit step, proposition 6's, diverges on a layer of any size; the default does not."""
+    kernel, x = rng.normal(size=(30, 20)), rng.normal(size=(2, 30))
+    problem = ss.LayerProblem(ss.Dense(kernel), x, ridge=0.1)
+    for solution in (
+        ss.nsync(jax.random.key(0), problem, tau=10, num_iters=2000),
+        ss.NSync(10, 2000).solve(jax.random.key(0), problem),
+    ):
+        assert np.all(problem.certificate(solution.value) < 1e-6)
+    unit = ss.nsync(jax.random.key(0), problem, tau=10, num_iters=500, step_size=1.0)
+    assert not np.any(unit.finite)
+
+
+def test_a_constant_that_overflows_is_reported_by_all_alike(rng):
+    """The function, the class and both layers: not finite, no error."""
+    kernel, x = np.full((8, 4), 1e30, np.float32), rng.normal(size=(2, 8)).astype(np.float32)
+    problem = ss.LayerProblem(ss.Dense(kernel), x)
+    layer = ss.nnx.SolverLinear(8, 4, solver=ss.ProxGD(3), rngs=nnx.Rngs(0))
+    layer.kernel[...] = jnp.asarray(kernel)
+    module = ss.linen.SolverDense(4, solver=ss.ProxGD(3))
+    variables = {"params": {"kernel": kernel, "bias": np.zeros(4, np.float32)}}
+    for solution in (
+        ss.prox_gd(problem, num_iters=3),
+        ss.ProxGD(3).solve(None, problem),
+        jax.jit(lambda p: ss.prox_gd(p, num_iters=3))(problem),
+        layer.solve(x),
+        module.apply(variables, x, method="solve"),
+        ss.NSync(2, 3).solve(jax.random.key(0), problem),
+        ss.ProxSG(2, 3).solve(jax.random.key(0), problem),
+    ):
+        assert not np.any(solution.finite)
+
+
+def test_nan_inputs_are_reported_eager_and_jitted(rng):
+    kernel, x = rng.normal(size=(8, 4)), rng.normal(size=(2, 8))
+    x[0, 3] = np.nan
+    problem = ss.LayerProblem(ss.Dense(kernel), x, ridge=0.1)
+    for run in (ss.prox_gd, jax.jit(ss.prox_gd, static_argnames="num_iters")):
+        np.testing.assert_array_equal(run(problem, num_iters=3).finite, [False, True])
+    np.testing.assert_array_equal(
+        np.isfinite(problem.certificate(jnp.zeros((2, 4)))), [False, True]
+    )
+
+
+def test_a_zero_map_takes_the_scale_for_its_step():
+    problem = ss.LayerProblem(ss.Dense(jnp.zeros((4, 3))), jnp.ones((2, 4)), bias=jnp.ones(3))
+    for rule in (ss.InverseLipschitz(scale=0.3), ss.InverseExpectedSmoothness(scale=0.3)):
+        z = ss.prox_gd(problem, step_size=rule, num_iters=1).value
+        np.testing.assert_allclose(z, 0.3, rtol=1e-6)
+    z = ss.nsync(jax.random.key(0), problem, tau=3, num_iters=1, step_size=ss.InverseSeparable(0.3))
+    np.testing.assert_allclose(z.value, 0.3, rtol=1e-6)
+
+
+def test_numbers_of_any_kind_are_the_same_solver(rng):
+    assert ss.ProxGD(np.int64(3)) == ss.ProxGD(3)
+    assert hash(ss.MS2GD(0.5, np.int32(2), np.int8(3))) == hash(ss.MS2GD(0.5, 2, 3))
+    assert ss.ProxSG(jnp.float32(0.5), 3) == ss.ProxSG(0.5, 3)
+    kernel, x = rng.normal(size=(8, 4)).astype(np.float32), rng.normal(size=(2, 8))
+    problem = ss.LayerProblem(ss.Dense(kernel), x.astype(np.float32), ridge=np.float64(0.1))
+    assert problem.dtype == jnp.float32
+    key = jax.random.key(0)
+    for tau in (jnp.float32(0.5), np.float64(0.5), np.float32(0.5)):
+        z = ss.prox_sg(key, problem, tau=tau, num_iters=3).value
+        np.testing.assert_array_equal(z, ss.prox_sg(key, problem, tau=0.5, num_iters=3).value)
+    for step in (np.float64(0.1), jnp.float64(0.1), np.float32(0.1)):
+        assert ss.ProxGD(3, step_size=step).solve(None, problem).value.dtype == jnp.float32
+        assert ss.nsync(key, problem, tau=2, step_size=step, num_iters=2).value.dtype == jnp.float32
+
+
+def test_objectives_of_huge_points_are_no_nan():
+    problem = ss.LayerProblem(ss.Dense(jnp.zeros((4, 3), jnp.float32)), jnp.ones(4, jnp.float32))
+    assert problem.objective(jnp.full(3, 1e20, jnp.float32)) == 2.0
+    slope = jax.grad(lambda ridge: ss.LayerProblem(
+        ss.Dense(jnp.zeros((4, 3))), jnp.ones(4), ridge=ridge).smooth(jnp.full(3, 2.0)))(0.0)  # fmt: skip
+    np.testing.assert_allclose(slope, 6.0)
+
+
+@pytest.mark.parametrize("mode", ["rank", "dtype", "nans"])
+def test_strict_modes_of_jax(mode, rng):
+    """What Flax's own layers pass, solvers, layers and certificates pass."""
+    context = {
+        "rank": lambda: jax.numpy_rank_promotion("raise"),
+        "dtype": lambda: jax.numpy_dtype_promotion("strict"),
+        "nans": lambda: jax.debug_nans(True),
+    }[mode]
+    x = rng.normal(size=(2, 6, 5, 3)).astype(np.float32)
+    flat, key = x.reshape(2, -1)[:, :8], jax.random.key(0)
+    with context():
+        conv = ss.nnx.SolverConv(
+            3, 4, (3, 3), solver=ss.ProxSG(2, 3), ridge=0.1, rngs=nnx.Rngs(0, dropout=1)
+        )
+        linear = ss.nnx.SolverLinear(8, 4, solver=ss.ProxGD(3, tol=1e-3), rngs=nnx.Rngs(0))
+        linear.bias[...] = 0.1 + linear.bias[...]
+        for layer, inputs in ((conv, x), (linear, flat)):
+            layer.solve(inputs, certify=True)
+            ss.certify(layer, inputs)
+        problem = linear.problem(flat)
+        ss.prox_sg(key, problem, tau=0.5, num_iters=2)
+        ss.prox_sg(key, problem, sampling=ss.estimators.Importance(2, by="gradient"), num_iters=2)
+        ss.ms2gd(key, problem, tau=2, num_outer=2, num_inner=2, random_inner=True)
+        ss.nsync(key, problem, tau=2, num_iters=2)
+        ss.prox_gd(problem, num_iters=4, momentum=True, derivative="remat", trace_objective=True)
+        jax.grad(lambda p: ss.prox_gd(p, num_iters=9, tol=1e-6).value.sum())(problem)
+        ss.lipschitz_report(linear, flat.shape)

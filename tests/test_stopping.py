@@ -183,3 +183,44 @@ def test_bad_tolerances_raise(problem):
         solve(problem, 3, tol=-1.0)
     with pytest.raises(ValueError, match="tol: expected a number >= 0, got -1"):
         ss.ProxGD(3, tol=-1.0)
+
+
+def test_divergence_is_no_convergence(rng):
+    """Norms overflow long before the entries do: a step of 5/L, an L1 prior, 2,000 iterations."""
+    kernel, x = (rng.normal(size=s).astype(np.float32) for s in ((16, 8), (3, 16)))
+    problem = ss.LayerProblem(ss.Dense(kernel), x, prior=ss.prox.L1(0.1))
+    step = 5.0 / ss.lipschitz_constant(problem.linear_map)
+    solution = ss.prox_gd(problem, step_size=step, num_iters=2000, tol=1e-6)
+    np.testing.assert_array_equal(solution.status, ss.Status.DIVERGED)
+    assert not np.any(solution.finite)
+
+
+def test_inputs_whose_squares_overflow_converge_to_the_solution(rng):
+    kernel, x = (rng.normal(size=s).astype(np.float32) for s in ((16, 8), (3, 16)))
+    huge = ss.LayerProblem(ss.Dense(kernel), 1e20 * x, prior=ss.prox.NonNegative())
+    unit = ss.LayerProblem(ss.Dense(kernel), x, prior=ss.prox.NonNegative())
+    solution = ss.prox_gd(huge, num_iters=3000, tol=1e-6)
+    best = ss.prox_gd(unit, num_iters=3000, tol=1e-6)
+    np.testing.assert_array_equal(solution.status, ss.Status.CONVERGED)
+    np.testing.assert_allclose(solution.value / 1e20, best.value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_an_unbounded_problem_does_not_converge(rng, momentum):
+    """16 -> 64 without a ridge: ||z|| grows for ever, so that a relative test is met in the end."""
+    kernel = (rng.normal(size=(16, 64)) / 4).astype(np.float32)
+    x = rng.normal(size=(3, 16)).astype(np.float32)
+    options = {"num_iters": 12000, "tol": 1e-4, "momentum": momentum}
+    problem = ss.LayerProblem(ss.Dense(kernel), x, bias=np.full(64, 0.1, np.float32))
+    solution = ss.prox_gd(problem, **options)
+    assert np.all(np.isinf(problem.certificate(solution.value)))
+    np.testing.assert_array_equal(solution.status, ss.Status.UNBOUNDED)
+    bounded = ss.LayerProblem(ss.Dense(kernel), x, bias=problem.bias, ridge=0.1)
+    np.testing.assert_array_equal(ss.prox_gd(bounded, **options).status, ss.Status.CONVERGED)
+
+
+def test_a_start_at_the_solution_converges_at_once(problem):
+    best = solve(problem, num_iters=3000, tol=1e-10).value
+    again = solve(problem, tol=1e-6, init=best)
+    np.testing.assert_array_equal(again.status, ss.Status.CONVERGED)
+    np.testing.assert_array_equal(again.iterations, 1)

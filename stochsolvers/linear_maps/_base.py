@@ -50,7 +50,8 @@ class LinearMap(abc.ABC):
         batch = z.shape[: z.ndim - len(self.out_shape)]
         dtype = jnp.promote_types(z.dtype, self.dtype)
         x = jax.ShapeDtypeStruct((*batch, *self.in_shape), dtype)
-        return jax.linear_transpose(self.__call__, x)(z.astype(dtype))[0]
+        z = z.astype(jax.eval_shape(self.__call__, x).dtype)
+        return jax.linear_transpose(self.__call__, x)(z)[0]
 
     @property
     def T(self) -> "LinearMap":  # noqa: N802 - as in numpy
@@ -189,13 +190,17 @@ class Matrix(LinearMap):
         """A(x)."""
         _checks.trailing("argument of Matrix", x, self.in_shape)
         batch = x.shape[: x.ndim - len(self.in_shape)]
-        return (x.reshape(*batch, -1) @ self.kernel).reshape(*batch, *self.out_shape)
+        return (x.reshape(*batch, self.kernel.shape[0]) @ self.kernel).reshape(
+            *batch, *self.out_shape
+        )
 
     def adjoint(self, z: Array) -> Array:
         """A*(z)."""
         _checks.trailing("argument of Matrix.adjoint", z, self.out_shape)
         batch = z.shape[: z.ndim - len(self.out_shape)]
-        return (z.reshape(*batch, -1) @ self.kernel.T).reshape(*batch, *self.in_shape)
+        return (z.reshape(*batch, self.kernel.shape[1]) @ self.kernel.T).reshape(
+            *batch, *self.in_shape
+        )
 
     def absolute(self) -> "Matrix":
         """|A|."""

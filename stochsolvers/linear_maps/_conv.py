@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from stochsolvers import _checks, _convolution
+from stochsolvers._shards import automatic, batch_spec, is_explicit
 from stochsolvers._typing import Array, static_field, value_object
 from stochsolvers.linear_maps._base import LinearMap
 
@@ -148,7 +149,10 @@ class Conv(LinearMap):
         _checks.trailing("argument of Conv.adjoint", z, self.out_shape)
         z = z.astype(jnp.promote_types(z.dtype, self.kernel.dtype))
         batch = z.shape[: z.ndim - len(self.out_shape)]
-        return self._transposed(z.reshape(-1, *self.out_shape)).reshape(*batch, *self.in_shape)
+        flat = z.reshape(-1, *self.out_shape)
+        spec = batch_spec(flat, 1) if is_explicit() else None
+        x = automatic(lambda A, z: A._transposed(z), spec, self, flat)
+        return x.reshape(*batch, *self.in_shape)
 
     def restrict(self, indices: Array) -> "Conv":
         """A on a subset S of input feature maps, x_S ↦ Σ_{i∈S} A_i x_i.
@@ -163,7 +167,7 @@ class Conv(LinearMap):
         return dataclasses.replace(self, kernel=kernel, feature_group_count=1)
 
     def absolute(self) -> "Conv":
-        """|A|."""
+        """|A|, or a map above it where the taps of a CIRCULAR filter larger than the image meet."""
         return dataclasses.replace(self, kernel=jnp.abs(self.kernel))
 
     def ungrouped_kernel(self) -> Array:

@@ -1,7 +1,7 @@
 """Reports on whole Linen networks."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -12,8 +12,17 @@ from flax.core import DenyList, tracers
 
 from stochsolvers import _checks, _layers, reports
 from stochsolvers._typing import Array, join_static, split_static
-from stochsolvers.linen._layers import RECORDS, STATE, SolverLayer, linear_map_of
+from stochsolvers.linear_maps import LinearMap
+from stochsolvers.linen._layers import (
+    RECORDS,
+    STATE,
+    SolverConv,
+    SolverDense,
+    SolverLayer,
+    linear_map_of,
+)
 from stochsolvers.reports import _certificates, _lipschitz, _trace
+from stochsolvers.reports._known_layers import inherits_unchanged
 
 _MUTABLE = DenyList(STATE)  # what a training pass writes is dropped; constants are not refreshed
 
@@ -73,7 +82,7 @@ def _observe(module, variables, rngs, traced, static):
             called.append(_label(layer.path))
             leaks = scope.trace_level != tracers.current_trace()  # a transform of JAX
             if leaks or not layer.is_mutable_collection(RECORDS):
-                _certificates.lost(called[-1], _KEPT_BY)
+                _certificates.fail_dropped_records(called[-1], _KEPT_BY)
         return call(*args, **kwargs)
 
     with _certificates.numbered_calls(), nn.intercept_methods(note):
@@ -81,7 +90,7 @@ def _observe(module, variables, rngs, traced, static):
             _, written = module.apply(variables, *inputs, rngs=rngs, mutable=_MUTABLE, **options)
         except TypeError as error:  # a branch or a loop, of another structure now
             if called and RECORDS in str(error):
-                _certificates.lost(called[-1], _KEPT_BY)
+                _certificates.fail_dropped_records(called[-1], _KEPT_BY)
             raise
     flat = traverse_util.flatten_dict(written.get(RECORDS, {}))
     return {_label(path[:-1]): calls for path, calls in flat.items()}
@@ -131,14 +140,25 @@ def lipschitz_report(
     """
     _check_variables(variables)
     layers: dict[str, nn.Module] = {}
-    variables = dict(variables)
+    variables = dict(nn.unbox(variables))
     parameters = variables.pop("params", {})
+
+    wrappers: list[str] = []  # around the call at hand, which have it called with other kernels
+    wrapped: dict[str, set[str]] = {}  # labels of what each of them called
 
     def mark(call, args, kwargs, context):
         layer: Any = context.module
-        if context.method_name != "__call__" or not _is_known(layer, args, kwargs):
-            return call(*args, **kwargs)
         label = _label(layer.path)
+        if isinstance(layer, nn.WeightNorm | nn.SpectralNorm) and context.method_name == "__call__":
+            wrappers.append(label)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                wrappers.pop()
+        for wrapper in wrappers:
+            wrapped.setdefault(wrapper, set()).add(label)
+        if wrappers or context.method_name != "__call__" or not _is_known(layer, args, kwargs):
+            return call(*args, **kwargs)
         layers[label] = layer.clone(parent=None)
         marked = _trace.mark_input(args[0], label)
         return _trace.mark_output(call(marked, *args[1:], **kwargs), label)
@@ -152,12 +172,18 @@ def lipschitz_report(
     inputs = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32 if dtype is None else dtype)
     trace = _trace.trace(forward, parameters, inputs)
     flat: Any = traverse_util.flatten_dict({"params": parameters, **variables}, sep="/")
-    parts = [_part(layers[call.label], call, flat) for call in trace.calls]
-    owners = [
-        _label(tuple(key.key for key in path)[:-1])
+    paths = [
+        tuple(key.key for key in path)
         for path, _ in jax.tree_util.tree_leaves_with_path(parameters)
     ]
-    strays = {owners[index]: position for index, position in reversed(trace.strays.items())}
+    indices = {"/".join(("params", *path)): index for index, path in enumerate(paths)}
+    parts = [_part(layers[call.label], call, flat, indices) for call in trace.calls]
+    strays = {
+        _label(paths[index][:-1]): position for index, position in reversed(trace.strays.items())
+    }
+    for wrapper, inner in wrapped.items():  # one row for both
+        if not inner.isdisjoint(strays):
+            strays.pop(wrapper, None)
     return _lipschitz.norms_report(trace, parts, strays, dict.fromkeys(strays, "parameters"))
 
 
@@ -165,37 +191,59 @@ def _label(path: tuple[str, ...]) -> str:
     return "/".join(path) or "(model)"
 
 
+# The layers whose norm the report computes: class -> the linear map of such a layer, with a kernel, for
+# inputs of a shape (batch axes included). A function raises ValueError for options that it does not cover.
+_LINEAR_MAPS: dict[type, Callable[[Any, Array, tuple[int, ...]], LinearMap]] = {
+    nn.Dense: linear_map_of,
+    nn.Conv: linear_map_of,
+    SolverDense: linear_map_of,
+    SolverConv: linear_map_of,
+}
+_NORMALISATIONS = (nn.BatchNorm,)
+
+
 def _is_known(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call is that of a layer whose norm the report computes, with its own parameters."""
-    if not args or _within_reparametrisation(layer):
+    """Whether a call is that of a layer in the tables above."""
+    known: Any = (*_LINEAR_MAPS, *_NORMALISATIONS)
+    base: Any = inherits_unchanged(type(layer), known)
+    if not args or base is None:
         return False
-    if isinstance(layer, nn.BatchNorm):
+    if base in _NORMALISATIONS:
         given = (*args[1:], kwargs.get("use_running_average"))[0]
-        running = layer.use_running_average if given is None else given
-        return bool(running) and type(layer).__call__ is nn.BatchNorm.__call__
-    plain = (nn.Dense.__call__, nn.Conv.__call__, SolverLayer.__call__)
-    return isinstance(layer, nn.Dense | nn.Conv) and type(layer).__call__ in plain
+        return bool(layer.use_running_average if given is None else given)
+    operations = (
+        "dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls",
+        "promote_dtype",
+    )  # fmt: skip
+    return all(getattr(layer, name, None) is getattr(base, name, None) for name in operations)
 
 
-def _within_reparametrisation(layer: Any) -> bool:
-    """Whether a layer is called with other kernels than its own."""
-    while isinstance(layer, nn.Module):
-        if isinstance(layer, nn.WeightNorm | nn.SpectralNorm):
-            return True
-        layer = layer.parent
-    return False
+def _part(
+    layer: Any, call: _trace.Call, flat: Mapping[str, Array], indices: Mapping[str, int]
+) -> _lipschitz.Part:
+    """What the report needs of a layer for one call.
 
-
-def _part(layer: Any, call: Any, flat: Mapping[str, Array]) -> _lipschitz.Part:
+    Args:
+      layer: not bound to variables.
+      call: of it.
+      flat: the network's variables, by path.
+      indices: of the parameters in the trace, by the same paths.
+    """
     prefix = "" if call.label == "(model)" else f"{call.label}/"
     kind = type(layer).__name__
-    if isinstance(layer, nn.BatchNorm):
-        scale, variance = flat.get(f"params/{prefix}scale"), flat[f"batch_stats/{prefix}var"]
+    is_normalisation = isinstance(layer, _NORMALISATIONS)
+    weight = f"params/{prefix}{'scale' if is_normalisation else 'kernel'}"
+    if weight in indices and indices[weight] not in call.parameters:
+        return _lipschitz.Part(kind)  # called with another kernel or scale
+    if is_normalisation and call.reads_others:
+        return _lipschitz.Part(kind)  # with another variance
+    if is_normalisation:
+        scale, variance = flat.get(weight), flat[f"batch_stats/{prefix}var"]
         return _lipschitz.Part(kind, normalisation=(scale, variance, layer.epsilon))
-    kernel = flat[f"params/{prefix}kernel"]
+    linear_map_for = _LINEAR_MAPS[inherits_unchanged(type(layer), _LINEAR_MAPS)]
     try:
-        linear_map = linear_map_of(layer, kernel, call.input_shape)
-    except ValueError:  # not a two-dimensional convolution, or one with other options
+        linear_map = linear_map_for(layer, flat[weight], call.input_shape)
+    except ValueError:
         return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):
         return _lipschitz.Part(kind, linear_map)

@@ -1,34 +1,44 @@
 r"""Lipschitz constants of layers from the Fourier transform of their kernels.
 
-A circular convolution is block-diagonalised by the two-dimensional DFT (Bibi et al. 2019, eq. 21), with
+A circular convolution is block-diagonalised by the DFT (Bibi et al. 2019, eq. 21), with
 one n2 × n1 block Â(f) per frequency f, so that
 
     L = ||A||² = max_f λ_max(Â(f) Â(f)ᴴ)                                   (Bibi et al. 2019, lemma 2).
 
 A stride s keeps one output in s², which folds the s² frequencies that alias into one block
-[Â(f_1), …, Â(f_{s²})] / s. Groups give blocks of their own. A dense map is the 1 × 1 grid.
+[Â(f_1), …, Â(f_{s²})] / s. Groups give blocks of their own. A dense map is the grid of one point.
 
 Under zero padding the formula on the layer's own grid (`grid="layer"`, the paper's choice) is an
 approximation that can be too small. `grid="padded"` evaluates it on a torus that holds the whole
-linear convolution, H + kh − 1 by W + kw − 1 rounded up to the strides; the layer is a corner of that
-torus' map, so the value is an upper bound whatever the padding.
+linear convolution, n + d (k − 1) points along an axis, rounded up to the strides; the layer is a corner
+of that torus' map, so the value is an upper bound whatever the padding.
 
 The formula costs an eigendecomposition for every frequency. `lipschitz_constant` finds the same number
 from the taps of the kernel for a fraction of that, and `lipschitz_bracket` encloses it, round-off
 included.
+
+A.T has the constants of A with inputs and outputs exchanged. A map of a user's own is written out if its
+matrix has up to 2^22 entries; a larger one is known from its products alone, and `Bracket.method` says how
+the ends were obtained.
+
+The mathematics is in the files of this folder, `_formula` first; `machinery` makes it fast and bounds its
+round-off.
 """
 
-from stochsolvers.lipschitz._constant import Bracket as Bracket
-from stochsolvers.lipschitz._constant import lipschitz_bracket as lipschitz_bracket
+from stochsolvers.lipschitz._bracket import lipschitz_bracket as lipschitz_bracket
 from stochsolvers.lipschitz._constant import lipschitz_constant as lipschitz_constant
 from stochsolvers.lipschitz._convexity import strong_convexity as strong_convexity
-from stochsolvers.lipschitz._formula import (
+from stochsolvers.lipschitz._features import (
     feature_lipschitz_constants as feature_lipschitz_constants,
 )
-from stochsolvers.lipschitz._formula import output_lipschitz_constants as output_lipschitz_constants
+from stochsolvers.lipschitz._features import (
+    output_lipschitz_constants as output_lipschitz_constants,
+)
 from stochsolvers.lipschitz._formula import singular_values as singular_values
 from stochsolvers.lipschitz._operator import operator_bracket as operator_bracket
-from stochsolvers.lipschitz._taps import Grid as Grid
-from stochsolvers.lipschitz._warm import LipschitzState as LipschitzState
-from stochsolvers.lipschitz._warm import lipschitz_refresh as lipschitz_refresh
-from stochsolvers.lipschitz._warm import lipschitz_state as lipschitz_state
+from stochsolvers.lipschitz._state import LipschitzState as LipschitzState
+from stochsolvers.lipschitz._state import lipschitz_refresh as lipschitz_refresh
+from stochsolvers.lipschitz._state import lipschitz_state as lipschitz_state
+from stochsolvers.lipschitz._torus import is_exact as is_exact
+from stochsolvers.lipschitz._types import Bracket as Bracket
+from stochsolvers.lipschitz._types import Grid as Grid

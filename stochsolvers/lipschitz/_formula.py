@@ -1,4 +1,4 @@
-r"""The constants by their formulas: every block, and the decomposition of each."""
+r"""Lemma 2 as it is printed: the DFT of the kernel, every block, and the decomposition of each."""
 
 import functools
 import math
@@ -6,65 +6,89 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from stochsolvers import _linalg
+from stochsolvers import _checks, _linalg
 from stochsolvers._typing import Array
-from stochsolvers.linear_maps import Conv, Dense, LinearMap
-from stochsolvers.lipschitz._taps import (
-    Grid,
-    check_grid,
-    compute_dtype,
-    half_spectrum,
-    taps_and_phases,
-    torus,
-)
+from stochsolvers.linear_maps import Conv, LinearMap
+from stochsolvers.lipschitz._torus import half_spectrum, mirrored, torus
+from stochsolvers.lipschitz._types import Grid, check_grid, compute_dtype
+from stochsolvers.lipschitz.machinery.blocks import scale_of
+from stochsolvers.lipschitz.machinery.taps import taps_and_phases
+from stochsolvers.lipschitz.machinery.written import DENSE_SIZE, base_of, has_blocks, sizes
 
 
 def lipschitz_formula(linear_map: LinearMap, grid: Grid) -> Array:
     """max_f λ_max(Â(f) Â(f)ᴴ) from the eigenvalues of every block."""
-    blocks = _symbol(linear_map, grid)
-    return jnp.maximum(jnp.max(_linalg.eigvalsh(_smaller_gram(blocks))), 0.0)
+    blocks, scale = _symbol(linear_map, grid, "method='formula'")
+    largest = jnp.maximum(jnp.max(_linalg.eigvalsh(_smaller_gram(blocks))), 0.0)
+    return largest * scale * scale
 
 
 @functools.partial(jax.jit, static_argnames="grid")
-def feature_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
-    r"""L_i of the n1 terms f_i of objective (5): L_i = n1 ||A_i||², shape (n1,).
+def singular_values(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
+    r"""All singular values of the map that lemma 2 describes, with multiplicity, in descending order.
 
-    With unit stride ||A_i||² = max_f ||Â(f)_{:, i}||², a norm and no eigenvalue.
+    They are those of the blocks Â(f), the union over frequencies and groups: of the layer itself, unless it
+    is a convolution that is zero-padded or whose strides do not divide its grid: then of the circular layer
+    in its place. A transposed map has those of its base; a map without a kernel is written out.
+
+    Returns:
+      shape (min(inputs, outputs),) for one group, counted over the torus of `grid`; each group adds
+      the smaller one of its own inputs and outputs.
+
+    Raises:
+      ValueError: at trace time, for a map without a kernel of more than 2^22 entries.
 
     References:
-      Bibi et al. 2019, section 5.
+      Sedghi et al. 2019, The singular values of convolutional layers.
     """
-    blocks = _blocks(linear_map, grid)
-    columns = jnp.moveaxis(blocks, -1, -3)  # (frequencies, groups, inputs, outputs, aliases)
-    if columns.shape[-1] == 1:
-        squared = jnp.sum(jnp.abs(columns) ** 2, axis=(-2, -1))
-    else:
-        gram = jnp.einsum("...oa,...ob->...ab", columns.conj(), columns, precision="highest")
-        squared = _linalg.eigvalsh(gram)[..., -1]
-    norms = jnp.max(squared, axis=0).reshape(-1)
-    return linear_map.in_features * norms
+    linear_map = base_of(linear_map)
+    blocks, scale = _symbol(linear_map, grid, "singular_values")
+    values = _linalg.singular_values(blocks.reshape(*blocks.shape[:-2], -1)) * scale
+    if isinstance(linear_map, Conv):
+        folded = _folded_shape(*torus(linear_map, grid))
+        half = half_spectrum(folded)
+        values = jnp.concatenate([values, values[mirrored(folded)[half] != half]])
+    else:  # axes that a contraction leaves alone repeat its blocks
+        values = jnp.tile(values.ravel(), sizes(linear_map)[0] // blocks[0, :, 0].size)
+    return -jnp.sort(-values.ravel())
 
 
-@functools.partial(jax.jit, static_argnames="grid")
-def output_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
-    r"""Blockwise constants of the outputs, M_j = ||(A A*)_{jj}|| = max_f ||Â(f)_{j, :}||², (n2,).
+def _symbol(linear_map: LinearMap, grid: Grid, what: str) -> tuple[Array, Array]:
+    """Blocks Â / (scale sqrt(aliases)) and the scale.
 
-    They are the coordinate constants of F, which the step sizes of `nsync` need.
+    Their shape is (frequencies, groups, n2 / groups, aliases, n1 / groups).
     """
-    blocks = _blocks(linear_map, grid)
-    return jnp.max(jnp.sum(jnp.abs(blocks) ** 2, axis=(-2, -1)), axis=0).reshape(-1)
-
-
-def _blocks(linear_map: LinearMap, grid: Grid) -> Array:
-    """Blocks for half of the frequencies, from the taps: (frequencies, groups, outputs, aliases, inputs)."""
-    taps, phases = taps_and_phases(linear_map, grid)
-    re, im = (
-        jnp.einsum("fat,gtio->fgoai", jnp.asarray(part, taps.dtype), taps, precision="highest")
-        for part in (phases.cosines, phases.sines)
+    check_grid(grid)
+    linear_map = base_of(linear_map)
+    if not isinstance(linear_map, Conv):
+        if not has_blocks(linear_map):
+            entries = math.prod(sizes(linear_map))
+            _checks.fail(f"map of {what}", f"at most {DENSE_SIZE} entries", entries)
+        taps, _ = taps_and_phases(linear_map, grid)
+        scale = scale_of(taps)
+        return (taps / scale).transpose(1, 0, 3, 2)[:, :, :, None, :], scale
+    kernel = linear_map.kernel.astype(compute_dtype(linear_map))
+    scale = scale_of(kernel)
+    shape, strides = torus(linear_map, grid)
+    axes, folded = len(shape), _folded_shape(shape, strides)
+    on_torus = _on_torus(kernel / scale, linear_map.kernel_dilation, shape)
+    spectrum = jnp.fft.fftn(on_torus, axes=tuple(range(axes)))
+    # frequency f + a n/s aliases with f for a = 0 … s − 1: split each axis into (alias, f)
+    split = [n for pair in zip(strides, folded, strict=True) for n in pair]
+    groups, n_in = linear_map.feature_group_count, kernel.shape[-2]
+    blocks = spectrum.reshape(*split, n_in, groups, -1)
+    alias, frequency, (i, g, o) = (
+        *(range(k, 2 * axes, 2) for k in (0, 1)),
+        range(2 * axes, blocks.ndim),
     )
-    return re if phases.num_real == len(phases.cosines) else lax.complex(re, im)
+    blocks = blocks.transpose(*frequency, g, o, *alias, i)
+    blocks = blocks.reshape(math.prod(folded), groups, -1, math.prod(strides), n_in)
+    return blocks[half_spectrum(folded)] / math.sqrt(math.prod(strides)), scale
+
+
+def _folded_shape(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n // s for n, s in zip(shape, strides, strict=True))
 
 
 def _smaller_gram(blocks: Array) -> Array:
@@ -77,55 +101,8 @@ def _smaller_gram(blocks: Array) -> Array:
     return jnp.matmul(left, right, precision="highest")
 
 
-@functools.partial(jax.jit, static_argnames="grid")
-def singular_values(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
-    r"""All singular values of the map that lemma 2 describes, with multiplicity, in descending order.
-
-    They are those of the blocks Â(f), the union over frequencies and groups: of the layer itself if it
-    is dense, or CIRCULAR with strides that divide its grid. Otherwise of the circular layer in its place.
-
-    Returns:
-      shape (min(inputs, outputs),) for one group, counted over the torus of `grid`; each group adds
-      the smaller one of its own inputs and outputs.
-
-    References:
-      Sedghi et al. 2019, The singular values of convolutional layers.
-    """
-    blocks = _symbol(linear_map, grid)
-    values = _linalg.singular_values(blocks.reshape(*blocks.shape[:-2], -1))
-    if isinstance(linear_map, Conv):
-        shape, strides = torus(linear_map, grid)
-        rows, columns = (n // s for n, s in zip(shape, strides, strict=True))
-        half = half_spectrum(rows, columns)
-        p, q = np.divmod(half, columns)
-        twice = (-p % rows) * columns + (-q % columns) != half
-        values = jnp.concatenate([values, values[twice]])
-    return -jnp.sort(-values.ravel())
-
-
-def _symbol(linear_map: LinearMap, grid: Grid) -> Array:
-    """Blocks Â / sqrt(aliases), shape (frequencies, groups, n2 / groups, aliases, n1 / groups)."""
-    check_grid(grid)
-    kernel = linear_map.kernel.astype(compute_dtype(linear_map))
-    if isinstance(linear_map, Dense):
-        return kernel.T[None, None, :, None, :]
-    shape, strides = torus(linear_map, grid)
-    spectrum = jnp.fft.fft2(_on_torus(kernel, linear_map.kernel_dilation, shape), axes=(0, 1))
-    groups = linear_map.feature_group_count
-    spectrum = spectrum.reshape(*spectrum.shape[:3], groups, -1)
-    (rows, columns), (sh, sw) = shape, strides
-    # frequency f + a rows/s aliases with f for a = 0 … s − 1: split each axis into (alias, f)
-    spectrum = spectrum.reshape(sh, rows // sh, sw, columns // sw, *spectrum.shape[2:])
-    blocks = jnp.einsum("apbqigo->pqgoabi", spectrum)
-    p, q, g, o, a, b, i = blocks.shape
-    half = half_spectrum(p, q)
-    return blocks.reshape(p * q, g, o, a * b, i)[half] / math.sqrt(sh * sw)
-
-
-def _on_torus(kernel: Array, dilation: tuple[int, int], shape: tuple[int, int]) -> Array:
+def _on_torus(kernel: Array, dilation: tuple[int, ...], shape: tuple[int, ...]) -> Array:
     """Kernel taps at their dilated positions on the torus; taps that wrap around add up."""
-    kh, kw, n_in, n_out = kernel.shape
-    rows = np.arange(kh) * dilation[0] % shape[0]
-    columns = np.arange(kw) * dilation[1] % shape[1]
-    torus = jnp.zeros((*shape, n_in, n_out), kernel.dtype)
-    return torus.at[rows[:, None], columns[None, :]].add(kernel)
+    *taps, n_in, n_out = kernel.shape
+    places = [np.arange(k) * d % n for k, d, n in zip(taps, dilation, shape, strict=True)]
+    return jnp.zeros((*shape, n_in, n_out), kernel.dtype).at[np.ix_(*places)].add(kernel)

@@ -2,84 +2,75 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
-import jax.numpy as jnp
 
 from stochsolvers import _checks
-from stochsolvers._shards import varying
 from stochsolvers._typing import Array
-from stochsolvers.linear_maps import Conv, Dense, LinearMap
-from stochsolvers.lipschitz import _spectra
-from stochsolvers.lipschitz._constant import Bracket, lipschitz_bracket, rescaled, scale_of
-from stochsolvers.lipschitz._taps import compute_dtype
+from stochsolvers.linear_maps import Conv, LinearMap, Matrix
+from stochsolvers.lipschitz._bracket import lipschitz_bracket
+from stochsolvers.lipschitz._matrix_free import FAILURE, lanczos_bound, matrix_free_bracket
+from stochsolvers.lipschitz._types import Bracket, compute_dtype, rescaled
+from stochsolvers.lipschitz.machinery.blocks import scale_of
+from stochsolvers.lipschitz.machinery.written import base_of, entries, has_blocks, is_small
 
-_DENSE_SIZE = 2**22  # entries of a matrix that is small enough to be written out
 
-
-@functools.partial(jax.jit, static_argnames="num_iters")
+@functools.partial(jax.jit, static_argnames=("num_iters", "failure_probability"))
 def operator_bracket(
-    linear_map: LinearMap, *, num_iters: int = 32, key: Array | None = None
+    linear_map: LinearMap,
+    *,
+    num_iters: int = 32,
+    key: Array | None = None,
+    failure_probability: float = FAILURE,
 ) -> Bracket:
     r"""lower ≤ ||A||² ≤ upper for the layer's own matrix A, whatever its padding, round-off included.
 
     An operator of up to four million entries is written out, and its bracket is as tight as that of a
-    dense layer. A larger one gets the Rayleigh quotient of the top Ritz vector after `num_iters` Lanczos
-    steps on A A* or A* A, whichever is smaller, each one product with A and one with A*; its upper end is
-    that of `lipschitz_bracket` on the padded grid. The fewer pixels, the further that is above: in VGG16
-    by up to 1 % at 32×32 pixels, 13 % at 8×8, 50 % at 4×4 (benchmarks/lipschitz.py). The lower end is
-    then the better value, the upper one the safe step.
+    dense layer (`method` "exact"). A larger one gets the Rayleigh quotient of the top Ritz vector after
+    `num_iters` Lanczos steps on A A* or A* A, whichever is smaller, each one product with A and one with A*.
+    Its upper end is
+
+    - of a convolution that of `lipschitz_bracket` on the padded grid ("bound"). The fewer pixels, the
+      further that is above: in VGG16 by up to 1 % at 32×32 pixels, 13 % at 8×8, 50 % at 4×4
+      (benchmarks/lipschitz.py). The lower end is then the better value, the upper one the safe step;
+    - of another map its `squared_norm_bound()`, if it has one ("bound");
+    - else θ / (1 − ε) for the Ritz value θ, which is too small with at most `failure_probability` over the
+      random start ("probability"); infinite after too few steps.
+
+    A map of unknown arithmetic is trusted to make products within 8 log2(entries) u of the exact ones.
 
     Args:
-      linear_map: `Dense` or `Conv`.
+      linear_map: any.
       num_iters: number of Lanczos steps; their vectors are kept.
-      key: for a random start; a fixed vector in no special direction if None.
+      key: for the random start; if None one of a fixed seed.
+      failure_probability: p in (0, 1), a Python number.
 
     Returns:
-      `Bracket` of scalars, in float32 or the kernel's wider dtype.
+      `Bracket` of scalars, in float32 or the map's wider dtype; NaN if products are not finite.
+
+    References:
+      Kuczyński and Woźniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms with
+      a random start, 1992, theorem 4.1 (b).
     """
     num_iters = _checks.count("num_iters", num_iters)
-    if isinstance(linear_map, Dense):
+    if not 0 < failure_probability < 1:
+        _checks.fail("failure_probability", "a number in (0, 1)", failure_probability)
+    linear_map = base_of(linear_map)
+    if isinstance(linear_map, Conv):
+        return _of_convolution(linear_map, num_iters, key)
+    if has_blocks(linear_map):
         return lipschitz_bracket(linear_map)
-    inputs, outputs = math.prod(linear_map.in_shape), math.prod(linear_map.out_shape)
-    kernel = linear_map.kernel.astype(compute_dtype(linear_map))
+    return matrix_free_bracket(linear_map, num_iters, key, failure_probability)
+
+
+def _of_convolution(conv: Conv, num_iters: int, key: Array | None) -> Bracket:
+    kernel = conv.kernel.astype(compute_dtype(conv))
     scale = scale_of(kernel)
-    unit_map = dataclasses.replace(linear_map, kernel=kernel / scale)
-    with jax.default_matmul_precision("highest"):
-        if inputs * outputs <= _DENSE_SIZE:
-            units = jnp.eye(inputs, dtype=kernel.dtype).reshape(inputs, *linear_map.in_shape)
-            matrix = unit_map(units).reshape(inputs, outputs)  # products with 0 and 1 are exact
-            return rescaled(lipschitz_bracket(Dense(matrix)), scale)
-        lower = _lanczos_bound(unit_map, num_iters, key)
+    unit_map = dataclasses.replace(conv, kernel=kernel / scale)
+    if is_small(conv):
+        matrix, _ = entries(unit_map)  # products with 0 and 1 are exact
+        inner = lipschitz_bracket(Matrix(matrix, (matrix.shape[0],), (matrix.shape[1],)))
+        return rescaled(inner.lower, inner.upper, scale)
+    lower, factor = lanczos_bound(unit_map, num_iters, key)
     upper = lipschitz_bracket(unit_map, grid="padded").upper
-    return rescaled(Bracket(lower, upper), scale)
-
-
-def _lanczos_bound(conv: Conv, num_iters: int, key: Array | None) -> Array:
-    """The Rayleigh quotient of the top Ritz vector, less its round-off."""
-    absolute = dataclasses.replace(conv, kernel=jnp.abs(conv.kernel))
-    forward, backward, bound = conv, conv.adjoint, absolute
-    shape, fan = conv.in_shape, conv.kernel[..., 0].size
-    if math.prod(conv.out_shape) < math.prod(shape):
-        forward, backward, bound = conv.adjoint, conv, absolute.adjoint
-        shape, fan = conv.out_shape, conv.kernel[:, :, 0].size // conv.feature_group_count
-    size, dtype = math.prod(shape), conv.kernel.dtype
-    start = _spectra.fixed_start(size, dtype)
-    if key is not None:
-        start = jax.random.normal(key, (size,), dtype)
-    start = varying(start, conv)
-
-    def gram(x):
-        return backward(forward(x.reshape(shape))).ravel()
-
-    _, vector = _spectra.lanczos(gram, start, num_iters)
-    # each entry of the image is an inner product of `fan` terms
-    error = _norm(bound(jnp.abs(vector).reshape(shape))) * _spectra.gamma(fan + 2, dtype)
-    few = 1 - 128 * _spectra.unit_round_off(dtype)
-    image = _norm(forward(vector.reshape(shape)))
-    return (jnp.maximum(few * image - 2 * error, 0.0) / _norm(vector)) ** 2 * few
-
-
-def _norm(array: Array) -> Array:
-    return jnp.sqrt(_spectra.pairwise_sum(array.ravel() ** 2))
+    return rescaled(lower * factor * factor, upper, scale, "bound")

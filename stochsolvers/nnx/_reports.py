@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +12,11 @@ from flax import errors, nnx
 
 from stochsolvers import _layers, reports
 from stochsolvers._typing import join_static, split_static
+from stochsolvers.linear_maps import LinearMap
 from stochsolvers.nnx._dropout import linear_map_of
-from stochsolvers.nnx._layers import SolverLayer, SolverRecord
+from stochsolvers.nnx._layers import SolverConv, SolverLayer, SolverLinear, SolverRecord
 from stochsolvers.reports import _certificates, _lipschitz, _trace
+from stochsolvers.reports._known_layers import inherits_unchanged
 
 
 @reports.certify.register(nnx.Module)
@@ -61,13 +65,13 @@ def _observations(graph, state, traced, static, deterministic):
             _, records = nnx.capture(model, SolverRecord)(*inputs, **options)
         except (TypeError, ValueError) as error:  # a branch or a loop, of another structure now
             if called and "__captures__" in str(error):
-                _certificates.lost(called[-1], _KEPT_BY)
+                _certificates.fail_dropped_records(called[-1], _KEPT_BY)
             raise
     flat = nnx.to_flat_state(records)
     seen = {_name(path[:-1]): record.get_value() for path, record in flat}
     for name in called:
         if name not in seen:
-            _certificates.lost(name, _KEPT_BY)
+            _certificates.fail_dropped_records(name, _KEPT_BY)
     return seen
 
 
@@ -87,7 +91,7 @@ def _listen(model: nnx.Module) -> list[str]:
             try:
                 self.report_label = name  # NNX refuses within transforms of JAX
             except errors.TraceContextError:
-                _certificates.lost(name, _KEPT_BY)
+                _certificates.fail_dropped_records(name, _KEPT_BY)
             return cls.solve(self, *args, **options)
 
         return type(cls.__name__, (cls,), {"solve": solve})
@@ -112,13 +116,19 @@ def lipschitz_report(
     The forward pass of a copy in evaluation mode is traced, not run, to see which layers are called,
     in which order and on which shapes. The model itself is unchanged.
 
-    `nnx.Linear`, two-dimensional `nnx.Conv` and their solvers have a certified norm: exact for dense
-    layers and circular padding, a bracket under zero padding. `nnx.BatchNorm` has its scale. What
-    else has parameters (attention, `Embed`, `ConvTranspose`, one- and three-dimensional convolutions,
-    layers within `nnx.scan`, …) is named as not bounded. Operations between the layers count with
-    their own constants: 1 for ReLU, tanh, softplus and pools of disjoint windows, |c| for a
-    scaling by c. One that has none, such as `sign`, or none that is known is named, and makes the bound
-    infinite; so does a residual or parallel connection around a layer.
+    Layers with a certified norm: `nnx.Linear`, two-dimensional `nnx.Conv`, their solvers, and
+    `nnx.BatchNorm`, whose norm is its largest scale. The norm is exact for dense layers and circular
+    padding, and a bracket under zero padding. Subclasses count if they override no method, and layers if
+    they have Flax's own `dot_general` and `promote_dtype` and are called with their own kernel. All other
+    modules with parameters are named as not bounded: attention, `Embed`, `ConvTranspose`, one- and
+    three-dimensional convolutions, layers within `nnx.SpectralNorm`, `nnx.WeightNorm` and `nnx.scan`, …
+
+    The bound includes the Lipschitz constants of the operations between the layers: 1 for ReLU, tanh,
+    softplus and pools of disjoint windows, |c| for a scaling by c. An activation of `jax.nn` is
+    recognised by the operations that it consists of; the name of a function is not used. Operations
+    without a constant, such as `sign`, and those whose constant is not known are named, and make the
+    bound infinite; so does a residual or parallel connection around a layer. The bound holds in exact
+    arithmetic: rounding, as by a cast to bfloat16, adds the relative precision of the dtype.
 
     Args:
       model: the network.
@@ -140,45 +150,84 @@ def lipschitz_report(
     inputs = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32 if dtype is None else dtype)
     trace = _trace.trace(forward, parameters, inputs)
     modules = {_name(path): module for path, module in nnx.iter_modules(model)}
-    parts = [_part(modules[call.label], call.input_shape) for call in trace.calls]
+    arrays = jax.tree.leaves(parameters)
+    parts = [_part(modules[call.label], call, arrays) for call in trace.calls]
     owners = [
-        _name(tuple(key.key for key in path if hasattr(key, "key"))[:-1])
+        _owner(tuple(key.key for key in path if hasattr(key, "key")), modules)
         for path, _ in jax.tree_util.tree_leaves_with_path(parameters)
     ]
     strays = {owners[index]: position for index, position in reversed(trace.strays.items())}
+    for name in list(strays):  # a wrapper and what it wraps have one row
+        if isinstance(modules[name], _WRAPPERS):
+            wrapped = "" if name == _name(()) else f"{name}."
+            if any(other.startswith(wrapped) for other in strays.keys() - {name}):
+                del strays[name]
     kinds = {name: type(modules[name]).__name__ for name in strays}
     return _lipschitz.norms_report(trace, parts, strays, kinds)
+
+
+def _owner(path: tuple[Any, ...], modules: Mapping[str, nnx.Module]) -> str:
+    """The name of the module that a parameter belongs to, itself or in a container."""
+    names = (_name(path[:end]) for end in range(len(path) - 1, -1, -1))
+    return next(name for name in names if name in modules)
+
+
+_WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm)  # they call layers with other kernels
 
 
 def _mark_layers(model: nnx.Module) -> None:
     """Make the layers that have a bound mark their calls."""
     rewritten = set()
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm):  # they call with other kernels
+        if isinstance(module, _WRAPPERS):
             rewritten |= {id(inner) for _, inner in nnx.iter_modules(module)}
     for path, module in list(nnx.iter_modules(model)):
-        known = type(module).__call__ in _KNOWN_CALLS if callable(module) else False
-        if known and id(module) not in rewritten:
+        if _is_known(module) and id(module) not in rewritten:
             module.report_label = _name(path)  # pyright: ignore[reportAttributeAccessIssue]
             object.__setattr__(module, "__class__", _marking(type(module)))
 
 
-_KNOWN_CALLS = (
-    nnx.Linear.__call__,
-    nnx.Conv.__call__,
-    nnx.BatchNorm.__call__,
-    SolverLayer.__call__,
-)
+# The layers whose norm the report computes: class -> the linear map of such a layer for inputs of a shape
+# (batch axes included). A function raises ValueError for options that it does not cover.
+_LINEAR_MAPS: dict[type, Callable[[Any, tuple[int, ...]], LinearMap]] = {
+    nnx.Linear: linear_map_of,
+    nnx.Conv: linear_map_of,
+    SolverLinear: linear_map_of,
+    SolverConv: linear_map_of,
+}
+_NORMALISATIONS = (nnx.BatchNorm,)
+
+
+_OPERATIONS = ("dot_general", "conv_general_dilated", "promote_dtype")
+
+
+def _is_known(module: Any) -> bool:
+    """Whether a module computes what its class in the tables above does."""
+    base = inherits_unchanged(type(module), (*_LINEAR_MAPS, *_NORMALISATIONS))
+    return base is not None and all(
+        getattr(module, name) is default for name, default in _operations(base).items()
+    )
+
+
+@functools.cache
+def _operations(cls: Any) -> dict[str, Any]:
+    """The operations that a Flax layer lets its user replace, by their names in its constructor."""
+    defaults: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        parameters = inspect.signature(base.__init__).parameters
+        defaults |= {name: parameters[name].default for name in _OPERATIONS if name in parameters}
+    return defaults
 
 
 @functools.cache
 def _marking(cls: Any) -> Any:
     """The class of a layer, with its input and output marked."""
 
-    def call(self, inputs, *args, **options):
-        statistics = (*args, options.get("use_running_average"))[0]
-        if statistics is False:  # of the batch
-            return cls.__call__(self, inputs, *args, **options)
+    def call(self: Any, inputs, *args, **options):
+        if issubclass(cls, _NORMALISATIONS):
+            given = (*args, options.get("use_running_average"))[0]
+            if not (self.use_running_average if given is None else given):  # the batch's statistics
+                return cls.__call__(self, inputs, *args, **options)
         inputs = _trace.mark_input(inputs, self.report_label)
         outputs = cls.__call__(self, inputs, *args, **options)
         return _trace.mark_output(outputs, self.report_label)
@@ -186,14 +235,24 @@ def _marking(cls: Any) -> Any:
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-def _part(layer: Any, input_shape: tuple[int, ...]) -> _lipschitz.Part:
+def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschitz.Part:
+    """What the report needs of a layer for one call, given all of the network's parameters."""
     kind = type(layer).__name__
-    if isinstance(layer, nnx.BatchNorm):
+    is_normalisation = isinstance(layer, _NORMALISATIONS)
+    weight = layer.scale if is_normalisation else layer.kernel
+    own = [] if weight is None else [weight.get_value()]
+    indices = {i for i, array in enumerate(parameters) if any(array is one for one in own)}
+    if indices and indices.isdisjoint(call.parameters):
+        return _lipschitz.Part(kind)  # called with another kernel or scale
+    if is_normalisation and call.reads_others:
+        return _lipschitz.Part(kind)  # with another variance
+    if is_normalisation:
         scale = None if layer.scale is None else layer.scale[...]
         return _lipschitz.Part(kind, normalisation=(scale, layer.var[...], layer.epsilon))
+    linear_map_for = _LINEAR_MAPS[inherits_unchanged(type(layer), _LINEAR_MAPS)]
     try:
-        linear_map = linear_map_of(layer, input_shape)
-    except ValueError:  # not a two-dimensional convolution, or one with other options
+        linear_map = linear_map_for(layer, call.input_shape)
+    except ValueError:
         return _lipschitz.Part(kind)
     part = _lipschitz.Part(kind, linear_map)
     if not isinstance(layer, SolverLayer):

@@ -183,9 +183,9 @@ def _loss_gap(problem: Objective, point: _Point, r: Array, move: Array) -> Array
     if problem.is_quadratic:
         squares = problem.sum((jnp.abs(move) + error) ** 2)
         return 0.5 * (1.0 + tree_round_off(error.shape, error)) * squares
-    terms, sizes = loss.gap(point.u, r, point.targets)
+    terms, sizes, own = loss.gap(point.u, r, point.targets)
     distance = jnp.abs(loss.derivative(point.u, point.targets) - r)
-    gap = problem.sum(jnp.maximum(terms, 0.0))
+    gap = problem.sum(jnp.maximum(terms, 0.0) + own)
     gap += problem.sum(distance * error) + 0.5 * loss.smoothness * problem.sum(error**2)
     return gap + tree_round_off(point.u.shape, r) * problem.sum(sizes)
 

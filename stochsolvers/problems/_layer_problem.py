@@ -3,6 +3,7 @@
 import jax
 from jax import lax
 
+from stochsolvers._shards import automatic, batch_spec, is_explicit
 from stochsolvers._typing import Array, value_object
 from stochsolvers.problems import _certificate
 from stochsolvers.problems._objective import Objective
@@ -59,4 +60,6 @@ class LayerProblem(Objective):
           Nesterov 2018, theorem 2.1.10 (first bound); Rockafellar 1970, section 31 (the others).
         """
         z = self._variable(z)
-        return _certificate.certificate(*jax.tree.map(lax.stop_gradient, (self, z)))
+        spec = batch_spec(self.inputs, len(self.batch_shape)) if is_explicit() else None
+        operands = jax.tree.map(lax.stop_gradient, (self, z))
+        return automatic(_certificate.certificate, spec, *operands)

@@ -10,7 +10,7 @@ from jax import lax
 
 from stochsolvers import lipschitz
 from stochsolvers._shards import varying
-from stochsolvers._typing import Array
+from stochsolvers._typing import Array, static_field, value_object
 from stochsolvers.linear_maps import Conv, Dense, LinearMap, Matrix, Transposed, size, written_out
 
 _BLOCK = 32  # products that are added up before their sum goes on in twice the precision
@@ -31,7 +31,7 @@ class Product(NamedTuple):
     error: Array
 
 
-@dataclasses.dataclass(frozen=True)
+@value_object
 class Products:
     """A linear map with bounds on the round-off of its products.
 
@@ -47,7 +47,7 @@ class Products:
 
     linear_map: LinearMap
     constant: Array
-    batch_ndim: int
+    batch_ndim: int = static_field()
 
     @classmethod
     def of(cls, linear_map: LinearMap, batch_ndim: int) -> "Products":

@@ -70,9 +70,9 @@ def symmetric(w: Array, gamma: Array) -> ValueAndPartials:
 
 @with_partials
 def interval(w: Array, gamma: Array) -> ValueAndPartials:
-    r"""The conjugate of −γ (log u + log(1 − u)): g*(w) = max(w, 0) + g*(−|w|), and with y = |w|/2
+    r"""g*(w) = max(w, 0) + g*(−|w|), the conjugate of −γ (log u + log(1 − u)).
 
-    g*(−2y) = −y (1 − u) + γ (log(1 − u²) − 2 log 2),   u the maximiser at y.
+    With y = |w|/2 and the maximiser u at y, g*(−2y) = −y (1 − u) + γ (log(1 − u²) − 2 log 2).
     """
     y = 0.5 * jnp.abs(w)
     u, wall, pull, logs = _maximiser(y, gamma)

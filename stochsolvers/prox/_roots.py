@@ -70,7 +70,7 @@ def barrier_odds(half_a: Array, half_excess: Array, half_weight: Array) -> Array
 
 @barrier_odds.defjvp
 def _barrier_odds_jvp(primals, tangents):
-    half_a, _, half_weight = primals
+    _, _, half_weight = primals
     da, _, dweight = tangents  # the tangent of the excess is that of a
     t = barrier_odds(*primals)
     wall, q = 1 / (1 + t), 1 / (1 + 2 * t)
@@ -87,9 +87,8 @@ def _barrier_root(half_a: Array, half_excess: Array, half_weight: Array) -> tupl
     t = barrier_odds(half_a, half_excess, half_weight)
     wall, q = 1 / (1 + t), 1 / (1 + 2 * t)
     u = t * wall
-    half_rise = jnp.where(
-        half_excess > 0, half_excess + 0.5 * wall, half_weight * t * (1 + q)
-    )  # no difference of near numbers, no overflow
+    # no difference of near numbers, no overflow
+    half_rise = jnp.where(half_excess > 0, half_excess + 0.5 * wall, half_weight * t * (1 + q))
     curve = 0.5 * wall + (half_rise / (1 + q) + half_weight) * (1 + q * q)
     u = jnp.where(t < 1, u, 1 - wall)
     return u, wall, 0.5 * wall / curve, curve, 0.5 * u * (1 + q)

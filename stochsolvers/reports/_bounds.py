@@ -32,11 +32,9 @@ def squared_norm_bracket(linear_map: LinearMap) -> Bracket:
 
 
 def first_step(
-    solver: Any, problem: LayerProblem, step_constant: Array | None, deterministic: bool
+    solver: Solver, problem: LayerProblem, step_constant: Array | None, deterministic: bool
 ) -> Array:
-    """η_0, a scalar or one for each output; NaN for an object that is no `Solver`."""
-    if not isinstance(solver, Solver):
-        return jnp.asarray(jnp.nan, problem.dtype)
+    """η_0, a scalar or one for each output."""
     steps = solver.schedule(problem, step_constant, deterministic=deterministic)
     return steps(jnp.zeros((), int))
 
@@ -70,23 +68,21 @@ def solver_bound(
 
 
 def guarantee(
-    solver: Any,
+    solver: Solver,
     problem: LayerProblem,
     upper: Array,
     step_constant: Array | None,
     deterministic: bool,
 ) -> Array:
-    r"""max(|1 − η μ|, |1 − η (λ + upper)|) if every step is that of one η along the full gradient, else NaN.
+    r"""max(|1 − η μ|, |1 − η (λ + upper)|) if every step is that of one η along the full gradient, else +∞.
 
     Then z_{k+1} − z_k = T z_k − T z_{k−1} for one map T, which brings two points closer by that factor.
     """
-    none = jnp.asarray(jnp.nan, problem.dtype)
-    if not isinstance(solver, Solver):
-        return none
+    none = jnp.asarray(jnp.inf, problem.dtype)
     if solver.stochastic and not deterministic:
         return none
     running = solver.deterministic() if deterministic else solver
-    if getattr(running, "momentum", False) or not running.takes_gradient_steps():
+    if not running.takes_gradient_steps():
         return none
     steps = solver.schedule(problem, step_constant, deterministic=deterministic)
     sizes = lax.map(steps, jnp.arange(running.num_iters))  # pyright: ignore[reportAttributeAccessIssue]

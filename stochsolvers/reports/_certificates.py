@@ -10,7 +10,12 @@ For one solve of problem P(z) = F(z) + g(z) by iterates z_1, …, z_K with resid
 The guarantee is the factor by which a proximal step of size η along the full gradient brings two
 points closer; with η = 1/L it is 1 − μ/L. Where all steps are that one map, as for `ProxGD` without
 momentum at a constant step, r_{k+1} is at most that factor times r_k. Momentum, sampled gradients,
-steps that change and steps that differ between outputs have no such guarantee, and none is shown.
+steps that change and steps that differ between outputs have no such guarantee: NaN, printed as –.
+
+A gap is infinite where nothing can be promised, and the report says why: iterates that are not finite, a
+point
+outside the domain of g, or a problem without curvature for which no dual point was found, as when it is
+unbounded below. A ridge λ > 0 mends the last.
 """
 
 import contextlib
@@ -32,9 +37,11 @@ from stochsolvers.lipschitz import lipschitz_constant
 from stochsolvers.problems import LayerProblem
 from stochsolvers.reports import _table
 from stochsolvers.reports._bounds import first_step, guarantee, is_exact, squared_norm_bracket
-from stochsolvers.solvers import Solution, Solver
+from stochsolvers.solvers import Solution, Solver, Status
 
-_ROUND_OFF = 64.0  # residuals below this many eps of the solution say nothing about the rate
+_ROUND_OFF = (
+    64.0  # residuals below this many eps of ||z_K|| are round-off of the step, with room to spare
+)
 
 _calls: contextvars.ContextVar[Iterator[int] | None] = contextvars.ContextVar(
     "_calls", default=None
@@ -67,8 +74,8 @@ def numbered_calls() -> Iterator[None]:
         _calls.reset(token)
 
 
-def lost(layer: str, wanted: str) -> NoReturn:
-    """Refuse a transform that would drop what a layer shows of itself.
+def fail_dropped_records(layer: str, wanted: str) -> NoReturn:
+    """Refuse a transform that would drop the records of a layer's solves.
 
     Args:
       layer: its path in the network.
@@ -80,20 +87,23 @@ def lost(layer: str, wanted: str) -> NoReturn:
 
 
 class Observation(NamedTuple):
-    """What one solve shows of itself.
+    """Measurements of one solve.
 
     Attributes:
-      call: its number in the order of the trace.
-      lipschitz: L = λ_max(A A*) on the layer's own grid, without the ridge.
+      call: its index in the order of the trace.
+      lipschitz: L = λ_max(A A*), without the ridge: the middle of its bracket where lemma 2 is exact (dense,
+        circular), else `lipschitz_constant` on the layer's own grid.
       lower: a lower bound on ||A||².
       upper: an upper bound on ||A||².
-      step_size: the first step, the largest where outputs have their own; NaN where unknown.
-      contraction_bound: the guaranteed factor of the residuals; NaN where there is no guarantee.
-      num_iters: the iterations taken, the most of an example.
-      contraction: measured factor of the residuals, shape (*batch,); NaN where there is none.
+      step_size: the first step, the largest where outputs have their own.
+      contraction_bound: the guaranteed factor of the residuals; +∞ where there is no guarantee.
+      num_iters: the iterations taken, the maximum over the batch.
+      contraction: measured factor of the residuals, shape (*batch,); +∞ where there is none.
       objective: P(z_K), shape (*batch,).
       gap: its certified gap, shape (*batch,).
       finite: whether every iterate was finite, shape (*batch,).
+      feasible: whether z_K is in the domain of g, shape (*batch,).
+      growing: whether the solver ended with `Status.UNBOUNDED`, shape (*batch,).
 
     Fields without a shape are scalars. A transformation that stacks layers stacks all of them.
     """
@@ -109,6 +119,8 @@ class Observation(NamedTuple):
     objective: Array
     gap: Array
     finite: Array
+    feasible: Array
+    growing: Array
 
 
 def observe(
@@ -142,20 +154,28 @@ def observe(
         objective=problem.objective(solution.value),
         gap=gap,
         finite=solution.finite,
+        feasible=jnp.isfinite(problem.prior_value(solution.value)),
+        growing=_ended_growing(solution),
     )
 
 
+def _ended_growing(solution: Solution) -> Array:
+    if solution.status is None:
+        return jnp.zeros_like(solution.finite)
+    return solution.status == Status.UNBOUNDED
+
+
 def contraction(residuals: Array, floor: Array) -> Array:
-    """(r_m / r_1)^(1/(m − 1)) with m the last of the first residuals above the floor; NaN for m < 2.
+    """(r_m / r_1)^(1/(m − 1)), m the largest with r_1, …, r_m all above the floor; +∞ for m < 2.
 
     Args:
       residuals: r_k, shape (K, *batch).
-      floor: shape (*batch,).
+      floor: what counts as round-off, shape (*batch,).
     """
-    steps = jnp.sum(jnp.cumprod(residuals > floor, axis=0), axis=0) - 1
-    last = jnp.take_along_axis(residuals, jnp.maximum(steps, 0)[None], axis=0)[0]
-    ratio = last / jnp.where(steps > 0, residuals[0], 1.0)
-    return jnp.where(steps > 0, ratio ** (1.0 / jnp.maximum(steps, 1)), jnp.nan)
+    ratios = jnp.sum(jnp.cumprod(residuals > floor, axis=0), axis=0) - 1  # m − 1
+    last = jnp.take_along_axis(residuals, jnp.maximum(ratios, 0)[None], axis=0)[0]
+    total = last / jnp.where(ratios > 0, residuals[0], 1.0)
+    return jnp.where(ratios > 0, total ** (1.0 / jnp.maximum(ratios, 1)), jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,20 +184,21 @@ class LayerCertificate:
 
     Attributes:
       name: the layer's path in the network.
-      lipschitz: L = λ_max(A A*) on the layer's own grid (`lipschitz_constant`), without the ridge.
+      lipschitz: L = λ_max(A A*), without the ridge: the middle of [lower, upper] where lemma 2 is exact
+        (dense, circular), else `lipschitz_constant` on the layer's own grid.
       lower: a lower bound on ||A||².
       upper: an upper bound on ||A||².
-      step_size: the first step, the largest where output features have their own; NaN for a solver
-        that is no configuration of this library.
-      num_iters: K; with a tolerance, the most that an example took.
+      step_size: the first step, the largest where output features have their own.
+      num_iters: K; with a tolerance, the maximum over the batch.
       gap_max: the certified gap of the batch's worst example, in units of the objective.
       gap_mean: its mean over the batch.
       relative_gap: the largest gap / |objective| of the batch.
-      contraction: measured factor of the residuals for each iteration, the batch's worst; NaN where
-        fewer than two residuals are above round-off.
+      contraction: measured factor of the residuals for each iteration, the maximum over the batch; NaN
+        where fewer than two residuals are above round-off.
       contraction_bound: the factor that theory guarantees; NaN where it guarantees none (momentum,
         sampled gradients, steps that change or that differ between outputs).
       finite: whether every iterate of every example was finite.
+      note: why a gap is infinite and what to do, or "".
     """
 
     name: str
@@ -192,6 +213,7 @@ class LayerCertificate:
     contraction: float
     contraction_bound: float
     finite: bool
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,15 +238,17 @@ class CertificateReport:
             "layer", "L", "||A||² in", "step", "iterations", "gap max", "gap mean", "relative",
             "contraction", "guaranteed",
         )  # fmt: skip
-        return _table.text(headers, [_cells(row) for row in self.rows])
+        lines = [_table.text(headers, [_cells(row) for row in self.rows])]
+        lines += [f"{row.name}: {row.note}" for row in self.rows if row.note]
+        return "\n".join(lines)
 
 
 def certificate_report(
     observations: Mapping[str, Sequence[Observation]],
 ) -> CertificateReport:
-    """The table of what the layers of these names observed.
+    """A row for each recorded solve, by the names of the layers.
 
-    A transformation that stacks layers (a scan) stacks their observations: each gets a row.
+    A transformation that stacks layers (a scan) stacks their records: each gets a row.
     """
     rows = []
     for name, calls in jax.device_get(dict(observations)).items():
@@ -256,9 +280,31 @@ def _row(name: str, seen: Observation) -> LayerCertificate:
         gap_mean=float(np.mean(gap)),
         relative_gap=float(np.max(relative)),
         contraction=float(np.max(rates)) if rates.size else float("nan"),
-        contraction_bound=float(seen.contraction_bound),
+        contraction_bound=float(_or_nan(seen.contraction_bound)),
         finite=bool(np.all(seen.finite)),
+        note=_note(seen),
     )
+
+
+def _or_nan(value: Any) -> Any:
+    """NaN, "none", in a record; within JAX it is +∞, which `jax_debug_nans` lets pass."""
+    return np.where(np.isinf(value), np.nan, value)
+
+
+def _note(seen: Observation) -> str:
+    """Why gaps are infinite, for the first cause that applies to an example."""
+    infinite = np.isinf(seen.gap)
+    growing = np.asarray(seen.growing)
+    if not np.any(infinite | growing):
+        return ""
+    count = f"{np.sum(infinite)} of {infinite.size} gaps infinite"
+    if np.any(infinite & ~np.asarray(seen.finite)):
+        return f"{count}: the iterates are not finite; take a shorter step"
+    if np.any(infinite & ~np.asarray(seen.feasible)):
+        return f"{count}: the output is outside the prior's domain"
+    if np.any(growing):
+        return f"{count}: the iterates grow at a constant rate; add a ridge to bound the problem"
+    return f"{count}: no curvature and no dual point found; add a ridge"
 
 
 def _cells(row: LayerCertificate) -> list[str]:

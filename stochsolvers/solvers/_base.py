@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers import _checks, step_sizes
+from stochsolvers._shards import automatic, batch_spec, is_explicit, spec_of
 from stochsolvers._typing import (
     Array,
     Scalar,
@@ -211,17 +212,21 @@ class Solver(abc.ABC):
             _checks.fail("key", "a random key for a stochastic solver", None)
         self.check(problem)
         traced, static = split_static(self)
-        solution = _solve(
-            traced,
-            None if deterministic else key,
-            problem,
-            _starting_point(problem, init),
-            step_constant,
+        run = functools.partial(
+            _solve,
             static=static,
             from_zero=init is None,
             deterministic=deterministic,
             trace_objective=trace_objective,
         )
+        key = None if deterministic else key
+        operands = traced, key, problem, _starting_point(problem, init), step_constant
+        if is_explicit():
+            stops = (self.deterministic() if deterministic else self).tol is not None
+            specs = _specs(problem, trace_objective=trace_objective, stops=stops)
+            solution = automatic(run, specs, *operands)
+        else:
+            solution = run(*operands)
         if certify:
             gap = problem.certificate(solution.value)
             solution = dataclasses.replace(solution, certificate=gap)
@@ -320,6 +325,16 @@ def _solve(
 def _solution(value: Array, diagnostics: Diagnostics, ends: dict[str, Array]) -> Solution:
     finite = jnp.all(diagnostics.finite, axis=0)
     return Solution(value, diagnostics.residual, diagnostics.objective, finite, **ends)
+
+
+def _specs(problem: LayerProblem, *, trace_objective: bool, stops: bool) -> Solution:
+    """How a solution is split over an explicit mesh: as the plain layer's output."""
+    output = jax.eval_shape(lambda A, x: A(x), problem.linear_map, problem.inputs)
+    value = jax.sharding.PartitionSpec(*spec_of(output))
+    batch = batch_spec(problem.inputs, len(problem.batch_shape))
+    of_all = jax.sharding.PartitionSpec(None, *batch)
+    ends = {"status": batch, "iterations": batch} if stops else {}
+    return Solution(value, of_all, of_all if trace_objective else None, batch, **ends)  # pyright: ignore
 
 
 def _starting_point(problem: LayerProblem, init: Array | None) -> Array:

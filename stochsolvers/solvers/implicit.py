@@ -95,7 +95,7 @@ def _fixed_point_jvp(settings: tuple[int, int], primals: Any, tangents: Any) -> 
     _, moved = jax.jvp(lambda m: m(solution), (step_map,), (tangents[0],))
     _, D = jax.linearize(lambda v: step_map.prior.prox(v, step_map.step), step_map.point(solution))
 
-    hessian = step_map.gradient.curvature(solution)
+    hessian = step_map.gradient.hessian_at(solution)
 
     def M(a):  # noqa: N802 - a matrix
         return a - step_map.step * hessian(a)

@@ -14,16 +14,21 @@ from flax import linen as nn
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The structure of one convolution, in Flax's words."""
+    """The structure of one convolution, in Flax's words; an integer stands for all axes."""
 
-    spatial_shape: tuple[int, int]
-    kernel_size: tuple[int, int]
+    spatial_shape: tuple[int, ...]
+    kernel_size: tuple[int, ...]
     in_features: int
     out_features: int
     padding: str | tuple[tuple[int, int], ...] = "SAME"
-    strides: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
+    strides: tuple[int, ...] | int = 1
+    dilation: tuple[int, ...] | int = 1
     groups: int = 1
+
+    def __post_init__(self):
+        for name in ("strides", "dilation"):
+            each = np.broadcast_to(getattr(self, name), len(self.spatial_shape))
+            object.__setattr__(self, name, tuple(each.tolist()))
 
     @property
     def in_shape(self):

@@ -6,6 +6,7 @@ end up to date.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +15,14 @@ from jax import lax
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.linear_maps import LinearMap
-from stochsolvers.lipschitz import _spectra
-from stochsolvers.lipschitz._constant import (
-    Bracket,
-    certified,
-    image,
-    rayleigh,
-    rescaled,
-    scale_of,
-    widened,
-)
-from stochsolvers.lipschitz._search import Found, frobenius_bounds
-from stochsolvers.lipschitz._taps import Grid, taps_and_phases
+from stochsolvers.lipschitz._bracket import lipschitz_bracket
+from stochsolvers.lipschitz._types import Bracket, Grid, check_grid, rescaled
+from stochsolvers.lipschitz.machinery import spectra
+from stochsolvers.lipschitz.machinery.blocks import scale_of
+from stochsolvers.lipschitz.machinery.search import Found, frobenius_bounds
+from stochsolvers.lipschitz.machinery.taps import Phases, taps_and_phases
+from stochsolvers.lipschitz.machinery.top import certified, image, rayleigh, widened
+from stochsolvers.lipschitz.machinery.written import has_blocks
 
 _POWER_STEPS = 2
 
@@ -33,6 +30,8 @@ _POWER_STEPS = 2
 @value_object
 class LipschitzState:
     """What `lipschitz_refresh` remembers.
+
+    All is None for a map without a kernel that is too large to be written out.
 
     Attributes:
       anchor: the taps at which the upper end was certified, divided by `scale`.
@@ -42,20 +41,23 @@ class LipschitzState:
       grid: as in `lipschitz_constant`.
     """
 
-    anchor: Array
-    scale: Array
-    ceiling: Array
-    best: Found
+    anchor: Array | None
+    scale: Array | None
+    ceiling: Array | None
+    best: Found | None
     grid: Grid = static_field(default="layer", kw_only=True)
 
 
 @functools.partial(jax.jit, static_argnames="grid")
 def lipschitz_state(linear_map: LinearMap, *, grid: Grid = "layer") -> LipschitzState:
     """The state for a kernel, from `lipschitz_bracket`'s full computation."""
+    check_grid(grid)
+    if not has_blocks(linear_map):
+        return LipschitzState(None, None, None, None, grid=grid)
     taps, phases = taps_and_phases(linear_map, grid)
     scale = scale_of(taps)
-    bracket, best = certified(taps / scale, phases)
-    return LipschitzState(taps / scale, scale, bracket.upper, best, grid=grid)
+    _, upper, best = certified(taps / scale, phases)
+    return LipschitzState(taps / scale, scale, upper, best, grid=grid)
 
 
 @jax.jit
@@ -68,7 +70,8 @@ def lipschitz_refresh(
 
     from the scalar products of the taps, or from their absolute values, whichever is smaller. The lower
     end is the Rayleigh quotient of the remembered vector after two power steps. If upper > (1 + tolerance)
-    lower everything is computed afresh, as in `lipschitz_state`. Under `vmap` it always is.
+    lower everything is computed afresh, as in `lipschitz_state`. Under `vmap` it always is, and so is
+    `lipschitz_bracket` of a map without a kernel too large to be written out.
 
     Args:
       linear_map: the same layer with another kernel.
@@ -82,42 +85,51 @@ def lipschitz_refresh(
     Raises:
       ValueError: at trace time, if the layer's shape is not the state's.
     """
+    if state.anchor is None or not has_blocks(linear_map):
+        if state.anchor is not None or has_blocks(linear_map):
+            _checks.fail("state of lipschitz_refresh", "that of the same layer", "another's")
+        return lipschitz_bracket(linear_map, grid=state.grid), state
     taps, phases = taps_and_phases(linear_map, state.grid)
     if taps.shape != state.anchor.shape or taps.dtype != state.anchor.dtype:
         _checks.fail("taps of the layer", (state.anchor.shape, state.anchor.dtype), taps.shape)
-    taps = taps / state.scale
+    return _refreshed(linear_map, taps / state.scale, phases, state, tolerance)
+
+
+def _refreshed(
+    linear_map: LinearMap, taps: Array, phases: Phases, state: Any, tolerance: Scalar
+) -> tuple[Bracket, LipschitzState]:
+    """`lipschitz_refresh` for taps divided by the state's scale."""
     drift = _norm_bound(taps - state.anchor, phases)
+    if phases.error:  # of the new taps; that of the anchor is within the ceiling
+        drift = drift + 1.01 * phases.error * jnp.sqrt(jnp.sum(taps**2))
     best = state.best._replace(vector=_power_steps(taps, phases, state.best))
-    lower = widened(Bracket(rayleigh(taps, phases, best), state.ceiling), taps, phases).lower
-    few = 1 + 16 * _spectra.unit_round_off(taps.dtype)
+    lower, _ = widened(rayleigh(taps, phases, best), state.ceiling, taps, phases)
+    few = 1 + 16 * spectra.unit_round_off(taps.dtype)
     upper = (jnp.sqrt(state.ceiling) + drift) ** 2 * few
 
     def keep():
         kept = LipschitzState(state.anchor, state.scale, state.ceiling, best, grid=state.grid)
-        return rescaled(Bracket(lower, upper), state.scale), kept
+        return rescaled(lower, upper, state.scale), kept
 
     def renew():
-        fresh = lipschitz_state(linear_map, grid=state.grid)
-        lower = widened(
-            Bracket(rayleigh(fresh.anchor, phases, fresh.best), fresh.ceiling), fresh.anchor, phases
-        ).lower
-        return rescaled(Bracket(lower, fresh.ceiling), fresh.scale), fresh
+        fresh: Any = lipschitz_state(linear_map, grid=state.grid)
+        quotient = rayleigh(fresh.anchor, phases, fresh.best)
+        lower, _ = widened(quotient, fresh.ceiling, fresh.anchor, phases)
+        return rescaled(lower, fresh.ceiling, fresh.scale), fresh
 
     return lax.cond(upper <= (1 + tolerance) * lower, keep, renew)
 
 
-def _norm_bound(taps: Array, phases) -> Array:
+def _norm_bound(taps: Array, phases: Phases) -> Array:
     """An upper bound on the spectral norm of a circular convolution without any of its blocks."""
     scale = scale_of(taps)
     taps = taps / scale
     frobenius = jnp.sqrt(jnp.max(frobenius_bounds(taps, phases)))
-    entrywise = jnp.sqrt(jnp.max(_spectra.perron(jnp.sum(jnp.abs(taps), axis=1))))
-    return (
-        jnp.minimum(frobenius, entrywise) * scale * (1 + 16 * _spectra.unit_round_off(taps.dtype))
-    )
+    entrywise = jnp.sqrt(jnp.max(spectra.perron(jnp.sum(jnp.abs(taps), axis=1))))
+    return jnp.minimum(frobenius, entrywise) * scale * (1 + 16 * spectra.unit_round_off(taps.dtype))
 
 
-def _power_steps(taps: Array, phases, best: Found) -> Array:
+def _power_steps(taps: Array, phases: Phases, best: Found) -> Array:
     """v ← Â*Â v / ||·||, the gradient of ½ ||Â v||², a few times over."""
 
     def energy(vector):

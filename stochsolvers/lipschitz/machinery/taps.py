@@ -11,16 +11,17 @@ symbol is real. A kernel that does not vary along an axis needs no frequency alo
 
 import functools
 import math
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochsolvers import _checks
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, LinearMap
-
-Grid: TypeAlias = Literal["layer", "padded"]
+from stochsolvers.lipschitz._torus import half_spectrum, torus
+from stochsolvers.lipschitz._types import Grid, check_grid, compute_dtype
+from stochsolvers.lipschitz.machinery.written import base_of, entries, product_error
 
 _NODES_PAY = 1.5  # frequencies for each node, above which interpolation is faster
 
@@ -51,34 +52,42 @@ class Phases(NamedTuple):
       cosines, sines: float64 arrays (frequencies, aliases, taps) in host memory.
       num_real: how many of the frequencies, the first ones, have no imaginary part.
       nodes: if they are far fewer than the frequencies.
+      error: bound on the errors of the taps, in the Frobenius norm and relative to it; 0 if they are known.
     """
 
     cosines: np.ndarray
     sines: np.ndarray
     num_real: int
     nodes: Nodes | None = None
+    error: float = 0.0
 
 
-def check_grid(grid: str) -> None:
-    """Refuse unknown grids."""
-    _checks.member("grid", grid, ("layer", "padded"))
-
-
-def compute_dtype(linear_map: LinearMap):
-    """float32, or the kernel's own type if that is wider."""
-    return jnp.promote_types(linear_map.kernel.dtype, jnp.float32)
+_ONE = Phases(np.ones((1, 1, 1)), np.zeros((1, 1, 1)), 1)
+"""Of one block without frequencies."""
 
 
 def taps_and_phases(linear_map: LinearMap, grid: Grid) -> tuple[Array, Phases]:
-    """The taps, shape (groups, taps, n1 / groups, n2 / groups), and the table of their phases."""
+    """The taps, shape (groups, taps, n1 / groups, n2 / groups), and the table of their phases.
+
+    A transposed map has those of its base: the singular values are the same. A map without a kernel is
+    written out, one tap with all of its inputs and outputs.
+    """
     check_grid(grid)
-    kernel = linear_map.kernel.astype(compute_dtype(linear_map))
-    if not isinstance(linear_map, Conv):
-        return kernel[None, None], Phases(np.ones((1, 1, 1)), np.zeros((1, 1, 1)), 1)
-    kh, kw, n_in, _ = kernel.shape
-    taps = kernel.reshape(kh * kw, n_in, linear_map.feature_group_count, -1).transpose(2, 0, 1, 3)
-    shape, strides = torus(linear_map, grid)
-    return taps, _phases(shape, strides, (kh, kw), linear_map.kernel_dilation)
+    dtype = compute_dtype(linear_map)
+    linear_map = base_of(linear_map)
+    if isinstance(linear_map, Conv):
+        *sizes, n_in, n2 = linear_map.kernel.shape
+        groups = linear_map.feature_group_count
+        kernel = linear_map.kernel.astype(dtype).reshape(-1, n_in, groups, n2 // groups)
+        shape, strides = torus(linear_map, grid)
+        phases = _phases(shape, strides, tuple(sizes), linear_map.kernel_dilation)
+        return kernel.transpose(2, 0, 1, 3), phases
+    if hasattr(linear_map, "blocks"):
+        blocks = linear_map.blocks().astype(dtype)  # pyright: ignore
+        summed = blocks.size != sum(leaf.size for leaf in jax.tree.leaves(linear_map))
+        return blocks[:, None], _ONE._replace(error=product_error(linear_map) if summed else 0.0)
+    matrix, error = entries(linear_map)
+    return matrix[None, None], _ONE._replace(error=error)
 
 
 def folded(taps: Array, phases: Phases) -> tuple[Array, Phases]:
@@ -96,60 +105,39 @@ def folded(taps: Array, phases: Phases) -> tuple[Array, Phases]:
     return jnp.stack(sums, axis=1), phases._replace(cosines=cosines, sines=sines)
 
 
-def torus(conv: Conv, grid: Grid) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Grid of the DFT, and the strides that fold it."""
-    check_grid(grid)
-    if grid == "padded" and conv.padding == "CIRCULAR":
-        # the torus is the layer's own; a stride that does not divide it only drops outputs
-        strides = [
-            s if n % s == 0 else 1 for n, s in zip(conv.spatial_shape, conv.strides, strict=True)
-        ]
-        return conv.spatial_shape, (strides[0], strides[1])
-    extents = conv.dilated_kernel_shape if grid == "padded" else (1, 1)
-    rows, columns = (
-        -(-(n + k - 1) // s) * s
-        for n, k, s in zip(conv.spatial_shape, extents, conv.strides, strict=True)
-    )
-    return (rows, columns), conv.strides
-
-
-def half_spectrum(rows: int, columns: int) -> np.ndarray:
-    """One frequency of each pair ±f: a real kernel's other block is the complex conjugate."""
-    p, q = np.divmod(np.arange(rows * columns), columns)
-    mirrored = (-p % rows) * columns + (-q % columns)
-    return np.flatnonzero(np.arange(rows * columns) <= mirrored)
-
-
 @functools.lru_cache(maxsize=64)
 def _phases(
-    shape: tuple[int, int], strides: tuple[int, int], kernel: tuple[int, int], dilation: tuple
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    kernel: tuple[int, ...],
+    dilation: tuple[int, ...],
 ) -> Phases:
-    (rows, columns), (sh, sw) = shape, strides
-    row, column = np.divmod(np.arange(kernel[0] * kernel[1]), kernel[1])
-    tap_rows, tap_columns = row * dilation[0], column * dilation[1]
-    folded = rows // sh if kernel[0] > 1 else 1, columns // sw if kernel[1] > 1 else 1
-    p, q = np.divmod(half_spectrum(*folded), folded[1])
-    # frequency f + a rows/s aliases with f for a = 0 … s − 1
-    alias_p, alias_q = np.divmod(np.arange(sh * sw), sw)
-    p = p[:, None, None] + alias_p[:, None] * (rows // sh)
-    q = q[:, None, None] + alias_q[:, None] * (columns // sw)
-    turns = (p * tap_rows * columns + q * tap_columns * rows) % (rows * columns)
-    is_real = np.all(2 * turns % (rows * columns) == 0, axis=(1, 2))
-    angles = -2 * np.pi / (rows * columns) * turns
+    points, aliases = math.prod(shape), math.prod(strides)
+    grid = tuple(n // s if k > 1 else 1 for n, s, k in zip(shape, strides, kernel, strict=True))
+    frequency = np.unravel_index(half_spectrum(grid), grid)
+    alias = np.unravel_index(np.arange(aliases), strides)
+    tap = np.unravel_index(np.arange(math.prod(kernel)), kernel)
+    turns = np.zeros((len(frequency[0]), aliases, len(tap[0])), np.int64)  # of 1 / points
+    for n, s, d, f, a, t in zip(shape, strides, dilation, frequency, alias, tap, strict=True):
+        # frequency f + a n/s aliases with f for a = 0 … s − 1
+        turns += (f[:, None, None] + a[:, None] * (n // s)) * (t * d) * (points // n)
+    turns %= points
+    is_real = np.all(2 * turns % points == 0, axis=(1, 2))
+    angles = -2 * np.pi / points * turns
     order = np.argsort(~is_real, kind="stable")
     sines = np.where(is_real[:, None, None], 0.0, np.sin(angles))
-    scale = 1 / math.sqrt(sh * sw)
+    scale = 1 / math.sqrt(aliases)
     nodes = None
-    if sh * sw == 1:
-        step = np.stack([p[:, 0, 0] * dilation[0], q[:, 0, 0] * dilation[1]])
+    if aliases == 1:
+        step = np.stack([f * d for f, d in zip(frequency, dilation, strict=True)])
         nodes = _nodes(step[:, order], shape, kernel)
     return Phases(scale * np.cos(angles)[order], scale * sines[order], int(is_real.sum()), nodes)
 
 
-def _nodes(step: np.ndarray, shape: tuple[int, int], kernel: tuple[int, int]) -> Nodes | None:
-    """The nodes for frequencies with phases 2π step / shape from tap to tap, (2, frequencies)."""
-    grid = 2 * kernel[0] - 1, 2 * kernel[1] - 1
-    half = np.stack(np.divmod(half_spectrum(*grid), grid[1]))  # zero is the first
+def _nodes(step: np.ndarray, shape: tuple[int, ...], kernel: tuple[int, ...]) -> Nodes | None:
+    """The nodes for frequencies with phases 2π step / shape from tap to tap, (axes, frequencies)."""
+    grid = tuple(2 * k - 1 for k in kernel)
+    half = np.stack(np.unravel_index(half_spectrum(grid), grid))  # zero is the first
     if half.shape[1] * _NODES_PAY > step.shape[1]:
         return None
 
@@ -165,7 +153,7 @@ def _nodes(step: np.ndarray, shape: tuple[int, int], kernel: tuple[int, int]) ->
 
     here, mirrored = dirichlet(1), dirichlet(-1)
     mirrored[:, 0] = 0.0  # zero is its own mirror image
-    taps = np.stack(np.divmod(np.arange(kernel[0] * kernel[1]), kernel[1]))
+    taps = np.stack(np.unravel_index(np.arange(math.prod(kernel)), kernel))
     turns = np.einsum("xg,xt->gt", half / np.array(grid)[:, None], taps)
     angles = -2 * np.pi * turns[:, None, :]
     return Nodes(

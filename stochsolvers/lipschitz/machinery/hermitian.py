@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers._typing import Array
-from stochsolvers.lipschitz._spectra import gamma, perron, unit_round_off
+from stochsolvers.lipschitz.machinery.spectra import gamma, perron, unit_round_off
 
 _SLICE = 128  # length of one inner product of a Gram matrix; the worst round-off grows with it
 _LEAF, _HALF_LEAF = 32, 16  # orders of a factor that has to be inverted, and of a triangular solve

@@ -1,0 +1,132 @@
+"""The values that a jaxpr computes, each with the operation and the operands that it results from.
+
+Calls of `jit`, `remat` and functions with custom derivatives are replaced by their bodies. Loops and branches
+(scan, while, cond) are operations like any other.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+CALLS = (
+    "jit", "pjit", "closed_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """One array; compared by identity.
+
+    Attributes:
+      aval: its shape and dtype.
+      constant: ℓ, a Lipschitz constant of it as a function of the network's input; 0 for what does not
+        depend on it.
+      number: the number that all of its entries are, where it is known.
+      equation: the operation that computes it; None for an argument.
+      operands: of the operation.
+    """
+
+    aval: Any
+    constant: float
+    number: float | None = None
+    equation: Any = None
+    operands: tuple["Value", ...] = ()
+
+    @property
+    def operation(self) -> str:
+        """The name of the primitive; "" for an argument."""
+        return "" if self.equation is None else self.equation.primitive.name
+
+    def repeated(self, shape: tuple[int, ...]) -> float:
+        """The constant of its broadcast to a shape, n^{1/2} ℓ for n copies."""
+        copies = math.prod(shape) / self.aval.size if self.aval.size else 1.0
+        return self.constant * math.sqrt(max(1.0, copies))
+
+
+def body(equation: Any) -> Any:
+    """The jaxpr of a call that is entered, or None."""
+    if equation.primitive.name not in CALLS:
+        return None
+    for parameter in equation.params.values():
+        inner = getattr(parameter, "jaxpr", parameter)
+        if hasattr(inner, "eqns"):
+            return inner
+    return None
+
+
+def display_name(equation: Any) -> str:
+    """The name of a jitted function or of a primitive; of a call of one operation, the latter's."""
+    inner = body(equation)
+    named = equation.primitive.name in ("jit", "pjit")
+    if inner is not None and not named and len(inner.eqns) == 1:
+        return display_name(inner.eqns[0])
+    return str(equation.params.get("name", equation.primitive.name))
+
+
+def literal(atom: Any) -> Value | None:
+    """The value of a literal, None for a variable."""
+    if not hasattr(atom, "val"):
+        return None
+    real = jnp.issubdtype(atom.aval.dtype, np.number) or jnp.issubdtype(atom.aval.dtype, np.bool_)
+    real = real and not jnp.issubdtype(atom.aval.dtype, np.complexfloating)
+    return Value(atom.aval, 0.0, float(atom.val) if real and np.size(atom.val) == 1 else None)
+
+
+def is_float(aval: Any) -> bool:
+    """Whether an array is real, of 16 bits at least. Casts between such dtypes count as exact."""
+    return jnp.issubdtype(aval.dtype, np.floating) and jnp.finfo(aval.dtype).bits >= 16
+
+
+def evaluate(
+    equation: Any, operands: Sequence[Value], constant_of: Callable[[Value], float]
+) -> list[Value]:
+    """The results of one equation.
+
+    Args:
+      equation: of a jaxpr.
+      operands: its arguments.
+      constant_of: computes ℓ of a result, given as a `Value` whose constant is not set yet.
+    """
+    inner = body(equation)
+    if inner is not None:
+        return run(inner, operands, constant_of)
+    number = _number(equation, operands)
+    results = []
+    for variable in equation.outvars:
+        value = Value(variable.aval, 0.0, number, equation, tuple(operands))
+        if any(operand.constant for operand in operands):
+            value = dataclasses.replace(value, constant=constant_of(value))
+        results.append(value)
+    return results
+
+
+def run(
+    jaxpr: Any, arguments: Sequence[Value], constant_of: Callable[[Value], float]
+) -> list[Value]:
+    """The results of a jaxpr."""
+    values = dict(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(atoms: Sequence[Any]) -> list[Value]:
+        # arrays that the program closes over are constant
+        return [literal(atom) or values.get(atom) or Value(atom.aval, 0.0) for atom in atoms]
+
+    for equation in jaxpr.eqns:
+        results = evaluate(equation, read(equation.invars), constant_of)
+        values.update(zip(equation.outvars, results, strict=True))
+    return read(jaxpr.outvars)
+
+
+def _number(equation: Any, operands: Sequence[Value]) -> float | None:
+    """The number that a cast or a broadcast makes of a number."""
+    name = equation.primitive.name
+    if name not in ("convert_element_type", "broadcast_in_dim") or operands[0].number is None:
+        return None
+    dtype = equation.outvars[0].aval.dtype
+    if not jnp.issubdtype(dtype, np.floating):
+        return operands[0].number if name == "broadcast_in_dim" else None
+    with np.errstate(over="ignore"):
+        return float(np.asarray(operands[0].number).astype(dtype))

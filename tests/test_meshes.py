@@ -1,0 +1,129 @@
+"""On meshes of both kinds, Auto and Explicit (`jax.make_mesh`'s default), everything runs and is the same.
+
+One device is enough for the types; values on several are compared in tests/experiments/test_parallel.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import stochsolvers as ss
+
+KEY = jax.random.key(2)
+KINDS = {"auto": (AxisType.Auto,), "explicit": (AxisType.Explicit,)}
+
+
+def dense(x, kernel):
+    return ss.LayerProblem(ss.Dense(kernel), x, bias=jnp.ones(5), ridge=0.1)
+
+
+def conv(x, kernel, **options):
+    return ss.LayerProblem(ss.Conv(kernel, (6, 5), **options), x, ridge=0.1)
+
+
+def linear_layer(x, kernel):
+    layer = ss.nnx.SolverLinear(6, 5, solver=ss.ProxSG(2, 3), rngs=nnx.Rngs(0, dropout=1))
+    layer.kernel[...] = kernel
+    return layer(x)
+
+
+def conv_layer(x, kernel, **options):
+    layer = ss.nnx.SolverConv(
+        3,
+        4,
+        (3, 3),
+        solver=ss.ProxSG(2, 3),
+        spatial_shape=(6, 5),
+        rngs=nnx.Rngs(0, dropout=1),
+        **options,
+    )
+    layer.kernel[...] = kernel
+    return layer(x)
+
+
+DENSE = {
+    "prox_gd": lambda x, k: ss.prox_gd(dense(x, k), num_iters=3).value,
+    "tol": lambda x, k: ss.prox_gd(dense(x, k), num_iters=40, tol=1e-6).value,
+    "prox_sg": lambda x, k: ss.prox_sg(KEY, dense(x, k), tau=3, num_iters=3).value,
+    "importance": lambda x, k: (
+        ss.prox_sg(KEY, dense(x, k), sampling=ss.estimators.Importance(3), num_iters=2).value
+    ),
+    "ms2gd": lambda x, k: ss.ms2gd(KEY, dense(x, k), tau=3, num_outer=2, num_inner=2).value,
+    "nsync": lambda x, k: ss.nsync(KEY, dense(x, k), tau=3, num_iters=3).value,
+    "layer": linear_layer,
+}
+CONV = {
+    "prox_gd": lambda x, k: ss.prox_gd(conv(x, k), num_iters=3).value,
+    "strides": lambda x, k: ss.prox_gd(conv(x, k, strides=2), num_iters=3).value,
+    "circular": lambda x, k: ss.prox_gd(conv(x, k, padding="CIRCULAR"), num_iters=3).value,
+    "layer": conv_layer,
+    "layer with strides": lambda x, k: conv_layer(x, k, strides=2),
+}
+CASES = [((4, 6), (6, 5), f) for f in DENSE.values()] + [
+    ((4, 6, 5, 3), (3, 3, 3, 4), f) for f in CONV.values()
+]
+NAMES = [f"dense {name}" for name in DENSE] + [f"conv {name}" for name in CONV]
+
+
+def run(function, x, kernel):
+    """The value and the derivatives, eager and jitted."""
+
+    def loss(x, kernel):
+        return jnp.sum(jnp.sin(function(x, kernel)))
+
+    return function(x, kernel), jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("shape", "kernel_shape", "function"), CASES, ids=NAMES)
+def test_values_and_gradients_on_a_mesh(kind, shape, kernel_shape, function, rng):
+    x, kernel = (jnp.asarray(rng.normal(size=s) / 2) for s in (shape, kernel_shape))
+    value, slopes = run(function, x, kernel)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=KINDS[kind])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, P("data")))
+        replicated = jax.device_put(kernel, NamedSharding(mesh, P()))
+        on_mesh, mesh_slopes = run(function, placed, replicated)
+        if kind == "explicit":
+            assert jax.typeof(on_mesh).sharding.spec[0] == "data"
+            assert jax.typeof(mesh_slopes[0]).sharding.spec[0] == "data"
+    np.testing.assert_allclose(on_mesh, value, rtol=1e-10, atol=1e-12)
+    for one, other in zip(mesh_slopes, slopes, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reports_on_a_mesh(kind, rng):
+    layer = ss.nnx.SolverLinear(6, 5, solver=ss.ProxGD(4), ridge=0.1, rngs=nnx.Rngs(0))
+    x = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
+    here = ss.certify(layer, x).rows[0]
+    mesh = jax.make_mesh((1,), ("data",), axis_types=KINDS[kind])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, P("data")))
+        there = ss.certify(layer, placed).rows[0]
+    np.testing.assert_allclose(there.gap_max, here.gap_max, rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kernel_split_over_its_outputs(kind, rng):
+    kernel, x = jnp.asarray(rng.normal(size=(6, 4))), jnp.asarray(rng.normal(size=(3, 6)))
+
+    def values(kernel):
+        problem = ss.LayerProblem(ss.Dense(kernel), x, ridge=0.1)
+        z = ss.prox_sg(KEY, problem, tau=3, num_iters=3).value
+        constants = (
+            ss.lipschitz_constant(problem.linear_map),
+            *ss.operator_bracket(ss.Dense(kernel)),
+        )
+        return z, problem.certificate(z), *constants
+
+    want = values(kernel)
+    mesh = jax.make_mesh((1,), ("model",), axis_types=KINDS[kind])
+    with jax.set_mesh(mesh):
+        got = values(jax.device_put(kernel, NamedSharding(mesh, P(None, "model"))))
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
