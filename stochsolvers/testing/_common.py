@@ -1,5 +1,6 @@
 """What all checks share: one wording, float64, random arrays, counts of traces."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -131,9 +132,13 @@ def traced_once(what: str, function: Callable[..., Any], arguments: Sequence[tup
 
 
 def passes_as_a_value(what: str, value: Any) -> None:
-    """Require that an object is a pytree whose structure is hashable, and that it survives a round trip."""
+    """Require that an object is a pytree, its arrays among the leaves, and survives a round trip."""
     leaves, structure = jax.tree.flatten(value)
-    attempt(f"hash of the structure of {what} (its static fields)", hash, structure)
+    for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
+        static = field.metadata.get("role") == "static"
+        is_array = hasattr(getattr(value, field.name), "dtype")
+        words = "an array that is traced (not a static field), so that derivatives reach it"
+        require(not (static and is_array), f"{what}.{field.name}", words, "a static array")
     rebuilt = attempt(f"{what} rebuilt from its leaves", jax.tree.unflatten, structure, leaves)
     require(
         not (len(leaves) == 1 and leaves[0] is value),

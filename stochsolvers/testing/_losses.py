@@ -87,7 +87,7 @@ def _evaluate(name: str, loss: Loss, x: Array) -> dict[str, np.ndarray]:
         # from u to v: the value, and differences of it, along the segment
         along = [total(loss, u + t * (v - u)) for t in (0.0, 0.2, 0.5, 1.0)]
         way = common.normal(4, x.shape)
-        terms, _ = loss.gap(u, r, x)
+        terms, *_ = loss.gap(u, r, x)
         return {
             "along": jnp.stack(along),
             "slope": common.slope(lambda u: total(loss, u), u, way, 1e-6),
