@@ -13,7 +13,7 @@ from jax import lax
 from stochsolvers import _checks, reports
 from stochsolvers._shards import automatic, varying
 from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import Conv, LinearMap, Padding
+from stochsolvers.linear_maps import Contraction, Conv, LinearMap, Padding, conv_transpose
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solution, Solver
@@ -25,7 +25,7 @@ def conv_map(layer: Any, kernel: Array, spatial_shape: tuple[int, ...]) -> Conv:
     Raises:
       ValueError: for unsupported options.
     """
-    rank = kernel.ndim - 2
+    rank = _spatial_rank(layer, kernel)
     input_dilation = 1 if layer.input_dilation is None else layer.input_dilation
     if any(d != 1 for d in np.broadcast_to(input_dilation, (rank,))):
         _checks.fail("input_dilation of a solver convolution", "1", input_dilation)
@@ -47,6 +47,37 @@ def conv_map(layer: Any, kernel: Array, spatial_shape: tuple[int, ...]) -> Conv:
     )
 
 
+def conv_transpose_map(layer: Any, kernel: Array, inputs_shape: tuple[int, ...]) -> LinearMap:
+    """The map of a Flax transposed convolution, for inputs of this shape."""
+    if layer.mask is not None:
+        _checks.fail("mask of a transposed convolution", "None", "an array")
+    rank = _spatial_rank(layer, kernel)
+    return conv_transpose(
+        kernel,
+        tuple(inputs_shape[-rank - 1 : -1]),
+        strides=_for_each_axis(layer.strides, rank),
+        padding=layer.padding,
+        kernel_dilation=_for_each_axis(layer.kernel_dilation, rank),
+        transpose_kernel=layer.transpose_kernel,
+    )
+
+
+def einsum_map(equation: str, kernel: Array, inputs_shape: tuple[int, ...]) -> LinearMap:
+    """The map of a Flax einsum layer, for inputs of this shape."""
+    equation = equation.replace(" ", "")
+    labels = equation.split(",")[0].replace("...", "")
+    return Contraction(equation, kernel, tuple(inputs_shape[len(inputs_shape) - len(labels) :]))
+
+
+def _spatial_rank(layer: Any, kernel: Array) -> int:
+    """The number of spatial axes of a Flax convolution."""
+    size = layer.kernel_size
+    rank = 1 if isinstance(size, int) else len(size)
+    if kernel.ndim != rank + 2:  # of a stack of layers
+        _checks.fail("kernel of a convolution", f"{rank + 2} axes", kernel.shape)
+    return rank
+
+
 def _for_each_axis(value: Any, rank: int) -> tuple[int, ...]:
     """One number for each spatial axis, as Flax reads it: None is 1."""
     value = 1 if value is None else value
@@ -64,30 +95,43 @@ _SAMPLES = 64  # entries of the kernel in a fingerprint
 _MOVED = 0.5  # relative change above which a kernel is another one
 
 
-def fingerprint(linear_map: LinearMap) -> Array:
-    """Numbers by which a map is known again: its Euclidean norm, the shape of its inputs, some entries."""
-    leaves = [leaf.ravel() for leaf in jax.tree.leaves(lax.stop_gradient(linear_map))]
-    entries = jnp.concatenate(leaves).astype(jnp.promote_types(linear_map.dtype, jnp.float32))
-    norm = jnp.sqrt(jnp.sum(entries**2))
+def fingerprint(linear_map: LinearMap, xp: Any = jnp) -> Any:
+    """Numbers by which a map is known again: its Euclidean norm, the shape of its inputs, some entries.
+
+    Args:
+      linear_map: A.
+      xp: `jnp`, or `np` for arrays on the host.
+    """
+    leaves = [xp.asarray(leaf).ravel() for leaf in jax.tree.leaves(linear_map)]
+    dtype = np.promote_types(np.dtype(linear_map.dtype), np.float32)
+    entries = xp.concatenate([leaf.astype(dtype) for leaf in leaves])
+    norm = xp.sqrt(xp.sum(entries**2))
     few = entries[:: max(1, -(-entries.size // _SAMPLES))]
-    shape = jnp.asarray(linear_map.in_shape, entries.dtype)
-    return jnp.concatenate([norm[None], shape, few])
+    return xp.concatenate([norm[None], xp.asarray(linear_map.in_shape, dtype), few])
 
 
-def is_current(reference: Array, linear_map: LinearMap) -> Array:
+def is_current(reference: Any, linear_map: LinearMap, xp: Any = jnp) -> Any:
     """Whether a map is still about the one of an earlier fingerprint.
 
     Training moves a kernel little from one refresh to the next. A kernel whose norm, or whose entries, have
     changed by half is another one (loaded from a checkpoint, say), and so is one for images of another
     size; zeros are the fingerprint of no map.
     """
-    now, count = fingerprint(linear_map), 1 + len(linear_map.in_shape)
+    now, count = fingerprint(linear_map, xp), 1 + len(linear_map.in_shape)
     if now.shape != reference.shape:
-        return jnp.zeros((), bool)
-    same_shape = jnp.all(now[1:count] == reference[1:count])
-    same_norm = jnp.abs(now[0] - reference[0]) <= _MOVED * reference[0]
+        return xp.zeros((), bool)
+    same_shape = xp.all(now[1:count] == reference[1:count])
+    same_norm = xp.abs(now[0] - reference[0]) <= _MOVED * reference[0]
     moved, before = now[count:] - reference[count:], reference[count:]
-    return same_shape & same_norm & (jnp.sum(moved**2) <= _MOVED**2 * jnp.sum(before**2))
+    return same_shape & same_norm & (xp.sum(moved**2) <= _MOVED**2 * xp.sum(before**2))
+
+
+def kept_if_current(kept: Any, reference: Any, linear_map: LinearMap) -> Any:
+    """The kept constant if it is of about this map, else None; for arrays on the host."""
+    if kept is None or reference is None:
+        return None
+    kept, reference, linear_map = jax.device_get((kept, reference, linear_map))
+    return kept if is_current(reference, linear_map, np) else None
 
 
 def current_constant(

@@ -98,7 +98,7 @@ def test_conv_forms_are_the_dense_matrix(rng, shape, kernel, dilation, groups, p
     @jax.jit
     def evaluate(problem, z):
         values = [forms.gradient_form(problem, form, num_calls=1) for form in forms.FORMS]
-        return [(v(z), v.curvature(z)(z), v.at_zero()) for v in values]
+        return [(v(z), v.curvature(z), v.at_zero()) for v in values]
 
     for value, curved, at_zero in evaluate(problem, z):
         np.testing.assert_allclose(value, want, atol=1e-10)

@@ -24,7 +24,6 @@ from stochsolvers import linear_maps
 from stochsolvers.estimators import forms
 from stochsolvers.linear_maps import Contraction, conv_transpose, dense_general, linear_map
 
-pytestmark = pytest.mark.optimized
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -37,19 +36,23 @@ def assert_is_matrix(A, matrix, absolute=None):
     z = jnp.eye(outputs).reshape(outputs, *A.out_shape)
     features = jnp.asarray(np.arange(A.in_features)[::-2].copy())
     columns = matrix.reshape(outputs, -1, A.in_features)[:, :, features].reshape(outputs, -1)
+    kept = jnp.asarray(np.arange(A.out_features)[::-2].copy())
+    rows = matrix.reshape(-1, A.out_features, inputs)[:, kept].reshape(-1, inputs)
 
     @jax.jit
     def evaluate(A, x, z):
         part = A.restrict(features)
         narrow = jnp.eye(math.prod(part.in_shape)).reshape(-1, *part.in_shape)
-        sizes = A.absolute()
-        return (
-            (A(x), A.adjoint(z), A.T(z), A.T.adjoint(x), part(narrow), part.adjoint(z)),
-            None if sizes is None else (sizes(x), sizes.adjoint(z)),
-        )
+        sizes, head = A.absolute(), A.restrict_outputs(kept)
+        thin = jnp.eye(math.prod(head.out_shape)).reshape(-1, *head.out_shape)
+        values = [A(x), A.adjoint(z), A.T(z), A.T.adjoint(x), part(narrow), part.adjoint(z)]
+        values += [head(x), head.adjoint(thin), A.T.restrict(kept)(thin)]
+        values += [A.T.restrict_outputs(features)(z)]
+        return values, None if sizes is None else (sizes(x), sizes.adjoint(z))
 
     values, sizes = evaluate(A, x, z)
     expected = (matrix.T, matrix, matrix, matrix.T, columns.T, columns)
+    expected += (rows.T, rows, rows, columns)
     for value, want in zip(values, expected, strict=True):
         np.testing.assert_allclose(np.asarray(value).reshape(want.shape), want, **TIGHT)
     if sizes is not None:
@@ -197,6 +200,7 @@ def test_jit_vmap_and_derivatives(rng, name):
     A = one_of_each(rng)[name]
     x, z = (jnp.asarray(rng.normal(size=(2, *shape))) for shape in (A.in_shape, A.out_shape))
 
+    @jax.jit
     def product(A, x, z):
         return A(jnp.sin(x)), A.adjoint(z)
 
@@ -237,7 +241,7 @@ def test_strict_modes(rng, name):
             if form not in ("auto", "literal") and forms._refusal(A, form):
                 continue
             gradient = forms.gradient_form(problem, form, num_calls=1)
-            jax.grad(lambda z, gradient=gradient: gradient(z).sum())(A(x))
+            jax.jit(jax.grad(lambda z, gradient=gradient: gradient(z).sum()))(A(x))
         A.restrict(jnp.array([0, 1])).adjoint(A(x))
 
 
@@ -276,7 +280,8 @@ def test_the_adjoint_of_the_adjoint(rng):
     assert hash(static) == hash(jax.tree.map(lambda leaf: None, A.T))
     assert transposed.T.absolute() == transposed.absolute().T
     assert transposed.squared_norm_bound() is None
-    assert isinstance(transposed.restrict(jnp.array([2, 0])), ss.LinearMap)
+    part = transposed.restrict(jnp.array([2, 0]))  # a convolution with two filters
+    np.testing.assert_array_equal(part.T.kernel, A.kernel[..., jnp.array([2, 0])])
 
 
 class Plain(ss.LinearMap):

@@ -2,10 +2,11 @@
 
 import abc
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, static_field, value_object
@@ -29,15 +30,15 @@ class LinearMap(abc.ABC):
     | method | default | override it |
     |---|---|---|
     | `adjoint` | the transpose that JAX derives | for speed |
-    | `restrict` | zeros at the other features | if columns can be gathered |
+    | `restrict`, `restrict_outputs` | the whole map, zeros elsewhere | if columns, rows can be gathered |
     | `squared_norm_bound` | None | if an upper bound on ‖A‖² is known: the steps then use it |
     | `absolute` | None | if the matrix is made of known entries: certificates are then tighter |
 
     Its arrays are fields of the value object, so that derivatives reach them.
     """
 
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
+    in_shape: Any  # tuple[int, ...], as a field or as a property
+    out_shape: Any
 
     @abc.abstractmethod
     def __call__(self, x: Array) -> Array:
@@ -66,6 +67,14 @@ class LinearMap(abc.ABC):
         """
         return _Restricted(self, indices)
 
+    def restrict_outputs(self, indices: Array) -> "LinearMap":
+        """A followed by the choice of a subset of output features, x ↦ A(x)_S.
+
+        Args:
+          indices: integer array (τ,), may be traced.
+        """
+        return _Restricted(Transposed(self), indices).T
+
     def absolute(self) -> "LinearMap | None":
         """The map |A| whose matrix has the absolute values of A's entries, or None if they are not known."""
         return None
@@ -90,7 +99,7 @@ class LinearMap(abc.ABC):
         kinds = [jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(self) if _is_inexact(leaf)]
         return jnp.result_type(*kinds) if kinds else jnp.dtype(jnp.float32)
 
-    def astype(self: _Map, dtype: jnp.dtype) -> _Map:
+    def astype(self: _Map, dtype: DTypeLike) -> _Map:
         """The map with its floating-point arrays in another real dtype; integers stay."""
 
         def cast(leaf):
@@ -138,6 +147,14 @@ class Transposed(LinearMap):
     def T(self) -> LinearMap:  # noqa: N802
         """A itself."""
         return self.base
+
+    def restrict(self, indices: Array) -> LinearMap:
+        """A* on a subset of A's output features."""
+        return self.base.restrict_outputs(indices).T
+
+    def restrict_outputs(self, indices: Array) -> LinearMap:
+        """A* followed by the choice of a subset of A's input features."""
+        return self.base.restrict(indices).T
 
     def absolute(self) -> LinearMap | None:
         """|A|*."""

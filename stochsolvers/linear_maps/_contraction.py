@@ -127,6 +127,18 @@ class Contraction(LinearMap):
         part = jnp.take(self.kernel, indices, labels.kernel.index(labels.x[-1]))
         return Contraction(self.equation, part, (*self.in_shape[:-1], indices.shape[0]))
 
+    def restrict_outputs(self, indices: Array) -> LinearMap:
+        """x ↦ A(x)_S for a subset S of output features, the last axis.
+
+        Args:
+          indices: integer array (τ,), may be traced.
+        """
+        labels = self.labels
+        if labels.out[-1] not in labels.new:
+            return super().restrict_outputs(indices)
+        part = jnp.take(self.kernel, indices, labels.kernel.index(labels.out[-1]))
+        return Contraction(self.equation, part, self.in_shape)
+
     def absolute(self) -> "Contraction":
         """|A|."""
         labels = self.labels

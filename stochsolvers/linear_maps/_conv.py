@@ -166,6 +166,15 @@ class Conv(LinearMap):
         kernel = self.ungrouped_kernel()[..., indices, :]
         return dataclasses.replace(self, kernel=kernel, feature_group_count=1)
 
+    def restrict_outputs(self, indices: Array) -> "Conv":
+        """x ↦ A(x)_S for a subset S of output feature maps; grouped kernels as in `restrict`.
+
+        Args:
+          indices: integer array (τ,), may be traced.
+        """
+        kernel = self.ungrouped_kernel()[..., indices]
+        return dataclasses.replace(self, kernel=kernel, feature_group_count=1)
+
     def absolute(self) -> "Conv":
         """|A|, or a map above it where the taps of a CIRCULAR filter larger than the image meet."""
         return dataclasses.replace(self, kernel=jnp.abs(self.kernel))

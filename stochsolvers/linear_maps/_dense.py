@@ -63,6 +63,14 @@ class Dense(LinearMap):
         """
         return Dense(self.kernel[indices])
 
+    def restrict_outputs(self, indices: Array) -> "Dense":
+        """x ↦ A(x)_S for a subset S of output features.
+
+        Args:
+          indices: integer array (τ,), may be traced.
+        """
+        return Dense(self.kernel[:, indices])
+
     def absolute(self) -> "Dense":
         """|A|."""
         return Dense(jnp.abs(self.kernel))

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import Dense, LinearMap
+from stochsolvers.linear_maps import Dense, LinearMap, dense_general
 from stochsolvers.prox import NonNegative, Prior
 from stochsolvers.solvers import Solution, Solver
 
@@ -169,8 +169,23 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
         return self._solve(linear_map, inputs, bias, skip, deterministic, certify)
 
 
-def linear_map_of(layer: nn.Dense | nn.Conv, kernel: Array, shape: tuple[int, ...]) -> LinearMap:
-    """The linear map A of a Flax layer with this kernel, for inputs of this shape."""
+def linear_map_of(layer: Any, kernel: Array, shape: tuple[int, ...]) -> LinearMap:
+    """The linear map A of a Flax layer with this kernel, for inputs of this shape, batch axes included.
+
+    Args:
+      layer: an `nn.Dense`, `Conv`, `ConvTranspose`, `DenseGeneral` or `Einsum`.
+      kernel: its parameter.
+      shape: of its inputs.
+
+    Raises:
+      ValueError: for unsupported options.
+    """
     if isinstance(layer, nn.Dense):
         return Dense(kernel)
+    if isinstance(layer, nn.DenseGeneral):
+        return dense_general(kernel, tuple(shape), axis=layer.axis, batch_axis=layer.batch_dims)
+    if isinstance(layer, nn.Einsum):
+        return _layers.einsum_map(layer.einsum_str, kernel, shape)
+    if isinstance(layer, nn.ConvTranspose):
+        return _layers.conv_transpose_map(layer, kernel, shape)
     return _layers.conv_map(layer, kernel, shape[1 - kernel.ndim : -1])

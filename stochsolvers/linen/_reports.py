@@ -123,8 +123,9 @@ def lipschitz_report(
 ) -> reports.LipschitzReport:
     r"""Spectral norms of the layers of a network, and a bound on its Lipschitz constant.
 
-    As `stochsolvers.nnx.lipschitz_report`, for `nn.Dense`, two-dimensional `nn.Conv`, their solvers and
-    `nn.BatchNorm`. Batch normalisation has a bound where it is called with `use_running_average`, so
+    As `stochsolvers.nnx.lipschitz_report`, for `nn.Dense`, `DenseGeneral`, `Einsum`, `Conv`,
+    `ConvTranspose`, the solver layers and `nn.BatchNorm`. Batch normalisation has a bound where it is
+    called with `use_running_average`, so
     pass what your network needs for that among the options. Solvers count as deterministic.
 
     Args:
@@ -196,6 +197,9 @@ def _label(path: tuple[str, ...]) -> str:
 _LINEAR_MAPS: dict[type, Callable[[Any, Array, tuple[int, ...]], LinearMap]] = {
     nn.Dense: linear_map_of,
     nn.Conv: linear_map_of,
+    nn.ConvTranspose: linear_map_of,
+    nn.DenseGeneral: linear_map_of,
+    nn.Einsum: linear_map_of,
     SolverDense: linear_map_of,
     SolverConv: linear_map_of,
 }
@@ -211,6 +215,10 @@ def _is_known(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> b
     if base in _NORMALISATIONS:
         given = (*args[1:], kwargs.get("use_running_average"))[0]
         return bool(layer.use_running_average if given is None else given)
+    if base is nn.Einsum:
+        given = (*args[1:], kwargs.get("einsum_str"))[0]
+        if layer.einsum_str is None or given not in (None, layer.einsum_str):
+            return False  # the layer does not know its map
     operations = (
         "dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls",
         "promote_dtype",
@@ -247,10 +255,8 @@ def _part(
         return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):
         return _lipschitz.Part(kind, linear_map)
-    kept = flat.get(f"{STATE}/{prefix}lipschitz")
-    if kept is not None:
-        current = _layers.is_current(flat[f"{STATE}/{prefix}reference"], linear_map)
-        kept = kept if current else None
+    state = (flat.get(f"{STATE}/{prefix}{name}") for name in ("lipschitz", "reference"))
+    kept = _layers.kept_if_current(*state, linear_map)
     return _lipschitz.Part(
         kind, linear_map, solver=layer.solver, ridge=layer.ridge, step_constant=kept
     )

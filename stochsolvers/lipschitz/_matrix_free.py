@@ -48,7 +48,10 @@ def matrix_free_bracket(
     lower, scale = lanczos_bound(_constant(base), num_iters, key)
     bound = base.squared_norm_bound()
     if bound is not None:
-        bound = jnp.asarray(bound, lower.dtype) / scale / scale
+        rounded = jnp.asarray(bound, lower.dtype)
+        if jnp.result_type(bound) != lower.dtype:
+            rounded = jnp.nextafter(rounded, jnp.full_like(rounded, jnp.inf))
+        bound = rounded / scale / scale
         upper = jnp.where(bound < lower, jnp.inf, bound) + 0 * lower  # NaN if that is
         return rescaled(lower, upper, scale, "bound")
     upper = _times(lower, overshoot(base, num_iters, failure))
@@ -64,7 +67,8 @@ def norm_estimate(linear_map: LinearMap, *, safe: bool) -> Array:
         return matrix_free_bracket(base, 1).upper if safe else jnp.asarray(bound, base.dtype)
     vector, scale = lax.stop_gradient(_ritz_vector(_constant(base), STEPS, None))
     forward, shape = _smaller_side(base)[::2]
-    image = forward(vector.reshape(shape)) / scale
+    with jax.default_matmul_precision("highest"):
+        image = forward(vector.reshape(shape)) / scale
     value = jnp.sum(image**2) / jnp.sum(vector**2)
     if safe:
         value = _times(value, overshoot(base, STEPS, FAILURE))

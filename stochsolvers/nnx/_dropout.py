@@ -7,7 +7,7 @@ from flax import nnx
 from stochsolvers import _checks, _layers, dropout
 from stochsolvers._typing import Array
 from stochsolvers.estimators import ImportanceScore
-from stochsolvers.linear_maps import Dense, LinearMap
+from stochsolvers.linear_maps import Dense, LinearMap, dense_general
 from stochsolvers.nnx._stochastic import Stochastic
 
 
@@ -129,9 +129,26 @@ class ImportanceDropout(Stochastic):
         return dropout.importance_dropout(self.key(rngs), linear_map, inputs, self.tau, by=self.by)
 
 
-def linear_map_of(layer: nnx.Linear | nnx.Conv, inputs_shape: tuple[int, ...]) -> LinearMap:
-    """The linear map A of a Flax layer, for inputs of this shape."""
+def linear_map_of(layer: Any, inputs_shape: tuple[int, ...]) -> LinearMap:
+    """The linear map A of a Flax layer, for inputs of this shape, batch axes included.
+
+    Args:
+      layer: an `nnx.Linear`, `Conv`, `ConvTranspose`, `LinearGeneral` or `Einsum`.
+      inputs_shape: of the layer's inputs.
+
+    Raises:
+      ValueError: for another layer, and for unsupported options.
+    """
     if isinstance(layer, nnx.Linear):
         return Dense(layer.kernel[...])
+    if isinstance(layer, nnx.LinearGeneral):
+        kernel, groups = layer.kernel[...], tuple(layer.batch_axis)
+        return dense_general(kernel, tuple(inputs_shape), axis=layer.axis, batch_axis=groups)
+    if isinstance(layer, nnx.Einsum):
+        return _layers.einsum_map(layer.einsum_str, layer.kernel[...], inputs_shape)
+    if isinstance(layer, nnx.ConvTranspose):
+        return _layers.conv_transpose_map(layer, layer.kernel[...], inputs_shape)
+    if not isinstance(layer, nnx.Conv):
+        _checks.fail("layer", "a linear layer of nnx", type(layer).__name__)
     kernel = layer.kernel[...]
     return _layers.conv_map(layer, kernel, inputs_shape[1 - kernel.ndim : -1])

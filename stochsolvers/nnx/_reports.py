@@ -116,12 +116,12 @@ def lipschitz_report(
     The forward pass of a copy in evaluation mode is traced, not run, to see which layers are called,
     in which order and on which shapes. The model itself is unchanged.
 
-    Layers with a certified norm: `nnx.Linear`, two-dimensional `nnx.Conv`, their solvers, and
-    `nnx.BatchNorm`, whose norm is its largest scale. The norm is exact for dense layers and circular
-    padding, and a bracket under zero padding. Subclasses count if they override no method, and layers if
-    they have Flax's own `dot_general` and `promote_dtype` and are called with their own kernel. All other
-    modules with parameters are named as not bounded: attention, `Embed`, `ConvTranspose`, one- and
-    three-dimensional convolutions, layers within `nnx.SpectralNorm`, `nnx.WeightNorm` and `nnx.scan`, …
+    Layers with a certified norm: `nnx.Linear`, `LinearGeneral`, `Einsum`, `Conv` and `ConvTranspose` with
+    one to three spatial axes, the solver layers, and `nnx.BatchNorm`, whose norm is its largest scale. The
+    norm is exact for contractions and circular padding, and a bracket under zero padding. Subclasses count
+    if they override no method, and layers if they have Flax's own `dot_general` and `promote_dtype` and are
+    called with their own kernel. All other modules with parameters are named as not bounded: `Embed`,
+    layers within `nnx.SpectralNorm`, `nnx.WeightNorm` and `nnx.scan`, …
 
     The bound includes the Lipschitz constants of the operations between the layers: 1 for ReLU, tanh,
     softplus and pools of disjoint windows, |c| for a scaling by c. An activation of `jax.nn` is
@@ -192,13 +192,18 @@ def _mark_layers(model: nnx.Module) -> None:
 _LINEAR_MAPS: dict[type, Callable[[Any, tuple[int, ...]], LinearMap]] = {
     nnx.Linear: linear_map_of,
     nnx.Conv: linear_map_of,
+    nnx.ConvTranspose: linear_map_of,
+    nnx.LinearGeneral: linear_map_of,
+    nnx.Einsum: linear_map_of,
     SolverLinear: linear_map_of,
     SolverConv: linear_map_of,
 }
 _NORMALISATIONS = (nnx.BatchNorm,)
 
 
-_OPERATIONS = ("dot_general", "conv_general_dilated", "promote_dtype")
+_OPERATIONS = (
+    "dot_general", "dot_general_cls", "conv_general_dilated", "einsum_op", "promote_dtype",
+)  # fmt: skip
 
 
 def _is_known(module: Any) -> bool:
@@ -228,6 +233,10 @@ def _marking(cls: Any) -> Any:
             given = (*args, options.get("use_running_average"))[0]
             if not (self.use_running_average if given is None else given):  # the batch's statistics
                 return cls.__call__(self, inputs, *args, **options)
+        if issubclass(cls, nnx.Einsum):
+            given = (*args, options.get("einsum_str"))[0]
+            if given is not None and given.replace(" ", "") != self.einsum_str:
+                return cls.__call__(self, inputs, *args, **options)  # another map
         inputs = _trace.mark_input(inputs, self.report_label)
         outputs = cls.__call__(self, inputs, *args, **options)
         return _trace.mark_output(outputs, self.report_label)
@@ -257,8 +266,7 @@ def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschit
     part = _lipschitz.Part(kind, linear_map)
     if not isinstance(layer, SolverLayer):
         return part
-    kept = None
-    if layer.lipschitz is not None and layer.reference is not None:
-        current = _layers.is_current(layer.reference[...], linear_map)
-        kept = layer.lipschitz[...] if current else None
+    state = (layer.lipschitz, layer.reference)
+    values = (None if variable is None else variable[...] for variable in state)
+    kept = _layers.kept_if_current(*values, linear_map)
     return dataclasses.replace(part, solver=layer.solver, ridge=layer.ridge, step_constant=kept)

@@ -24,12 +24,16 @@ def with_partials(function: Callable[..., ValueAndPartials]) -> Callable[..., Ar
         return function(*arguments)[0]
 
     def jvp(primals, tangents):
-        partials = function(*primals)[1]
-        result = value(*primals)
-        tangent = jnp.zeros_like(result)
-        for partial, direction in zip(partials, tangents, strict=True):
-            if not isinstance(direction, SymbolicZero):
-                tangent = tangent + partial * direction
+        pairs = [
+            (partial, direction)
+            for partial, direction in zip(function(*primals)[1], tangents, strict=True)
+            if not isinstance(direction, SymbolicZero)
+        ]
+        # the barrier: else XLA computes the partials again in every sum over a broadcast weight
+        partials = jax.lax.optimization_barrier([partial for partial, _ in pairs])
+        result, tangent = value(*primals), jnp.zeros_like(primals[0])
+        for partial, (_, direction) in zip(partials, pairs, strict=True):
+            tangent = tangent + partial * direction
         return result, tangent
 
     value.defjvp(jvp, symbolic_zeros=True)

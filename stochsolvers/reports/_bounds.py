@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers._typing import Array
-from stochsolvers.linear_maps import Conv, LinearMap
+from stochsolvers.linear_maps import Contraction, Conv, Dense, LinearMap, Matrix, Transposed
 from stochsolvers.lipschitz import (
     Bracket,
     lipschitz_bracket,
@@ -19,8 +19,10 @@ from stochsolvers.solvers import Solver
 
 def is_exact(linear_map: LinearMap) -> bool:
     """Whether lemma 2 on the layer's own grid is the norm: dense, or circular with whole strides."""
+    if isinstance(linear_map, Transposed):
+        return is_exact(linear_map.base)
     if not isinstance(linear_map, Conv):
-        return True
+        return isinstance(linear_map, Dense | Contraction | Matrix)
     sizes = zip(linear_map.spatial_shape, linear_map.strides, strict=True)
     return linear_map.padding == "CIRCULAR" and all(n % s == 0 for n, s in sizes)
 
