@@ -36,6 +36,7 @@ MAPS = {
     "Transposed": ss.Dense(normal(8, 4, 3)).T,
     "Matrix": ss.linear_maps.Matrix(normal(9, 6, 4), (2, 3), (4,)),
     "linear_map": ss.linear_map(cumulative, (5,)),
+    "linear_map of two axes": ss.linear_map(lambda x: jnp.roll(x, 1, 0) @ SQUARE[0, 0], (2, 2)),
 }
 LABELS = jnp.sign(normal(10, 2, 4))
 LOSSES = {

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from catalogue import each_prior
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import each_prior
 
 import stochsolvers as ss
 from stochsolvers import prox

@@ -343,8 +343,8 @@ def test_a_law_is_held_exactly():
     )
     law = 2.0 * masks, np.full(6, 1 / 6)
     testing.check_estimator(ss.estimators.TauNice(2), PROBLEM, law=law)
+    other = 2.0 * masks[[0, 1, 2, 3, 4, 4]], np.full(6, 1 / 6)
     with pytest.raises(AssertionError, match="draws of TauNice: expected one of its 5 outcomes"):
-        other = 2.0 * masks[[0, 1, 2, 3, 4, 4]], np.full(6, 1 / 6)
         testing._chance.same_law("draws of TauNice", law[0], *other, 1e-9)
 
 
@@ -408,6 +408,12 @@ class StaticNumber(Descent):
 
 
 @ss.value_object
+class StaticStep(Descent):
+    num_iters: int = ss.static_field()
+    step_size: ss.StepSizeLike = ss.static_field(default=None)
+
+
+@ss.value_object
 class Recompiles(Descent):
     """Compiles a new function for every call."""
 
@@ -464,13 +470,14 @@ class Raises(Descent):
     def solve(self, key, problem, **options):
         if not isinstance(problem.inputs, jax.core.Tracer) and jnp.any(jnp.isnan(problem.inputs)):
             raise FloatingPointError("inputs of NaN")
-        return super(Raises, self).solve(key, problem, **options)
+        return super().solve(key, problem, **options)
 
 
 @pytest.mark.parametrize(
     ("solver", "message"),
     [
         (StaticNumber(3), "StaticNumber.momentum: expected a number that is traced"),
+        (StaticStep(3), "StaticStep.step_size: expected a field that is traced"),
         (Recompiles(3), "compilations of Recompiles.solve: expected 1 for other inputs.*, got 3"),
         (WrongFixedPoint(3), "objective after 3000 iterations of WrongFixedPoint along ∇F"),
         (HidesSampling(3), "objective after 3000 iterations of HidesSampling along ∇F"),
@@ -556,7 +563,7 @@ def test_planted_mistake_of_a_linen_layer():
 
     layer = DropsLinenBias(3, solver=ss.ProxGD(2), prior=ss.prox.Zero())
     x = X.astype(jnp.float32)
-    with pytest.raises(AssertionError, match="in parameter .*bias.*: expected not 0 everywhere"):
+    with pytest.raises(AssertionError, match=r"in parameter .*bias.*: expected not 0 everywhere"):
         testing.check_layer(layer, x, variables=layer.init(jax.random.key(0), x))
 
 
@@ -634,7 +641,7 @@ class TestEquivalence:
             return plain(2.0 * mask * x)
 
         block = with_dropout if "sampled" in options else plain
-        with pytest.raises(AssertionError, match="law of .*: expected .*χ².*frequency"):
+        with pytest.raises(AssertionError, match=r"law of .*: expected .*χ².*frequency"):
             testing.assert_equivalent(layer, block, X[0], **options)
 
 

@@ -9,11 +9,11 @@ r"""Checks that users run on objects of their own: the library's whole contract,
 | `check_estimator` | `Estimator` | E[∇Ψ] = ∇F, expected smoothness, one draw for each example |
 | `check_step_size` | a step size | at most 2/L_F, constant in the inputs, descent |
 | `check_solver` | `Solver` | convergence, derivatives, tolerance, bad values, one compilation, layers |
-| `check_layer` | a Flax layer with a solver | dtype, shape, modes, derivatives, state, the problem that it solves |
+| `check_layer` | a Flax layer with a solver | dtypes, modes, derivatives, state, the problem that it solves |
 
-Each returns None, or raises AssertionError: what was expected, what was got. All of them also check that the
-object passes through `jit` and `vmap`, and that a path of its arrays compiles once. They compute in float64
-but where dtypes are the question, and are meant for objects of a few features. `pytest` runs them as they are:
+Each raises AssertionError where the object breaks its contract: what was expected, what was got. The checks
+also hold the object to pass through `jit` and `vmap`, and a path of its arrays to compile once. They compute
+in float64 except where dtypes are checked, and are meant for objects of a few features. In a test:
 
     def test_my_map():
         ss.testing.check_linear_map(Blur(jnp.ones(3)))

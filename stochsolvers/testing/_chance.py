@@ -18,8 +18,8 @@ def same_law(
 ) -> None:
     r"""Require that every sample is one of the outcomes, and that the frequencies are about right.
 
-    With N samples, Σ (n_j − N p_j)² / (N p_j) has about the law χ² with k = outcomes − 1 degrees, which is above
-    k + 2 √(k t) + 2 t with probability at most e^{−t}. Outcomes that coincide are one.
+    With N samples, Σ (n_j − N p_j)² / (N p_j) has about the law χ² with k = outcomes − 1 degrees, which is
+    above k + 2 √(k t) + 2 t with probability at most e^{−t}. Outcomes that coincide are one.
 
     Args:
       what: named in errors.

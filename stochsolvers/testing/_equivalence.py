@@ -36,12 +36,12 @@ def assert_equivalent(
     | call | layer | block | compared |
     |---|---|---|---|
     | `(layer, block, x)` | x ↦ y | x ↦ y | the outputs |
-    | `(layer, block, x, tau=τ)` | (key, x) ↦ y | x ↦ y, without its dropout | the law with dropout of n − τ of the n features |
+    | `(layer, block, x, tau=τ)` | (key, x) ↦ y | x ↦ y, without dropout | the law, n − τ features dropped |
     | `(layer, block, x, sampled=True)` | (key, x) ↦ y | (key, x) ↦ y | the laws of both, from samples |
 
-    With `tau` the law is enumerated: the C(n, τ) outcomes block((n/τ) m ⊙ x), one for each mask m of τ ones, all
-    equally likely. Every output of the layer must be one of them, with about its frequency (χ² test).
-    With `sampled` the outcomes are those seen of the block, and every one must be seen of the layer about as often.
+    With `tau` the law is enumerated: the C(n, τ) outcomes block((n/τ) m ⊙ x), one for each mask m of τ ones,
+    all equally likely. Every output of the layer must be one of them, with about its frequency (χ² test).
+    With `sampled` the outcomes are those seen of the block, and the layer must have them about as often.
 
     Args:
       layer: a function; an `nnx.Module`, called with `rngs=key` where it samples; or a pair (Linen module,

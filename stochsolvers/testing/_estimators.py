@@ -95,8 +95,10 @@ def _evaluate(name: str, estimator: Estimator, problem: LayerProblem, num_keys: 
         return *jax.vmap(one)(keys), problem.gradient(z), bregman, constant
 
     path = [(common.scaled(estimator, f), common.scaled(problem, f), keys) for f in (1.0, 0.9)]
-    results = common.traced_once(name, evaluate, path)[0]
-    return _Seen(keys, z, *(None if r is None else np.asarray(r) for r in results))
+    *results, constant = common.traced_once(name, evaluate, path)[0]
+    constant = None if constant is None else np.asarray(constant)
+    estimates, moved, gradient, bregman = map(np.asarray, results)
+    return _Seen(keys, z, estimates, moved, gradient, bregman, constant)
 
 
 def _has_smoothness(name: str, estimator: Estimator, problem: LayerProblem) -> bool:

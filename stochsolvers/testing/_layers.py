@@ -31,13 +31,14 @@ class _View(NamedTuple):
 def check_layer(layer: Any, inputs: Any, *, variables: Any = None) -> None:
     r"""Hold a solver layer to its contract.
 
-    - the output has the dtype of the plain layer (of inputs and parameters, or the layer's `dtype`); leading axes
-      are a batch;
+    - the output has the dtype of the plain layer (of inputs and parameters, or the layer's `dtype`); leading
+      axes are a batch;
     - `deterministic=True` draws nothing; where the solver samples, the same key gives the same output, and
       another one another;
     - `jit` changes nothing; every parameter has a derivative that is finite and not zero; those in the inputs
       and biases are those of differences;
-    - `solve(x, certify=True)` has the layer's output as its value, and a certificate of at least 0 for each example;
+    - `solve(x, certify=True)` has the layer's output as its value, and a certificate of at least 0 for each
+      example;
     - the state survives a round trip;
     - of an NNX layer, `problem(x)` solved by `solver` is the output, also after `refresh_lipschitz`, and when
       other parameters are put in.
@@ -70,7 +71,8 @@ def _view(layer: Any, variables: Any) -> _View:
         return _nnx_view(layer)
     if isinstance(layer, nn.Module) and variables is not None:
         return _linen_view(layer, variables)
-    _checks.fail("layer", "an nnx.Module, or a Linen module and its variables", repr(layer))
+    wanted = "an nnx.Module, or a Linen module and its variables"
+    return _checks.fail("layer", wanted, repr(layer))
 
 
 def _nnx_view(layer: Any) -> _View:

@@ -37,8 +37,8 @@ def check_certificate(what: str, problem: LayerProblem) -> None:
 
     @jax.jit
     def both(problem, step):
-        early = ProxGD(2, step_size=step).solve(None, problem).value
-        late = ProxGD(400, step_size=step, momentum=True).solve(None, problem).value
+        early = ProxGD(num_iters=2, step_size=step).solve(None, problem).value
+        late = ProxGD(num_iters=400, step_size=step, momentum=True).solve(None, problem).value
         values = problem.objective(early), problem.objective(late)
         return (
             *values,

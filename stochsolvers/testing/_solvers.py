@@ -52,18 +52,21 @@ def check_solver(
     common.passes_as_a_value(name, solver)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         key = jax.random.key(0) if key is None else key
-        problem = problems.small_problem(prior=L1(0.05)) if problem is None else problem
-        problem = common.as_arrays(common.cast(problem, jnp.float64))
-        plain = dataclasses.replace(solver, tol=None, derivative=None)
-        _check_static_numbers(name, solver)
-        _check_solution(name, plain, problem, key)
-        _check_compilations(name, plain, problem, key)
-        _check_bad_values(name, plain, problem, key)
-        _check_convergence(name, plain, problem)
-        _check_derivatives(name, plain, problem, key)
-        if not solver.stochastic:
-            _check_tolerance(name, plain, problem)
-        _check_layers(name, plain, key)
+        given = problems.small_problem(prior=L1(0.05)) if problem is None else problem
+        _check_all(name, solver, common.as_arrays(common.cast(given, jnp.float64)), key)
+
+
+def _check_all(name: str, solver: Solver, problem: LayerProblem, key: Array) -> None:
+    plain = dataclasses.replace(solver, tol=None, derivative=None)
+    _check_static_numbers(name, solver)
+    _check_solution(name, plain, problem, key)
+    _check_compilations(name, plain, problem, key)
+    _check_bad_values(name, plain, problem, key)
+    _check_convergence(name, plain, problem)
+    _check_derivatives(name, plain, problem, key)
+    if not solver.stochastic:
+        _check_tolerance(name, plain, problem)
+    _check_layers(name, plain, key)
 
 
 def _check_static_numbers(name: str, solver: Solver) -> None:
@@ -72,6 +75,12 @@ def _check_static_numbers(name: str, solver: Solver) -> None:
         fine = not (role == "static" and isinstance(value, float))
         words = "a number that is traced (not a static field), so that all values compile once"
         common.require(fine, f"{name}.{field.name}", words, f"the static {value!r}")
+
+    if "step_size" in {field.name for field in dataclasses.fields(solver)}:
+        field = next(f for f in dataclasses.fields(solver) if f.name == "step_size")
+        fine = field.metadata.get("role") != "static"
+        words = "a field that is traced (not static), so that all steps compile once"
+        common.require(fine, f"{name}.step_size", words, "a static field")
 
 
 def _check_solution(name: str, solver: Solver, problem: LayerProblem, key: Array) -> None:
@@ -88,6 +97,7 @@ def _check_solution(name: str, solver: Solver, problem: LayerProblem, key: Array
     common.require(solution.finite, f"iterates of {what}", "all finite", solution.finite)
     traced = common.attempt(f"{what} with trace_objective", solve, trace_objective=True)
     last = jax.jit(lambda p, z: p.objective(z))(problem, traced.value)
+    common.require(solution.objectives is None, f"objectives of {what}", None, "values")
     words = "P(z_K)"
     close = common.close
     close(f"objectives of {what}, the last", traced.objectives[-1], last, words=words)
@@ -96,6 +106,13 @@ def _check_solution(name: str, solver: Solver, problem: LayerProblem, key: Array
         jnp.array_equal(again.value, solution.value), f"{what} with the same key", "the same value",
         f"a difference of {jnp.max(jnp.abs(again.value - solution.value)):.3g}",
     )  # fmt: skip
+    start = common.attempt(f"{what} with init", solve, init=jnp.zeros(problem.shape)).value
+    close(f"{what} with init = 0", start, solution.value, rtol=1e-9, words="that without init")
+    for dtype in (jnp.float32, jnp.bfloat16):
+        narrow = common.cast(problem, dtype)
+        kind = jnp.dtype(dtype).name
+        built = jax.eval_shape(_solved_anew, solver, key, narrow)
+        common.same_dtype(f"value of {what} in {kind}", built, jnp.float32)
     other = solver.solve(jax.random.fold_in(key, 1), problem).value
     differ = not jnp.array_equal(other, solution.value)
     words = "another value" if solver.stochastic else "the same value (it does not sample)"
@@ -110,10 +127,19 @@ def _check_solution(name: str, solver: Solver, problem: LayerProblem, key: Array
     close(f"{what} with deterministic=True", second, first, words=words)
 
 
+def _solved_anew(solver: Solver, key: Array, problem: LayerProblem) -> Array:
+    """The solution of the problem by its constructor, which converts narrow dtypes."""
+    problem = LayerProblem(
+        problem.linear_map, problem.inputs, loss=problem.loss, bias=problem.bias,
+        prior=problem.prior, ridge=problem.ridge,
+    )  # fmt: skip
+    return solver.solve(key, problem).value
+
+
 _LOWERED = [0]  # programs that were handed to the compiler, in this process
 
 
-def _listen(event: str, duration: float, **_: Any) -> None:
+def _listen(event: str, duration_secs: float, **_: Any) -> None:
     if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
         _LOWERED[0] += 1
 
@@ -173,7 +199,7 @@ def _check_bad_values(name: str, solver: Solver, problem: LayerProblem, key: Arr
 @jax.jit
 def _reference(problem: LayerProblem) -> Array:
     """argmin P to all digits."""
-    solver = ProxGD(_ITERATIONS, momentum=True, form="literal")
+    solver = ProxGD(num_iters=_ITERATIONS, momentum=True, form="literal")
     return solver.solve(None, problem).value
 
 

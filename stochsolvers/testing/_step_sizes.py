@@ -34,7 +34,7 @@ def check_step_size(
     r"""Hold a step size to its contract, on a small problem.
 
     - η_k is positive and finite at k = 0, 1, 10 and 100, in the problem's dtype;
-    - along the full gradient η_0 ≤ 2/L_F, L_F = L_ℓ ‖A‖² + λ by numpy's SVD; with τ-nice sampling of the outputs,
+    - along the full gradient η_0 ≤ 2/L_F, L_F = L_ℓ ‖A‖² + λ by numpy; with τ-nice sampling of the outputs,
       λ_max(E) ≤ 2 for E = √η [β H + (1 − β) diag(H)] √η, H = L_ℓ A A* + λ I, β = (τ − 1)/(n2 − 1);
     - a step along ∇F then does not raise the objective, from random points;
     - a rule's constant is the same for other inputs and another bias, and a path of problems and of the
@@ -82,9 +82,7 @@ def _steps(
         schedule = step_sizes.schedule_of(rule, problem, estimator)
         return [schedule(k) for k in (0, 1, 10, 100)]
 
-    function = callable(rule) and not jax.tree.leaves(rule)
-    function = function or jax.tree.leaves(rule) == [rule] and not hasattr(rule, "__float__")
-    if rule is None or (function and not isinstance(rule, StepSizeRule)):
+    if rule is None or _is_function(rule):
         path = [(common.scaled(problem, f),) for f in (1.0, 1.5, 0.5)]
         got = common.traced_once(name, lambda problem: steps(rule, problem), path)
     else:
@@ -97,6 +95,14 @@ def _steps(
     eager = steps(rule, problem)[0]
     common.close(f"{name} without jit", eager, got[0][0], words="that of jit")
     return got[0]
+
+
+def _is_function(rule: Any) -> bool:
+    """Whether a step size is a function and no pytree, so that it cannot be an argument of `jit`."""
+    if not callable(rule) or isinstance(rule, StepSizeRule):
+        return False
+    leaves = jax.tree.leaves(rule)
+    return not leaves or leaves[0] is rule
 
 
 def _check_constant(
