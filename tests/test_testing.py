@@ -42,7 +42,7 @@ class IgnoresBatchAxes(KernelMap):
     kernel: jax.Array
 
     def __call__(self, x):
-        return jnp.zeros((*x.shape[:-1], 3), x.dtype) + x.reshape(-1, 4)[0] @ self.kernel
+        return jnp.broadcast_to(x.reshape(-1, 4)[0] @ self.kernel, (*x.shape[:-1], 3))
 
 
 @ss.value_object
@@ -517,7 +517,7 @@ class KeepsOldSteps(ss.nnx.SolverLinear):
 
 class Mixes(ss.nnx.SolverLinear):
     def __call__(self, inputs, **options):
-        return super().__call__(inputs - jnp.mean(inputs, axis=0), **options)
+        return super().__call__(inputs - jnp.mean(inputs, axis=0, keepdims=True), **options)
 
 
 class Widened(ss.nnx.SolverLinear):

@@ -1,7 +1,8 @@
 """What all checks share: one wording, float64, random arrays, counts of traces."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import chex
@@ -10,6 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from stochsolvers._typing import Array
+
+
+@contextlib.contextmanager
+def own_dtypes() -> Iterator[None]:
+    """JAX's usual promotion of dtypes, whatever the process has, and products in full precision."""
+    with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
+        yield
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """The same, in float64."""
+    with jax.enable_x64(True), own_dtypes():
+        yield
 
 
 def broke(what: str, expected: object, got: object) -> NoReturn:

@@ -51,7 +51,7 @@ def check_estimator(
     kind = isinstance(estimator, Estimator)
     common.require(kind, name, "an Estimator", type(estimator).__mro__[1].__name__)
     common.passes_as_a_value(name, estimator)
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+    with common.float64():
         estimator = common.cast(estimator, jnp.float64)
         problem = common.cast(problem, jnp.float64)
         seen = _evaluate(name, estimator, problem, num_keys)

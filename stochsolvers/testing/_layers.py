@@ -53,7 +53,7 @@ def check_layer(layer: Any, inputs: Any, *, variables: Any = None) -> None:
     """
     inputs = jnp.asarray(inputs)
     view = _view(layer, variables)
-    with jax.default_matmul_precision("highest"):
+    with common.own_dtypes():
         _check_outputs(view, inputs)
         _check_modes(view, inputs)
         _check_solution(view, inputs)

@@ -39,7 +39,7 @@ def check_linear_map(A: LinearMap) -> None:
     name = type(A).__name__
     common.require(isinstance(A, LinearMap), name, "a LinearMap", type(A).__mro__[1].__name__)
     common.passes_as_a_value(name, A)
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+    with common.float64():
         wide = A.astype(jnp.dtype(jnp.float64))
         _check_shapes(name, wide)
         _check_products(name, wide)

@@ -41,7 +41,7 @@ def check_loss(loss: Loss, x: ArrayLike) -> None:
     name = type(loss).__name__
     common.require(isinstance(loss, Loss), name, "a Loss", type(loss).__mro__[1].__name__)
     common.passes_as_a_value(name, loss)
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+    with common.float64():
         loss, x = common.as_arrays(common.cast(loss, jnp.float64)), jnp.asarray(x, jnp.float64)
         coupled = _check_shapes(name, loss, x)
         seen = _evaluate(name, loss, x)

@@ -39,7 +39,7 @@ def check_prior(prior: Prior, shape: tuple[int, ...]) -> None:
     name = type(prior).__name__
     common.require(isinstance(prior, Prior), name, "a Prior", type(prior).__mro__[1].__name__)
     common.passes_as_a_value(name, prior)
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+    with common.float64():
         wide = common.as_arrays(common.cast(prior, jnp.float64))
         seen = _evaluate(name, wide, shape)
         _check_minimum(name, seen)
@@ -124,8 +124,8 @@ def _search(h: Any, start: Array, domain: Array) -> Array:
 
     def improve(k, u):
         few = ways[(k * 89 + 37 * jnp.arange(8)) % len(ways)]
-        steps = (reach * few).reshape(-1, *start.shape)
-        tried = u + jnp.concatenate([steps, domain - u, jnp.zeros_like(u)[None]])
+        steps = (reach * few[None]).reshape(-1, *start.shape)
+        tried = u[None] + jnp.concatenate([steps, domain - u[None], jnp.zeros_like(u)[None]])
         values = jax.vmap(h)(tried)
         return tried[jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))]
 

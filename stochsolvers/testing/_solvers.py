@@ -50,7 +50,7 @@ def check_solver(
     name = type(solver).__name__
     common.require(isinstance(solver, Solver), name, "a Solver", type(solver).__mro__[1].__name__)
     common.passes_as_a_value(name, solver)
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+    with common.float64():
         key = jax.random.key(0) if key is None else key
         given = problems.small_problem(prior=L1(0.05)) if problem is None else problem
         _check_all(name, solver, common.as_arrays(common.cast(given, jnp.float64)), key)

@@ -39,7 +39,7 @@ def check_step_size(
     - a step along ∇F then does not raise the objective, from random points;
     - a rule's constant is the same for other inputs and another bias, and a path of problems and of the
       rule's numbers compiles once;
-    - a kernel that is not finite raises nothing, eager or jitted.
+    - a kernel of NaN raises nothing, and a rule's step is then NaN.
 
     With estimators that sample features, longer steps than theory supports are allowed (the paper's are), and
     only reported.
@@ -59,7 +59,7 @@ def check_step_size(
     estimator = Full() if estimator is None else estimator
     if isinstance(rule, StepSizeRule):
         common.passes_as_a_value(name, rule)
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+    with common.float64():
         problem = common.cast(problem, jnp.float64)
         steps = _steps(name, rule, problem, estimator)
         if isinstance(rule, StepSizeRule):
@@ -123,11 +123,16 @@ def _check_bad_values(
 ) -> None:
     bad = common.scaled(problem, jnp.nan)
 
+    @jax.jit
     def first(problem):
         return step_sizes.schedule_of(rule, problem, estimator)(0)
 
-    for function, how in ((first, "without"), (jax.jit(first), "under")):
-        common.attempt(f"{name} of a kernel of NaN {how} jit", function, bad)
+    step = common.attempt(f"{name} of a kernel of NaN", first, bad)
+    if isinstance(rule, StepSizeRule):  # as a layer does that keeps the constant
+        what = f"{name}.constant of a kernel of NaN without jit"
+        common.attempt(what, rule.constant, bad, estimator)
+        words = "NaN, for an iterate that does not move would pass for a solution"
+        common.require(jnp.isnan(step), f"{name} of a kernel of NaN", words, step)
 
 
 def _hessian(problem: LayerProblem) -> np.ndarray:
