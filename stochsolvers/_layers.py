@@ -12,7 +12,7 @@ from jax import lax
 
 from stochsolvers import _checks, reports
 from stochsolvers._shards import automatic, varying
-from stochsolvers._typing import Array, Scalar
+from stochsolvers._typing import Array, Scalar, at_least_float32
 from stochsolvers.linear_maps import Contraction, Conv, LinearMap, Padding, conv_transpose
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import Prior
@@ -103,7 +103,7 @@ def fingerprint(linear_map: LinearMap, xp: Any = jnp) -> Any:
       xp: `jnp`, or `np` for arrays on the host.
     """
     leaves = [xp.asarray(leaf).ravel() for leaf in jax.tree.leaves(linear_map)]
-    dtype = np.promote_types(np.dtype(linear_map.dtype), np.float32)
+    dtype = at_least_float32(linear_map.dtype)
     entries = xp.concatenate([leaf.astype(dtype) for leaf in leaves])
     norm = xp.sqrt(xp.sum(entries**2))
     few = entries[:: max(1, -(-entries.size // _SAMPLES))]

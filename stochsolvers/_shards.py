@@ -1,5 +1,6 @@
 """Types of arrays within `shard_map`, and on meshes whose axes are explicit."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -61,3 +62,21 @@ def spec_of(array: Any) -> tuple[Any, ...]:
     """The mesh axes of each of the array's axes."""
     spec = tuple(getattr(jax.typeof(array).sharding, "spec", ()))
     return spec + (None,) * (jnp.ndim(array) - len(spec))
+
+
+def replicated(function: Callable[..., _Tree]) -> Callable[..., _Tree]:
+    """The function, `automatic` with results that are not split: for constants of a kernel."""
+
+    @functools.wraps(function)
+    def call(*operands: Any, **options: Any) -> _Tree:
+        if not is_explicit():
+            return function(*operands, **options)
+        arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
+        static = {name: value for name, value in options.items() if name not in arrays}
+
+        def run(operands, arrays):
+            return function(*operands, **arrays, **static)
+
+        return automatic(run, jax.sharding.PartitionSpec(), operands, arrays)
+
+    return call

@@ -1,6 +1,7 @@
 """Shared aliases, and the decorator that makes a class a value object."""
 
 import dataclasses
+import functools
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -80,6 +81,12 @@ def value_object(cls: type[_T]) -> type[_T]:
     cls.__hash__ = lambda self: hash((cls, fields_of(self)))  # pyright: ignore
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def at_least_float32(*dtypes: Any) -> np.dtype:
+    """The widest of float32 and the given real dtypes: what arrays of lower precision are computed in."""
+    widest = functools.reduce(np.promote_types, map(np.dtype, dtypes), np.dtype(np.float32))
+    return jax.dtypes.canonicalize_dtype(widest)
 
 
 def real(value: Any) -> Any:

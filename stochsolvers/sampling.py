@@ -5,6 +5,7 @@ has m_i = 1[i ∈ S]. Every function takes the key first, and draws independentl
 `batch_shape`. Masks are boolean; none of them scales anything.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -189,4 +190,12 @@ def fixed_size_mask(key: Array, probabilities: Array) -> Array:
     order = (jnp.sort(_distinct_integers(order_key, shape), axis=-1) & places).astype(jnp.int32)
     offset = jax.random.uniform(offset_key, shape[:-1], probabilities.dtype)
     mask = systematic_mask(offset, jnp.take_along_axis(probabilities, order, axis=-1))
-    return jnp.put_along_axis(jnp.zeros(shape, bool), order, mask, axis=-1, inplace=False)
+    place = functools.partial(_scattered, shape[-1])
+    for _ in shape[:-1]:  # `jnp.put_along_axis`, for batches of symbolic size too
+        place = jax.vmap(place)
+    return place(order, mask)
+
+
+def _scattered(n: int, places: Array, values: Array) -> Array:
+    """The array of length n with the values at their places, and False elsewhere."""
+    return jnp.zeros(n, bool).at[places].set(values)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array
+from stochsolvers._typing import Array, at_least_float32
 
 
 def t_product(a: Array, x: Array) -> Array:
@@ -116,4 +116,4 @@ def _tensor(what: str, array: Array) -> Array:
     _checks.rank(what, array, 4)
     _checks.floating(what, array)
     array = jnp.asarray(array)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(at_least_float32(array.dtype))

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
-    {"_typing", "_checks", "_shards"},
+    {"_typing", "_checks"},
+    {"_shards"},
     {"_convolution", "_linalg"},
     {"linear_maps", "losses", "prox", "tensor_product"},
     {"sampling"},

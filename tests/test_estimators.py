@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 from equivalence.plain_layers import Geometry, dense_matrix
+from jax import export
 
 import stochsolvers as ss
 from stochsolvers import estimators as es
@@ -368,3 +369,19 @@ def test_shared_sampling_refuses_a_traced_count(rng):
 
     with pytest.raises(ValueError, match="static"):
         jax.eval_shape(draw, jnp.asarray(2))
+
+
+@pytest.mark.parametrize("by", ["lipschitz", "gradient"])
+def test_importance_sampling_exports_for_any_batch(by, rng):
+    kernel, key = jnp.asarray(rng.normal(size=(6, 4))), jax.random.key(0)
+
+    def run(x):
+        problem = ss.LayerProblem(ss.Dense(kernel), x, ridge=0.1)
+        solution = ss.prox_sg(key, problem, sampling=es.Importance(3, by=by), num_iters=2)
+        return solution.value, problem.certificate(solution.value)
+
+    (batch,) = export.symbolic_shape("batch")
+    saved = export.export(jax.jit(run))(jax.ShapeDtypeStruct((batch, 6), jnp.float64))
+    x = jnp.asarray(rng.normal(size=(3, 6)))
+    for one, other in zip(saved.call(x), run(x), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)

@@ -27,7 +27,7 @@ def conv(x, kernel, **options):
 
 def linear_layer(x, kernel):
     layer = ss.nnx.SolverLinear(6, 5, solver=ss.ProxSG(2, 3), rngs=nnx.Rngs(0, dropout=1))
-    layer.kernel[...] = kernel
+    layer.kernel = nnx.Param(kernel)
     return layer(x)
 
 
@@ -41,7 +41,7 @@ def conv_layer(x, kernel, **options):
         rngs=nnx.Rngs(0, dropout=1),
         **options,
     )
-    layer.kernel[...] = kernel
+    layer.kernel = nnx.Param(kernel)
     return layer(x)
 
 

@@ -488,6 +488,6 @@ def test_convolutions_of_other_ranks(rank, rng):
     one = ss.nnx.SolverConv.from_layer(plain, solver=ss.ProxGD(1, step_size=1.0))
     np.testing.assert_allclose(one(x), nnx.relu(plain(x)), rtol=1e-5, atol=1e-6)
     layer = ss.nnx.SolverConv.from_layer(
-        plain, solver=ss.ProxGD(30), spatial_shape=x.shape[1:-1], ridge=0.1
+        plain, solver=ss.ProxGD(300, momentum=True), spatial_shape=x.shape[1:-1], ridge=0.1
     )
     assert np.all(layer.solve(x, certify=True).certificate < 0.1)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from stochsolvers._shards import replicated
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz._matrix_free import matrix_free_bracket
@@ -21,6 +22,7 @@ from stochsolvers.lipschitz.machinery.top import certified, widened
 from stochsolvers.lipschitz.machinery.written import has_blocks
 
 
+@replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def lipschitz_bracket(linear_map: LinearMap, *, grid: Grid = "layer") -> Bracket:
     r"""lower ≤ L ≤ upper for L = max_f λ_max(Â(f) Â(f)ᴴ) in exact arithmetic, all round-off included.

@@ -7,6 +7,7 @@ import jax
 from jax import lax
 
 from stochsolvers import _checks
+from stochsolvers._shards import replicated
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz._formula import lipschitz_formula
@@ -24,6 +25,7 @@ from stochsolvers.lipschitz.machinery.top import top_square
 from stochsolvers.lipschitz.machinery.written import has_blocks
 
 
+@replicated
 @functools.partial(jax.jit, static_argnames=("grid", "method"))
 def lipschitz_constant(
     linear_map: LinearMap, *, grid: Grid = "layer", method: Literal["fast", "formula"] = "fast"

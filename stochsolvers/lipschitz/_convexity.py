@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from stochsolvers._shards import replicated
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz._constant import lipschitz_constant
@@ -22,6 +23,7 @@ from stochsolvers.lipschitz.machinery.top import widened
 from stochsolvers.lipschitz.machinery.written import base_of, has_blocks, sizes
 
 
+@replicated
 @jax.jit
 def strong_convexity(linear_map: LinearMap, *, upper: Array | None = None) -> Array:
     r"""A certified lower bound on λ_min(A A*): 0 unless the structure gives better.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers import _linalg
+from stochsolvers._shards import replicated
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, Dense, LinearMap, Matrix, Transposed
 from stochsolvers.lipschitz._matrix_free import norm_estimate
@@ -16,6 +17,7 @@ from stochsolvers.lipschitz.machinery.taps import taps_and_phases
 from stochsolvers.lipschitz.machinery.written import entries, is_small
 
 
+@replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def feature_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
     r"""L_i of the n1 terms f_i of objective (5): L_i = n1 ||A_i||², shape (n1,).
@@ -31,6 +33,7 @@ def feature_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") 
     return linear_map.in_features * _columns(linear_map, grid)
 
 
+@replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def output_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
     r"""Blockwise constants of the outputs, M_j = ||(A A*)_{jj}|| = max_f ||Â(f)_{j, :}||², (n2,).

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stochsolvers import _checks, _linalg
+from stochsolvers._shards import replicated
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, LinearMap
 from stochsolvers.lipschitz._torus import half_spectrum, mirrored, torus
@@ -24,6 +25,7 @@ def lipschitz_formula(linear_map: LinearMap, grid: Grid) -> Array:
     return largest * scale * scale
 
 
+@replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def singular_values(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
     r"""All singular values of the map that lemma 2 describes, with multiplicity, in descending order.

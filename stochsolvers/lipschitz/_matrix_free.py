@@ -66,7 +66,7 @@ def norm_estimate(linear_map: LinearMap, *, safe: bool) -> Array:
         # one product refutes a bound that is far off, and maps that are not finite
         return matrix_free_bracket(base, 1).upper if safe else jnp.asarray(bound, base.dtype)
     vector, scale = lax.stop_gradient(_ritz_vector(_constant(base), STEPS, None))
-    forward, shape = _smaller_side(base)[::2]
+    forward, _, shape = _smaller_side(base)
     with jax.default_matmul_precision("highest"):
         image = forward(vector.reshape(shape)) / scale
     value = jnp.sum(image**2) / jnp.sum(vector**2)

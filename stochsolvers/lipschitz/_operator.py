@@ -6,6 +6,7 @@ import functools
 import jax
 
 from stochsolvers import _checks
+from stochsolvers._shards import replicated
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, LinearMap, Matrix
 from stochsolvers.lipschitz._bracket import lipschitz_bracket
@@ -15,6 +16,7 @@ from stochsolvers.lipschitz.machinery.blocks import scale_of
 from stochsolvers.lipschitz.machinery.written import base_of, entries, has_blocks, is_small
 
 
+@replicated
 @functools.partial(jax.jit, static_argnames=("num_iters", "failure_probability"))
 def operator_bracket(
     linear_map: LinearMap,

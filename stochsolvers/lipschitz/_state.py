@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers import _checks
+from stochsolvers._shards import replicated
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz._bracket import lipschitz_bracket
@@ -48,6 +49,7 @@ class LipschitzState:
     grid: Grid = static_field(default="layer", kw_only=True)
 
 
+@replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def lipschitz_state(linear_map: LinearMap, *, grid: Grid = "layer") -> LipschitzState:
     """The state for a kernel, from `lipschitz_bracket`'s full computation."""
@@ -60,6 +62,7 @@ def lipschitz_state(linear_map: LinearMap, *, grid: Grid = "layer") -> Lipschitz
     return LipschitzState(taps / scale, scale, upper, best, grid=grid)
 
 
+@replicated
 @jax.jit
 def lipschitz_refresh(
     linear_map: LinearMap, state: LipschitzState, *, tolerance: Scalar = 0.05
@@ -92,13 +95,14 @@ def lipschitz_refresh(
     taps, phases = taps_and_phases(linear_map, state.grid)
     if taps.shape != state.anchor.shape or taps.dtype != state.anchor.dtype:
         _checks.fail("taps of the layer", (state.anchor.shape, state.anchor.dtype), taps.shape)
-    return _refreshed(linear_map, taps / state.scale, phases, state, tolerance)
+    return _refreshed(linear_map, taps, phases, state, tolerance)
 
 
 def _refreshed(
     linear_map: LinearMap, taps: Array, phases: Phases, state: Any, tolerance: Scalar
 ) -> tuple[Bracket, LipschitzState]:
-    """`lipschitz_refresh` for taps divided by the state's scale."""
+    """`lipschitz_refresh` for the taps of the map."""
+    taps = taps / state.scale
     drift = _norm_bound(taps - state.anchor, phases)
     if phases.error:  # of the new taps; that of the anchor is within the ceiling
         drift = drift + 1.01 * phases.error * jnp.sqrt(jnp.sum(taps**2))

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 import jax.numpy as jnp
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array, static_field, value_object
+from stochsolvers._typing import Array, at_least_float32, static_field, value_object
 from stochsolvers.linear_maps import LinearMap
 
 Grid: TypeAlias = Literal["layer", "padded"]
@@ -64,4 +64,4 @@ def check_grid(grid: str) -> None:
 
 def compute_dtype(linear_map: LinearMap) -> jnp.dtype:
     """float32, or the map's own type if that is wider."""
-    return jnp.promote_types(linear_map.dtype, jnp.float32)
+    return at_least_float32(linear_map.dtype)

@@ -182,12 +182,12 @@ def _loss_gap(problem: Objective, point: _Point, r: Array, move: Array) -> Array
     error, loss = point.u_error, problem.loss
     if problem.is_quadratic:
         squares = problem.sum((jnp.abs(move) + error) ** 2)
-        return 0.5 * (1.0 + tree_round_off(error.shape, error)) * squares
+        return 0.5 * (1.0 + tree_round_off(problem.linear_map.in_shape, error)) * squares
     terms, sizes, own = loss.gap(point.u, r, point.targets)
     distance = jnp.abs(loss.derivative(point.u, point.targets) - r)
     gap = problem.sum(jnp.maximum(terms, 0.0) + own)
     gap += problem.sum(distance * error) + 0.5 * loss.smoothness * problem.sum(error**2)
-    return gap + tree_round_off(point.u.shape, r) * problem.sum(sizes)
+    return gap + tree_round_off(problem.linear_map.in_shape, r) * problem.sum(sizes)
 
 
 def _in_domain(problem: Objective, w: Array, error: Array) -> Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from stochsolvers import _checks, losses, prox
-from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers._typing import Array, Scalar, at_least_float32, value_object
 from stochsolvers.linear_maps import LinearMap
 
 
@@ -35,8 +35,7 @@ class Objective:
         _checks.trailing("inputs of LayerProblem", self.inputs, self.linear_map.in_shape)
         _checks.non_negative("ridge", self.ridge)
         _checks.rank("ridge", self.ridge, 0)
-        dtype = jnp.promote_types(jnp.result_type(self.inputs), self.linear_map.dtype)
-        dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
+        dtype = at_least_float32(jnp.result_type(self.inputs), self.linear_map.dtype)
         object.__setattr__(self, "ridge", jnp.asarray(self.ridge, dtype))
         if self.bias is not None:
             _checks.floating("bias of LayerProblem", self.bias)

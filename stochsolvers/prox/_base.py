@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array, real, value_object
+from stochsolvers._typing import Array, at_least_float32, real, value_object
 
 
 class Prior(ABC):
@@ -100,7 +100,7 @@ def as_float32_or_wider(what: str, array: ArrayLike) -> Array:
     """A real floating-point array; float16 and bfloat16 become float32."""
     _checks.floating(what, array)
     array = jnp.asarray(array)
-    return array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < 32 else array
+    return array.astype(at_least_float32(array.dtype))
 
 
 def finite_where(inside: Array, value: ArrayLike, like: Array) -> Array:

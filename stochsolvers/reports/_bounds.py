@@ -6,25 +6,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers._typing import Array
-from stochsolvers.linear_maps import Contraction, Conv, Dense, LinearMap, Matrix, Transposed
+from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz import (
     Bracket,
+    is_exact,
     lipschitz_bracket,
     operator_bracket,
     strong_convexity,
 )
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import Solver
-
-
-def is_exact(linear_map: LinearMap) -> bool:
-    """Whether lemma 2 on the layer's own grid is the norm: dense, or circular with whole strides."""
-    if isinstance(linear_map, Transposed):
-        return is_exact(linear_map.base)
-    if not isinstance(linear_map, Conv):
-        return isinstance(linear_map, Dense | Contraction | Matrix)
-    sizes = zip(linear_map.spatial_shape, linear_map.strides, strict=True)
-    return linear_map.padding == "CIRCULAR" and all(n % s == 0 for n, s in sizes)
 
 
 def squared_norm_bracket(linear_map: LinearMap) -> Bracket:

@@ -33,10 +33,10 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array
-from stochsolvers.lipschitz import lipschitz_constant
+from stochsolvers.lipschitz import is_exact, lipschitz_constant
 from stochsolvers.problems import LayerProblem
 from stochsolvers.reports import _table
-from stochsolvers.reports._bounds import first_step, guarantee, is_exact, squared_norm_bracket
+from stochsolvers.reports._bounds import first_step, guarantee, squared_norm_bracket
 from stochsolvers.solvers import Solution, Solver, Status
 
 _ROUND_OFF = (
