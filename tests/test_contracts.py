@@ -203,6 +203,34 @@ def test_kernels_out_of_range_are_reported_eager_and_jitted(name, value):
     assert not np.any(fine & ~np.all(np.isfinite(eager), axis=-1))
 
 
+@each(catalogue.ESTIMATORS)
+def test_estimators_promote_no_ranks(name):
+    estimator, problem = catalogue.ESTIMATORS[name][0], catalogue.PROBLEM
+    z = jnp.zeros(problem.shape, problem.dtype)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(estimator, jax.random.key(0), problem, z)
+        ready = estimator.prepare(problem)
+        jax.eval_shape(ready, jax.random.key(0), problem, z)
+
+
+@each(catalogue.SOLVERS)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_solvers_promote_no_ranks(name, deterministic):
+    solver = catalogue.SOLVERS[name]
+
+    def solve(key, problem):
+        return solver.solve(key, problem, deterministic=deterministic)
+
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(solve, jax.random.key(0), catalogue.PROBLEM)
+
+
+def test_a_skip_connection_promotes_no_ranks():
+    layer, _, inputs, _ = catalogue.EQUIVALENCES["nnx.SolverResNetBlock"]()
+    with jax.numpy_rank_promotion("raise"):
+        assert layer(inputs).shape == inputs.shape
+
+
 def test_convolutions_of_nnx_and_linen_are_the_same():
     layer, inputs, _ = catalogue.LAYERS["nnx.SolverConv"]()
     module = catalogue.LAYERS["linen.SolverConv"]().layer
