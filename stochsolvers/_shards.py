@@ -50,7 +50,8 @@ def automatic(function: Callable[..., _Tree], out_specs: Any, *operands: Any) ->
     """
     if not is_explicit():
         return function(*operands)
-    return jax.sharding.auto_axes(function, out_sharding=out_specs)(*operands)
+    within: Any = jax.sharding.auto_axes(function, out_sharding=out_specs)
+    return within(*operands)
 
 
 def batch_spec(array: Array, batch_ndim: int) -> jax.sharding.PartitionSpec:

@@ -23,7 +23,9 @@ def count_field(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"role": "count"}, **kwargs)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(static_field, count_field))
+@dataclass_transform(
+    frozen_default=True, field_specifiers=(static_field, count_field, dataclasses.field)
+)
 def value_object(cls: type[_T]) -> type[_T]:
     """Make `cls` a frozen dataclass and a JAX pytree.
 

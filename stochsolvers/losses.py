@@ -147,7 +147,7 @@ class Huber(Loss):
 class Logistic(Loss):
     """ℓ(u, x) = log(1 + exp(−x u)) for labels x = ±1."""
 
-    smoothness: ClassVar[float] = 0.25
+    smoothness = 0.25
 
     def value(self, u, x):
         """softplus(−x u)."""
@@ -178,7 +178,7 @@ class CrossEntropy(Loss):
     """
 
     axis: int = static_field(default=-2)
-    smoothness: ClassVar[float] = 0.5
+    smoothness = 0.5
 
     def __post_init__(self):
         axis = _checks.count("axis of CrossEntropy", self.axis, minimum=-(2**31), maximum=-2)

@@ -1,5 +1,6 @@
-"""README's Python blocks run, and print what the README says they print."""
+"""The Python blocks of README and of docs/ run, and print what the page says they print."""
 
+import ast
 import pathlib
 import re
 import subprocess
@@ -7,8 +8,14 @@ import sys
 
 import pytest
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = {"README.md": 3, "docs/bring_your_own.md": 8}
+EXAMPLE = re.compile(r"```python\n(.*?)```\n```text\n(.*?)```", re.DOTALL)
+BLOCKS = {
+    f"{page} {number}": block
+    for page in PAGES
+    for number, block in enumerate(EXAMPLE.findall((ROOT / page).read_text(encoding="utf-8")))
+}
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]\d+)?")
 SPACE = re.compile(r"[ ─]+")  # as wide as the longest number of a column
 
@@ -18,11 +25,25 @@ def text(line):
 
 
 def test_there_are_examples_with_output():
-    assert len(BLOCKS) == 3
+    counts = {page: sum(name.startswith(page) for name in BLOCKS) for page in PAGES}
+    assert counts == PAGES
 
 
-@pytest.mark.parametrize(("code", "printed"), BLOCKS)
-def test_examples_print_what_readme_shows(code, printed, users_environment):
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.name)
+def test_every_page_is_tested(path):
+    assert str(path.relative_to(ROOT)) in PAGES
+
+
+def test_the_objects_of_a_users_own_are_short():
+    """Each in at most 30 lines, as the page promises."""
+    for name, (code, _) in BLOCKS.items():
+        if name.startswith("docs"):
+            classes = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ClassDef)]
+            assert all(node.end_lineno - node.lineno < 30 for node in classes)
+
+
+@pytest.mark.parametrize(("code", "printed"), BLOCKS.values(), ids=BLOCKS)
+def test_examples_print_what_the_page_shows(code, printed, users_environment):
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=users_environment,

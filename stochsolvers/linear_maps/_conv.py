@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from stochsolvers.linear_maps._base import LinearMap
 Padding: TypeAlias = (
     Literal["SAME", "VALID", "CIRCULAR", "CAUSAL"] | int | Sequence[tuple[int, int]]
 )
+_EACH: Any = 1  # for each axis
 
 
 @value_object
@@ -49,9 +50,9 @@ class Conv(LinearMap):
 
     kernel: Array
     spatial_shape: tuple[int, ...] = static_field()
-    strides: tuple[int, ...] = static_field(default=1, kw_only=True)
+    strides: tuple[int, ...] = static_field(default=_EACH, kw_only=True)
     padding: Padding = static_field(default="SAME", kw_only=True)
-    kernel_dilation: tuple[int, ...] = static_field(default=1, kw_only=True)
+    kernel_dilation: tuple[int, ...] = static_field(default=_EACH, kw_only=True)
     feature_group_count: int = static_field(default=1, kw_only=True)
     circular_low: tuple[int, ...] | None = static_field(default=None, kw_only=True)
 

@@ -184,7 +184,7 @@ def linear_map_of(layer: Any, kernel: Array, shape: tuple[int, ...]) -> LinearMa
         return Dense(kernel)
     if isinstance(layer, nn.DenseGeneral):
         return dense_general(kernel, tuple(shape), axis=layer.axis, batch_axis=layer.batch_dims)
-    if isinstance(layer, nn.Einsum):
+    if isinstance(layer, nn.Einsum) and layer.einsum_str is not None:
         return _layers.einsum_map(layer.einsum_str, kernel, shape)
     if isinstance(layer, nn.ConvTranspose):
         return _layers.conv_transpose_map(layer, kernel, shape)

@@ -255,8 +255,10 @@ def _part(
         return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):
         return _lipschitz.Part(kind, linear_map)
-    state = (flat.get(f"{STATE}/{prefix}{name}") for name in ("lipschitz", "reference"))
-    kept = _layers.kept_if_current(*state, linear_map)
+    constant, reference = (
+        flat.get(f"{STATE}/{prefix}{name}") for name in ("lipschitz", "reference")
+    )
+    kept = _layers.kept_if_current(constant, reference, linear_map)
     return _lipschitz.Part(
         kind, linear_map, solver=layer.solver, ridge=layer.ridge, step_constant=kept
     )

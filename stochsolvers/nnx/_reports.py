@@ -266,7 +266,9 @@ def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschit
     part = _lipschitz.Part(kind, linear_map)
     if not isinstance(layer, SolverLayer):
         return part
-    state = (layer.lipschitz, layer.reference)
-    values = (None if variable is None else variable[...] for variable in state)
-    kept = _layers.kept_if_current(*values, linear_map)
+    constant, reference = (
+        None if variable is None else variable[...]
+        for variable in (layer.lipschitz, layer.reference)
+    )
+    kept = _layers.kept_if_current(constant, reference, linear_map)
     return dataclasses.replace(part, solver=layer.solver, ridge=layer.ridge, step_constant=kept)

@@ -161,18 +161,18 @@ def in_blocks(
 
 
 class _Cut(NamedTuple):
-    """Cuts `count` features of every group into `number` blocks, padded with zeros."""
+    """Cuts the features of every group into `number` blocks, padded with zeros."""
 
-    count: int
+    features: int
     block: int
     number: int
 
     def __call__(self, array: Array, axis: int, groups: int) -> Array:
         axis %= array.ndim
         before, after = array.shape[:axis], array.shape[axis + 1 :]
-        array = array.reshape(*before, groups, self.count, *after)
+        array = array.reshape(*before, groups, self.features, *after)
         missing = [(0, 0)] * array.ndim
-        missing[axis + 1] = (0, self.number * self.block - self.count)
+        missing[axis + 1] = (0, self.number * self.block - self.features)
         array = jnp.pad(array, missing)
         array = array.reshape(*before, groups, self.number, self.block, *after)
         array = jnp.moveaxis(array, axis + 1, 0)

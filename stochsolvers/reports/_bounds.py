@@ -82,7 +82,7 @@ def guarantee(
     if sizes.ndim > 1:  # one for each output
         return none
     loss = problem.loss
-    convexity = problem.ridge
+    convexity = jnp.asarray(problem.ridge)
     if loss.strong_convexity > 0:
         least = strong_convexity(problem.linear_map, upper=upper)
         convexity = convexity + loss.strong_convexity * least

@@ -67,7 +67,7 @@ class Run:
         return self.problem.prior.prox(point, self.step_size(k))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@value_object
 class Solver(abc.ABC):
     r"""An algorithm with its options, as a value: everything but the problem.
 
@@ -103,7 +103,7 @@ class Solver(abc.ABC):
     """
 
     tol: Scalar | None = dataclasses.field(default=None, kw_only=True)
-    derivative: DerivativeLike = static_field(default=None, kw_only=True)  # noqa: RUF009
+    derivative: DerivativeLike = static_field(default=None, kw_only=True)
 
     stochastic: ClassVar[bool] = False
     """Whether `solve` needs a key unless it is deterministic."""

@@ -98,8 +98,10 @@ class MS2GD(Solver):
                 step = self.step(run, j, z, reduced)
                 if self.random_inner:
                     active = j - first < length
-                    value = jnp.where(active, step.value, z)
-                    step = Step(value, None, jnp.where(active, step.point, z))
+                    step = step._replace(
+                        value=jnp.where(active, step.value, z),
+                        point=None if step.point is None else jnp.where(active, step.point, z),
+                    )
                 return step._replace(memory=memory)
 
             return _loop.iterate(
