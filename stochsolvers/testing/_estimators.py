@@ -49,7 +49,7 @@ def check_estimator(
     """
     name = type(estimator).__name__
     kind = isinstance(estimator, Estimator)
-    common.require(kind, name, "an Estimator", type(estimator).__mro__[1].__name__)
+    common.require(kind, name, "an Estimator", repr(estimator))
     common.passes_as_a_value(name, estimator)
     with common.float64():
         estimator = common.cast(estimator, jnp.float64)

@@ -37,7 +37,7 @@ def check_linear_map(A: LinearMap) -> None:
       AssertionError: in words, with the numbers.
     """
     name = type(A).__name__
-    common.require(isinstance(A, LinearMap), name, "a LinearMap", type(A).__mro__[1].__name__)
+    common.require(isinstance(A, LinearMap), name, "a LinearMap", repr(A))
     common.passes_as_a_value(name, A)
     with common.float64():
         wide = A.astype(jnp.dtype(jnp.float64))

@@ -39,7 +39,7 @@ def check_loss(loss: Loss, x: ArrayLike) -> None:
       AssertionError: in words, with the numbers.
     """
     name = type(loss).__name__
-    common.require(isinstance(loss, Loss), name, "a Loss", type(loss).__mro__[1].__name__)
+    common.require(isinstance(loss, Loss), name, "a Loss", repr(loss))
     common.passes_as_a_value(name, loss)
     with common.float64():
         loss, x = common.as_arrays(common.cast(loss, jnp.float64)), jnp.asarray(x, jnp.float64)

@@ -37,7 +37,7 @@ def check_prior(prior: Prior, shape: tuple[int, ...]) -> None:
       AssertionError: in words, with the numbers.
     """
     name = type(prior).__name__
-    common.require(isinstance(prior, Prior), name, "a Prior", type(prior).__mro__[1].__name__)
+    common.require(isinstance(prior, Prior), name, "a Prior", repr(prior))
     common.passes_as_a_value(name, prior)
     with common.float64():
         wide = common.as_arrays(common.cast(prior, jnp.float64))

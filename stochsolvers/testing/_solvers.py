@@ -48,7 +48,7 @@ def check_solver(
       AssertionError: in words, with the numbers.
     """
     name = type(solver).__name__
-    common.require(isinstance(solver, Solver), name, "a Solver", type(solver).__mro__[1].__name__)
+    common.require(isinstance(solver, Solver), name, "a Solver", repr(solver))
     common.passes_as_a_value(name, solver)
     with common.float64():
         key = jax.random.key(0) if key is None else key
