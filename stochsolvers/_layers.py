@@ -189,7 +189,8 @@ def make_problem(
 ) -> LayerProblem:
     """The layer's problem; `skip` joins the bias, as in a residual block."""
     if skip is not None:
-        bias = skip if bias is None else bias + skip
+        before = range(jnp.ndim(skip) - (0 if bias is None else jnp.ndim(bias)))
+        bias = skip if bias is None else jnp.expand_dims(bias, before) + skip
     return LayerProblem(linear_map, inputs, bias=bias, prior=prior, ridge=ridge)
 
 

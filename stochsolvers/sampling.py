@@ -118,7 +118,8 @@ def bernoulli_mask(
 def serial_mask(key: Array, probabilities: Array) -> Array:
     """Mask of a serial sampling: exactly one feature, i with probability p_i (shape (..., n))."""
     index = jax.random.categorical(key, jnp.log(probabilities), axis=-1)
-    return index[..., None] == jnp.arange(probabilities.shape[-1])
+    features = jnp.arange(probabilities.shape[-1])
+    return index[..., None] == jnp.expand_dims(features, range(index.ndim))
 
 
 def inclusion_probabilities(scores: Array, tau: int | Array) -> Array:
@@ -138,7 +139,7 @@ def inclusion_probabilities(scores: Array, tau: int | Array) -> Array:
     scores = scores / jnp.max(scores, axis=-1, keepdims=True)
     descending = _descending(lax.stop_gradient(scores))
     tails = jnp.flip(jnp.cumsum(jnp.flip(descending, -1), axis=-1), -1)
-    capped = jnp.arange(n)
+    capped = jnp.expand_dims(jnp.arange(n), range(scores.ndim - 1))
     scale = (tau - capped) / tails  # c if exactly k = 0, 1, … scores are capped
     too_large = (scale * descending > 1.0) & (capped < tau)
     # the capped set is the longest prefix in which every member exceeds its share

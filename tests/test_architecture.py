@@ -20,8 +20,9 @@ FLOORS = [
     {"reports"},
     {"_layers"},
     {"nnx", "linen"},
+    {"testing"},
 ]
-MAY_IMPORT_FLAX = {"nnx", "linen"}
+MAY_IMPORT_FLAX = {"nnx", "linen", "testing"}
 
 
 def modules():

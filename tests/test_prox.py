@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from catalogue import each_prior
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import each_prior
 
 import stochsolvers as ss
 from stochsolvers import prox
@@ -241,6 +241,15 @@ def test_projected_points_are_feasible_in_any_precision(name, dtype, rng):
     w = jnp.asarray(100 * _matrix(rng, 8, 6, 6), dtype)
     assert np.isfinite(prior.conjugate(prior.dual_projection(w)))
     assert np.isfinite(prior.value(prior.prox(w, 0.3)))
+
+
+def test_semidefinite_dual_points_with_a_large_skew_part(rng):
+    """The projection's symmetric part is 0 up to the round-off of the skew part: still in the domain."""
+    prior = prox.PositiveSemidefinite()
+    a = rng.normal(size=(200, 2, 2))
+    w = jnp.asarray(a @ a.transpose(0, 2, 1) + 10 * (a - a.transpose(0, 2, 1)))
+    assert jnp.all(jax.vmap(prior.conjugate)(prior.dual_projection(w)) == 0)
+    assert prior.conjugate(jnp.array([[1e-6, 10.0], [-10.0, 0.0]])) == INF
 
 
 def test_margin_keeps_a_distance():

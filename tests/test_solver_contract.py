@@ -1,4 +1,4 @@
-"""What holds for every algorithm alike: one test, all of them."""
+"""What holds for every algorithm alike beside the contract of `test_contracts.py`."""
 
 import functools
 
@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 import stochsolvers as ss
 
 KEY = jax.random.key(3)
-ITERATIONS = 4
 
 SOLVERS = {
     "prox_gd": lambda key, p, s, **kw: ss.prox_gd(p, step_size=s, num_iters=4, **kw),
@@ -47,19 +45,6 @@ def build(kernel, x, bias):
 @pytest.fixture
 def arrays(rng):
     return tuple(jnp.asarray(rng.normal(size=shape)) for shape in ((4, 3), (5, 4), (3,)))
-
-
-@every_solver
-def test_solution_has_the_stated_shapes(solve, arrays):
-    problem = build(*arrays)
-    solution = solve(KEY, problem, 0.05, trace_objective=True)
-    assert solution.value.shape == (5, 3)
-    assert solution.residuals.shape == solution.objectives.shape == (ITERATIONS, 5)
-    assert solution.finite.shape == (5,)
-    assert solution.finite.dtype == bool
-    assert np.all(solution.finite)
-    assert solve(KEY, problem, 0.05).objectives is None
-    np.testing.assert_allclose(solution.objectives[-1], problem.objective(solution.value))
 
 
 @every_solver
@@ -129,61 +114,10 @@ def test_problems_pass_through_jit_as_arguments(solve, arrays):
 
 
 @every_solver
-def test_derivatives_against_finite_differences(solve, arrays):
-    def loss(*arrays):
-        return jnp.sum(jnp.sin(solve(KEY, build(*arrays), 0.05).value))
-
-    # away from the kinks of the prior and, for importance, of the sampled set
-    check_grads(loss, arrays, order=1, modes=["rev"], eps=1e-6, rtol=1e-5)
-
-
-@every_solver
-def test_vmap_over_problems_equals_a_loop(solve, arrays):
-    kernel, x, bias = arrays
-    keys = jax.random.split(KEY, 3)
-    kernels = jnp.stack([kernel, 2 * kernel, -kernel])
-
-    def one(key, kernel):
-        return solve(key, build(kernel, x, bias), 0.02).value
-
-    batched = jax.vmap(one)(keys, kernels)
-    looped = jnp.stack([one(k, w) for k, w in zip(keys, kernels, strict=True)])
-    np.testing.assert_allclose(batched, looped, rtol=1e-12)
-
-
-@every_solver
-def test_init_is_the_starting_point_and_is_checked(solve, arrays):
-    problem = build(*arrays)
-    zero = jnp.zeros((5, 3))
-    same = solve(KEY, problem, 0.05, init=zero).value
-    np.testing.assert_allclose(same, solve(KEY, problem, 0.05).value, rtol=1e-12)
-    with pytest.raises(ValueError, match=r"shape of init: expected \(5, 3\), got \(3,\)"):
-        solve(KEY, problem, 0.05, init=jnp.zeros(3))
-
-
-@every_solver
 @pytest.mark.parametrize("step", [0.0, -1.0])
 def test_non_positive_steps_raise(solve, arrays, step):
     with pytest.raises(ValueError, match="step_size: expected a number > 0"):
         solve(KEY, build(*arrays), step)
-
-
-@every_solver
-def test_bfloat16_inputs_and_float32(solve, arrays):
-    low = build(*(a.astype(jnp.bfloat16) for a in arrays))
-    single = build(*(a.astype(jnp.float32) for a in arrays))
-    assert solve(KEY, low, 0.05).value.dtype == jnp.float32
-    assert solve(KEY, single, 0.05).value.dtype == jnp.float32
-    assert solve(KEY, build(*arrays), 0.05).value.dtype == jnp.float64
-
-
-@every_solver
-def test_same_key_same_result_other_key_other_draws(solve, arrays):
-    problem = build(*arrays)
-    first, again, other = (solve(jax.random.key(k), problem, 0.05).value for k in (1, 1, 2))
-    np.testing.assert_array_equal(first, again)
-    deterministic = solve in (SOLVERS["prox_gd"], SOLVERS["fista"])
-    assert np.array_equal(first, other) == deterministic
 
 
 @pytest.mark.optimized

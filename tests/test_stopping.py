@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from samples import each_prior
+from catalogue import each_prior
 
 import stochsolvers as ss
 from stochsolvers.solvers import Status

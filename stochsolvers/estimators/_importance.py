@@ -43,6 +43,7 @@ class _ImportanceScores(FeatureEstimator):
             return jnp.broadcast_to(p, (*problem.batch_shape, *p.shape))
         squares = problem.residual(z) ** 2
         spatial = tuple(range(len(problem.batch_shape), squares.ndim - 1))
+        constants = jnp.expand_dims(constants, range(len(problem.batch_shape)))
         scores = jnp.sqrt(constants * jnp.sum(squares, axis=spatial)).astype(problem.dtype)
         return sampling.inclusion_probabilities(scores, tau)
 

@@ -162,7 +162,9 @@ class PositiveSemidefinite(Prior):
         """Whether sign · (symmetric part) ⪰ 0, up to round-off."""
         scaled, _ = _spectra.scaled(matrices)
         values = sign * _linalg.eigvalsh(_spectra.symmetric(scaled))
+        # round-off is that of all entries: the skew part may be larger than the symmetric one
         scale = jnp.max(jnp.abs(values), -1, keepdims=True, initial=0)
+        scale = jnp.maximum(scale, jnp.max(jnp.abs(scaled), (-2, -1), initial=0)[..., None])
         return values >= -_round_off(matrices, (-2, -1)) * scale
 
     def _value(self, u):

@@ -52,7 +52,10 @@ class ProxGD(Solver):
     def step(self, run: Run, k: Array, z: Array, memory: Any) -> Step:
         """One proximal gradient step, from z or the extrapolated point."""
         y, t = (z, None) if memory is None else memory
-        point = y - run.step_size(k) * run.gradient(y)
+        step = run.step_size(k)
+        if step.ndim:  # one for each output feature, as of the solver in whose place this one runs
+            step = jnp.expand_dims(step, range(y.ndim - step.ndim))
+        point = y - step * run.gradient(y)
         value = run.prox(point, k)
         if t is not None:
             t_next = 0.5 * (1.0 + jnp.sqrt(1.0 + 4.0 * t**2))

@@ -1,0 +1,222 @@
+"""The contract of a Flax layer that solves its problem."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx, serialization
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array
+from stochsolvers.testing import _common as common
+
+
+class _View(NamedTuple):
+    """An NNX or a Linen layer as functions of its parameters."""
+
+    name: str
+    params: Any
+    call: Callable[..., Array]  # (params, x, key, deterministic) -> output
+    solve: Callable[..., Any]  # (params, x) -> Solution, deterministic and certified
+    restored: Callable[
+        [], Callable[..., Array]
+    ]  # `call` of the layer after a round trip of its state
+    stochastic: bool
+    dtype: Any
+
+
+def check_layer(layer: Any, inputs: Any, *, variables: Any = None) -> None:
+    r"""Hold a solver layer to its contract.
+
+    - the output has the dtype of the plain layer (of inputs and parameters, or the layer's `dtype`); leading
+      axes are a batch;
+    - `deterministic=True` draws nothing; where the solver samples, the same key gives the same output, and
+      another one another;
+    - `jit` changes nothing; every parameter has a derivative that is finite and not zero; those in the inputs
+      and biases are those of differences;
+    - `solve(x, certify=True)` has the layer's output as its value, and a certificate of at least 0 for each
+      example;
+    - the state survives a round trip;
+    - of an NNX layer, `problem(x)` solved by `solver` is the output, also after `refresh_lipschitz`, and when
+      other parameters are put in.
+
+    Args:
+      layer: an `nnx.Module` such as `SolverLinear`, or a Linen module with `variables`.
+      inputs: x, with one or more leading batch axes of at least two examples.
+      variables: of a Linen module.
+
+    Raises:
+      AssertionError: in words, with the numbers.
+    """
+    inputs = jnp.asarray(inputs)
+    view = _view(layer, variables)
+    with common.own_dtypes():
+        _check_outputs(view, inputs)
+        _check_modes(view, inputs)
+        _check_solution(view, inputs)
+        _check_derivatives(view, inputs)
+        restored = common.attempt(f"state of {view.name}", view.restored)
+        got = restored(view.params, inputs, None, True)
+        expected = view.call(view.params, inputs, None, True)
+        common.close(f"{view.name} after a round trip of its state", got, expected)
+        if isinstance(layer, nnx.Module):
+            _check_problem(layer, inputs)
+
+
+def _view(layer: Any, variables: Any) -> _View:
+    if isinstance(layer, nnx.Module):
+        return _nnx_view(layer)
+    if isinstance(layer, nn.Module) and variables is not None:
+        return _linen_view(layer, variables)
+    wanted = "an nnx.Module, or a Linen module and its variables"
+    return _checks.fail("layer", wanted, repr(layer))
+
+
+def _nnx_view(layer: Any) -> _View:
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def merged(params):
+        return nnx.merge(graph, params, rest, copy=True)
+
+    def call(params, x, key, deterministic):
+        return merged(params)(x, deterministic=deterministic, rngs=key)
+
+    def solve(params, x):
+        return merged(params).solve(x, deterministic=True, certify=True)
+
+    def restored():
+        leaves, structure = jax.tree.flatten(nnx.state(layer))
+        copy = nnx.clone(layer)
+        nnx.update(copy, jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in leaves]))
+        return lambda params, x, key, det: copy(x, deterministic=det, rngs=key)
+
+    return _View(
+        type(layer).__name__, params, call, solve, restored, layer.solver.stochastic, layer.dtype
+    )
+
+
+def _linen_view(layer: Any, variables: Any) -> _View:
+    def apply(variables, params, x, key, **options):
+        rngs = {} if key is None else {layer.rng_collection: key}
+        return layer.apply({**variables, "params": params}, x, rngs=rngs, **options)
+
+    def call(params, x, key, deterministic):
+        return apply(variables, params, x, key, deterministic=deterministic)
+
+    def solve(params, x):
+        return apply(variables, params, x, None, deterministic=True, certify=True, method="solve")
+
+    def restored():
+        saved = serialization.from_bytes(variables, serialization.to_bytes(variables))
+        return lambda params, x, key, det: apply(saved, saved["params"], x, key, deterministic=det)
+
+    solver, name = layer.solver, type(layer).__name__
+    params = variables["params"]
+    return _View(name, params, call, solve, restored, solver.stochastic, layer.dtype)
+
+
+def _check_outputs(view: _View, x: Array) -> None:
+    arrays = [leaf for leaf in jax.tree.leaves(view.params) if common.is_real(leaf)]
+    eager = common.attempt(f"{view.name}(x)", view.call, view.params, x, None, True)
+    call = jax.jit(view.call, static_argnums=3)
+    jitted = common.attempt(f"jit of {view.name}(x)", call, view.params, x, None, True)
+    words = "that without jit"
+    common.close(f"{view.name}(x) under jit", jitted, eager, rtol=1e-4, words=words)
+    for dtype in (x.dtype, jnp.dtype(jnp.bfloat16)):
+        expected = view.dtype or jnp.result_type(dtype, *arrays)
+        what = f"output of {view.name} for inputs of {dtype.name}"
+        out = common.attempt(what, jax.eval_shape, lambda p, x: view.call(p, x, None, True),
+                             view.params, x.astype(dtype))  # fmt: skip
+        common.same_dtype(what, out, expected)
+    flat = x.reshape(-1, *x.shape[1:])
+    rows = jnp.stack([call(view.params, row[None], None, True)[0] for row in flat[:2]])
+    words = "that of each example (leading axes are a batch)"
+    common.close(f"{view.name}(x)", eager[:2], rows, rtol=1e-4, words=words)
+    deep = common.attempt(
+        f"{view.name} with two batch axes", call, view.params, x[None], None, True
+    )
+    common.close(f"{view.name} with two batch axes", deep[0], eager, rtol=1e-4, words=words)
+
+
+def _check_modes(view: _View, x: Array) -> None:
+    one, again, other = (
+        common.attempt(
+            f"{view.name} with a key", view.call, view.params, x, jax.random.key(k), False
+        )
+        for k in (0, 0, 1)
+    )
+    same = f"{view.name} with the same key"
+    common.require(jnp.array_equal(one, again), same, "the same output", "another")
+    if view.stochastic:
+        what = f"{view.name} with another key"
+        common.require(~jnp.array_equal(one, other), what, "another output", "the same")
+    else:
+        still = view.call(view.params, x, None, True)
+        what = f"{view.name} with a solver that does not sample"
+        common.close(what, one, still, words="the output of deterministic=True")
+
+
+def _check_solution(view: _View, x: Array) -> None:
+    output = view.call(view.params, x, None, True)
+    what = f"{view.name}.solve"
+    solution = common.attempt(what, view.solve, view.params, x)
+    words = "the layer's output"
+    common.close(f"value of {what}", solution.value, output, rtol=1e-4, words=words)
+    gap = solution.certificate
+    common.same_shape(f"certificate of {what}", gap, x.shape[: gap.ndim])
+    common.require(gap >= 0, f"certificate of {what}", "at least 0", gap)
+
+
+def _check_derivatives(view: _View, x: Array) -> None:
+    """Of <w, output>: every parameter counts; along directions in the inputs and the biases."""
+    shape = jax.eval_shape(lambda p, x: view.call(p, x, None, True), view.params, x).shape
+    weight = common.normal(31, shape, jnp.float32)
+
+    def loss(params, x):
+        return jnp.sum(view.call(params, x, None, True) * weight)
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    what = f"derivative of {view.name}(x)"
+    params, _ = common.attempt(what, gradients, view.params, x)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        where = f"{what} in parameter {jax.tree_util.keystr(path)}"
+        common.require(jnp.isfinite(leaf), where, "numbers", leaf)
+        common.require(jnp.any(leaf != 0), where, "not 0 everywhere (it is used)", "0 everywhere")
+    if view.dtype is not None:
+        return
+    with jax.enable_x64(True):
+        wide, inputs = common.cast(view.params, jnp.float64), x.astype(jnp.float64)
+        way = common.directions((wide, inputs), 3)
+        # a layer's step is a constant to derivatives, so that kernels, which set it, are left out
+        way = jax.tree.map(lambda d, p: d * (jnp.ndim(p) <= 1), way[0], wide), way[1]
+        parts = jax.tree.map(jnp.vdot, jax.jit(jax.grad(loss, (0, 1)))(wide, inputs), way)
+        got = sum(jax.tree.leaves(parts))
+        slope = common.slope(jax.jit(lambda both: loss(*both)), (wide, inputs), way, 1e-5)
+        words = "that of differences"
+        where = f"{what} in the inputs and biases"
+        common.close(where, got, slope, rtol=1e-3, words=words)
+
+
+def _check_problem(layer: Any, x: Array) -> None:
+    name = type(layer).__name__
+
+    def compare(layer, how):
+        what = f"{name}(x) {how}"
+        problem = common.attempt(f"{name}.problem(x)", layer.problem, x)
+        solver = layer.solver
+        expected = solver.solve(None, problem, deterministic=True).value
+        words = "the solution of its problem by its solver"
+        got = layer(x, deterministic=True)
+        rtol = 1e-4 if got.dtype.itemsize >= 4 else 2e-2
+        common.close(what, got, np.asarray(expected), rtol=rtol, words=words)
+
+    copy = nnx.clone(layer)
+    copy.refresh_lipschitz()
+    compare(copy, "after refresh_lipschitz")
+    nnx.update(copy, jax.tree.map(lambda p: 3.0 * p, nnx.state(copy, nnx.Param)))
+    compare(copy, "after other parameters were put in")
+    copy.refresh_lipschitz()
+    compare(copy, "after refresh_lipschitz with other parameters")

@@ -1,0 +1,198 @@
+"""Every map, loss, prior, estimator, step size, solver and layer of the library once, small.
+
+The contracts run over all of them. To add one, write a line: the first word of its name is that by which the
+library exports it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import stochsolvers as ss
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def cumulative(x):
+    return jnp.cumsum(x, axis=-1)
+
+
+SQUARE = normal(0, 2, 2, 2, 3)  # a kernel of two by two pixels
+MAPS = {
+    "Dense": ss.Dense(normal(1, 4, 3)),
+    "Conv": ss.Conv(SQUARE, (3, 3), strides=(2, 1)),
+    "Conv on one axis": ss.Conv(normal(2, 2, 2, 3), (4,), padding="CIRCULAR"),
+    "Conv on three axes": ss.Conv(normal(3, 1, 2, 2, 1, 2), (2, 2, 2), padding="VALID"),
+    "Conv in groups": ss.Conv(normal(4, 2, 2, 2, 4), (2, 3), feature_group_count=2),
+    "conv_transpose": ss.conv_transpose(normal(5, 2, 2, 2, 3), (2, 2), strides=2),
+    "Contraction": ss.Contraction("ab,bcd->acd", normal(6, 3, 2, 2), (2, 3)),
+    "dense_general": ss.dense_general(normal(7, 2, 3, 4), (2, 3), axis=(-2, -1)),
+    "Transposed": ss.Dense(normal(8, 4, 3)).T,
+    "Matrix": ss.linear_maps.Matrix(normal(9, 6, 4), (2, 3), (4,)),
+    "linear_map": ss.linear_map(cumulative, (5,)),
+    "linear_map of two axes": ss.linear_map(lambda x: jnp.roll(x, 1, 0) @ SQUARE[0, 0], (2, 2)),
+}
+LABELS = jnp.sign(normal(10, 2, 4))
+LOSSES = {
+    "Squares": (ss.losses.Squares(), normal(11, 2, 4)),
+    "Huber": (ss.losses.Huber(0.5), normal(11, 2, 4)),
+    "Logistic": (ss.losses.Logistic(), LABELS),
+    "CrossEntropy": (ss.losses.CrossEntropy(), jnp.eye(3)[:, [0, 1, 2, 0]]),
+}
+PRIORS = {
+    "Zero": ss.prox.Zero(),
+    "NonNegative": ss.prox.NonNegative(),
+    "SquaredHinge": ss.prox.SquaredHinge(0.3),
+    "leaky_relu_prior": ss.prox.leaky_relu_prior(0.2),
+    "LogBarrier": ss.prox.LogBarrier(0.3),
+    "SymmetricLogBarrier": ss.prox.SymmetricLogBarrier(0.3),
+    "IntervalLogBarrier": ss.prox.IntervalLogBarrier(0.3),
+    "L1": ss.prox.L1(0.3),
+    "Box": ss.prox.Box(-0.3, 0.4),
+    "GroupL2": ss.prox.GroupL2(0.3),
+    "NuclearNorm": ss.prox.NuclearNorm(0.3),
+    "PositiveSemidefinite": ss.prox.PositiveSemidefinite(),
+}
+SHAPES = {
+    "NuclearNorm": (2, 2, 3),
+    "PositiveSemidefinite": (2, 2, 2),
+}  # of arguments; (4,) if not here
+PROBLEM = ss.LayerProblem(
+    MAPS["Dense"], normal(12, 2, 4), bias=normal(13, 3), prior=ss.prox.L1(0.05), ridge=0.3
+)
+PAIRS = np.array(
+    [[0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 1, 0], [1, 1, 0, 0]]
+)
+COINS = np.array([[i >> j & 1 for j in range(4)] for i in range(16)])
+ESTIMATORS = {  # with the law of their draws, where it does not depend on the problem
+    "Full": (ss.estimators.Full(), None),
+    "TauNice": (ss.estimators.TauNice(2), (2.0 * PAIRS, np.full(6, 1 / 6))),
+    "TauNice shared": (ss.estimators.TauNice(2, shared=True), None),
+    "Bernoulli": (
+        ss.estimators.Bernoulli(0.4),
+        (COINS / 0.4, 0.4 ** COINS.sum(1) * 0.6 ** (4 - COINS.sum(1))),
+    ),
+    "SerialImportance": (ss.estimators.SerialImportance(), None),
+    "Importance": (ss.estimators.Importance(2), None),
+    "Importance by gradient": (ss.estimators.Importance(2, by="gradient"), None),
+    "OutputCoordinates": (ss.estimators.OutputCoordinates(2), None),
+    "VarianceReduced": (
+        ss.estimators.VarianceReduced.at(
+            PROBLEM, jnp.ones(PROBLEM.shape, PROBLEM.dtype), ss.estimators.TauNice(2)
+        ),
+        None,
+    ),
+}
+STEP_SIZES = {  # with the estimator that they are for
+    "InverseLipschitz": (ss.InverseLipschitz(decay=0.99), None),
+    "InverseExpectedSmoothness": (ss.InverseExpectedSmoothness(), ss.estimators.TauNice(2)),
+    "InverseSeparable": (ss.InverseSeparable(), ss.estimators.OutputCoordinates(2)),
+    "exponential_decay": (ss.exponential_decay(0.05, 0.9), None),
+    "number": (0.05, None),
+    "None": (None, None),
+}
+SOLVERS = {
+    "ProxGD": ss.ProxGD(4),
+    "ProxGD with momentum": ss.ProxGD(4, momentum=True),
+    "ProxSG": ss.ProxSG(0.5, 4, decay=0.9),
+    "ProxSG with importance": ss.ProxSG(None, 4, 0.05, sampling=ss.estimators.Importance(2)),
+    "MS2GD": ss.MS2GD(0.5, 2, 2),
+    "MS2GD of random lengths": ss.MS2GD(0.5, 2, 2, 0.05, random_inner=True),
+    "NSync": ss.NSync(0.5, 4),
+}
+VECTORS, IMAGES = normal(14, 3, 4), normal(15, 2, 3, 3, 2)
+
+
+class Layer(NamedTuple):
+    """A layer, inputs for it and, of a Linen module, its variables."""
+
+    layer: Any
+    inputs: jax.Array
+    variables: Any = None
+
+
+def linen(layer, inputs):
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    return Layer(layer, inputs, layer.init(keys, inputs))
+
+
+def streams():
+    return nnx.Rngs(0, dropout=1)
+
+
+LAYERS = {
+    "nnx.SolverLinear": lambda: Layer(
+        ss.nnx.SolverLinear(4, 3, solver=ss.ProxSG(0.5, 3), rngs=streams()), VECTORS
+    ),
+    "nnx.SolverConv": lambda: Layer(
+        ss.nnx.SolverConv(2, 3, (2, 2), solver=ss.ProxGD(2), spatial_shape=(3, 3), rngs=streams()),
+        IMAGES,
+    ),
+    "linen.SolverDense": lambda: linen(ss.linen.SolverDense(3, solver=ss.ProxSG(0.5, 3)), VECTORS),
+    "linen.SolverConv": lambda: linen(ss.linen.SolverConv(3, (2, 2), solver=ss.ProxGD(2)), IMAGES),
+}
+
+
+class Equivalence(NamedTuple):
+    """Arguments of `assert_equivalent`."""
+
+    layer: Any
+    block: Any
+    inputs: jax.Array
+    options: Any = {}  # noqa: RUF012 - read only
+
+
+def resnet_block():
+    first, second = (nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(i)) for i in (0, 1))
+    layer = ss.nnx.SolverResNetBlock(first, second, solver=ss.ProxGD(1, 1.0), rngs=streams())
+    relu = jax.nn.relu
+    return Equivalence(layer, lambda x: relu(second(relu(first(x))) + x), IMAGES)
+
+
+def dropout(kind, block, **options):
+    """A dropout module, which takes its key as `rngs`, and the block that it is."""
+    linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    layer = kind(linear) if kind in (additive, importance) else kind(2)
+    return Equivalence(layer, block(linear), VECTORS[0], options)
+
+
+def additive(linear):
+    layer = ss.nnx.AdditiveDropout(linear, 2)
+    return lambda key, x: layer(x, jnp.ones(3), rngs=key)
+
+
+def importance(linear):
+    return ss.nnx.ImportanceDropout(linear, 2)
+
+
+def plain_additive(linear):
+    """W x + b + (I − Wᵀ (2 m ⊙ W)) z at z = 1, in the terms of matrices."""
+
+    def block(key, x):
+        W, z = linear.kernel[...], jnp.ones(3)
+        mask = jax.random.permutation(key, jnp.array([2.0, 2.0, 0.0, 0.0]))
+        return linear(x) + z - (mask * (z @ W.T)) @ W
+
+    return block
+
+
+def plain_importance(linear):
+    dense = ss.Dense(linear.kernel[...])
+    return lambda key, x: ss.dropout.importance_dropout(key, dense, x, 2)
+
+
+EQUIVALENCES = {  # layers that one iteration is, and the blocks that they are
+    "nnx.SolverResNetBlock": resnet_block,
+    "nnx.TauNiceDropout": lambda: dropout(ss.nnx.TauNiceDropout, lambda _: lambda x: x, tau=2),
+    "nnx.OutputDropout": lambda: dropout(ss.nnx.OutputDropout, lambda _: lambda x: x / 2, tau=2),
+    "nnx.AdditiveDropout": lambda: dropout(additive, plain_additive, sampled=True),
+    "nnx.ImportanceDropout": lambda: dropout(importance, plain_importance, sampled=True),
+}
+
+each_prior = pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS.keys())
