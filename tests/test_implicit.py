@@ -275,7 +275,7 @@ def test_what_has_no_such_derivative_is_refused(rng):
     calls = [
         (lambda: ss.prox_sg(KEY, problem, num_iters=2, **stochastic), "derivative of ProxSG"),
         (lambda: ss.nsync(KEY, problem, num_iters=2, **stochastic), "derivative of NSync"),
-        (lambda: ss.ms2gd(KEY, problem, num_outer=1, num_inner=1, **stochastic), "of ms2gd"),
+        (lambda: ss.ms2gd(KEY, problem, num_outer=1, num_inner=1, **stochastic), "of MS2GD"),
         (lambda: ss.prox_gd(problem, num_iters=2, derivative="exact"), "derivative: expected one"),
         (lambda: ss.ProxGD(2, derivative="exact"), "derivative: expected one of 'unrolled'"),
         (lambda: ss.ProxSG(0.5, 2, derivative="implicit"), "derivative of ProxSG"),

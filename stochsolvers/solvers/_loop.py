@@ -131,7 +131,7 @@ def iterate_until(
         ||T(y_k) − y_k||₂ ≤ tol · max(1, ||z_{k+1}||₂),      z_{k+1} = T(y_k),
 
     T the step's map and y_k its origin, if the iterates do not grow at a constant rate. They do if
-    2 (k + 1) ||T(y_k) − y_k|| ≥ ||z_{k+1} − z_0|| ≥ ½ ||z_{k+1}|| ≥ ½ after ten iterations: of an unbounded
+    2 (k + 1) ||z_{k+1} − z_k|| ≥ ||z_{k+1} − z_0|| ≥ ½ ||z_{k+1}|| ≥ ½ after ten iterations: of an unbounded
     problem the left side of the test tends to a constant, and the right side to infinity. From then on an
     example's value does not change.
     """
@@ -145,7 +145,7 @@ def iterate_until(
         moved, size = problem.norm(step.value - origin), problem.norm(step.value)
         small = (moved <= tol * jnp.maximum(1, size)) & jnp.isfinite(size)
         distance = problem.norm(step.value - init)
-        steady = (2 * (k + 1) * moved >= distance) & (2 * distance >= size)
+        steady = (2 * (k + 1) * seen.residual >= distance) & (2 * distance >= size)
         growing = small & steady & (size >= 1) & (k >= 9)
         running = state.running
 

@@ -42,7 +42,6 @@ class NSync(Solver):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "tau", canonical_tau(self.tau))
-        _checks.positive("tau", self.tau)
 
     def step(self, run: Run, k: Array, z: Array, memory: Any) -> Step:
         """The coordinates of S move; from zero all of them enter the domain of g."""
