@@ -1,4 +1,4 @@
-"""The calls that `benchmarks.against` times, in one checkout's process; questions and answers are JSON lines."""
+"""The calls that `benchmarks.against` times, in a process of one checkout; it answers lines of JSON."""
 
 import json
 import sys
