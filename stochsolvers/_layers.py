@@ -1,8 +1,11 @@
-"""What the Flax skins share: from a layer's arrays and options to a problem and its solution."""
+"""What the Flax layers share: from a layer's arrays and options to a problem and its solution."""
 
 import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable
+import functools
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
@@ -10,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from stochsolvers import _checks, reports
+from stochsolvers import _checks
 from stochsolvers._shards import automatic, varying
-from stochsolvers._typing import Array, Scalar, at_least_float32
+from stochsolvers._typing import Array, Scalar, at_least_float32, join_static, split_static
 from stochsolvers.linear_maps import Contraction, Conv, LinearMap, Padding, conv_transpose
+from stochsolvers.losses import Loss
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solution, Solver
@@ -84,85 +88,120 @@ def _for_each_axis(value: Any, rank: int) -> tuple[int, ...]:
     return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
-def step_constant(solver: Solver, linear_map: LinearMap, ridge: Scalar) -> Array | None:
+def step_constant(solver: Solver, linear_map: LinearMap, ridge: Scalar, loss: Loss) -> Array | None:
     """The problem constant that sets the solver's step, for a layer to keep; None for a fixed step."""
     linear_map = lax.stop_gradient(linear_map)
     inputs = jnp.zeros(linear_map.in_shape, linear_map.dtype)
-    return solver.step_constant(LayerProblem(linear_map, inputs, ridge=ridge))
+    return solver.step_constant(LayerProblem(linear_map, inputs, ridge=ridge, loss=loss))
 
 
-_SAMPLES = 64  # entries of the kernel in a fingerprint
+_SAMPLES = 61  # entries of the kernel in a fingerprint
+_POWER_STEPS = 2
 _MOVED = 0.5  # relative change above which a kernel is another one
 
 
-def fingerprint(linear_map: LinearMap, xp: Any = jnp) -> Any:
-    """Numbers by which a map is known again: its Euclidean norm, the shape of its inputs, some entries.
+def fingerprint(solver: Solver, linear_map: LinearMap, ridge: Scalar) -> Array:
+    r"""Numbers by which a kept constant is known to be of a map, a solver's step rule and a ridge.
+
+    The rule's structure as a number, the ridge, the shape of the inputs; the Euclidean norm of the map's
+    arrays
+    and some of their entries; and ‖A* v‖ for v after two steps of the power method with A A*, from a fixed
+    start, which is large where ‖A‖ is.
+    """
+    linear_map = lax.stop_gradient(linear_map)
+    dtype = at_least_float32(linear_map.dtype)
+    leaves = [leaf.ravel().astype(dtype) for leaf in jax.tree.leaves(linear_map)]
+    entries = jnp.concatenate(leaves)
+    places = np.random.default_rng(0).integers(entries.size, size=_SAMPLES)
+    start = np.random.default_rng(1).standard_normal(linear_map.out_shape)
+    A, v = linear_map.astype(dtype), jnp.asarray(start, dtype)
+    for _ in range(_POWER_STEPS):
+        v = A(A.adjoint(v / _norm(v)))
+    size = _norm(A.adjoint(v / _norm(v)))
+    known = [rule_number(solver), *linear_map.in_shape]
+    numbers = jnp.stack([jnp.asarray(ridge, dtype), _norm(entries), size])
+    return jnp.concatenate([jnp.asarray(known, dtype), numbers, entries[places]])
+
+
+def _norm(array: Array) -> Array:
+    norm = jnp.sqrt(jnp.sum(array**2))
+    return jnp.where(norm > 0, norm, 1)
+
+
+def rule_number(solver: Solver) -> int:
+    """A number for the structure of the solver's step rule and estimator, hardly ever that of another one."""
+    structure = jax.tree.structure((solver.rule(), solver.estimator()))
+    return zlib.crc32(repr(structure).encode()) % 2**20 + 1  # exact in float32; zero is no rule's
+
+
+def is_current(reference: Array, now: Array, rank: int) -> Array:
+    """Whether two fingerprints are of about the same map, and the same rule.
+
+    Training moves a kernel little from one refresh to the next. A kernel whose norm, entries or image of the
+    power method have changed by half is another one (loaded from a checkpoint, say), and so is one for
+    images of another size.
 
     Args:
-      linear_map: A.
-      xp: `jnp`, or `np` for arrays on the host.
+      reference: an earlier fingerprint; zeros are that of nothing.
+      now: the fingerprint at hand.
+      rank: the number of axes of the map's inputs.
     """
-    leaves = [xp.asarray(leaf).ravel() for leaf in jax.tree.leaves(linear_map)]
-    dtype = at_least_float32(linear_map.dtype)
-    entries = xp.concatenate([leaf.astype(dtype) for leaf in leaves])
-    norm = xp.sqrt(xp.sum(entries**2))
-    few = entries[:: max(1, -(-entries.size // _SAMPLES))]
-    return xp.concatenate([norm[None], xp.asarray(linear_map.in_shape, dtype), few])
-
-
-def is_current(reference: Any, linear_map: LinearMap, xp: Any = jnp) -> Any:
-    """Whether a map is still about the one of an earlier fingerprint.
-
-    Training moves a kernel little from one refresh to the next. A kernel whose norm, or whose entries, have
-    changed by half is another one (loaded from a checkpoint, say), and so is one for images of another
-    size; zeros are the fingerprint of no map.
-    """
-    now, count = fingerprint(linear_map, xp), 1 + len(linear_map.in_shape)
     if now.shape != reference.shape:
-        return xp.zeros((), bool)
-    same_shape = xp.all(now[1:count] == reference[1:count])
-    same_norm = xp.abs(now[0] - reference[0]) <= _MOVED * reference[0]
-    moved, before = now[count:] - reference[count:], reference[count:]
-    return same_shape & same_norm & (xp.sum(moved**2) <= _MOVED**2 * xp.sum(before**2))
-
-
-def kept_if_current(kept: Any, reference: Any, linear_map: LinearMap) -> Any:
-    """The kept constant if it is of about this map, else None; for arrays on the host."""
-    if kept is None or reference is None:
-        return None
-    kept, reference, linear_map = jax.device_get((kept, reference, linear_map))
-    return kept if is_current(reference, linear_map, np) else None
+        return jnp.zeros((), bool)
+    now = now.astype(reference.dtype)
+    same = jnp.all(now[: rank + 2] == reference[: rank + 2])
+    norm, size, norm_before, size_before = (
+        *now[rank + 2 : rank + 4],
+        *reference[rank + 2 : rank + 4],
+    )
+    near = (jnp.abs(norm - norm_before) <= _MOVED * norm_before) & (
+        size**2 <= (1 + _MOVED) * size_before**2
+    )
+    moved, before = now[rank + 4 :] - reference[rank + 4 :], reference[rank + 4 :]
+    return same & near & (jnp.sum(moved**2) <= _MOVED**2 * jnp.sum(before**2))
 
 
 def current_constant(
     solver: Solver,
-    linear_map: LinearMap,
-    ridge: Scalar,
+    problem: LayerProblem,
     kept: Array | None,
     reference: Array | None,
 ) -> Array | None:
-    """The kept constant if it is of about this map, else one computed from the map at hand.
+    """The kept constant if it is of about this map and of this rule, else one computed from the map at hand.
 
     So that a network into which weights have just been loaded does not run on the steps of others.
     """
-    if kept is None or reference is None:
-        return step_constant(solver, linear_map, ridge)
-
-    def choose(kept, reference, linear_map):
-        kept, linear_map = varying((kept, linear_map), (kept, linear_map))
-        return lax.cond(
-            is_current(reference, linear_map),
-            lambda _: kept,
-            lambda current: jnp.asarray(step_constant(solver, current, ridge), kept.dtype),
-            linear_map,
-        )
-
-    everywhere = jax.sharding.PartitionSpec()
-    return automatic(choose, everywhere, kept, reference, lax.stop_gradient(linear_map))
+    factors = lax.stop_gradient((problem.linear_map, problem.ridge, problem.loss))
+    traced, static = split_static((solver, *factors))
+    constant = functools.partial(_constant, static=static)
+    shape = jax.eval_shape(constant, traced)
+    if kept is None or reference is None or shape is None or kept.shape != shape.shape:
+        return constant(traced)
+    choose = functools.partial(_kept_or_computed, static=static)
+    return automatic(choose, jax.sharding.PartitionSpec(), traced, kept, reference)
 
 
-def check_factors(layer: str, solver: object, prior: object, ridge: object) -> None:
-    """Refuse what is no solver, no prior and no weight, at construction."""
+def _constant(traced: Any, static: Any) -> Array | None:
+    return step_constant(*join_static(traced, static))
+
+
+@functools.partial(jax.jit, static_argnames="static")
+def _kept_or_computed(traced: Any, kept: Array, reference: Array, *, static: Any) -> Array:
+    solver, linear_map, ridge, _ = join_static(traced, static)
+    kept, traced = varying((kept, traced), (kept, traced))
+    now = fingerprint(solver, linear_map, ridge)
+    return lax.cond(
+        is_current(reference, now, len(linear_map.in_shape)),
+        lambda _: kept,
+        lambda traced: jnp.asarray(_constant(traced, static), kept.dtype),
+        traced,
+    )
+
+
+def check_factors(layer: str, solver: object, prior: object, ridge: object, loss: object) -> None:
+    """Refuse what is no solver, no prior, no weight and no loss, at construction."""
+    if not isinstance(loss, Loss):
+        _checks.fail(f"loss of {layer}", "a Loss such as losses.Huber()", repr(loss))
     if not isinstance(solver, Solver):
         _checks.fail(f"solver of {layer}", "a Solver such as ProxGD(10)", repr(solver))
     if not isinstance(prior, Prior):
@@ -172,7 +211,7 @@ def check_factors(layer: str, solver: object, prior: object, ridge: object) -> N
 
 
 def refuse(layer: str, **options: Any) -> None:
-    """An error for options of the plain layer that a solver has no use for and would ignore."""
+    """An error for options of the plain layer that a solver does not support and would ignore."""
     for name, value in options.items():
         if value is not None:
             _checks.fail(f"{name} of {layer}", "the default", value)
@@ -186,12 +225,28 @@ def make_problem(
     *,
     prior: Prior,
     ridge: Scalar,
+    loss: Loss,
 ) -> LayerProblem:
     """The layer's problem; `skip` joins the bias, as in a residual block."""
     if skip is not None:
         before = range(jnp.ndim(skip) - (0 if bias is None else jnp.ndim(bias)))
         bias = skip if bias is None else jnp.expand_dims(bias, before) + skip
-    return LayerProblem(linear_map, inputs, bias=bias, prior=prior, ridge=ridge)
+    return LayerProblem(linear_map, inputs, loss=loss, bias=bias, prior=prior, ridge=ridge)
+
+
+_observer: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar(
+    "_observer", default=None
+)
+
+
+@contextlib.contextmanager
+def observed_by(observe: Callable[..., Any]) -> Iterator[None]:
+    """Within it, layers record `observe(solver, problem, solution, gap, constant, deterministic)`."""
+    token = _observer.set(observe)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def precision_context(precision: Any) -> contextlib.AbstractContextManager[Any]:
@@ -215,7 +270,7 @@ def run(
     precision: Any,
     dtype: Any,
     certify: bool = False,
-    record: Callable[[reports.Observation], object] | None = None,
+    record: Callable[[Any], object] | None = None,
 ) -> Solution:
     """Solve, and give the value the dtype that the plain layer's output would have.
 
@@ -232,12 +287,13 @@ def run(
       record: takes the measurements of the solve; None measures nothing.
     """
     with precision_context(precision):
-        constant = current_constant(solver, problem.linear_map, problem.ridge, kept, reference)
+        constant = current_constant(solver, problem, kept, reference)
         solution = solver.solve(key, problem, step_constant=constant, deterministic=deterministic)
     solution = dataclasses.replace(solution, value=jnp.asarray(solution.value, dtype))
-    if not certify and record is None:
+    observe = _observer.get()
+    if not certify and (record is None or observe is None):
         return solution
     gap = problem.certificate(solution.value)
-    if record is not None:
-        record(reports.observe(solver, problem, solution, gap, constant, deterministic))
+    if record is not None and observe is not None:
+        record(observe(solver, problem, solution, gap, constant, deterministic))
     return dataclasses.replace(solution, certificate=gap) if certify else solution

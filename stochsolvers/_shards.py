@@ -80,4 +80,7 @@ def replicated(function: Callable[..., _Tree]) -> Callable[..., _Tree]:
 
         return automatic(run, jax.sharding.PartitionSpec(), operands, arrays)
 
+    for name in ("lower", "trace", "clear_cache", "__wrapped__"):  # of a jitted function
+        if hasattr(function, name):
+            setattr(call, name, getattr(function, name))
     return call

@@ -34,7 +34,11 @@ class Loss(abc.ABC):
     is not the whole line, `dual_projection`) certificates need no curvature.
 
     `value` and `conjugate` return terms whose sum is the loss of an example: arrays of x's shape, with
-    size 1 in an axis that the loss couples.
+    size 1 in an axis that the loss couples. Certificates take the round-off of each term to be a few units of
+    its own size: write log cosh t as log1p(expm1(t)² exp(−t)/2), not as a difference of numbers near 1. A
+    loss that
+    couples entries overrides `derivative_error` as well. Weights that differ between features are not for
+    samplings that gather features (`shared=True`).
     """
 
     smoothness: float = 1.0
@@ -84,6 +88,10 @@ class Squares(Loss):
     """ℓ(u, x) = ½ (u − x)², the paper's layer."""
 
     strong_convexity: ClassVar[float] = 1.0
+
+    def __init_subclass__(cls) -> None:
+        """Refuse subclasses: what is known of squares need not hold for them."""
+        raise TypeError("a loss of your own is a subclass of Loss, not of Squares")
 
     def value(self, u, x):
         """½ (u − x)²."""

@@ -140,14 +140,16 @@ def inclusion_probabilities(scores: Array, tau: int | Array) -> Array:
     descending = _descending(lax.stop_gradient(scores))
     tails = jnp.flip(jnp.cumsum(jnp.flip(descending, -1), axis=-1), -1)
     capped = jnp.expand_dims(jnp.arange(n), range(scores.ndim - 1))
-    scale = (tau - capped) / tails  # c if exactly k = 0, 1, … scores are capped
+    scale = (
+        jnp.asarray(tau - capped, tails.dtype) / tails
+    )  # c if exactly k = 0, 1, … scores are capped
     too_large = (scale * descending > 1.0) & (capped < tau)
     # the capped set is the longest prefix in which every member exceeds its share
     num_capped = jnp.sum(jnp.cumprod(too_large, axis=-1), axis=-1, keepdims=True)
     num_capped = jnp.minimum(num_capped, n - 1)
     # again as a sum over the uncapped, which has the derivative
     uncapped = scores <= jnp.take_along_axis(descending, num_capped, axis=-1)
-    rest = tau - jnp.sum(~uncapped, axis=-1, keepdims=True)
+    rest = jnp.asarray(tau - jnp.sum(~uncapped, axis=-1, keepdims=True), scores.dtype)
     share = rest / jnp.sum(jnp.where(uncapped, scores, 0.0), axis=-1, keepdims=True)
     return jnp.where(uncapped, jnp.clip(share * scores, 0.0, 1.0), 1.0)
 

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
@@ -48,7 +49,8 @@ class ExponentialDecay:
 
     def __call__(self, k: Array | int) -> Array:
         """The step size of iteration k."""
-        return self.initial * jnp.asarray(self.rate) ** k
+        rate, k = jnp.broadcast_arrays(jnp.asarray(self.rate), jnp.asarray(k))
+        return self.initial * lax.pow(rate, k)  # of a number and an integer: no promotion
 
 
 def exponential_decay(initial: Scalar, rate: Scalar) -> ExponentialDecay:
@@ -224,7 +226,7 @@ def _inverse(
     initial = _safe_inverse(jnp.asarray(constant, problem.dtype), scale)
     steps = object.__new__(ExponentialDecay)  # a step that is no number is reported, not raised
     object.__setattr__(steps, "initial", initial)
-    object.__setattr__(steps, "rate", decay)
+    object.__setattr__(steps, "rate", jnp.asarray(decay, problem.dtype))
     return steps
 
 

@@ -17,8 +17,8 @@ FLOORS = [
     {"estimators"},
     {"step_sizes"},
     {"dropout", "solvers"},
-    {"reports"},
     {"_layers"},
+    {"reports"},
     {"nnx", "linen"},
     {"testing"},
 ]

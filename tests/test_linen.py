@@ -51,8 +51,8 @@ def test_initial_parameters_are_those_of_the_plain_layers(images):
     plain = Plain().init(jax.random.key(0), images)
     jax.tree.map(np.testing.assert_array_equal, ours["params"], plain["params"])
     assert jax.tree.map(jnp.shape, ours["solver_state"]) == {
-        "conv": {"lipschitz": (), "reference": (40,)},
-        "dense": {"lipschitz": (), "reference": (56,)},
+        "conv": {"lipschitz": (), "reference": (68,)},
+        "dense": {"lipschitz": (), "reference": (66,)},
     }
 
 

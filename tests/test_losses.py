@@ -337,3 +337,76 @@ def test_a_classifier_on_gated_columns_learns(rng):
     scores = np.asarray(solution.value) @ data.T
     assert np.mean(np.argmax(scores, 0) == labels) > 0.8
     assert problem.certificate(solution.value) < 1e-3
+
+
+def test_factors_of_ones_own_are_checked_in_words(rng):
+    class Plain(ss.LinearMap):
+        in_shape, out_shape = (5,), (5,)
+
+        def __call__(self, x):
+            return x
+
+    @ss.value_object
+    class Traced(ss.LinearMap):
+        kernel: jax.Array
+        in_shape: list
+
+        def __call__(self, x):
+            return x @ self.kernel
+
+    @ss.value_object
+    class NoStep(ss.Solver):
+        num_iters: int = ss.static_field()
+
+        def step(self, run, k, z, memory):
+            return z
+
+    @ss.value_object
+    class NoCount(NoStep):
+        num_iters: None = None
+
+    x, eye = rng.normal(size=(2, 5)), jnp.eye(5)
+    with pytest.raises(
+        ValueError, match="linear_map of LayerProblem: expected a class under the dec"
+    ):
+        ss.LayerProblem(Plain(), x)
+    with pytest.raises(ValueError, match="in_shape of Traced: expected a tuple of integers"):
+        Traced(eye, [5])
+    with pytest.raises(
+        ValueError, match=r"what NoStep.step returns: expected a Step\(value, memory\)"
+    ):
+        NoStep(3).solve(None, ss.LayerProblem(ss.Dense(eye), x))
+    with pytest.raises(ValueError, match="num_iters: expected an integer"):
+        NoCount()
+    with pytest.raises(TypeError, match="a loss of your own is a subclass of Loss"):
+        type("Mine", (ss.losses.Squares,), {})
+
+
+@pytest.mark.optimized
+def test_certificates_of_a_loss_of_ones_own_near_its_minimum(rng):
+    """log cosh, written so that its terms are accurate relative to their size, at tiny inputs in float32."""
+
+    @ss.value_object
+    class LogCosh(ss.Loss):
+        def value(self, u, x):
+            t = jnp.abs(u - x)
+            return jnp.log1p(jnp.expm1(t) ** 2 * jnp.exp(-t) / 2)
+
+        def conjugate(self, r, x):
+            return r * x + r * jnp.arctanh(r) + 0.5 * jnp.log1p(-(r**2))
+
+    for scale in (1e-2, 1e-3, 1e-4):
+        kernel, x = rng.normal(size=(10, 6)) / 3, scale * rng.normal(size=(10, 10))
+        low, high = (
+            ss.LayerProblem(
+                ss.Dense(jnp.asarray(kernel, np.float32).astype(dtype)),
+                jnp.asarray(x, np.float32).astype(dtype),
+                loss=LogCosh(),
+                prior=ss.prox.L1(jnp.asarray(2.0**-20, dtype)),
+            )
+            for dtype in (jnp.float32, jnp.float64)
+        )
+        z = ss.prox_gd(low, num_iters=50).value
+        best = ss.prox_gd(high, num_iters=20000, momentum=True).value
+        gap = high.objective(z.astype(jnp.float64)) - high.objective(best)
+        assert np.all(np.asarray(low.certificate(z), np.float64) >= gap)

@@ -491,3 +491,56 @@ def test_convolutions_of_other_ranks(rank, rng):
         plain, solver=ss.ProxGD(300, momentum=True), spatial_shape=x.shape[1:-1], ridge=0.1
     )
     assert np.all(layer.solve(x, certify=True).certificate < 0.1)
+
+
+def test_any_change_of_the_norm_is_noticed(rng):
+    """A mean shift, a kernel replaced but for its first column, one scaled: none runs on steps beyond 2/L."""
+    kernel = jnp.asarray(rng.normal(size=(256, 256)) / 16, jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 256)), jnp.float32)
+    changes = [kernel + 0.02, kernel.at[:, 1:].set(1 / 16), 1.49 * kernel, kernel.at[7, 9].set(9.0)]
+    for changed in changes:
+        layer = ss.nnx.SolverLinear(256, 256, solver=ss.ProxGD(30), ridge=0.1, rngs=nnx.Rngs(0))
+        layer.kernel[...] = kernel
+        layer.refresh_lipschitz()
+        layer.kernel[...] = changed
+        want = ss.prox_gd(layer.problem(x), num_iters=30).value
+        np.testing.assert_allclose(layer(x), want, rtol=1e-3, atol=1e-4)
+    layer.kernel[...] = kernel
+    layer.refresh_lipschitz()
+    layer.kernel[...] = kernel + 0.002 * jnp.asarray(rng.normal(size=(256, 256)), jnp.float32)
+    moved = ss.prox_gd(layer.problem(x), num_iters=30).value
+    kept = ss.prox_gd(
+        layer.problem(x), num_iters=30, step_size=1 / (layer.lipschitz[...] + 0.1)
+    ).value
+    np.testing.assert_allclose(layer(x), kept, rtol=1e-5, atol=1e-6)  # a step of training
+    assert not np.array_equal(moved, kept)
+
+
+def test_another_solver_does_not_run_on_the_constant_of_the_first(rng):
+    x, key = jnp.asarray(rng.normal(size=(2, 8)), jnp.float32), jax.random.key(0)
+    layer = ss.nnx.SolverLinear.from_layer(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), solver=ss.ProxGD(5))
+    for solver in (
+        ss.ProxSG(2, 20, step_size=ss.InverseExpectedSmoothness()),
+        ss.NSync(2, 20),
+    ):
+        layer.solver = solver
+        want = solver.solve(key, layer.problem(x)).value
+        np.testing.assert_allclose(layer(x, rngs=key), want, rtol=1e-5)
+
+
+def test_a_layer_of_another_loss(rng):
+    x = jnp.asarray(3 * rng.normal(size=(2, 8)), jnp.float32)
+    plain, huber = nnx.Linear(8, 6, rngs=nnx.Rngs(0)), ss.losses.Huber(0.5)
+    layer = ss.nnx.SolverLinear.from_layer(plain, solver=ss.ProxGD(300), ridge=0.1, loss=huber)
+    module = ss.linen.SolverDense(6, solver=ss.ProxGD(300), ridge=0.1, loss=huber)
+    problem = ss.LayerProblem(
+        ss.Dense(plain.kernel[...]), x, bias=plain.bias[...], ridge=0.1, loss=huber
+    )
+    want = ss.prox_gd(problem, num_iters=300).value
+    np.testing.assert_allclose(layer(x), want, rtol=1e-5)
+    variables = {"params": {"kernel": plain.kernel[...], "bias": plain.bias[...]}}
+    np.testing.assert_allclose(module.apply(variables, x), want, rtol=1e-5)
+    assert ss.certify(layer, x).rows[0].gap_max < 1e-2
+    assert ss.lipschitz_report(layer, x.shape).bound == np.inf
+    with pytest.raises(ValueError, match="loss of SolverLinear: expected a Loss"):
+        ss.nnx.SolverLinear.from_layer(plain, solver=ss.ProxGD(4), loss="huber")

@@ -129,7 +129,7 @@ def test_variance_reduced_settings_reach_the_optimum(rng, settings):
 
 
 def test_random_inner_lengths_follow_their_law():
-    from stochsolvers.solvers.ms2gd import _random_length
+    from stochsolvers.solvers.semi_stochastic import _random_length
 
     keys = jax.random.split(jax.random.key(0), 20_000)
     lengths = np.asarray(jax.vmap(lambda k: _random_length(k, 0.3, 4))(keys))

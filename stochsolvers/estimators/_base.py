@@ -32,8 +32,11 @@ class Estimator(abc.ABC):
         """
 
     def prepare(self, problem: LayerProblem) -> "Estimator":
-        """The same estimator with what does not depend on z computed, for use in a loop."""
+        """The same estimator with what does not depend on z computed once."""
         return self
+
+    def check(self, problem: LayerProblem) -> None:  # noqa: B027 - nothing to refuse by default
+        """Refuse problems that the sampling is not for, at trace time."""
 
     def __call__(self, key: Array, problem: LayerProblem, z: Array) -> Array:
         """An unbiased estimate of ∇F(z)."""
@@ -70,7 +73,7 @@ class FeatureEstimator(Estimator):
     def difference(
         self, problem: LayerProblem, z: Array, y: Array, residual: Array | None, draw: Any
     ) -> Array:
-        """∇Ψ(z) − ∇Ψ(y) for the same draw at both points, `residual` being ∂ℓ at y; not used for squares."""
+        """∇Ψ(z) − ∇Ψ(y) for the same draw at both points, `residual` being ∂ℓ at y (None for squares)."""
         if problem.is_quadratic:
             return self.curvature(problem, z - y, draw)
         A, weights, select = self.sample(problem, draw)

@@ -48,6 +48,10 @@ class TauNice(FeatureEstimator):
     def __post_init__(self):
         object.__setattr__(self, "tau", sampling.canonical_tau(self.tau))
 
+    def check(self, problem: LayerProblem) -> None:
+        """Refuse counts that the problem does not have."""
+        sampling.num_sampled(self.tau, problem.linear_map.in_features)
+
     def draw(self, key: Array, problem: LayerProblem, z: Array) -> Array:
         """Weights (*batch, n1); for `shared`, the indices (τ,)."""
         n1 = problem.linear_map.in_features

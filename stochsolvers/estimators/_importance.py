@@ -109,6 +109,10 @@ class Importance(_ImportanceScores):
         _checks.member("by", self.by, ("lipschitz", "gradient"))
         object.__setattr__(self, "tau", sampling.canonical_tau(self.tau))
 
+    def check(self, problem: LayerProblem) -> None:
+        """Refuse counts that the problem does not have."""
+        sampling.num_sampled(self.tau, problem.linear_map.in_features)
+
     def draw_by(self, key: Array, problem: LayerProblem, z: Array, constants: Array) -> Array:
         """Weights (*batch, n1)."""
         tau = sampling.num_sampled(self.tau, problem.linear_map.in_features)

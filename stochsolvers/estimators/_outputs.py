@@ -21,6 +21,10 @@ class OutputCoordinates(Estimator):
     def __post_init__(self):
         object.__setattr__(self, "tau", sampling.canonical_tau(self.tau))
 
+    def check(self, problem: LayerProblem) -> None:
+        """Refuse counts that the problem does not have."""
+        sampling.num_sampled(self.tau, problem.linear_map.out_features)
+
     def draw(self, key: Array, problem: LayerProblem, z: Array) -> Array:
         """Mask (*batch, n2) with exactly τ ones."""
         n2 = problem.linear_map.out_features

@@ -13,7 +13,7 @@ class VarianceReduced(Estimator):
 
         ∇Ψ(z) = μ + ∇Ψ_S(z) − ∇Ψ_S(y),   μ = ∇F(y),   the same sample S at both points.
 
-    ∂ℓ(A* y, x) is kept where ℓ is not quadratic, so that an estimate costs two products as ever. From y = 0
+    ∂ℓ(A* y, x) is kept where ℓ is not quadratic, so that an estimate still costs two products. From y = 0
     and for squares it adds (I − (n1/τ) Σ_{i∈S} A_i A_i*) z to the plain layer: additive dropout.
 
     References:

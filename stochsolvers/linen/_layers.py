@@ -10,6 +10,7 @@ from flax import linen as nn
 from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Dense, LinearMap, dense_general
+from stochsolvers.losses import Loss, Squares
 from stochsolvers.prox import NonNegative, Prior
 from stochsolvers.solvers import Solution, Solver
 
@@ -22,7 +23,8 @@ class SolverLayer(nn.Module):
 
     def __post_init__(self) -> None:
         layer: Any = self
-        _layers.check_factors(type(self).__name__, layer.solver, layer.prior, layer.ridge)
+        factors = layer.solver, layer.prior, layer.ridge, layer.loss
+        _layers.check_factors(type(self).__name__, *factors)
         super().__post_init__()
 
     def __call__(self, inputs: Array, **options: Any) -> Array:
@@ -44,7 +46,7 @@ class SolverLayer(nn.Module):
             deterministic = layer.deterministic
         sampled = layer.solver.stochastic and not deterministic
         problem = _layers.make_problem(
-            linear_map, inputs, bias, skip, prior=layer.prior, ridge=layer.ridge
+            linear_map, inputs, bias, skip, prior=layer.prior, ridge=layer.ridge, loss=layer.loss
         )
         kept, reference = self._kept_constant(problem.linear_map)
         records = self.is_mutable_collection(RECORDS) and not self.is_initializing()
@@ -65,16 +67,17 @@ class SolverLayer(nn.Module):
         layer: Any = self
 
         def constant():
-            return _layers.step_constant(layer.solver, linear_map, layer.ridge)
+            return _layers.step_constant(layer.solver, linear_map, layer.ridge, layer.loss)
 
         refresh = self.is_mutable_collection(STATE)
-        if not (refresh or self.has_variable(STATE, "lipschitz")):
+        kept_before = all(self.has_variable(STATE, name) for name in ("lipschitz", "reference"))
+        if not (refresh or kept_before):
             return None, None
         if jax.eval_shape(constant) is None:  # a fixed step
             return None, None
-        now = _layers.fingerprint(linear_map)
+        now = _layers.fingerprint(layer.solver, linear_map, layer.ridge)
         kept = self.variable(STATE, "lipschitz", constant)
-        reference = self.variable(STATE, "reference", lambda: jnp.zeros_like(now))  # of no kernel
+        reference = self.variable(STATE, "reference", lambda: jnp.zeros_like(now))  # no kernel yet
         if refresh and not self.is_initializing():
             kept.value, reference.value = constant(), now
         return kept.value, reference.value
@@ -87,6 +90,7 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
       solver: a configuration such as `ProxSG(tau=0.5, num_iters=10)`.
       prior: g, whose prox is the activation; ReLU by default.
       ridge: λ.
+      loss: ℓ between A* z and the input; half the squared distance by default.
       deterministic: use the full gradient.
       rng_collection: name of the random stream.
     """
@@ -94,6 +98,7 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
     solver: Solver
     prior: Prior = NonNegative()
     ridge: Scalar = 0.0
+    loss: Loss = Squares()
     deterministic: bool = False
     rng_collection: str = "dropout"
 
@@ -127,6 +132,7 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
       solver: a configuration such as `ProxGD(num_iters=10)`.
       prior: g, whose prox is the activation; ReLU by default.
       ridge: λ.
+      loss: ℓ between A* z and the input; half the squared distance by default.
       deterministic: use the full gradient.
       rng_collection: name of the random stream.
     """
@@ -134,6 +140,7 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
     solver: Solver
     prior: Prior = NonNegative()
     ridge: Scalar = 0.0
+    loss: Loss = Squares()
     deterministic: bool = False
     rng_collection: str = "dropout"
 

@@ -85,7 +85,11 @@ def _observe(module, variables, rngs, traced, static):
                 _certificates.fail_dropped_records(called[-1], _KEPT_BY)
         return call(*args, **kwargs)
 
-    with _certificates.numbered_calls(), nn.intercept_methods(note):
+    with (
+        _certificates.numbered_calls(),
+        _layers.observed_by(reports.observe),
+        nn.intercept_methods(note),
+    ):
         try:
             _, written = module.apply(variables, *inputs, rngs=rngs, mutable=_MUTABLE, **options)
         except TypeError as error:  # a branch or a loop, of another structure now
@@ -258,7 +262,12 @@ def _part(
     constant, reference = (
         flat.get(f"{STATE}/{prefix}{name}") for name in ("lipschitz", "reference")
     )
-    kept = _layers.kept_if_current(constant, reference, linear_map)
     return _lipschitz.Part(
-        kind, linear_map, solver=layer.solver, ridge=layer.ridge, step_constant=kept
+        kind,
+        linear_map,
+        solver=layer.solver,
+        ridge=layer.ridge,
+        loss=layer.loss,
+        kept=constant,
+        reference=reference,
     )

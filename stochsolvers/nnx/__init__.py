@@ -2,7 +2,7 @@
 
 `SolverLinear` and `SolverConv` subclass `nnx.Linear` and `nnx.Conv` and add no parameters, so a plain
 network's parameter state loads into its solver twin unchanged. Beside the parameters they hold a
-random stream and, where the step size is read off it, the layer's Lipschitz constant as
+random stream and, where a problem constant sets the step, the layer's Lipschitz constant as
 non-trainable `SolverState`, which `refresh_lipschitz` recomputes.
 """
 

@@ -10,6 +10,7 @@ from flax import nnx
 from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
+from stochsolvers.losses import Loss, Squares
 from stochsolvers.nnx._stochastic import Stochastic
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import NonNegative, Prior
@@ -30,6 +31,7 @@ class SolverLayer(Stochastic):
     prior: Prior
     solver: Solver
     ridge: Scalar
+    loss: Loss
     lipschitz: SolverState | None
     reference: SolverState | None
     kernel: Any
@@ -38,14 +40,15 @@ class SolverLayer(Stochastic):
     precision: Any
     promote_dtype: Any
 
-    def _init_solver(self, prior: Prior, solver: Solver, ridge: Scalar) -> None:
-        _layers.check_factors(type(self).__name__, solver, prior, ridge)
+    def _init_solver(self, prior: Prior, solver: Solver, ridge: Scalar, loss: Loss) -> None:
+        _layers.check_factors(type(self).__name__, solver, prior, ridge, loss)
         self.prior, self.solver, self.ridge = _attribute(prior), _attribute(solver), ridge
+        self.loss = _attribute(loss)
         self.lipschitz = self.reference = nnx.data(None)
         kept = self._constant()
         if kept is not None:
             self.lipschitz = SolverState(kept[0])
-            self.reference = SolverState(jnp.zeros_like(kept[1]))  # of no kernel
+            self.reference = SolverState(jnp.zeros_like(kept[1]))  # no kernel yet
 
     def _kept_map(self) -> LinearMap | None:
         """The map whose constant can be kept; None where it depends on the inputs."""
@@ -66,8 +69,10 @@ class SolverLayer(Stochastic):
         linear_map = self._kept_map()
         if linear_map is None:
             return None
-        constant = _layers.step_constant(self.solver, linear_map, self.ridge)
-        return None if constant is None else (constant, _layers.fingerprint(linear_map))
+        constant = _layers.step_constant(self.solver, linear_map, self.ridge, self.loss)
+        if constant is None:
+            return None
+        return constant, _layers.fingerprint(self.solver, linear_map, self.ridge)
 
     def _kernel_ndim(self) -> int:
         return 2
@@ -90,6 +95,7 @@ class SolverLayer(Stochastic):
             skip,
             prior=self.prior,
             ridge=self.ridge,
+            loss=self.loss,
         )
 
     def solve(
@@ -169,6 +175,7 @@ class SolverLinear(SolverLayer, nnx.Linear):
         solver: Solver,
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         ridge: Scalar = 0.0,
+        loss: Loss = Squares(),  # noqa: B008
         deterministic: bool = False,
         rng_collection: str = "dropout",
         rngs: nnx.Rngs,
@@ -182,7 +189,7 @@ class SolverLinear(SolverLayer, nnx.Linear):
         )
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **options)
         self.init_stochastic(deterministic, rng_collection, rngs)
-        self._init_solver(prior, solver, ridge)
+        self._init_solver(prior, solver, ridge, loss)
 
     @classmethod
     def from_layer(
@@ -192,6 +199,7 @@ class SolverLinear(SolverLayer, nnx.Linear):
         solver: Solver,
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         ridge: Scalar = 0.0,
+        loss: Loss = Squares(),  # noqa: B008
         deterministic: bool = False,
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
@@ -208,6 +216,7 @@ class SolverLinear(SolverLayer, nnx.Linear):
             solver=solver,
             prior=prior,
             ridge=ridge,
+            loss=loss,
             rngs=_placeholder_rngs(rng_collection),
             kernel_init=jax.nn.initializers.zeros,
             **_options(layer, "dot_general"),
@@ -234,6 +243,7 @@ class SolverConv(SolverLayer, nnx.Conv):
       prior: g, whose prox is the activation; ReLU by default.
       solver: a configuration such as `ProxGD(num_iters=10)`.
       ridge: λ.
+      loss: ℓ between A* z and the input; half the squared distance by default.
       deterministic: use the full gradient; flipped by `train()` and `eval()`.
       rng_collection: name of the random stream.
       rngs: random streams for initialisation and sampling.
@@ -248,9 +258,10 @@ class SolverConv(SolverLayer, nnx.Conv):
         strides: Any = 1,
         *,
         solver: Solver,
-        spatial_shape: tuple[int, ...] | None = None,
+        spatial_shape: tuple[int, ...] | int | None = None,
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         ridge: Scalar = 0.0,
+        loss: Loss = Squares(),  # noqa: B008
         deterministic: bool = False,
         rng_collection: str = "dropout",
         rngs: nnx.Rngs,
@@ -265,9 +276,11 @@ class SolverConv(SolverLayer, nnx.Conv):
         nnx.Conv.__init__(
             self, in_features, out_features, kernel_size, strides, rngs=rngs, **options
         )
+        if isinstance(spatial_shape, int):
+            spatial_shape = (spatial_shape,) * (self.kernel.ndim - 2)
         self.spatial_shape = None if spatial_shape is None else tuple(spatial_shape)
         self.init_stochastic(deterministic, rng_collection, rngs)
-        self._init_solver(prior, solver, ridge)
+        self._init_solver(prior, solver, ridge, loss)
 
     @classmethod
     def from_layer(
@@ -275,9 +288,10 @@ class SolverConv(SolverLayer, nnx.Conv):
         layer: nnx.Conv,
         *,
         solver: Solver,
-        spatial_shape: tuple[int, ...] | None = None,
+        spatial_shape: tuple[int, ...] | int | None = None,
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         ridge: Scalar = 0.0,
+        loss: Loss = Squares(),  # noqa: B008
         deterministic: bool = False,
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
@@ -304,6 +318,7 @@ class SolverConv(SolverLayer, nnx.Conv):
             spatial_shape=spatial_shape,
             prior=prior,
             ridge=ridge,
+            loss=loss,
             rngs=_placeholder_rngs(rng_collection),
             kernel_init=jax.nn.initializers.zeros,
             **_options(layer, *shape_options, "conv_general_dilated"),

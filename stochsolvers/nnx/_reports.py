@@ -1,6 +1,5 @@
 """Reports on whole NNX networks."""
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +59,7 @@ def _observations(graph, state, traced, static, deterministic):
         model.set_attributes(deterministic=deterministic, raise_if_not_found=False)
     called = _listen(model)
     inputs, options = join_static(traced, static)
-    with _certificates.numbered_calls():
+    with _certificates.numbered_calls(), _layers.observed_by(reports.observe):
         try:
             _, records = nnx.capture(model, SolverRecord)(*inputs, **options)
         except (TypeError, ValueError) as error:  # a branch or a loop, of another structure now
@@ -263,12 +262,18 @@ def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschit
         linear_map = linear_map_for(layer, call.input_shape)
     except ValueError:
         return _lipschitz.Part(kind)
-    part = _lipschitz.Part(kind, linear_map)
     if not isinstance(layer, SolverLayer):
-        return part
+        return _lipschitz.Part(kind, linear_map)
     constant, reference = (
         None if variable is None else variable[...]
         for variable in (layer.lipschitz, layer.reference)
     )
-    kept = _layers.kept_if_current(constant, reference, linear_map)
-    return dataclasses.replace(part, solver=layer.solver, ridge=layer.ridge, step_constant=kept)
+    return _lipschitz.Part(
+        kind,
+        linear_map,
+        solver=layer.solver,
+        ridge=layer.ridge,
+        loss=layer.loss,
+        kept=constant,
+        reference=reference,
+    )

@@ -71,9 +71,21 @@ def _point(problem: Objective, z: Array) -> _Point:
     offset_error = jnp.where(pull > 0, 2.0 * eps * (pull + jnp.abs(offset)), 0.0)
     gradient_error = image_error + offset_error + 2.0 * eps * (jnp.abs(image) + jnp.abs(offset))
     return _Point(
-        *(z, problem.prior_value(z), u, u_error, targets),
-        *(residual, residual_error, dual_error, image, image_error),
-        *(offset, offset_error, image + offset, gradient_error, products),
+        z=z,
+        value=problem.prior_value(z),
+        u=u,
+        u_error=u_error,
+        targets=targets,
+        residual=residual,
+        residual_error=residual_error,
+        dual_error=dual_error,
+        image=image,
+        image_error=image_error,
+        offset=offset,
+        offset_error=offset_error,
+        gradient=image + offset,
+        gradient_error=gradient_error,
+        products=products,
     )
 
 
@@ -130,9 +142,10 @@ def _curvature_gap(problem: Objective, point: _Point) -> Array:
     z, gradient, eps = point.z, point.gradient, jnp.finfo(problem.dtype).eps
     products = point.products
     mu = problem.ridge * (1.0 - 4.0 * eps)
-    if problem.loss.strong_convexity > 0:
+    modulus = problem.loss.strong_convexity
+    if not isinstance(modulus, int | float) or modulus > 0:
         convexity = lipschitz.strong_convexity(products.linear_map, upper=products.constant)
-        mu = (problem.ridge + problem.loss.strong_convexity * convexity) * (1.0 - 4.0 * eps)
+        mu = (problem.ridge + modulus * convexity) * (1.0 - 4.0 * eps)
     safe_mu = jnp.where(mu > 0, mu, 1.0)
     # the barrier: XLA takes seconds to fold "max(v, 0) >= 0 everywhere" into a constant
     u = lax.optimization_barrier(problem.prior.prox(z - gradient / safe_mu, 1.0 / safe_mu))
@@ -157,8 +170,8 @@ def _curvature_gap(problem: Objective, point: _Point) -> Array:
 def _prior_gap(problem: Objective, point: _Point, w: Array, error: Array) -> Array:
     r"""Φ(w) = g(z) + g*(w) − <w, z> for any w within `error` of the one given, round-off included.
 
-    Convexity gives Φ(w + e) ≤ Φ(w) + Σ |e| max |∇Φ(w ± error)| for separable g*. For the others, which
-    are indicators, ∇Φ = −z.
+    Convexity gives Φ(w + e) ≤ Φ(w) + Σ |e| max |∇Φ(w ± error)| for separable g*. For the others ∇Φ = −z if
+    g* is an indicator; where it is not zero, nothing is promised.
     """
     z, conjugate = point.z, problem.per_example(problem.prior.conjugate)
     if problem.prior.separable:
@@ -167,7 +180,8 @@ def _prior_gap(problem: Objective, point: _Point, w: Array, error: Array) -> Arr
         slope = jnp.max(jnp.abs(derivatives - z[None]), axis=0)
         value, inside = values[1], jnp.isfinite(values[0]) & jnp.isfinite(values[2])
     else:
-        slope, value, inside = jnp.abs(z), conjugate(w), _in_domain(problem, w, error)
+        slope, value = jnp.abs(z), conjugate(w)
+        inside = _in_domain(problem, w, error) & (value == 0)
     gap = jnp.maximum(point.value + value - problem.sum(w * z), 0.0)
     scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(w) * (jnp.abs(z) + slope))
     slack = problem.sum(error * slope) + _evaluation(problem, scale, w)

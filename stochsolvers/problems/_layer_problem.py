@@ -37,21 +37,23 @@ class LayerProblem(Objective):
     def certificate(self, z: Array) -> Array:
         r"""A certified optimality gap: P(z) − min P ≤ certificate(z), for each example.
 
-        The smallest of three bounds. With μ = λ + λ_min(A A*) > 0, F lies above a paraboloid of curvature
-        μ, whose sum with g is least at one proximal step u:
+        The smallest of three bounds. With m-strongly convex ℓ (1 for squares) and μ = λ + m λ_min(A A*) >
+        0, F lies above a paraboloid of curvature μ, whose sum with g is least at one proximal step u:
 
             g(z) − g(u) + <∇F(z), z − u> − (μ/2) ||u − z||²,       u = prox_{g/μ}(z − ∇F(z)/μ).
 
-        The others need no curvature. They are Fenchel gaps at dual points r + d, r = A* z − x,
+        The others need no curvature. They are Fenchel gaps at dual points r + d, r = ∂ℓ(A* z, x),
 
-            g(z) + g*(w) − <w, z> + ½ ||d||²,      w = −∇F(z) − A d ∈ dom g*,
+            Σ_i [ℓ(u_i, x_i) + ℓ*(r_i + d_i, x_i) − u_i (r_i + d_i)] + g(z) + g*(w) − <w, z>,
 
-        once at shrunken residuals, d = −δ r, and, where the bounds so far may be far above the gap, with
-        a small d found by accelerated gradient steps. All go to zero with the gap, to the round-off
-        of ∇F times the size of z, which is added to them: the value is never below the gap of the arrays
-        as they are. A* z and A r are summed in blocks of some 32 products, whose sums go on in twice the
-        precision, so that the round-off is that of a block. The value is +inf where z is infeasible, and
-        where no dual point was found, as when the problem is unbounded below.
+        u = A* z and w = −∇F(z) − A d ∈ dom g*; the sum is ½ ||d||² for squares. Once at shrunken points, d
+        = −δ r,
+        and, where the bounds so far may be far above the gap, with a small d found by accelerated gradient
+        steps. All go to zero with the gap, to the round-off of ∇F times the size of z, which is added to
+        them: the value is never below the gap of the arrays as they are, if the losses are accurate (see
+        `Loss`) and a map too large to be written out as well (see `LinearMap`). A* z and A r are summed in
+        blocks of some 32 products, whose sums go on in twice the precision. The value is +inf where z is
+        infeasible, and where no dual point was found, as when the problem is unbounded below.
 
         Returns:
           shape (*batch,), in units of the objective. Not differentiable.

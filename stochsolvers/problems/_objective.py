@@ -27,10 +27,13 @@ class Objective:
         for name, kind in (
             ("linear_map", LinearMap), ("loss", losses.Loss), ("prior", prox.Prior),
         ):  # fmt: skip
-            if not isinstance(getattr(self, name), kind):
-                article = "an instance of"
-                got = repr(getattr(self, name))
-                _checks.fail(f"{name} of LayerProblem", f"{article} {kind.__name__}", got)
+            factor = getattr(self, name)
+            if not isinstance(factor, kind):
+                wanted = f"an instance of {kind.__name__}"
+                _checks.fail(f"{name} of LayerProblem", wanted, repr(factor))
+            if jax.tree_util.all_leaves([factor]):
+                wanted = "a class under the decorator stochsolvers.value_object"
+                _checks.fail(f"{name} of LayerProblem", wanted, type(factor).__name__)
         _checks.floating("inputs of LayerProblem", self.inputs)
         _checks.trailing("inputs of LayerProblem", self.inputs, self.linear_map.in_shape)
         _checks.non_negative("ridge", self.ridge)
@@ -63,7 +66,7 @@ class Objective:
     @property
     def is_quadratic(self) -> bool:
         """Whether ℓ is half the squared distance, so that ∇F is affine."""
-        return isinstance(self.loss, losses.Squares)
+        return type(self.loss) is losses.Squares
 
     def residual(self, z: Array) -> Array:
         """∂ℓ/∂u at u = A* z, shaped as the inputs; A* z − x for squares."""
@@ -74,9 +77,9 @@ class Objective:
 
         For a convolution, i runs over whole input feature maps. F is their mean, plus the ridge.
         """
-        losses = self._losses(z)
-        spatial = tuple(range(len(self.batch_shape), losses.ndim - 1))
-        fit = self.linear_map.in_features * jnp.sum(losses, axis=spatial)
+        values = self._losses(z)
+        spatial = tuple(range(len(self.batch_shape), values.ndim - 1))
+        fit = self.linear_map.in_features * jnp.sum(values, axis=spatial)
         return fit - self._bias_product(z)[..., None]
 
     def smooth(self, z: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -14,6 +15,7 @@ from stochsolvers.lipschitz import (
     operator_bracket,
     strong_convexity,
 )
+from stochsolvers.losses import Loss, Squares
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import Solver
 
@@ -81,11 +83,9 @@ def guarantee(
     sizes = lax.map(steps, jnp.arange(running.num_iters))  # pyright: ignore[reportAttributeAccessIssue]
     if sizes.ndim > 1:  # one for each output
         return none
-    loss = problem.loss
-    convexity = jnp.asarray(problem.ridge)
-    if loss.strong_convexity > 0:
-        least = strong_convexity(problem.linear_map, upper=upper)
-        convexity = convexity + loss.strong_convexity * least
+    convexity, modulus = jnp.asarray(problem.ridge), problem.loss.strong_convexity
+    if not isinstance(modulus, int | float) or modulus > 0:
+        convexity = convexity + modulus * strong_convexity(problem.linear_map, upper=upper)
     factor = _expansion(sizes[0], convexity, problem.smoothness(upper))
     return jnp.where(jnp.all(sizes == sizes[0]), factor, none)
 
@@ -95,8 +95,13 @@ def _expansion(step: Array, convexity: Array, lipschitz: Array) -> Array:
     return jnp.maximum(jnp.abs(1.0 - step * convexity), jnp.abs(1.0 - step * lipschitz))
 
 
-def has_bound(solver: Any) -> bool:
-    """Whether `solver_bound` holds: one step size for all outputs, no momentum, no stopping rule."""
+def has_bound(solver: Any, loss: Loss) -> bool:
+    """Whether `solver_bound` holds: squares, one step size for all outputs, no momentum, no stopping rule.
+
+    A step size that is a user's function cannot be a part of the compiled report.
+    """
     if not isinstance(solver, Solver) or solver.per_output or solver.tol is not None:
+        return False
+    if type(loss) is not Squares or any(map(callable, jax.tree.leaves(solver))):
         return False
     return solver.deterministic().takes_gradient_steps()

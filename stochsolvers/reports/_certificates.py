@@ -15,7 +15,7 @@ steps that change and steps that differ between outputs have no such guarantee: 
 A gap is infinite where nothing can be promised, and the report says why: iterates that are not finite, a
 point
 outside the domain of g, or a problem without curvature for which no dual point was found, as when it is
-unbounded below. A ridge λ > 0 mends the last.
+unbounded below. A ridge λ > 0 removes the last cause.
 """
 
 import contextlib
@@ -172,7 +172,7 @@ def contraction(residuals: Array, floor: Array) -> Array:
       residuals: r_k, shape (K, *batch).
       floor: what counts as round-off, shape (*batch,).
     """
-    ratios = jnp.sum(jnp.cumprod(residuals > floor, axis=0), axis=0) - 1  # m − 1
+    ratios = jnp.sum(jnp.cumprod(residuals > floor[None], axis=0), axis=0) - 1  # m − 1
     last = jnp.take_along_axis(residuals, jnp.maximum(ratios, 0)[None], axis=0)[0]
     total = last / jnp.where(ratios > 0, residuals[0], 1.0)
     return jnp.where(ratios > 0, total ** (1.0 / jnp.maximum(ratios, 1)), jnp.inf)

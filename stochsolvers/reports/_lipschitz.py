@@ -6,7 +6,7 @@ with constants c_i, satisfies
     ||f(x) − f(y)|| ≤ c_0 ⋯ c_n ℓ_1 ⋯ ℓ_n ||x − y||.
 
 ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference, and
-`solver_bound` for a solver; the c_i are read off the operations between the layers. The product proves
+`solver_bound` for a solver; the c_i are those of the operations between the layers. The product proves
 nothing where the output sees the input on a way around a layer, as with a residual connection, where
 there are parameters that no known layer accounts for, nor where an operation has no constant that is
 known: the bound is then infinite, and the report names the cause.
@@ -21,9 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stochsolvers import _checks
+from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import LinearMap
+from stochsolvers.losses import Loss, Squares
 from stochsolvers.problems import LayerProblem
 from stochsolvers.reports import _table
 from stochsolvers.reports._bounds import has_bound, solver_bound, squared_norm_bracket
@@ -60,7 +61,9 @@ class Part:
         γ / sqrt(v + ε); or None.
       solver: the configuration of a solver layer, or None.
       ridge: λ of a solver layer.
-      step_constant: what a solver layer keeps, or None.
+      loss: ℓ of a solver layer.
+      kept: the constant that a solver layer keeps, or None.
+      reference: the fingerprint of what it is of, or None.
 
     A part that is neither a map nor a normalisation has no bound.
     """
@@ -70,7 +73,9 @@ class Part:
     normalisation: tuple[Array | None, Array, Scalar] | None = None
     solver: Any = None
     ridge: Scalar = 0.0
-    step_constant: Array | None = None
+    loss: Loss = Squares()  # noqa: RUF009 - a frozen value
+    kept: Array | None = None
+    reference: Array | None = None
 
     @property
     def bounded(self) -> bool:
@@ -191,9 +196,10 @@ def norms_report(
         (
             p.linear_map,
             p.normalisation,
-            p.solver if has_bound(p.solver) else None,
+            p.solver if has_bound(p.solver, p.loss) else None,
             p.ridge,
-            p.step_constant,
+            p.kept,
+            p.reference,
         )
         for p in parts
         if p.bounded
@@ -232,7 +238,7 @@ def _measure(parts: list[Any]) -> list[tuple[Array, Array, Array]]:
     return [results[i] for i in range(len(parts))]
 
 
-def _measure_one(linear_map, normalisation, solver, ridge, step_constant):
+def _measure_one(linear_map, normalisation, solver, ridge, kept, reference):
     if linear_map is None:
         scale, variance, epsilon = normalisation
         largest = jnp.max(
@@ -245,7 +251,8 @@ def _measure_one(linear_map, normalisation, solver, ridge, step_constant):
         return lower, upper, upper
     inputs = jnp.zeros(linear_map.in_shape, linear_map.dtype)
     problem = LayerProblem(linear_map, inputs, ridge=ridge)
-    return lower, upper, solver_bound(solver, problem, bracket.upper, step_constant)
+    constant = _layers.current_constant(solver, problem, kept, reference)
+    return lower, upper, solver_bound(solver, problem, bracket.upper, constant)
 
 
 def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:
@@ -253,7 +260,7 @@ def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:
     note = "" if call.on_every_path else _BYPASSED
     if not part.bounded:
         note = _NOT_BOUNDED
-    elif part.solver is not None and not has_bound(part.solver):
+    elif part.solver is not None and not has_bound(part.solver, part.loss):
         constant, note = math.inf, _NOT_BOUNDED
     return LayerNorm(call.label, part.kind, call.input_shape, lower, upper, constant, note)
 

@@ -90,7 +90,8 @@ class Solver(abc.ABC):
 
     It then runs as a function (`solve`) and in layers, stops at a tolerance, is differentiated in all ways,
     and is certified. `step_size` may be declared as a field; it is 1/L otherwise. One that samples
-    sets `stochastic = True`, defines `estimator`, and takes `run.estimate(k, z)`.
+    sets `stochastic = True`, defines `estimator`, and takes `run.estimate(k, z)`. A `__post_init__` of its
+    own calls `super().__post_init__()`.
 
     A solver made of numbers is hashable, and so can be a module's static attribute.
 
@@ -115,6 +116,7 @@ class Solver(abc.ABC):
         for count in ("num_iters", "num_outer", "num_inner"):
             if count in {field.name for field in dataclasses.fields(self)}:
                 object.__setattr__(self, count, _checks.count(count, getattr(self, count)))
+        _checks.count(f"num_iters of {name}", self._option("num_iters"))
         step_sizes.check(self._option("step_size"), per_output=self.per_output)
         resolved = canonical(self.derivative, stops=self.tol is not None)
         if self.stochastic and isinstance(resolved, Implicit):
@@ -158,7 +160,7 @@ class Solver(abc.ABC):
 
     def step_constant(self, problem: LayerProblem) -> Array | None:
         """The problem constant that sets the step, L for 1/L; None for a fixed step."""
-        rule = self._rule()
+        rule = self.rule()
         return rule.constant(problem, self.estimator()) if isinstance(rule, StepSizeRule) else None
 
     def schedule(
@@ -172,10 +174,10 @@ class Solver(abc.ABC):
         estimator = self.estimator()
         if deterministic and self.constant_depends_on_sampling():
             estimator, step_constant = self._full_estimator(), None
-        return step_sizes.schedule_of(self._rule(), problem, estimator, step_constant)
+        return step_sizes.schedule_of(self.rule(), problem, estimator, step_constant)
 
     def constant_depends_on_sampling(self) -> bool:
-        """Whether the constant of the step sizes is another one when nothing is sampled."""
+        """Whether steps of the sampling's constant are too long when nothing is sampled."""
         return False
 
     def takes_gradient_steps(self) -> bool:
@@ -211,6 +213,7 @@ class Solver(abc.ABC):
         if key is None and not deterministic:
             _checks.fail("key", "a random key for a stochastic solver", None)
         self.check(problem)
+        self.estimator().check(problem)
         traced, static = split_static(self)
         run = functools.partial(
             _solve,
@@ -232,7 +235,8 @@ class Solver(abc.ABC):
             solution = dataclasses.replace(solution, certificate=gap)
         return solution
 
-    def _rule(self) -> Any:
+    def rule(self) -> Any:
+        """The step size, with its default: a number, a schedule or a `StepSizeRule`."""
         step_size = self._option("step_size")
         return self.default_step_size() if step_size is None else step_size
 
@@ -259,7 +263,11 @@ class Solver(abc.ABC):
 
         def update(operands, k, z, memory):
             traced, run = operands
-            return join_static(traced, static).step(run, k, z, memory)
+            step = join_static(traced, static).step(run, k, z, memory)
+            if not isinstance(step, Step):
+                what = f"what {type(self).__name__}.step returns"
+                _checks.fail(what, "a Step(value, memory)", type(step).__name__)
+            return step
 
         def opening(operands, k, z, memory):
             traced, run = operands

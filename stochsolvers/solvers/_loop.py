@@ -133,7 +133,8 @@ def iterate_until(
     T the step's map and y_k its origin, if the iterates do not grow at a constant rate. They do if
     2 (k + 1) ||z_{k+1} − z_k|| ≥ ||z_{k+1} − z_0|| ≥ ½ ||z_{k+1}|| ≥ ½ after ten iterations: of an unbounded
     problem the left side of the test tends to a constant, and the right side to infinity. From then on an
-    example's value does not change.
+    example's value does not change. A start far along an unbounded direction is taken for a solution, and
+    so is the growth of fewer than ten iterations: a certificate, which is infinite there, tells them apart.
     """
     batch = problem.batch_shape
     axes = tuple(range(len(batch), init.ndim))
@@ -166,7 +167,7 @@ def iterate_until(
             running & ~done & finite,
             state.converged | (running & done),
             jnp.where(running, growing & finite, state.growing),
-            state.iterations + running,
+            state.iterations + running.astype(state.iterations.dtype),
             recorded,
         )
 

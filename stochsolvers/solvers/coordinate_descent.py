@@ -14,8 +14,7 @@ from stochsolvers.solvers._loop import Step
 from stochsolvers.solvers._solution import Solution
 from stochsolvers.solvers.derivatives import DerivativeLike
 from stochsolvers.solvers.gradient_descent import ProxGD
-from stochsolvers.solvers.stochastic_gradient import check_sampling
-from stochsolvers.step_sizes import InverseSeparable, StepSizeLike
+from stochsolvers.step_sizes import InverseLipschitz, InverseSeparable, StepSizeLike
 
 
 @value_object
@@ -69,14 +68,13 @@ class NSync(Solver):
         return ProxGD(self.num_iters, derivative=self.derivative)
 
     def constant_depends_on_sampling(self) -> bool:
-        """True: all coordinates at once allow shorter steps only."""
-        return True
+        """True for rules of the sampling: all coordinates at once allow shorter steps only."""
+        return not isinstance(self.step_size, InverseLipschitz)
 
     def check(self, problem: LayerProblem) -> None:
-        """Refuse priors that are not separable, and counts outside 1..n2."""
+        """Refuse priors that are not separable."""
         if not problem.prior.separable:
             _checks.fail("prior of nsync", "a separable prior", type(problem.prior).__name__)
-        check_sampling(self.estimator(), problem)
 
     def _full_estimator(self) -> OutputCoordinates:
         return OutputCoordinates(1.0)

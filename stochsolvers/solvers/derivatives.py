@@ -94,14 +94,6 @@ def canonical(derivative: DerivativeLike, *, stops: bool = False) -> Unrolling |
     return resolved
 
 
-def unrolling(derivative: DerivativeLike, solver: str) -> Unrolling:
-    """`canonical` for the solvers that have no fixed point to differentiate at."""
-    resolved = canonical(derivative)
-    if isinstance(resolved, Implicit):
-        _checks.fail(f"derivative of {solver}", "'unrolled', 'remat' or Truncated(...)", derivative)
-    return resolved
-
-
 Body: TypeAlias = Callable[[Any, Any, Array], tuple[Any, Any]]
 """(operands, carry, k) -> (carry, output); everything it differentiates is in the operands."""
 

@@ -114,7 +114,7 @@ def prox_gd(
       form: which of the equal forms of ∇F to iterate, see `estimators.forms`; "auto" is the one with
         the least work for the shapes at hand.
       tol: stop an example where ||T(y_k) − y_k|| ≤ tol max(1, ||z_{k+1}||), T the step's map and y_k
-        where it was taken; `num_iters` is then the cap. Traced. See `solvers.stopping`.
+        where it was taken; `num_iters` is then the cap. Traced. See `Status`.
       derivative: "unrolled", "remat", `Truncated(n)`, "implicit" or `Implicit(...)`; see
         `solvers.derivatives`. Unrolled by default, implicit where `tol` is given.
       trace_objective: also return P(z_k) for every iteration, which reads the input each time.

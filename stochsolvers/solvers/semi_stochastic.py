@@ -17,7 +17,7 @@ from stochsolvers.solvers._loop import Diagnostics, Step
 from stochsolvers.solvers._solution import Solution
 from stochsolvers.solvers.derivatives import DerivativeLike, scan
 from stochsolvers.solvers.gradient_descent import ProxGD
-from stochsolvers.solvers.stochastic_gradient import as_sampling, check_sampling
+from stochsolvers.solvers.stochastic_gradient import as_sampling
 from stochsolvers.step_sizes import StepSizeLike
 
 
@@ -78,10 +78,6 @@ class MS2GD(Solver):
     def deterministic(self) -> ProxGD:
         """As many steps of `ProxGD`."""
         return ProxGD(self.num_iters, form=self.form, derivative=self.derivative)
-
-    def check(self, problem: LayerProblem) -> None:
-        """Refuse counts outside 1..n1."""
-        check_sampling(self.estimator(), problem)
 
     def _num_gradients(self, from_zero: bool) -> int:
         return self.num_outer

@@ -4,9 +4,9 @@ from typing import Any, ClassVar, cast
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, count_field, static_field, value_object
-from stochsolvers.estimators import Estimator, OutputCoordinates, TauNice
+from stochsolvers.estimators import Estimator, TauNice
 from stochsolvers.problems import LayerProblem
-from stochsolvers.sampling import canonical_tau, num_sampled
+from stochsolvers.sampling import canonical_tau
 from stochsolvers.solvers._base import Run, Solver
 from stochsolvers.solvers._loop import Step
 from stochsolvers.solvers._solution import Solution
@@ -65,10 +65,6 @@ class ProxSG(Solver):
         """As many steps of `ProxGD`."""
         return ProxGD(self.num_iters, derivative=self.derivative)
 
-    def check(self, problem: LayerProblem) -> None:
-        """Refuse counts outside 1..n1."""
-        check_sampling(self.estimator(), problem)
-
 
 def prox_sg(
     key: Array,
@@ -126,11 +122,3 @@ def as_sampling(tau: int | float | Array | None, sampling: Estimator | None) -> 
         return cast(Estimator, sampling)
     _checks.positive("tau", tau)
     return TauNice(tau)
-
-
-def check_sampling(estimator: Estimator, problem: LayerProblem) -> None:
-    """Refuse a count of sampled features that the problem does not have."""
-    count = getattr(estimator, "tau", None)
-    if count is not None:
-        A, outputs = problem.linear_map, isinstance(estimator, OutputCoordinates)
-        num_sampled(count, A.out_features if outputs else A.in_features)

@@ -23,7 +23,7 @@ They need chex: `pip install 'stochsolvers[testing]'`, then `import stochsolvers
 
 try:
     import chex as _chex  # noqa: F401
-except ImportError as error:  # pragma: no cover - the extra is installed wherever this is tested
+except ImportError as error:
     raise ImportError(
         "stochsolvers.testing needs chex: pip install 'stochsolvers[testing]'"
     ) from error
