@@ -70,10 +70,10 @@ def _calls() -> dict[str, Callable[[], Any]]:
     functions["dense, gradient, implicit"] = slope(of_dense(implicit)), (kernel, x)
     functions["convolution, gradient, ProxGD"] = slope(of_conv(ten)), (taps, images[:4])
     z, zc = jnp.abs(_normal(4, 128, 512)), jnp.abs(_normal(5, 16, 32, 32, 64))
-    functions["dense, certificate"] = (lambda k, x: dense(k, x).certificate(z)), (kernel, x)
+    functions["dense, certificate"] = (lambda k, x, z: dense(k, x).certificate(z)), (kernel, x, z)
     functions["convolution, certificate"] = (
-        (lambda k, x: conv(k, x).certificate(zc)),
-        (taps, images),
+        (lambda k, x, z: conv(k, x).certificate(z)),
+        (taps, images, zc),
     )
     for size, pixels in ((64, 32), (128, 16), (256, 4)):
         weights = _normal(size, 3, 3, size, size) / (3 * size**0.5)

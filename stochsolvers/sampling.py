@@ -180,7 +180,7 @@ def systematic_mask(offset: Array, probabilities: Array) -> Array:
     ends = jnp.minimum(ends, total).at[..., -1].set(total[..., 0])
     # ⌈c − u⌉ without the subtraction, which for u next to 1 would round to the integer below
     whole = jnp.floor(ends)
-    counts = whole + (ends - whole > offset[..., None])
+    counts = whole + (ends - whole > offset[..., None]).astype(whole.dtype)
     return certain | (jnp.diff(counts, axis=-1, prepend=0.0) > 0.5)
 
 

@@ -50,7 +50,7 @@ class ExponentialDecay:
     def __call__(self, k: Array | int) -> Array:
         """The step size of iteration k."""
         rate, k = jnp.broadcast_arrays(jnp.asarray(self.rate), jnp.asarray(k))
-        return self.initial * lax.pow(rate, k)  # of a number and an integer: no promotion
+        return self.initial * lax.pow(rate, k)  # of a float and an integer: no promotion
 
 
 def exponential_decay(initial: Scalar, rate: Scalar) -> ExponentialDecay:

@@ -100,7 +100,7 @@ class Objective:
     def with_bias_and_ridge(self, data_gradient: Array, z: Array) -> Array:
         """The gradient of the losses, or an estimate of it, completed by − b + λ z."""
         if self.bias is not None:
-            data_gradient = data_gradient - self._expanded_bias()
+            data_gradient = data_gradient - self.expanded_bias()
         return data_gradient + self.ridge * z
 
     def prior_value(self, z: Array) -> Array:
@@ -117,12 +117,17 @@ class Objective:
         """Sum of an array shaped as z or as x over everything but the batch axes."""
         return jnp.sum(array, axis=tuple(range(len(self.batch_shape), array.ndim)))
 
-    def norm(self, array: Array) -> Array:
-        """Euclidean norm of an array shaped as z or as x, for each example; no square overflows."""
-        axes = tuple(range(len(self.batch_shape), array.ndim))
-        largest = jnp.max(jnp.abs(array), axis=axes, keepdims=True, initial=0)
-        unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-        return jnp.squeeze(unit, axes) * jnp.sqrt(self.sum((array / unit) ** 2))
+    def norm(self, array: Array, unit: Array | None = None) -> Array:
+        """Euclidean norm of an array shaped as z or as x, for each example.
+
+        Args:
+          array: shape (*batch, ...).
+          unit: of its entries, shape (*batch,), so that no square overflows; 1 by default.
+        """
+        if unit is None:
+            return jnp.sqrt(self.sum(array**2))
+        inverse = jnp.expand_dims(1 / unit, range(unit.ndim, array.ndim))
+        return unit * jnp.sqrt(self.sum((array * inverse) ** 2))
 
     def smoothness(self, squared_norm: Array) -> Array:
         """L_F = L_ℓ ‖A‖² + λ, a Lipschitz constant of ∇F, given ‖A‖²."""
@@ -159,9 +164,9 @@ class Objective:
     def _bias_product(self, z: Array) -> Array:
         if self.bias is None:
             return jnp.zeros(self.batch_shape, self.dtype)
-        return self.sum(self._expanded_bias() * z)
+        return self.sum(self.expanded_bias() * z)
 
-    def _expanded_bias(self) -> Array:
+    def expanded_bias(self) -> Array:
         """b with all axes of z, so that ranks are promoted once."""
         bias = jnp.asarray(self.bias)
         return jnp.expand_dims(bias, range(len(self.shape) - bias.ndim))

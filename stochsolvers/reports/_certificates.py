@@ -175,7 +175,9 @@ def contraction(residuals: Array, floor: Array) -> Array:
     ratios = jnp.sum(jnp.cumprod(residuals > floor[None], axis=0), axis=0) - 1  # m − 1
     last = jnp.take_along_axis(residuals, jnp.maximum(ratios, 0)[None], axis=0)[0]
     total = last / jnp.where(ratios > 0, residuals[0], 1.0)
-    return jnp.where(ratios > 0, total ** (1.0 / jnp.maximum(ratios, 1)), jnp.inf)
+    return jnp.where(
+        ratios > 0, total ** (1.0 / jnp.maximum(ratios, 1).astype(total.dtype)), jnp.inf
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -284,7 +284,7 @@ class Solver(abc.ABC):
             z, diagnostics = _loop.iterate(*arguments, derivative=derivative, **options)
             return z, diagnostics, {}
         tol = jnp.asarray(self.tol, z.dtype)
-        outcome = _loop.iterate_until(*arguments, tol, **options)
+        outcome = _loop.iterate_until(*arguments, tol, from_zero=run.from_zero, **options)
         ends = {"status": outcome.status, "iterations": outcome.iterations}
         return outcome.value, outcome.diagnostics, ends
 

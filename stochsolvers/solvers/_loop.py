@@ -1,5 +1,6 @@
 """The two loops that every solver runs in: a fixed number of iterations, and until a tolerance is met."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,13 +82,20 @@ def iterate(
     return z, diagnostics
 
 
-def observe(problem: LayerProblem, z: Array, step: Step, *, trace_objective: bool) -> Diagnostics:
+def observe(
+    problem: LayerProblem,
+    z: Array,
+    step: Step,
+    *,
+    trace_objective: bool,
+    unit: Array | None = None,
+) -> Diagnostics:
     """Residual, finiteness and, on request, objective of one step; nothing is differentiated."""
     z, value, point = lax.stop_gradient((z, step.value, step.point))
     axes = tuple(range(len(problem.batch_shape), value.ndim))
     finite = jnp.isfinite(value) if point is None else jnp.isfinite(point) & jnp.isfinite(value)
     objective = lax.stop_gradient(problem).objective(value) if trace_objective else None
-    return Diagnostics(problem.norm(value - z), objective, jnp.all(finite, axis=axes))
+    return Diagnostics(problem.norm(value - z, unit), objective, jnp.all(finite, axis=axes))
 
 
 class Outcome(NamedTuple):
@@ -122,6 +130,7 @@ def iterate_until(
     *,
     memory: Any = None,
     opening: Update | None = None,
+    from_zero: bool = False,
     trace_objective: bool = False,
 ) -> Outcome:
     r"""`iterate` until each example meets a tolerance, or the cap; not differentiable in reverse mode.
@@ -137,15 +146,15 @@ def iterate_until(
     so is the growth of fewer than ten iterations: a certificate, which is infinite there, tells them apart.
     """
     batch = problem.batch_shape
-    axes = tuple(range(len(batch), init.ndim))
+    axes, unit = tuple(range(len(batch), init.ndim)), _unit(problem, init)
 
     def advance(update, k, state):
         step = update(operands, k, state.z, state.memory)
-        seen = observe(problem, state.z, step, trace_objective=trace_objective)
+        seen = observe(problem, state.z, step, trace_objective=trace_objective, unit=unit)
         origin = state.z if step.origin is None else step.origin
-        moved, size = problem.norm(step.value - origin), problem.norm(step.value)
+        moved, size = problem.norm(step.value - origin, unit), problem.norm(step.value, unit)
         small = (moved <= tol * jnp.maximum(1, size)) & jnp.isfinite(size)
-        distance = problem.norm(step.value - init)
+        distance = size if from_zero else problem.norm(step.value - init, unit)
         steady = (2 * (k + 1) * seen.residual >= distance) & (2 * distance >= size)
         growing = small & steady & (size >= 1) & (k >= 9)
         running = state.running
@@ -184,6 +193,24 @@ def iterate_until(
         (jnp.asarray(start), state),
     )
     return _outcome(state)
+
+
+def _unit(problem: LayerProblem, init: Array) -> Array:
+    """A power of two of about the largest number that an example is made of, at least 1."""
+    arrays = [problem.inputs, init]
+    if problem.bias is not None:
+        arrays.append(jnp.broadcast_to(problem.expanded_bias(), problem.shape))
+    batch = len(problem.batch_shape)
+    sizes = [
+        jnp.max(jnp.abs(a), axis=tuple(range(batch, a.ndim)), initial=0)
+        for a in lax.stop_gradient(arrays)
+    ]
+    largest = functools.reduce(jnp.maximum, sizes)
+    return jnp.where(
+        (largest > 1) & jnp.isfinite(largest),
+        largest / jnp.frexp(largest)[0],
+        jnp.ones_like(largest),
+    )
 
 
 def _outcome(state: _State) -> Outcome:

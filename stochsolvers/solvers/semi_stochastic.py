@@ -185,4 +185,4 @@ def _random_length(key: Array, contraction: Array, num_inner: int) -> Array:
     """t in 1..M with P(t) ∝ (1 − λη)^{M − t}."""
     lengths = jnp.arange(1, num_inner + 1)
     shrink = jnp.log1p(-jnp.minimum(jnp.asarray(contraction), 0.999))
-    return 1 + jax.random.categorical(key, (num_inner - lengths) * shrink)
+    return 1 + jax.random.categorical(key, (num_inner - lengths).astype(shrink.dtype) * shrink)
