@@ -24,8 +24,8 @@ def _calls() -> dict[str, Callable[[], Any]]:
     kernel, x = _normal(0, 512, 512) / 32, _normal(1, 128, 512)
     taps, images = _normal(2, 3, 3, 64, 64) / 24, _normal(3, 16, 32, 32, 64)
 
-    def dense(kernel, x, **options):
-        return ss.LayerProblem(ss.Dense(kernel), x, **({"ridge": 0.01} | options))
+    def dense(kernel, x):
+        return ss.LayerProblem(ss.Dense(kernel), x, ridge=0.01)
 
     def conv(taps, images, **options):
         return ss.LayerProblem(ss.Conv(taps, (32, 32), **options), images, ridge=0.01)

@@ -276,9 +276,10 @@ class SolverConv(SolverLayer, nnx.Conv):
         nnx.Conv.__init__(
             self, in_features, out_features, kernel_size, strides, rngs=rngs, **options
         )
-        if isinstance(spatial_shape, int):
-            spatial_shape = (spatial_shape,) * (self.kernel.ndim - 2)
-        self.spatial_shape = None if spatial_shape is None else tuple(spatial_shape)
+        if spatial_shape is not None:
+            rank = self._kernel_ndim() - 2
+            spatial_shape = _checks.counts("spatial_shape", spatial_shape, rank)
+        self.spatial_shape = spatial_shape
         self.init_stochastic(deterministic, rng_collection, rngs)
         self._init_solver(prior, solver, ridge, loss)
 
