@@ -70,7 +70,7 @@ def circ(d: Array) -> Array:
     d = _tensor("d", d)
     n1, n2, width, height = d.shape
     i, j = jnp.arange(width), jnp.arange(height)
-    rows, columns = (i[:, None] - i) % width, (j[:, None] - j) % height
+    rows, columns = (i[:, None] - i[None]) % width, (j[:, None] - j[None]) % height
     blocks = d[:, :, rows[None, :, None, :], columns[:, None, :, None]]  # n1, n2, j, i, l, k
     return blocks.transpose(2, 3, 0, 4, 5, 1).reshape(height * width * n1, height * width * n2)
 

@@ -1,4 +1,4 @@
-"""Strict test settings: float64 on, NaN-free randomness, one hypothesis profile, light compilation.
+"""Strict test settings: float64 on, ranks not promoted, seeded randomness, light compilation.
 
 Most of the time of these tests is XLA's. Programs are therefore compiled without most optimisations, but
 in tests marked `optimized`: those of round-off, of equality to the last bit, of memory and operations.
@@ -46,6 +46,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         jax.clear_caches()  # the setting is no part of their keys
         jax.config.update("jax_disable_most_optimizations", light)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(light))  # of subprocesses
+    # commands run as users run them; everything else names the axes that it broadcasts
+    commands = "experiments" in item.path.parts or item.path.name == "test_benchmarks.py"
+    jax.config.update("jax_numpy_rank_promotion", "allow" if commands else "raise")
 
 
 @pytest.fixture

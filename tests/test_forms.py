@@ -253,7 +253,7 @@ def test_one_iteration_from_zero_costs_the_plain_layer():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 128), (32, 256), (128,))]
 
     def layer(kernel, x, bias):
-        return jax.nn.relu(x @ kernel + bias)
+        return jax.nn.relu(x @ kernel + bias[None])
 
     def solver(kernel, x, bias):
         problem = ss.LayerProblem(ss.Dense(kernel), x, bias=bias)

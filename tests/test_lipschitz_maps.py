@@ -197,7 +197,9 @@ class Blur(ss.LinearMap):
     out_shape = in_shape
 
     def __call__(self, x):
-        spectrum = jnp.fft.rfft2(x[..., 0]) * jnp.fft.rfft2(self.kernel)
+        transfer = jnp.fft.rfft2(self.kernel)
+        transfer = jnp.expand_dims(transfer, range(x.ndim - 3))
+        spectrum = jnp.fft.rfft2(x[..., 0]) * transfer
         return jnp.fft.irfft2(spectrum, s=self.kernel.shape)[..., None].astype(x.dtype)
 
 

@@ -515,7 +515,7 @@ def test_lower_precision_is_computed_in_float32(rng):
 def test_skip_connection_as_a_bias_of_full_shape(rng):
     problem = dense_problem(rng, 6, 4)
     skip = jnp.asarray(rng.normal(size=problem.shape))
-    moved = ss.LayerProblem(problem.linear_map, problem.inputs, bias=problem.bias + skip)
+    moved = ss.LayerProblem(problem.linear_map, problem.inputs, bias=problem.bias[None] + skip)
     z = jnp.asarray(rng.normal(size=problem.shape))
     np.testing.assert_allclose(moved.gradient(z), problem.gradient(z) - skip, rtol=1e-12)
 

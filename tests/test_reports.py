@@ -500,7 +500,7 @@ def test_layers_without_a_norm_are_named_in_both_interfaces():
             self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
             self.wide = nnx.ConvTranspose(4, 4, (3,), rngs=rngs)
             self.norm = nnx.BatchNorm(4, rngs=rngs)
-            self.gain = nnx.Param(jnp.ones(4))
+            self.gain = nnx.Param(jnp.ones((1, 1, 4)))
             self.head = nnx.Linear(4, 2, rngs=rngs)
 
         def __call__(self, x):
@@ -521,7 +521,7 @@ def test_layers_without_a_norm_are_named_in_both_interfaces():
             x = nn.MultiHeadDotProductAttention(2, name="attention")(x)
             x = nn.ConvTranspose(4, (3,), name="wide")(x)
             x = nn.BatchNorm(use_running_average=True, name="norm")(x)
-            return nn.Dense(2, name="head")(x * self.param("gain", nn.initializers.ones, (4,)))
+            return nn.Dense(2, name="head")(x * self.param("gain", nn.initializers.ones, (1, 1, 4)))
 
     model = Twin()
     variables = model.init(jax.random.key(0), jnp.zeros((2, 5), int))
@@ -740,7 +740,7 @@ def test_an_activation_without_a_slope_has_none():
         lambda x: jax.nn.leaky_relu(x, np.nan),
         lambda x: jax.nn.elu(x, jnp.sum(x)),
         jax.jit(lambda x: jax.nn.elu(x[:1], x[1])),
-        lambda x: jax.nn.celu(x, jnp.asarray([1.0, -1.0, 1.0, 1.0])),
+        lambda x: jax.nn.celu(x, jnp.where(jnp.arange(4) == 1, -1.0, 1.0).reshape(x.shape)),
     ]:
         assert factor_of(function) == np.inf
 
@@ -1000,7 +1000,7 @@ def test_a_layer_with_a_rewritten_kernel_has_one_row_in_both_interfaces():
 def test_parameters_in_a_container_are_those_of_its_module():
     class Scaled(nnx.Module):
         def __init__(self):
-            self.gains = nnx.data({"first": nnx.Param(jnp.ones(4))})
+            self.gains = nnx.data({"first": nnx.Param(jnp.ones((1, 4)))})
 
         def __call__(self, x):
             return x * self.gains["first"][...]

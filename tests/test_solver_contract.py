@@ -135,7 +135,7 @@ def test_diagnostics_cost_nothing_when_they_are_not_used(arrays):
 
     def bare(kernel, x, bias):
         def body(z, _):
-            v = z - 0.05 * ((z @ kernel.T - x) @ kernel - bias + 0.01 * z)
+            v = z - 0.05 * ((z @ kernel.T - x) @ kernel - bias[None] + 0.01 * z)
             return jax.nn.relu(v - 0.005) - jax.nn.relu(-v - 0.005), None
 
         return jax.lax.scan(body, jnp.zeros((5, 3)), None, length=50)[0]

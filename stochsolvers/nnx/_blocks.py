@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from stochsolvers import _checks
@@ -75,7 +76,8 @@ def fold_batch_norm(layer: _Layer, norm: nnx.BatchNorm) -> _Layer:
         bias = bias + norm.bias[...]
     graph, state = nnx.split(layer)
     folded = nnx.merge(graph, state, copy=True)
-    folded.kernel = nnx.Param(layer.kernel[...] * scale.astype(layer.kernel.dtype))
+    columns = jnp.expand_dims(scale, range(layer.kernel.ndim - 1)).astype(layer.kernel.dtype)
+    folded.kernel = nnx.Param(layer.kernel[...] * columns)
     folded.bias = nnx.Param(bias.astype(layer.kernel.dtype))
     folded.use_bias = True
     return folded
