@@ -739,7 +739,7 @@ def test_an_activation_without_a_slope_has_none():
         lambda x: jax.nn.squareplus(x, -1.0),
         lambda x: jax.nn.leaky_relu(x, np.nan),
         lambda x: jax.nn.elu(x, jnp.sum(x)),
-        jax.jit(lambda x: jax.nn.elu(x[:1], x[1])),
+        jax.jit(lambda x: jax.nn.elu(x[:1], x[-1][None])),
         lambda x: jax.nn.celu(x, jnp.where(jnp.arange(4) == 1, -1.0, 1.0).reshape(x.shape)),
     ]:
         assert factor_of(function) == np.inf
