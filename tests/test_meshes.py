@@ -6,6 +6,7 @@ One device is enough for the types; eight compute the same values in a process o
 import subprocess
 import sys
 
+import catalogue
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,3 +188,49 @@ def test_eight_devices_draw_and_compute_the_same(users_environment):
         timeout=300,
     )
     assert run.stdout == "same\n", run.stderr
+
+
+def on_mesh(kind, function, array):
+    """The function of an array, and that of the same array with its batch split over a mesh."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=KINDS[kind])
+    here = function(array)
+    with jax.set_mesh(mesh):
+        there = function(jax.device_put(array, NamedSharding(mesh, P("data"))))
+    for one, other in zip(jax.tree.leaves(there), jax.tree.leaves(here), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", catalogue.SOLVERS)
+def test_solvers_of_the_catalogue(kind, name):
+    solver, problem = catalogue.SOLVERS[name], catalogue.PROBLEM
+
+    def solve(x):
+        moved = ss.LayerProblem(
+            problem.linear_map, x, bias=problem.bias, prior=problem.prior, ridge=problem.ridge
+        )
+        solution = solver.solve(KEY, moved, certify=True, trace_objective=True)
+        return solution.value, solution.objectives, solution.certificate
+
+    on_mesh(kind, solve, problem.inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", catalogue.MAPS)
+def test_maps_of_the_catalogue(kind, name, rng):
+    A = catalogue.MAPS[name]
+    x = jnp.asarray(rng.normal(size=(2, *A.in_shape)), A.dtype)
+
+    def solve(x):
+        problem = ss.LayerProblem(A, x, ridge=0.5)
+        z = ss.prox_gd(problem, num_iters=3).value
+        return A(x), A.adjoint(z), z, problem.certificate(z), ss.lipschitz_constant(A)
+
+    on_mesh(kind, solve, x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [n for n in catalogue.LAYERS if n.startswith("nnx")])
+def test_layers_of_the_catalogue(kind, name):
+    entry = catalogue.LAYERS[name]()
+    on_mesh(kind, lambda x: entry.layer(x, rngs=KEY), entry.inputs[:2])

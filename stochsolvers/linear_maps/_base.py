@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from stochsolvers import _checks
+from stochsolvers._shards import automatic, batch_spec, is_explicit
 from stochsolvers._typing import Array, static_field, value_object
 
 _Map = TypeVar("_Map", bound="LinearMap")
@@ -61,10 +62,8 @@ class LinearMap(abc.ABC):
         z = jnp.asarray(z)
         _checks.trailing(f"argument of {type(self).__name__}.adjoint", z, self.out_shape)
         batch = z.shape[: z.ndim - len(self.out_shape)]
-        dtype = jnp.promote_types(z.dtype, self.dtype)
-        x = jax.ShapeDtypeStruct((*batch, *self.in_shape), dtype)
-        z = z.astype(jax.eval_shape(self.__call__, x).dtype)
-        return jax.linear_transpose(self.__call__, x)(z)[0]
+        spec = batch_spec(z, len(batch)) if is_explicit() else None
+        return automatic(_transposed, spec, self, z)
 
     @property
     def T(self) -> "LinearMap":  # noqa: N802 - as in numpy
@@ -121,6 +120,14 @@ class LinearMap(abc.ABC):
             return leaf.astype(jnp.result_type(dtype, jnp.complex64) if is_complex else dtype)
 
         return jax.tree.map(cast, self)
+
+
+def _transposed(A: LinearMap, z: Array) -> Array:
+    batch = z.shape[: z.ndim - len(A.out_shape)]
+    dtype = jnp.promote_types(z.dtype, A.dtype)
+    x = jax.ShapeDtypeStruct((*batch, *A.in_shape), dtype)
+    z = z.astype(jax.eval_shape(A.__call__, x).dtype)
+    return jax.linear_transpose(A.__call__, x)(z)[0]
 
 
 def _is_inexact(leaf: object) -> bool:
