@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,22 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._shards import automatic, varying
-from stochsolvers._typing import Array, Scalar, at_least_float32, join_static, split_static
+from stochsolvers._typing import (
+    Array,
+    Scalar,
+    at_least_float32,
+    join_static,
+    split_static,
+    static_field,
+    value_object,
+)
 from stochsolvers.linear_maps import Contraction, Conv, LinearMap, Padding, conv_transpose
+from stochsolvers.lipschitz import lipschitz_constant
 from stochsolvers.losses import Loss
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solution, Solver
+from stochsolvers.step_sizes import InverseLipschitz
 
 
 def conv_map(layer: Any, kernel: Array, spatial_shape: tuple[int, ...]) -> Conv:
@@ -88,11 +98,98 @@ def _for_each_axis(value: Any, rank: int) -> tuple[int, ...]:
     return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
-def step_constant(solver: Solver, linear_map: LinearMap, ridge: Scalar, loss: Loss) -> Array | None:
-    """The problem constant that sets the solver's step, for a layer to keep; None for a fixed step."""
-    linear_map = lax.stop_gradient(linear_map)
-    inputs = jnp.zeros(linear_map.in_shape, linear_map.dtype)
-    return solver.step_constant(LayerProblem(linear_map, inputs, ridge=ridge, loss=loss))
+Output: TypeAlias = Literal["activation", "pre_activation"]
+
+
+@value_object
+class Settings:
+    """What a solver layer is besides its parameters.
+
+    Attributes:
+      solver: how the problem is solved.
+      prior: g.
+      ridge: λ.
+      loss: ℓ.
+      normalize: whether the problem is solved in normalised units, see `LayerProblem.normalized`.
+      output: z_K, or the w_K with prox_g(w_K) = z_K.
+    """
+
+    solver: Solver
+    prior: Prior
+    ridge: Scalar
+    loss: Loss
+    normalize: bool = static_field(default=False)
+    output: Output = static_field(default="activation")
+
+    @classmethod
+    def of(cls, layer: Any) -> "Settings":
+        """Those of a layer with attributes of these names."""
+        return cls(*(getattr(layer, field.name) for field in dataclasses.fields(cls)))  # pyright: ignore
+
+    def check(self, layer: str) -> "Settings":
+        """Refuse what is no solver, no prior, no weight and no loss, at construction."""
+        if not isinstance(self.loss, Loss):
+            _checks.fail(f"loss of {layer}", "a Loss such as losses.Huber()", repr(self.loss))
+        if not isinstance(self.solver, Solver):
+            _checks.fail(f"solver of {layer}", "a Solver such as ProxGD(10)", repr(self.solver))
+        if not isinstance(self.prior, Prior):
+            _checks.fail(
+                f"prior of {layer}", "a Prior such as prox.NonNegative()", repr(self.prior)
+            )
+        _checks.non_negative("ridge", self.ridge)
+        _checks.rank("ridge", self.ridge, 0)
+        if not isinstance(self.normalize, bool):
+            _checks.fail(f"normalize of {layer}", "True or False", repr(self.normalize))
+        _checks.member(f"output of {layer}", self.output, get_args(Output))
+        return self
+
+    def problem(
+        self, linear_map: LinearMap, inputs: Array, bias: Array | None, skip: Array | None
+    ) -> LayerProblem:
+        """The problem before it is normalised; `skip` joins the bias, as in a residual block."""
+        if skip is not None:
+            before = range(jnp.ndim(skip) - (0 if bias is None else jnp.ndim(bias)))
+            bias = skip if bias is None else jnp.expand_dims(bias, before) + skip
+        return LayerProblem(
+            linear_map, inputs, loss=self.loss, bias=bias, prior=self.prior, ridge=self.ridge
+        )
+
+    def constant(self, linear_map: LinearMap) -> Array | None:
+        """What a layer keeps: the constant that sets the solver's step, or None for a fixed step.
+
+        Normalised: ‖A‖², followed by the constant of the normalised problem if that is not known from ‖A‖².
+        """
+        problem = self._empty(lax.stop_gradient(linear_map))
+        if not self.normalize or self._is_inverse_lipschitz():
+            return self.solver.step_constant(problem)
+        squared_norm = lipschitz_constant(problem.linear_map)
+        own = self.solver.step_constant(problem.normalized(squared_norm))
+        return squared_norm if own is None else jnp.append(squared_norm, own)
+
+    def prepared(
+        self, problem: LayerProblem, constant: Array | None
+    ) -> tuple[LayerProblem, Array | None]:
+        """The problem to solve and the constant that sets the solver's steps on it.
+
+        Args:
+          problem: of the layer, before it is normalised.
+          constant: what `constant` returned.
+        """
+        if not self.normalize or constant is None:
+            return problem, constant
+        normalized = problem.normalized(constant if constant.ndim == 0 else constant[0])
+        if self._is_inverse_lipschitz():  # L_ℓ c + λ is 1 exactly
+            one = jnp.ones((), normalized.dtype)
+            return normalized, (one - normalized.ridge) / normalized.loss.smoothness
+        own = jax.eval_shape(self.solver.step_constant, self._empty(normalized.linear_map))
+        return normalized, None if own is None else constant[1:].reshape(own.shape)
+
+    def _is_inverse_lipschitz(self) -> bool:
+        return type(self.solver.rule()) is InverseLipschitz
+
+    def _empty(self, linear_map: LinearMap) -> LayerProblem:
+        inputs = jnp.zeros(linear_map.in_shape, linear_map.dtype)
+        return LayerProblem(linear_map, inputs, ridge=self.ridge, loss=self.loss)
 
 
 _SAMPLES = 61  # entries of the kernel in a fingerprint
@@ -100,7 +197,7 @@ _POWER_STEPS = 2
 _MOVED = 0.5  # relative change above which a kernel is another one
 
 
-def fingerprint(solver: Solver, linear_map: LinearMap, ridge: Scalar) -> Array:
+def fingerprint(settings: Settings, linear_map: LinearMap) -> Array:
     r"""Numbers by which a kept constant is known to be of a map, a solver's step rule and a ridge.
 
     The rule's structure as a number, the ridge, the shape of the inputs; the Euclidean norm of the map's
@@ -118,8 +215,8 @@ def fingerprint(solver: Solver, linear_map: LinearMap, ridge: Scalar) -> Array:
     for _ in range(_POWER_STEPS):
         v = A(A.adjoint(v / _norm(v)))
     size = _norm(A.adjoint(v / _norm(v)))
-    known = [rule_number(solver), *linear_map.in_shape]
-    numbers = jnp.stack([jnp.asarray(ridge, dtype), _norm(entries), size])
+    known = [rule_number(settings.solver), *linear_map.in_shape]
+    numbers = jnp.stack([jnp.asarray(settings.ridge, dtype), _norm(entries), size])
     return jnp.concatenate([jnp.asarray(known, dtype), numbers, entries[places]])
 
 
@@ -162,8 +259,8 @@ def is_current(reference: Array, now: Array, rank: int) -> Array:
 
 
 def current_constant(
-    solver: Solver,
-    problem: LayerProblem,
+    settings: Settings,
+    linear_map: LinearMap,
     kept: Array | None,
     reference: Array | None,
 ) -> Array | None:
@@ -171,8 +268,7 @@ def current_constant(
 
     So that a network into which weights have just been loaded does not run on the steps of others.
     """
-    factors = lax.stop_gradient((problem.linear_map, problem.ridge, problem.loss))
-    traced, static = split_static((solver, *factors))
+    traced, static = split_static(lax.stop_gradient((settings, linear_map)))
     constant = functools.partial(_constant, static=static)
     shape = jax.eval_shape(constant, traced)
     if kept is None or reference is None or shape is None or kept.shape != shape.shape:
@@ -182,14 +278,15 @@ def current_constant(
 
 
 def _constant(traced: Any, static: Any) -> Array | None:
-    return step_constant(*join_static(traced, static))
+    settings, linear_map = join_static(traced, static)
+    return settings.constant(linear_map)
 
 
 @functools.partial(jax.jit, static_argnames="static")
 def _kept_or_computed(traced: Any, kept: Array, reference: Array, *, static: Any) -> Array:
-    solver, linear_map, ridge, _ = join_static(traced, static)
+    settings, linear_map = join_static(traced, static)
     kept, traced = varying((kept, traced), (kept, traced))
-    now = fingerprint(solver, linear_map, ridge)
+    now = fingerprint(settings, linear_map)
     return lax.cond(
         is_current(reference, now, len(linear_map.in_shape)),
         lambda _: kept,
@@ -198,40 +295,11 @@ def _kept_or_computed(traced: Any, kept: Array, reference: Array, *, static: Any
     )
 
 
-def check_factors(layer: str, solver: object, prior: object, ridge: object, loss: object) -> None:
-    """Refuse what is no solver, no prior, no weight and no loss, at construction."""
-    if not isinstance(loss, Loss):
-        _checks.fail(f"loss of {layer}", "a Loss such as losses.Huber()", repr(loss))
-    if not isinstance(solver, Solver):
-        _checks.fail(f"solver of {layer}", "a Solver such as ProxGD(10)", repr(solver))
-    if not isinstance(prior, Prior):
-        _checks.fail(f"prior of {layer}", "a Prior such as prox.NonNegative()", repr(prior))
-    _checks.non_negative("ridge", ridge)
-    _checks.rank("ridge", ridge, 0)
-
-
 def refuse(layer: str, **options: Any) -> None:
     """An error for options of the plain layer that a solver does not support and would ignore."""
     for name, value in options.items():
         if value is not None:
             _checks.fail(f"{name} of {layer}", "the default", value)
-
-
-def make_problem(
-    linear_map: LinearMap,
-    inputs: Array,
-    bias: Array | None,
-    skip: Array | None,
-    *,
-    prior: Prior,
-    ridge: Scalar,
-    loss: Loss,
-) -> LayerProblem:
-    """The layer's problem; `skip` joins the bias, as in a residual block."""
-    if skip is not None:
-        before = range(jnp.ndim(skip) - (0 if bias is None else jnp.ndim(bias)))
-        bias = skip if bias is None else jnp.expand_dims(bias, before) + skip
-    return LayerProblem(linear_map, inputs, loss=loss, bias=bias, prior=prior, ridge=ridge)
 
 
 _observer: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar(
@@ -260,7 +328,7 @@ def precision_context(precision: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def run(
-    solver: Solver,
+    settings: Settings,
     key: Array | None,
     problem: LayerProblem,
     *,
@@ -275,10 +343,10 @@ def run(
     """Solve, and give the value the dtype that the plain layer's output would have.
 
     Args:
-      solver: the layer's configuration.
+      settings: of the layer.
       key: random key; None where nothing is sampled.
-      problem: the layer's problem.
-      kept: what `step_constant` returned when the layer last computed it, or None.
+      problem: the layer's problem, before it is normalised.
+      kept: what `Settings.constant` returned when the layer last computed it, or None.
       reference: the `fingerprint` of the map that it was computed from, or None.
       deterministic: sample nothing.
       precision: of the layer's matrix products.
@@ -286,10 +354,21 @@ def run(
       certify: fill in the certificate, of the value as returned.
       record: takes the measurements of the solve; None measures nothing.
     """
+    solver, pre_activation = settings.solver, settings.output == "pre_activation"
     with precision_context(precision):
-        constant = current_constant(solver, problem, kept, reference)
-        solution = solver.solve(key, problem, step_constant=constant, deterministic=deterministic)
+        constant = current_constant(settings, problem.linear_map, kept, reference)
+        problem, constant = settings.prepared(problem, constant)
+        solution = solver.solve(
+            key,
+            problem,
+            step_constant=constant,
+            deterministic=deterministic,
+            pre_activation=pre_activation,
+        )
     solution = dataclasses.replace(solution, value=jnp.asarray(solution.value, dtype))
+    if pre_activation:
+        w = jnp.asarray(solution.pre_activation, dtype)
+        solution = dataclasses.replace(solution, pre_activation=w)
     observe = _observer.get()
     if not certify and (record is None or observe is None):
         return solution
@@ -297,3 +376,9 @@ def run(
     if record is not None and observe is not None:
         record(observe(solver, problem, solution, gap, constant, deterministic))
     return dataclasses.replace(solution, certificate=gap) if certify else solution
+
+
+def output_of(settings_output: Output, solution: Solution) -> Array:
+    """What a layer's call returns of a solution."""
+    output = solution.value if settings_output == "activation" else solution.pre_activation
+    return cast(Array, output)

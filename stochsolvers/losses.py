@@ -7,6 +7,7 @@ r"""Losses ℓ(u, x) between A* z and the input x: the second factor of a layer'
 | `Squares()` | ½ (u − x)² | u − x | 1 | r x + ½ r² |
 | `Huber(δ)` | ½ t², \|t\| ≤ δ, else δ\|t\| − ½ δ²; t = u − x | clip(t, −δ, δ) | 1 | r x + ½ r², \|r\| ≤ δ |
 | `Logistic()` | log(1 + exp(−x u)) | −x s, s = 1/(1 + exp(x u)) | ¼ | s log s + (1−s) log(1−s), s = −x r |
+| `c * loss` | c ℓ(u, x) | c ∂ℓ/∂u | c L_ℓ | c ℓ*(r/c, x) |
 | `CrossEntropy()` | log Σ_c exp u_c − Σ_c x_c u_c | softmax(u) − x | ½ | Σ_c p_c log p_c, p = r + x |
 
 `Squares` is the paper's layer and the default. i runs over the features, the last axis, which the
@@ -17,7 +18,7 @@ References:
 """
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,12 @@ class Loss(abc.ABC):
     @abc.abstractmethod
     def value(self, u: Array, x: Array) -> Array:
         """Terms of ℓ(u, x)."""
+
+    def __mul__(self, factor: Scalar) -> "Loss":
+        return Scaled(self, factor)
+
+    __rmul__ = __mul__
+    __array_ufunc__ = None  # numpy's numbers leave the product to the loss
 
     def derivative(self, u: Array, x: Array) -> Array:
         """∂ℓ/∂u, shaped as x."""
@@ -240,6 +247,79 @@ class CrossEntropy(Loss):
 
     def _round_off(self, x: Array) -> float:
         return 8 * x.shape[self.axis] * float(jnp.finfo(x.dtype).eps)
+
+
+@value_object
+class Scaled(Loss):
+    """c ℓ(u, x), also written c * loss: ℓ* becomes c ℓ*(r/c, x).
+
+    Args:
+      loss: ℓ.
+      factor: c > 0, traced.
+    """
+
+    loss: Loss
+    factor: Scalar
+
+    def __post_init__(self):
+        if not isinstance(self.loss, Loss):
+            _checks.fail("loss of Scaled", "a Loss", repr(self.loss))
+        _checks.positive("factor of Scaled", self.factor)
+        _checks.rank("factor of Scaled", self.factor, 0)
+        object.__setattr__(self, "factor", real(self.factor))
+
+    @property
+    def smoothness(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """c L_ℓ."""
+        return self.factor * self.loss.smoothness
+
+    @property
+    def strong_convexity(self) -> Any:  # pyright: ignore
+        """c m."""
+        modulus = self.loss.strong_convexity
+        return (
+            modulus if isinstance(modulus, int | float) and modulus == 0 else self.factor * modulus
+        )
+
+    @property
+    def axis(self) -> int:
+        """The axis that ℓ couples, -1 for none."""
+        return getattr(self.loss, "axis", -1)
+
+    def value(self, u, x):
+        """c ℓ(u, x)."""
+        return self._factor(x) * self.loss.value(u, x)
+
+    def derivative(self, u, x):
+        """c ∂ℓ/∂u."""
+        return self._factor(x) * self.loss.derivative(u, x)
+
+    def conjugate(self, r, x):
+        """c ℓ*(r/c, x)."""
+        return self._factor(x) * self.loss.conjugate(r / self._factor(x), x)
+
+    def dual_projection(self, r, x):
+        """c P(r/c), P the projection to dom ℓ*."""
+        return self._factor(x) * self.loss.dual_projection(r / self._factor(x), x)
+
+    def dual_error(self, r, x):
+        """That of r/c, times c, and the rounding of c (r/c)."""
+        own = self._factor(x) * self.loss.dual_error(r / self._factor(x), x)
+        return own + 2 * float(jnp.finfo(x.dtype).eps) * jnp.abs(r)
+
+    def derivative_error(self, error):
+        """That of ℓ, times c."""
+        return self._factor(error) * self.loss.derivative_error(error)
+
+    def gap(self, u, r, x):
+        """That of ℓ at r/c, times c; r/c is rounded."""
+        dual = r / self._factor(x)
+        terms, sizes, own = self.loss.gap(u, dual, x)
+        c = self._factor(x)
+        return c * terms, c * sizes, c * own
+
+    def _factor(self, like: Array) -> Array:
+        return jnp.asarray(self.factor, like.dtype)
 
 
 def _x_log_x(x: Array) -> Array:

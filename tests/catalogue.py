@@ -36,6 +36,7 @@ MAPS = {
     "Transposed": ss.Dense(normal(8, 4, 3)).T,
     "Matrix": ss.linear_maps.Matrix(normal(9, 6, 4), (2, 3), (4,)),
     "linear_map": ss.linear_map(cumulative, (5,)),
+    "linear_map times a number": -1.5 * ss.linear_map(cumulative, (5,)),
     "linear_map of two axes": ss.linear_map(lambda x: jnp.roll(x, 1, 0) @ SQUARE[0, 0], (2, 2)),
 }
 LABELS = jnp.sign(normal(10, 2, 4))
@@ -44,6 +45,7 @@ LOSSES = {
     "Huber": (ss.losses.Huber(0.5), normal(11, 2, 4)),
     "Logistic": (ss.losses.Logistic(), LABELS),
     "CrossEntropy": (ss.losses.CrossEntropy(), jnp.eye(3)[:, [0, 1, 2, 0]]),
+    "Scaled": (2.5 * ss.losses.Huber(0.5), normal(11, 2, 4)),
 }
 PRIORS = {
     "Zero": ss.prox.Zero(),
@@ -129,6 +131,12 @@ def streams():
 LAYERS = {
     "nnx.SolverLinear": lambda: Layer(
         ss.nnx.SolverLinear(4, 3, solver=ss.ProxSG(0.5, 3), rngs=streams()), VECTORS
+    ),
+    "nnx.SolverLinear normalised": lambda: Layer(
+        ss.nnx.SolverLinear(
+            4, 3, solver=ss.ProxGD(3), normalize=True, output="pre_activation", rngs=streams()
+        ),
+        VECTORS,
     ),
     "nnx.SolverConv": lambda: Layer(
         ss.nnx.SolverConv(2, 3, (2, 2), solver=ss.ProxGD(2), spatial_shape=(3, 3), rngs=streams()),

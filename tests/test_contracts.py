@@ -13,7 +13,7 @@ from flax import nnx
 
 import stochsolvers as ss
 from stochsolvers import testing
-from stochsolvers.nnx._layers import SolverLayer
+from stochsolvers.nnx._solver_layer import SolverLayer
 
 WORDING = r"(?s)^\S.*: expected .+, got .+\.$"
 

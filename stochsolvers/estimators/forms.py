@@ -64,11 +64,7 @@ class LiteralGradient:
 
     def at_zero(self) -> Array:
         """∇F(0) = A ∂ℓ(0, x) − b, at the price of the plain layer."""
-        if self.problem.is_quadratic:
-            return -_offset(self.problem)
-        x = self.problem.inputs
-        slope = self.problem.linear_map(self.problem.loss.derivative(jnp.zeros_like(x), x))
-        return self.problem.with_bias_and_ridge(slope, jnp.zeros_like(slope))
+        return _gradient_at_zero(self.problem)
 
     def curvature(self, direction: Array) -> Array:
         """∇F(z + d) − ∇F(z) = A A* d + λ d for squares; ∇²F(0) d for other losses."""
@@ -137,7 +133,7 @@ def gradient_form(problem: LayerProblem, form: Form, *, num_calls: int) -> Gradi
         _checks.fail(f"linear map of form {form!r}", *refusal)
     return QuadraticGradient(
         hessian_of(problem.linear_map, form),
-        _offset(problem),
+        -_gradient_at_zero(problem),
         jnp.asarray(problem.ridge, problem.dtype),
     )
 
@@ -188,10 +184,10 @@ def form_cost(problem: LayerProblem, form: Form, num_calls: int) -> float:
     return setup + symbol + num_calls * batch * (transform + product + rims)
 
 
-def _offset(problem: LayerProblem) -> Array:
-    """c = A x + b."""
-    image = problem.linear_map(problem.inputs)
-    return -problem.with_bias_and_ridge(-image, jnp.zeros_like(image))
+def _gradient_at_zero(problem: LayerProblem) -> Array:
+    """∇F(0); −c for squares."""
+    slope = problem.data_gradient_at_zero()
+    return problem.with_bias_and_ridge(slope, jnp.zeros_like(slope))
 
 
 def _refusal(linear_map: LinearMap, form: Form) -> tuple[str, object] | None:

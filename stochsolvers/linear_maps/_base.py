@@ -1,6 +1,7 @@
 """The base class of linear maps, and what holds for all of them."""
 
 import abc
+import dataclasses
 import math
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 
 from stochsolvers import _checks
 from stochsolvers._shards import automatic, batch_spec, is_explicit
-from stochsolvers._typing import Array, static_field, value_object
+from stochsolvers._typing import Array, Scalar, static_field, value_object
 
 _Map = TypeVar("_Map", bound="LinearMap")
 
@@ -34,6 +35,7 @@ class LinearMap(abc.ABC):
     | `adjoint` | the transpose that JAX derives | for speed |
     | `restrict`, `restrict_outputs` | the whole map, zeros elsewhere | if columns, rows can be gathered |
     | `squared_norm_bound` | None | if an upper bound on ‖A‖² is known: the steps then use it |
+    | `scaled` | A, and a product by c | if c can be taken into its arrays |
 
     Certificates write a matrix of up to four million entries out. For a larger one they take the round-off
     of a product to be 8 log2(n) u ‖A‖ ‖x‖, as of sums in trees and of FFTs, and are looser by √n.
@@ -94,6 +96,23 @@ class LinearMap(abc.ABC):
         """An upper bound on ‖A‖² = λ_max(A A*), or None if none is known."""
         return None
 
+    def scaled(self, factor: Scalar) -> "LinearMap":
+        """The map c A, also written c * A and A / (1/c); of a map with a kernel, one with the kernel c W."""
+        return _Scaled(self, jnp.asarray(factor, self.dtype))
+
+    def __mul__(self, factor: Scalar) -> "LinearMap":
+        if not _is_number(factor):
+            return NotImplemented
+        return self.scaled(factor)
+
+    __rmul__ = __mul__
+    __array_ufunc__ = None  # numpy's numbers leave the product to the map
+
+    def __truediv__(self, divisor: Scalar) -> "LinearMap":
+        if not _is_number(divisor):
+            return NotImplemented
+        return self.scaled(1 / jnp.asarray(divisor, self.dtype))
+
     @property
     def in_features(self) -> int:
         """n1."""
@@ -128,6 +147,18 @@ def _transposed(A: LinearMap, z: Array) -> Array:
     x = jax.ShapeDtypeStruct((*batch, *A.in_shape), dtype)
     z = z.astype(jax.eval_shape(A.__call__, x).dtype)
     return jax.linear_transpose(A.__call__, x)(z)[0]
+
+
+def with_kernel_scaled(linear_map: Any, factor: Scalar) -> Any:
+    """The map with the kernel c W."""
+    kernel = linear_map.kernel
+    return dataclasses.replace(linear_map, kernel=jnp.asarray(factor, kernel.dtype) * kernel)
+
+
+def _is_number(factor: object) -> bool:
+    return isinstance(factor, int | float | np.number | np.ndarray | jax.Array) and not (
+        jnp.shape(factor) or jnp.iscomplexobj(factor)
+    )
 
 
 def _is_inexact(leaf: object) -> bool:
@@ -184,6 +215,49 @@ class Transposed(LinearMap):
         """That of A."""
         return self.base.squared_norm_bound()
 
+    def scaled(self, factor: Scalar) -> LinearMap:
+        """(c A)*."""
+        return self.base.scaled(factor).T
+
+
+@value_object
+class _Scaled(LinearMap):
+    """c A, of a map that has no kernel."""
+
+    base: LinearMap
+    factor: Array
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.base.in_shape
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.base.out_shape
+
+    def __call__(self, x: Array) -> Array:
+        return self.factor * self.base(x)
+
+    def adjoint(self, z: Array) -> Array:
+        return self.factor * self.base.adjoint(z)
+
+    def restrict(self, indices: Array) -> LinearMap:
+        return self.base.restrict(indices).scaled(self.factor)
+
+    def restrict_outputs(self, indices: Array) -> LinearMap:
+        return self.base.restrict_outputs(indices).scaled(self.factor)
+
+    def absolute(self) -> LinearMap | None:
+        absolute = self.base.absolute()
+        return None if absolute is None else absolute.scaled(jnp.abs(self.factor))
+
+    def squared_norm_bound(self) -> Array | None:
+        bound = self.base.squared_norm_bound()
+        return None if bound is None else self.factor**2 * bound
+
+    def scaled(self, factor: Scalar) -> LinearMap:
+        return _Scaled(self.base, self.factor * jnp.asarray(factor, self.factor.dtype))
+
 
 @value_object
 class _Restricted(LinearMap):
@@ -237,6 +311,10 @@ class Matrix(LinearMap):
         return (z.reshape(*batch, self.kernel.shape[1]) @ self.kernel.T).reshape(
             *batch, *self.in_shape
         )
+
+    def scaled(self, factor: Scalar) -> "Matrix":
+        """The map with the kernel c W."""
+        return with_kernel_scaled(self, factor)
 
     def absolute(self) -> "Matrix":
         """|A|."""

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array, static_field, value_object
-from stochsolvers.linear_maps._base import LinearMap
+from stochsolvers._typing import Array, Scalar, static_field, value_object
+from stochsolvers.linear_maps._base import LinearMap, with_kernel_scaled
 
 
 class Labels(NamedTuple):
@@ -138,6 +138,10 @@ class Contraction(LinearMap):
             return super().restrict_outputs(indices)
         part = jnp.take(self.kernel, indices, labels.kernel.index(labels.out[-1]))
         return Contraction(self.equation, part, self.in_shape)
+
+    def scaled(self, factor: Scalar) -> "Contraction":
+        """The map with the kernel c W."""
+        return with_kernel_scaled(self, factor)
 
     def absolute(self) -> "Contraction":
         """|A|."""

@@ -13,8 +13,8 @@ from jax import lax
 
 from stochsolvers import _checks, _convolution
 from stochsolvers._shards import automatic, batch_spec, is_explicit
-from stochsolvers._typing import Array, static_field, value_object
-from stochsolvers.linear_maps._base import LinearMap
+from stochsolvers._typing import Array, Scalar, static_field, value_object
+from stochsolvers.linear_maps._base import LinearMap, with_kernel_scaled
 
 Padding: TypeAlias = (
     Literal["SAME", "VALID", "CIRCULAR", "CAUSAL"] | int | Sequence[tuple[int, int]]
@@ -175,6 +175,10 @@ class Conv(LinearMap):
         """
         kernel = self.ungrouped_kernel()[..., indices]
         return dataclasses.replace(self, kernel=kernel, feature_group_count=1)
+
+    def scaled(self, factor: Scalar) -> "Conv":
+        """The map with the kernel c W."""
+        return with_kernel_scaled(self, factor)
 
     def absolute(self) -> "Conv":
         """|A|, or a map above it where the taps of a CIRCULAR filter larger than the image meet."""

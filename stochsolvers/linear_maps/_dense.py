@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array, value_object
-from stochsolvers.linear_maps._base import LinearMap
+from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers.linear_maps._base import LinearMap, with_kernel_scaled
 
 
 @value_object
@@ -70,6 +70,10 @@ class Dense(LinearMap):
           indices: integer array (τ,), may be traced.
         """
         return Dense(self.kernel[:, indices])
+
+    def scaled(self, factor: Scalar) -> "Dense":
+        """The map with the kernel c W."""
+        return with_kernel_scaled(self, factor)
 
     def absolute(self) -> "Dense":
         """|A|."""

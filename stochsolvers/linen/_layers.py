@@ -22,15 +22,13 @@ class SolverLayer(nn.Module):
     """What the two solver layers share; not for use on its own."""
 
     def __post_init__(self) -> None:
-        layer: Any = self
-        factors = layer.solver, layer.prior, layer.ridge, layer.loss
-        _layers.check_factors(type(self).__name__, *factors)
+        _layers.Settings.of(self).check(type(self).__name__)
         super().__post_init__()
 
     def __call__(self, inputs: Array, **options: Any) -> Array:
-        """prox_g of the solver's last iterate; options as in `solve`."""
+        """The solver's last iterate, or its pre-activation; options as in `solve`."""
         layer: Any = self
-        return layer.solve(inputs, **options).value
+        return _layers.output_of(layer.output, layer.solve(inputs, **options))
 
     def _solve(
         self,
@@ -45,13 +43,12 @@ class SolverLayer(nn.Module):
         if deterministic is None:
             deterministic = layer.deterministic
         sampled = layer.solver.stochastic and not deterministic
-        problem = _layers.make_problem(
-            linear_map, inputs, bias, skip, prior=layer.prior, ridge=layer.ridge, loss=layer.loss
-        )
+        settings = _layers.Settings.of(self)
+        problem = settings.problem(linear_map, inputs, bias, skip)
         kept, reference = self._kept_constant(problem.linear_map)
         records = self.is_mutable_collection(RECORDS) and not self.is_initializing()
         return _layers.run(
-            layer.solver,
+            settings,
             self.make_rng(layer.rng_collection) if sampled else None,
             problem,
             kept=kept,
@@ -64,10 +61,10 @@ class SolverLayer(nn.Module):
         )
 
     def _kept_constant(self, linear_map: LinearMap) -> tuple[Array | None, Array | None]:
-        layer: Any = self
+        settings = _layers.Settings.of(self)
 
         def constant():
-            return _layers.step_constant(layer.solver, linear_map, layer.ridge, layer.loss)
+            return settings.constant(linear_map)
 
         refresh = self.is_mutable_collection(STATE)
         kept_before = all(self.has_variable(STATE, name) for name in ("lipschitz", "reference"))
@@ -75,7 +72,7 @@ class SolverLayer(nn.Module):
             return None, None
         if jax.eval_shape(constant) is None:  # a fixed step
             return None, None
-        now = _layers.fingerprint(layer.solver, linear_map, layer.ridge)
+        now = _layers.fingerprint(settings, linear_map)
         kept = self.variable(STATE, "lipschitz", constant)
         reference = self.variable(STATE, "reference", lambda: jnp.zeros_like(now))  # no kernel yet
         if refresh and not self.is_initializing():
@@ -91,6 +88,7 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
       prior: g, whose prox is the activation; ReLU by default.
       ridge: λ.
       loss: ℓ between A* z and the input; half the squared distance by default.
+      normalize, output: as in `stochsolvers.nnx.SolverLinear`.
       deterministic: use the full gradient.
       rng_collection: name of the random stream.
     """
@@ -99,6 +97,8 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
     prior: Prior = NonNegative()
     ridge: Scalar = 0.0
     loss: Loss = Squares()
+    normalize: bool = False
+    output: _layers.Output = "activation"
     deterministic: bool = False
     rng_collection: str = "dropout"
 
@@ -133,6 +133,7 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
       prior: g, whose prox is the activation; ReLU by default.
       ridge: λ.
       loss: ℓ between A* z and the input; half the squared distance by default.
+      normalize, output: as in `stochsolvers.nnx.SolverLinear`.
       deterministic: use the full gradient.
       rng_collection: name of the random stream.
     """
@@ -141,6 +142,8 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
     prior: Prior = NonNegative()
     ridge: Scalar = 0.0
     loss: Loss = Squares()
+    normalize: bool = False
+    output: _layers.Output = "activation"
     deterministic: bool = False
     rng_collection: str = "dropout"
 

@@ -265,9 +265,7 @@ def _part(
     return _lipschitz.Part(
         kind,
         linear_map,
-        solver=layer.solver,
-        ridge=layer.ridge,
-        loss=layer.loss,
+        settings=_layers.Settings.of(layer),
         kept=constant,
         reference=reference,
     )

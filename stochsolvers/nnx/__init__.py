@@ -15,8 +15,8 @@ from stochsolvers.nnx._dropout import TauNiceDropout as TauNiceDropout
 from stochsolvers.nnx._dropout import linear_map_of as linear_map_of
 from stochsolvers.nnx._layers import SolverConv as SolverConv
 from stochsolvers.nnx._layers import SolverLinear as SolverLinear
-from stochsolvers.nnx._layers import SolverRecord as SolverRecord
-from stochsolvers.nnx._layers import SolverState as SolverState
-from stochsolvers.nnx._layers import refresh_lipschitz as refresh_lipschitz
 from stochsolvers.nnx._reports import certify as certify
 from stochsolvers.nnx._reports import lipschitz_report as lipschitz_report
+from stochsolvers.nnx._solver_layer import SolverRecord as SolverRecord
+from stochsolvers.nnx._solver_layer import SolverState as SolverState
+from stochsolvers.nnx._solver_layer import refresh_lipschitz as refresh_lipschitz

@@ -8,7 +8,8 @@ from flax import nnx
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar
-from stochsolvers.nnx._layers import SolverConv, SolverLayer
+from stochsolvers.nnx._layers import SolverConv
+from stochsolvers.nnx._solver_layer import SolverLayer
 from stochsolvers.prox import NonNegative, Prior
 from stochsolvers.solvers import Solver
 
@@ -27,6 +28,7 @@ class SolverResNetBlock(nnx.Module):
       prior: g of both; ReLU by default.
       solver: configuration of both.
       ridge: λ of both.
+      normalize: of both, as in `SolverLinear`.
       rngs: random streams for sampling.
     """
 
@@ -38,9 +40,16 @@ class SolverResNetBlock(nnx.Module):
         solver: Solver,
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         ridge: Scalar = 0.0,
+        normalize: bool = False,
         rngs: nnx.Rngs | None = None,
     ):
-        options: dict[str, Any] = {"solver": solver, "prior": prior, "ridge": ridge, "rngs": rngs}
+        options: dict[str, Any] = {
+            "solver": solver,
+            "prior": prior,
+            "ridge": ridge,
+            "normalize": normalize,
+            "rngs": rngs,
+        }
         self.first = SolverConv.from_layer(first, **options)
         self.second = SolverConv.from_layer(second, **options)
 

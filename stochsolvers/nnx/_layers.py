@@ -3,147 +3,15 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import Conv, Dense, LinearMap
+from stochsolvers.linear_maps import Conv, Dense
 from stochsolvers.losses import Loss, Squares
-from stochsolvers.nnx._stochastic import Stochastic
-from stochsolvers.problems import LayerProblem
+from stochsolvers.nnx._solver_layer import SolverLayer
 from stochsolvers.prox import NonNegative, Prior
-from stochsolvers.solvers import Solution, Solver
-
-
-class SolverState(nnx.Variable):
-    """Non-trainable state of a solver layer: the constant that sets its step, λ_max(A A*) for 1/L."""
-
-
-class SolverRecord(nnx.Variable):
-    """Measurements of the solves of solver layers within `nnx.capture`; `certify` tabulates them."""
-
-
-class SolverLayer(Stochastic):
-    """What the two solver layers share; not for use on its own."""
-
-    prior: Prior
-    solver: Solver
-    ridge: Scalar
-    loss: Loss
-    lipschitz: SolverState | None
-    reference: SolverState | None
-    kernel: Any
-    bias: Any
-    dtype: Any
-    precision: Any
-    promote_dtype: Any
-
-    def _init_solver(self, prior: Prior, solver: Solver, ridge: Scalar, loss: Loss) -> None:
-        _layers.check_factors(type(self).__name__, solver, prior, ridge, loss)
-        self.prior, self.solver, self.ridge = _attribute(prior), _attribute(solver), ridge
-        self.loss = _attribute(loss)
-        self.lipschitz = self.reference = nnx.data(None)
-        kept = self._constant()
-        if kept is not None:
-            self.lipschitz = SolverState(kept[0])
-            self.reference = SolverState(jnp.zeros_like(kept[1]))  # no kernel yet
-
-    def _kept_map(self) -> LinearMap | None:
-        """The map whose constant can be kept; None where it depends on the inputs."""
-        raise TypeError("a solver layer defines _kept_map")
-
-    def _linear_map(self, kernel: Array, inputs: Array) -> LinearMap:
-        raise TypeError("a solver layer defines _linear_map")
-
-    def _constant(self) -> tuple[Array, Array] | None:
-        """The constant that sets the step and the fingerprint of the map that it is of, or None."""
-        if self.kernel[...].ndim > self._kernel_ndim():  # a stack of layers made by `nnx.vmap`
-            graph, state = nnx.split(self)
-            constants = [
-                nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))._constant()
-                for i in range(len(self.kernel[...]))
-            ]
-            return jax.tree.map(lambda *parts: jnp.stack(parts), *constants)
-        linear_map = self._kept_map()
-        if linear_map is None:
-            return None
-        constant = _layers.step_constant(self.solver, linear_map, self.ridge, self.loss)
-        if constant is None:
-            return None
-        return constant, _layers.fingerprint(self.solver, linear_map, self.ridge)
-
-    def _kernel_ndim(self) -> int:
-        return 2
-
-    def refresh_lipschitz(self) -> None:
-        """Recompute the kept constant from the current kernel, and use it from now on."""
-        if self.lipschitz is not None and self.reference is not None:
-            self.lipschitz[...], self.reference[...] = self._constant()  # pyright: ignore
-
-    def problem(self, inputs: Array, *, skip: Array | None = None) -> LayerProblem:
-        """The convex problem that the layer solves at these inputs, for objectives and certificates."""
-        inputs, kernel, bias = self.promote_dtype(
-            (inputs, self.kernel[...], None if self.bias is None else self.bias[...]),
-            dtype=self.dtype,
-        )
-        return _layers.make_problem(
-            self._linear_map(kernel, inputs),
-            inputs,
-            bias,
-            skip,
-            prior=self.prior,
-            ridge=self.ridge,
-            loss=self.loss,
-        )
-
-    def solve(
-        self,
-        inputs: Array,
-        *,
-        skip: Array | None = None,
-        deterministic: bool | None = None,
-        rngs: Any = None,
-        certify: bool = False,
-    ) -> Solution:
-        """The layer's output with the solver's residuals, as a `Solution`.
-
-        Args:
-          inputs: x, features last.
-          skip: added to the bias; the residual connection of a ResNet block.
-          deterministic: full gradient instead of sampling; default, the attribute's value.
-          rngs: key, stream or `nnx.Rngs` in place of the layer's own.
-          certify: fill in `Solution.certificate`, the certified gap of each example.
-        """
-        problem = self.problem(inputs, skip=skip)
-        deterministic = self.deterministic if deterministic is None else deterministic
-        sampled = self.solver.stochastic and not deterministic
-        parameters = [self.kernel[...]] + ([] if self.bias is None else [self.bias[...]])
-        output, *_ = self.promote_dtype((inputs, *parameters), dtype=self.dtype)
-        return _layers.run(
-            self.solver,
-            self.key(rngs) if sampled else None,
-            problem,
-            kept=None if self.lipschitz is None else self.lipschitz[...],
-            reference=None if self.reference is None else self.reference[...],
-            deterministic=deterministic,
-            precision=self.precision,
-            dtype=output.dtype,
-            certify=certify,
-            record=self._record if self._is_captured() else None,
-        )
-
-    def _is_captured(self) -> bool:
-        captures = getattr(self, "__captures__", ())  # what `nnx.capture` hands to `sow`
-        return any(type(variable) is SolverRecord for variable in captures)
-
-    def _record(self, observation: Any) -> None:
-        self.sow(SolverRecord, "solves", observation)
-
-    def __call__(self, inputs: Array, **kwargs: Any) -> Array:
-        """prox_g of the solver's last iterate; keyword arguments as in `solve`."""
-        return self.solve(inputs, **kwargs).value
+from stochsolvers.solvers import Solver
 
 
 class SolverLinear(SolverLayer, nnx.Linear):
@@ -158,6 +26,12 @@ class SolverLinear(SolverLayer, nnx.Linear):
       prior: g, whose prox is the activation; ReLU by default.
       solver: a configuration such as `ProxSG(tau=0.5, num_iters=10)`.
       ridge: λ; the paper uses 1e-3 with stochastic solvers.
+      loss: ℓ between A* z and the input; half the squared distance by default.
+      normalize: solve the problem with the map A/√L and the inputs √L x (`LayerProblem.normalized`): the
+        default step is then 1, and the first iterate the trained layer's output. To swap a layer of a trained
+        network; the paper's scaling, the default, is the one to train with sampling from scratch.
+      output: "activation" for the last iterate z_K; "pre_activation" for the w_K with prox_g(w_K) = z_K, in a
+        model whose own code applies the activation.
       deterministic: use the full gradient; flipped by `train()` and `eval()`.
       rng_collection: name of the random stream.
       rngs: random streams for initialisation and sampling.
@@ -176,6 +50,8 @@ class SolverLinear(SolverLayer, nnx.Linear):
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         ridge: Scalar = 0.0,
         loss: Loss = Squares(),  # noqa: B008
+        normalize: bool = False,
+        output: _layers.Output = "activation",
         deterministic: bool = False,
         rng_collection: str = "dropout",
         rngs: nnx.Rngs,
@@ -189,7 +65,8 @@ class SolverLinear(SolverLayer, nnx.Linear):
         )
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **options)
         self.init_stochastic(deterministic, rng_collection, rngs)
-        self._init_solver(prior, solver, ridge, loss)
+        settings = _layers.Settings(solver, prior, ridge, loss, normalize, output)
+        self._init_solver(settings)
 
     @classmethod
     def from_layer(
@@ -200,6 +77,8 @@ class SolverLinear(SolverLayer, nnx.Linear):
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         ridge: Scalar = 0.0,
         loss: Loss = Squares(),  # noqa: B008
+        normalize: bool = False,
+        output: _layers.Output = "activation",
         deterministic: bool = False,
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
@@ -217,6 +96,8 @@ class SolverLinear(SolverLayer, nnx.Linear):
             prior=prior,
             ridge=ridge,
             loss=loss,
+            normalize=normalize,
+            output=output,
             rngs=_placeholder_rngs(rng_collection),
             kernel_init=jax.nn.initializers.zeros,
             **_options(layer, "dot_general"),
@@ -244,6 +125,7 @@ class SolverConv(SolverLayer, nnx.Conv):
       solver: a configuration such as `ProxGD(num_iters=10)`.
       ridge: λ.
       loss: ℓ between A* z and the input; half the squared distance by default.
+      normalize, output: as in `SolverLinear`.
       deterministic: use the full gradient; flipped by `train()` and `eval()`.
       rng_collection: name of the random stream.
       rngs: random streams for initialisation and sampling.
@@ -262,6 +144,8 @@ class SolverConv(SolverLayer, nnx.Conv):
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         ridge: Scalar = 0.0,
         loss: Loss = Squares(),  # noqa: B008
+        normalize: bool = False,
+        output: _layers.Output = "activation",
         deterministic: bool = False,
         rng_collection: str = "dropout",
         rngs: nnx.Rngs,
@@ -281,7 +165,8 @@ class SolverConv(SolverLayer, nnx.Conv):
             spatial_shape = _checks.counts("spatial_shape", spatial_shape, rank)
         self.spatial_shape = spatial_shape
         self.init_stochastic(deterministic, rng_collection, rngs)
-        self._init_solver(prior, solver, ridge, loss)
+        settings = _layers.Settings(solver, prior, ridge, loss, normalize, output)
+        self._init_solver(settings)
 
     @classmethod
     def from_layer(
@@ -293,6 +178,8 @@ class SolverConv(SolverLayer, nnx.Conv):
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         ridge: Scalar = 0.0,
         loss: Loss = Squares(),  # noqa: B008
+        normalize: bool = False,
+        output: _layers.Output = "activation",
         deterministic: bool = False,
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
@@ -320,6 +207,8 @@ class SolverConv(SolverLayer, nnx.Conv):
             prior=prior,
             ridge=ridge,
             loss=loss,
+            normalize=normalize,
+            output=output,
             rngs=_placeholder_rngs(rng_collection),
             kernel_init=jax.nn.initializers.zeros,
             **_options(layer, *shape_options, "conv_general_dilated"),
@@ -343,23 +232,6 @@ class SolverConv(SolverLayer, nnx.Conv):
         if self.spatial_shape not in (None, pixels):
             _checks.fail("spatial shape of the inputs", self.spatial_shape, pixels)
         return _layers.conv_map(self, kernel, pixels)
-
-
-def refresh_lipschitz(model: nnx.Module) -> None:
-    """Recompute every kept Lipschitz constant of a model, in place (the paper: once an epoch).
-
-    A layer made by `from_layer` keeps its constant from the start. One made by its constructor, whose
-    weights may be about to be loaded, computes it at every call until this function has run.
-    """
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, SolverLayer):
-            module.refresh_lipschitz()
-
-
-def _attribute(value: Any) -> Any:
-    """A value object as a module's attribute: static if it is made of numbers, data if of arrays."""
-    arrays = any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
-    return nnx.data(jax.tree.map(jnp.asarray, value)) if arrays else value
 
 
 def _check_layer(layer: Any, kind: type) -> None:

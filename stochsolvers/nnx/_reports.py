@@ -13,7 +13,8 @@ from stochsolvers import _layers, reports
 from stochsolvers._typing import join_static, split_static
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.nnx._dropout import linear_map_of
-from stochsolvers.nnx._layers import SolverConv, SolverLayer, SolverLinear, SolverRecord
+from stochsolvers.nnx._layers import SolverConv, SolverLinear
+from stochsolvers.nnx._solver_layer import SolverLayer, SolverRecord
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged
 
@@ -271,9 +272,7 @@ def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschit
     return _lipschitz.Part(
         kind,
         linear_map,
-        solver=layer.solver,
-        ridge=layer.ridge,
-        loss=layer.loss,
+        settings=_layers.Settings.of(layer),
         kept=constant,
         reference=reference,
     )

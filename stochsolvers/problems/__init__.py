@@ -9,3 +9,4 @@ example.
 """
 
 from stochsolvers.problems._layer_problem import LayerProblem as LayerProblem
+from stochsolvers.problems._layer_problem import NormalizedProblem as NormalizedProblem

@@ -1,10 +1,14 @@
 """The convex problem of one layer."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers._shards import automatic, batch_spec, is_explicit
-from stochsolvers._typing import Array, value_object
+from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers.lipschitz import lipschitz_constant
 from stochsolvers.problems import _certificate
 from stochsolvers.problems._objective import Objective
 
@@ -65,3 +69,66 @@ class LayerProblem(Objective):
         spec = batch_spec(self.inputs, len(self.batch_shape)) if is_explicit() else None
         operands = jax.tree.map(lax.stop_gradient, (self, z))
         return automatic(_certificate.certificate, spec, *operands)
+
+    def normalized(self, squared_norm: Scalar | None = None) -> "NormalizedProblem":
+        r"""The problem in units in which ∇F has the Lipschitz constant 1.
+
+        With L = L_ℓ ‖A‖² + λ and F₀ the smooth part without the bias, F(z) = L F₀(z/L) − <b, z>: for squares
+
+            the map A/√L, the inputs √L x, the ridge λ/L,   b and g as they are.
+
+        The unit step is then 1/L_F, and the first iterate from zero is prox_g(A x + b), the plain layer, for
+        every prior; all further iterations apply the same activation prox_g, where in the paper's scaling it
+        is prox_{g/L}. For other losses it is the map A/L with the loss L ℓ.
+
+        Args:
+          squared_norm: ‖A‖², computed by `lipschitz_constant` if it is not given; derivatives pass through.
+
+        Returns:
+          a `NormalizedProblem`; solve it with `step_size=1.0`.
+        """
+        if squared_norm is None:
+            squared_norm = lipschitz_constant(self.linear_map)
+        smoothness = self.smoothness(jnp.asarray(squared_norm, self.dtype))
+        scale = jnp.where(jnp.isfinite(smoothness) & (smoothness > 0), smoothness, 1.0)
+        # a zero map has no scale; one that overflows must not pass for zero
+        divisor = jnp.where(jnp.isfinite(smoothness), scale, jnp.nan)
+        if self.is_quadratic:
+            linear_map, loss = self.linear_map / jnp.sqrt(divisor), self.loss
+            inputs = jnp.sqrt(scale) * self.inputs
+        else:
+            linear_map, inputs, loss = self.linear_map / divisor, self.inputs, scale * self.loss
+        return NormalizedProblem(
+            linear_map,
+            inputs,
+            loss=loss,
+            bias=self.bias,
+            prior=self.prior,
+            ridge=self.ridge / scale,
+            plain=self,
+            scale=scale,
+        )
+
+
+@value_object
+class NormalizedProblem(LayerProblem):
+    """A problem in normalised units, made by `LayerProblem.normalized`.
+
+    It remembers the plain problem, so that its first iterate is the plain layer's output to the last digit. A
+    problem with other inputs or another map is made from the plain one.
+
+    Attributes:
+      plain: the problem before it was normalised.
+      scale: L.
+    """
+
+    plain: LayerProblem = dataclasses.field(kw_only=True)
+    scale: Array = dataclasses.field(kw_only=True)
+
+    def data_gradient_at_zero(self) -> Array:
+        """That of the plain problem, to which it is equal."""
+        return self.plain.data_gradient_at_zero()
+
+    def normalized(self, squared_norm: Scalar | None = None) -> "NormalizedProblem":
+        """The plain problem, normalised."""
+        return self.plain.normalized(squared_norm)

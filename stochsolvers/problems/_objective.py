@@ -97,6 +97,13 @@ class Objective:
         r"""∇F(z) = A ∂ℓ(A* z, x) − b + λ z, shaped as z; A(A* z − x) − b + λ z for squares."""
         return self.with_bias_and_ridge(self.linear_map(self.residual(z)), z)
 
+    def data_gradient_at_zero(self) -> Array:
+        r"""A ∂ℓ(0, x), at the price of the plain layer; −A x for squares."""
+        x = self.inputs
+        if self.is_quadratic:
+            return -self.linear_map(x)
+        return self.linear_map(self.loss.derivative(jnp.zeros_like(x), x))
+
     def with_bias_and_ridge(self, data_gradient: Array, z: Array) -> Array:
         """The gradient of the losses, or an estimate of it, completed by − b + λ z."""
         if self.bias is not None:

@@ -52,6 +52,21 @@ class Prior(ABC):
         v = as_float32_or_wider("v", v)
         return self._prox(v, self._weight("step_size", step_size, v))
 
+    def pre_activation(self, v: Array, step_size: ArrayLike) -> Array:
+        r"""The w with prox_g(w) = prox_{ηg}(v), as the plain layer's activation prox_g takes it.
+
+            w = u + (v − u)/η = v + (1/η − 1)(v − u),     u = prox_{ηg}(v),
+
+        since (v − u)/η ∈ ∂g(u). It is v at η = 1.
+
+        Args:
+          v: any shape, leading axes are a batch.
+          step_size: η > 0, as in `prox`.
+        """
+        _checks.positive("step_size", step_size)
+        v = as_float32_or_wider("v", v)
+        return self._pre_activation(v, self._weight("step_size", step_size, v))
+
     def conjugate(self, w: Array) -> Array:
         """g*(w) = sup_u <w, u> − g(u), a scalar summed over the array; +∞ outside its domain.
 
@@ -88,6 +103,9 @@ class Prior(ABC):
 
     @abstractmethod
     def _prox(self, v: Array, step: Array) -> Array: ...
+
+    def _pre_activation(self, v: Array, step: Array) -> Array:
+        return v + (1 / step - 1) * (v - self._prox(v, step))
 
     def _conjugate(self, w: Array) -> Array:
         return jnp.full((), jnp.inf, w.dtype)

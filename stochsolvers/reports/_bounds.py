@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stochsolvers._layers import Settings
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz import (
@@ -16,7 +17,7 @@ from stochsolvers.lipschitz import (
     strong_convexity,
 )
 from stochsolvers.losses import Loss, Squares
-from stochsolvers.problems import LayerProblem
+from stochsolvers.problems import LayerProblem, NormalizedProblem
 from stochsolvers.solvers import Solver
 
 
@@ -35,31 +36,42 @@ def first_step(
 
 
 def solver_bound(
-    solver: Solver, problem: LayerProblem, upper: Array, step_constant: Array | None
+    settings: Settings, linear_map: LinearMap, upper: Array, constant: Array | None
 ) -> Array:
-    r"""A Lipschitz constant of x ↦ z_K for K steps along the full gradient from zero.
+    r"""A Lipschitz constant of x ↦ z_K, or w_K, for K steps along the full gradient from zero.
 
     A proximal operator brings no two points further apart, so that
 
         ℓ_{k+1} = max(|1 − η_k μ|, |1 − η_k (λ + upper)|) ℓ_k + η_k sqrt(upper),   ℓ_0 = 0,
 
-    μ = λ + λ_min(A A*), for squares. One step of size 1 gives sqrt(upper), the plain layer's.
+    μ = λ + λ_min(A A*), for squares. One step of size 1 gives sqrt(upper), the plain layer's. Normalised, μ
+    and λ + upper are divided by L. The map from the point before the prox to w_K has the constant
+    max(1, 1/η).
 
     Args:
-      solver: one for which `has_bound` holds.
-      problem: of the layer, at any inputs.
+      settings: of a layer with a solver for which `has_bound` holds.
+      linear_map: A.
       upper: an upper bound on ||A||².
-      step_constant: what the layer keeps, or None.
+      constant: the current one of the layer, or None.
     """
-    steps = solver.schedule(problem, step_constant, deterministic=True)
-    convexity = problem.ridge + strong_convexity(problem.linear_map, upper=upper)
+    solver, inputs = settings.solver, jnp.zeros(linear_map.in_shape, linear_map.dtype)
+    plain = settings.problem(linear_map, inputs, None, None)
+    problem, constant = settings.prepared(plain, constant)
+    steps = solver.schedule(problem, constant, deterministic=True)
+    convexity = plain.ridge + strong_convexity(linear_map, upper=upper)
+    smoothness = plain.ridge + upper
+    if isinstance(problem, NormalizedProblem):
+        convexity, smoothness = convexity / problem.scale, smoothness / problem.scale
 
     def step(k, bound):
         size = steps(k)
-        return _expansion(size, convexity, problem.ridge + upper) * bound + size * jnp.sqrt(upper)
+        return _expansion(size, convexity, smoothness) * bound + size * jnp.sqrt(upper)
 
     count = solver.deterministic().num_iters  # pyright: ignore[reportAttributeAccessIssue]
-    return lax.fori_loop(0, count, step, jnp.zeros((), problem.dtype))
+    bound = lax.fori_loop(0, count, step, jnp.zeros((), problem.dtype))
+    if settings.output == "activation":
+        return bound
+    return bound * jnp.maximum(1.0, 1.0 / steps(count - 1))
 
 
 def guarantee(

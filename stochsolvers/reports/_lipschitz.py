@@ -24,8 +24,6 @@ import jax.numpy as jnp
 from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import LinearMap
-from stochsolvers.losses import Loss, Squares
-from stochsolvers.problems import LayerProblem
 from stochsolvers.reports import _table
 from stochsolvers.reports._bounds import has_bound, solver_bound, squared_norm_bracket
 from stochsolvers.reports._trace import Call, Trace
@@ -59,9 +57,7 @@ class Part:
       linear_map: A, or None.
       normalisation: γ or None, v and ε of a normalisation at inference, which scales its channels by
         γ / sqrt(v + ε); or None.
-      solver: the configuration of a solver layer, or None.
-      ridge: λ of a solver layer.
-      loss: ℓ of a solver layer.
+      settings: of a solver layer, or None.
       kept: the constant that a solver layer keeps, or None.
       reference: the fingerprint of what it is of, or None.
 
@@ -71,9 +67,7 @@ class Part:
     kind: str
     linear_map: LinearMap | None = None
     normalisation: tuple[Array | None, Array, Scalar] | None = None
-    solver: Any = None
-    ridge: Scalar = 0.0
-    loss: Loss = Squares()  # noqa: RUF009 - a frozen value
+    settings: _layers.Settings | None = None
     kept: Array | None = None
     reference: Array | None = None
 
@@ -81,6 +75,12 @@ class Part:
     def bounded(self) -> bool:
         """Whether there is a norm to compute."""
         return self.linear_map is not None or self.normalisation is not None
+
+    @property
+    def has_solver_bound(self) -> bool:
+        """Whether it is a solver layer for which `solver_bound` holds."""
+        settings = self.settings
+        return settings is not None and has_bound(settings.solver, settings.loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +196,7 @@ def norms_report(
         (
             p.linear_map,
             p.normalisation,
-            p.solver if has_bound(p.solver, p.loss) else None,
-            p.ridge,
+            p.settings if p.has_solver_bound else None,
             p.kept,
             p.reference,
         )
@@ -238,7 +237,7 @@ def _measure(parts: list[Any]) -> list[tuple[Array, Array, Array]]:
     return [results[i] for i in range(len(parts))]
 
 
-def _measure_one(linear_map, normalisation, solver, ridge, kept, reference):
+def _measure_one(linear_map, normalisation, settings, kept, reference):
     if linear_map is None:
         scale, variance, epsilon = normalisation
         largest = jnp.max(
@@ -247,12 +246,10 @@ def _measure_one(linear_map, normalisation, solver, ridge, kept, reference):
         return largest, largest, largest
     bracket = squared_norm_bracket(linear_map)
     lower, upper = jnp.sqrt(bracket.lower), jnp.sqrt(bracket.upper)
-    if solver is None:
+    if settings is None:
         return lower, upper, upper
-    inputs = jnp.zeros(linear_map.in_shape, linear_map.dtype)
-    problem = LayerProblem(linear_map, inputs, ridge=ridge)
-    constant = _layers.current_constant(solver, problem, kept, reference)
-    return lower, upper, solver_bound(solver, problem, bracket.upper, constant)
+    constant = _layers.current_constant(settings, linear_map, kept, reference)
+    return lower, upper, solver_bound(settings, linear_map, bracket.upper, constant)
 
 
 def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:
@@ -260,7 +257,7 @@ def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:
     note = "" if call.on_every_path else _BYPASSED
     if not part.bounded:
         note = _NOT_BOUNDED
-    elif part.solver is not None and not has_bound(part.solver, part.loss):
+    elif part.settings is not None and not part.has_solver_bound:
         constant, note = math.inf, _NOT_BOUNDED
     return LayerNorm(call.label, part.kind, call.input_shape, lower, upper, constant, note)
 

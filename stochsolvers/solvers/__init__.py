@@ -1,8 +1,8 @@
 """Solvers of layer problems: one file an algorithm, one class an algorithm, two loops for all."""
 
-from stochsolvers.solvers._base import Run as Run
 from stochsolvers.solvers._base import Solver as Solver
 from stochsolvers.solvers._loop import Step as Step
+from stochsolvers.solvers._run import Run as Run
 from stochsolvers.solvers._solution import Solution as Solution
 from stochsolvers.solvers._solution import Status as Status
 from stochsolvers.solvers.coordinate_descent import NSync as NSync

@@ -20,51 +20,15 @@ from stochsolvers._typing import (
     value_object,
 )
 from stochsolvers.estimators import Estimator, Full
-from stochsolvers.estimators.forms import Gradient, gradient_form
+from stochsolvers.estimators.forms import gradient_form
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Diagnostics, Step
+from stochsolvers.solvers._run import LastPoint, Run
 from stochsolvers.solvers._solution import Solution
 from stochsolvers.solvers.derivatives import DerivativeLike, Implicit, canonical
 from stochsolvers.solvers.implicit import ProxGradientMap, fixed_point
 from stochsolvers.step_sizes import InverseLipschitz, Schedule, StepSizeRule
-
-
-@value_object
-class Run:
-    """What the steps of one solve are made from; derivatives pass through all of it.
-
-    Attributes:
-      problem: the layer's problem.
-      gradient: z ↦ ∇F(z), in the form that the solver asks for.
-      estimator: of ∇F; the full gradient where nothing is sampled.
-      step_size: k ↦ η_k.
-      key: random key, or None.
-      from_zero: whether the run starts at the default point, zero.
-    """
-
-    problem: LayerProblem
-    gradient: Gradient
-    estimator: Estimator
-    step_size: Schedule
-    key: Array | None
-    from_zero: bool = static_field(default=False)
-
-    def fold_key(self, k: Array | int) -> Array:
-        """The key of iteration k."""
-        if self.key is None:
-            _checks.fail("key", "a random key for a stochastic solver", None)
-        return jax.random.fold_in(self.key, k)
-
-    def estimate(self, k: Array, z: Array) -> Array:
-        """An unbiased estimate of ∇F(z) from the draw of iteration k; ∇F(z) where nothing is sampled."""
-        if isinstance(self.estimator, Full):
-            return self.gradient(z)
-        return self.estimator(self.fold_key(k), self.problem, z)
-
-    def prox(self, point: Array, k: Array | int) -> Array:
-        """prox_{η_k g}(point)."""
-        return self.problem.prior.prox(point, self.step_size(k))
 
 
 @value_object
@@ -194,6 +158,7 @@ class Solver(abc.ABC):
         deterministic: bool = False,
         trace_objective: bool = False,
         certify: bool = False,
+        pre_activation: bool = False,
     ) -> Solution:
         """Run the algorithm.
 
@@ -205,6 +170,8 @@ class Solver(abc.ABC):
           deterministic: sample nothing: as many steps of the same sizes along the full gradient.
           trace_objective: also return P(z_k) for every iteration, which reads the input each time.
           certify: also return a bound on P(z_K) − min P.
+          pre_activation: also return the w_K with prox_g(w_K) = z_K, from zero; with an implicit derivative
+            both are those of one proximal gradient step further.
 
         Returns:
           `Solution`. A path of inputs, weights, steps, tolerances and options that are arrays compiles once.
@@ -221,12 +188,15 @@ class Solver(abc.ABC):
             from_zero=init is None,
             deterministic=deterministic,
             trace_objective=trace_objective,
+            pre_activation=pre_activation,
         )
         key = None if deterministic else key
         operands = traced, key, problem, _starting_point(problem, init), step_constant
         if is_explicit():
             stops = (self.deterministic() if deterministic else self).tol is not None
             specs = _specs(problem, trace_objective=trace_objective, stops=stops)
+            if pre_activation:
+                specs = dataclasses.replace(specs, pre_activation=specs.value)
             solution = automatic(run, specs, *operands)
         else:
             solution = run(*operands)
@@ -257,40 +227,42 @@ class Solver(abc.ABC):
 
     def _iterate(
         self, run: Run, z: Array, *, derivative: Any, trace_objective: bool
-    ) -> tuple[Array, Diagnostics, dict[str, Array]]:
-        """All iterations: the last iterate, the diagnostics, and how it ended."""
+    ) -> tuple[Array, LastPoint | None, Diagnostics, dict[str, Array]]:
+        """All iterations: the last iterate, what it is the prox of, the diagnostics, and how it ended."""
         traced, static = split_static(self)
 
         def update(operands, k, z, memory):
             traced, run = operands
+            memory, last = memory
             step = join_static(traced, static).step(run, k, z, memory)
             if not isinstance(step, Step):
                 what = f"what {type(self).__name__}.step returns"
                 _checks.fail(what, "a Step(value, memory)", type(step).__name__)
-            return step
+            return step._replace(memory=(step.memory, run.last_point(step, k, last)))
 
         def opening(operands, k, z, memory):
             traced, run = operands
-            return join_static(traced, static).step(self._opening(run), k, z, memory)
+            return update((traced, self._opening(run)), k, z, memory)
 
         cheap = run.from_zero and self._opening(run) is not None
         options: dict[str, Any] = {
-            "memory": self.init(run, z),
+            "memory": (self.init(run, z), run.first_point(z, per_entry=self.per_output)),
             "opening": opening if cheap else None,
             "trace_objective": trace_objective,
         }
         arguments = run.problem, update, (traced, run), z, self._option("num_iters")
         if self.tol is None:
-            z, diagnostics = _loop.iterate(*arguments, derivative=derivative, **options)
-            return z, diagnostics, {}
+            z, (_, last), diagnostics = _loop.iterate(*arguments, derivative=derivative, **options)
+            return z, last, diagnostics, {}
         tol = jnp.asarray(self.tol, z.dtype)
         outcome = _loop.iterate_until(*arguments, tol, from_zero=run.from_zero, **options)
         ends = {"status": outcome.status, "iterations": outcome.iterations}
-        return outcome.value, outcome.diagnostics, ends
+        return outcome.value, None, outcome.diagnostics, ends
 
 
 @functools.partial(
-    jax.jit, static_argnames=("static", "from_zero", "deterministic", "trace_objective")
+    jax.jit,
+    static_argnames=("static", "from_zero", "deterministic", "trace_objective", "pre_activation"),
 )
 def _solve(
     traced: list[Any],
@@ -303,6 +275,7 @@ def _solve(
     from_zero: bool,
     deterministic: bool,
     trace_objective: bool,
+    pre_activation: bool,
 ) -> Solution:
     def build(traced):
         given: Solver = join_static(traced, static)
@@ -313,21 +286,31 @@ def _solve(
     estimator = Full() if deterministic else given.estimator().prepare(problem)
     calls = solver._num_gradients(from_zero)
     gradient = gradient_form(problem, solver._option("form", "auto"), num_calls=calls)
-    run = Run(problem, gradient, estimator, schedule, key, from_zero)
     derivative = canonical(solver.derivative, stops=solver.tol is not None)
-    if not isinstance(derivative, Implicit):
-        value, diagnostics, ends = solver._iterate(
+    implicit = isinstance(derivative, Implicit)
+    keeps_point = pre_activation and not implicit
+    run = Run(problem, gradient, estimator, schedule, key, from_zero, keeps_point)
+    if not implicit:
+        value, last, diagnostics, ends = solver._iterate(
             run, z, derivative=derivative, trace_objective=trace_objective
         )
-        return _solution(value, diagnostics, ends)
+        solution = _solution(value, diagnostics, ends)
+        if last is None:
+            return solution
+        return dataclasses.replace(solution, pre_activation=problem.prior.pre_activation(*last))
     _, frozen = build(lax.stop_gradient(traced))
-    value, diagnostics, ends = frozen._iterate(
+    value, _, diagnostics, ends = frozen._iterate(
         *lax.stop_gradient((run, z)), derivative=None, trace_objective=trace_objective
     )
     step = 0.5 * jnp.minimum(schedule(0), schedule(solver._option("num_iters") - 1))
     step_map = ProxGradientMap(gradient, problem.prior, lax.stop_gradient(step))
     value = fixed_point(step_map, value, derivative, len(problem.batch_shape))
-    return _solution(value, diagnostics, ends)
+    if not pre_activation:
+        return _solution(value, diagnostics, ends)
+    point = step_map.point(value)
+    solution = _solution(problem.prior.prox(point, step_map.step), diagnostics, ends)
+    w = problem.prior.pre_activation(point, step_map.step)
+    return dataclasses.replace(solution, pre_activation=w)
 
 
 def _solution(value: Array, diagnostics: Diagnostics, ends: dict[str, Array]) -> Solution:

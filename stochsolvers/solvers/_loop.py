@@ -24,12 +24,15 @@ class Step(NamedTuple):
       point: the point before the prox, looked at for finiteness only: a projection can turn an infinite
         point into a finite iterate. None where there is none.
       origin: where the step was taken, for the stopping test; None for the iterate before.
+      moved: where the value is the prox of this point, and not of an earlier one: a mask of the value's
+        shape, or one number. None for everywhere.
     """
 
     value: Array
     memory: Any = None
     point: Array | None = None
     origin: Array | None = None
+    moved: Array | None = None
 
 
 class Diagnostics(NamedTuple):
@@ -56,8 +59,8 @@ def iterate(
     opening: Update | None = None,
     derivative: Unrolling | None = None,
     trace_objective: bool = False,
-) -> tuple[Array, Diagnostics]:
-    """Run `update` for k = first, …, first + num_iters − 1 and stack its diagnostics.
+) -> tuple[Array, Any, Diagnostics]:
+    """Run `update` for k = first, …, first + num_iters − 1: value, memory and all diagnostics.
 
     `opening` is the same first update, computed more cheaply from a known start.
     """
@@ -71,7 +74,7 @@ def iterate(
 
         return body
 
-    (z, _), diagnostics = derivatives.scan(
+    (z, memory), diagnostics = derivatives.scan(
         observed(update),
         operands,
         (init, memory),
@@ -79,7 +82,7 @@ def iterate(
         Unrolled() if derivative is None else derivative,
         opening=None if opening is None else observed(opening),
     )
-    return z, diagnostics
+    return z, memory, diagnostics
 
 
 def observe(

@@ -24,8 +24,8 @@ class Solution:
     r"""What a solver returns.
 
     Attributes:
-      value: the last iterate z_K, shape (*batch, …) as the layer's output. The only differentiable
-        field: the others are diagnostics, constant under differentiation.
+      value: the last iterate z_K, shape (*batch, …) as the layer's output. It and `pre_activation` are
+        differentiable; the others are diagnostics, constant under differentiation.
       residuals: ||z_{k+1} − z_k||₂ for each iteration and example, shape (K, *batch), in units of z.
         It goes to zero for a solver that converges; with a decaying step it does so in any case.
         With a tolerance K is the cap, and an example that has stopped has residual 0.
@@ -34,6 +34,8 @@ class Solution:
       finite: whether every iterate of an example was finite, shape (*batch,).
       status: a `Status` for each example, shape (*batch,), where a tolerance was given, else None.
       iterations: iterations that each example took, shape (*batch,), where a tolerance was given.
+      pre_activation: w_K with prox_g(w_K) = z_K, where asked for (`pre_activation=True`), shaped as
+        the value and differentiable; see `Prior.pre_activation`.
       certificate: a bound on P(z_K) − min P for each example, shape (*batch,), where asked for
         (`certify=True`); see `LayerProblem.certificate`.
     """
@@ -45,3 +47,4 @@ class Solution:
     status: Array | None = None
     iterations: Array | None = None
     certificate: Array | None = None
+    pre_activation: Array | None = None

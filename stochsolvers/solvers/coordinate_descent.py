@@ -9,8 +9,9 @@ from stochsolvers._typing import Array, count_field, static_field, value_object
 from stochsolvers.estimators import OutputCoordinates, feature_axis
 from stochsolvers.problems import LayerProblem
 from stochsolvers.sampling import canonical_tau
-from stochsolvers.solvers._base import Run, Solver
+from stochsolvers.solvers._base import Solver
 from stochsolvers.solvers._loop import Step
+from stochsolvers.solvers._run import Run
 from stochsolvers.solvers._solution import Solution
 from stochsolvers.solvers.derivatives import DerivativeLike
 from stochsolvers.solvers.gradient_descent import ProxGD
@@ -53,7 +54,7 @@ class NSync(Solver):
         point = z - step * jnp.where(mask, run.gradient(z), 0.0)
         touched = mask | (k == 0) if run.from_zero else mask
         value = jnp.where(touched, run.problem.prior.prox(point, step), z)
-        return Step(value, memory, point)
+        return Step(value, memory, point, moved=touched)
 
     def estimator(self) -> OutputCoordinates:
         """τ-nice sampling of the outputs."""

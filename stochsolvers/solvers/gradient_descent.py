@@ -9,8 +9,9 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.estimators.forms import FORMS, Form, Gradient
 from stochsolvers.problems import LayerProblem
-from stochsolvers.solvers._base import Run, Solver
+from stochsolvers.solvers._base import Solver
 from stochsolvers.solvers._loop import Step
+from stochsolvers.solvers._run import Run
 from stochsolvers.solvers._solution import Solution
 from stochsolvers.solvers.derivatives import DerivativeLike
 from stochsolvers.step_sizes import StepSizeLike

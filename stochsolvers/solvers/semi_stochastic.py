@@ -12,8 +12,9 @@ from stochsolvers.estimators.forms import FORMS, Form
 from stochsolvers.problems import LayerProblem
 from stochsolvers.sampling import canonical_tau
 from stochsolvers.solvers import _loop
-from stochsolvers.solvers._base import Run, Solver
+from stochsolvers.solvers._base import Solver
 from stochsolvers.solvers._loop import Diagnostics, Step
+from stochsolvers.solvers._run import Run
 from stochsolvers.solvers._solution import Solution
 from stochsolvers.solvers.derivatives import DerivativeLike, scan
 from stochsolvers.solvers.gradient_descent import ProxGD
@@ -83,13 +84,14 @@ class MS2GD(Solver):
         return self.num_outer
 
     def _iterate(self, run, z, *, derivative, trace_objective):
-        def outer(run, z, epoch):
+        def outer(run, carry, epoch):
+            z, last = carry
             first = epoch * self.num_inner
             residual = None if run.problem.is_quadratic else run.problem.residual(z)
             reduced = VarianceReduced(run.estimator, z, run.gradient(z), residual)
             length = self._length(run, first)
 
-            def inner(operands, j, z, memory):
+            def inner(operands, j, z, last):
                 run, reduced = operands
                 step = self.step(run, j, z, reduced)
                 if self.random_inner:
@@ -97,24 +99,28 @@ class MS2GD(Solver):
                     step = step._replace(
                         value=jnp.where(active, step.value, z),
                         point=None if step.point is None else jnp.where(active, step.point, z),
+                        moved=active,
                     )
-                return step._replace(memory=memory)
+                return step._replace(memory=run.last_point(step, j, last))
 
-            return _loop.iterate(
+            z, last, diagnostics = _loop.iterate(
                 run.problem,
                 inner,
                 (run, reduced),
                 z,
                 self.num_inner,
+                memory=last,
                 first=first,
                 trace_objective=trace_objective,
             )
+            return (z, last), diagnostics
 
-        z, diagnostics = scan(outer, run, z, jnp.arange(self.num_outer), derivative)
+        carry = z, run.first_point(z, per_entry=False)
+        (z, last), diagnostics = scan(outer, run, carry, jnp.arange(self.num_outer), derivative)
         flat = jax.tree.map(
             lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), diagnostics
         )
-        return z, Diagnostics(*flat), {}
+        return z, last, Diagnostics(*flat), {}
 
     def _length(self, run: Run, first: Array) -> Array | int:
         """The number of inner steps of the outer iteration that begins with inner step `first`."""

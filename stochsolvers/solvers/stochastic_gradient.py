@@ -7,8 +7,9 @@ from stochsolvers._typing import Array, Scalar, count_field, static_field, value
 from stochsolvers.estimators import Estimator, TauNice
 from stochsolvers.problems import LayerProblem
 from stochsolvers.sampling import canonical_tau
-from stochsolvers.solvers._base import Run, Solver
+from stochsolvers.solvers._base import Solver
 from stochsolvers.solvers._loop import Step
+from stochsolvers.solvers._run import Run
 from stochsolvers.solvers._solution import Solution
 from stochsolvers.solvers.derivatives import DerivativeLike
 from stochsolvers.solvers.gradient_descent import ProxGD

@@ -164,7 +164,8 @@ def _check_solution(view: _View, x: Array) -> None:
     what = f"{view.name}.solve"
     solution = common.attempt(what, view.solve, view.params, x)
     words = "the layer's output"
-    common.close(f"value of {what}", solution.value, output, rtol=1e-4, words=words)
+    part = "value" if solution.pre_activation is None else "pre_activation"
+    common.close(f"{part} of {what}", getattr(solution, part), output, rtol=1e-4, words=words)
     gap = solution.certificate
     common.same_shape(f"certificate of {what}", gap, x.shape[: gap.ndim])
     common.require(gap >= 0, f"certificate of {what}", "at least 0", gap)
@@ -207,7 +208,9 @@ def _check_problem(layer: Any, x: Array) -> None:
         what = f"{name}(x) {how}"
         problem = common.attempt(f"{name}.problem(x)", layer.problem, x)
         solver = layer.solver
-        expected = solver.solve(None, problem, deterministic=True).value
+        part = "value" if layer.output == "activation" else layer.output
+        options = {"deterministic": True, "pre_activation": part != "value"}
+        expected = getattr(solver.solve(None, problem, **options), part)
         words = "the solution of its problem by its solver"
         got = layer(x, deterministic=True)
         rtol = 1e-4 if got.dtype.itemsize >= 4 else 2e-2

@@ -1,0 +1,172 @@
+"""What the solver layers share: their state, and the call that solves."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from stochsolvers import _layers
+from stochsolvers._typing import Array, Scalar
+from stochsolvers.linear_maps import LinearMap
+from stochsolvers.losses import Loss
+from stochsolvers.nnx._stochastic import Stochastic
+from stochsolvers.problems import LayerProblem
+from stochsolvers.prox import Prior
+from stochsolvers.solvers import Solution, Solver
+
+
+class SolverState(nnx.Variable):
+    """Non-trainable state of a solver layer: the constant that sets its step, λ_max(A A*) for 1/L."""
+
+
+class SolverRecord(nnx.Variable):
+    """Measurements of the solves of solver layers within `nnx.capture`; `certify` tabulates them."""
+
+
+class SolverLayer(Stochastic):
+    """What the two solver layers share; not for use on its own."""
+
+    prior: Prior
+    solver: Solver
+    ridge: Scalar
+    loss: Loss
+    normalize: bool
+    output: _layers.Output
+    lipschitz: SolverState | None
+    reference: SolverState | None
+    kernel: Any
+    bias: Any
+    dtype: Any
+    precision: Any
+    promote_dtype: Any
+
+    def _init_solver(self, settings: _layers.Settings) -> None:
+        settings.check(type(self).__name__)
+        self.prior, self.solver = _attribute(settings.prior), _attribute(settings.solver)
+        self.loss, self.ridge = _attribute(settings.loss), settings.ridge
+        self.normalize, self.output = settings.normalize, settings.output
+        self.lipschitz = self.reference = nnx.data(None)
+        kept = self._constant()
+        if kept is not None:
+            self.lipschitz = SolverState(kept[0])
+            self.reference = SolverState(jnp.zeros_like(kept[1]))  # no kernel yet
+
+    def _kept_map(self) -> LinearMap | None:
+        """The map whose constant can be kept; None where it depends on the inputs."""
+        raise TypeError("a solver layer defines _kept_map")
+
+    def _linear_map(self, kernel: Array, inputs: Array) -> LinearMap:
+        raise TypeError("a solver layer defines _linear_map")
+
+    def _constant(self) -> tuple[Array, Array] | None:
+        """The constant that sets the step and the fingerprint of the map that it is of, or None."""
+        if self.kernel[...].ndim > self._kernel_ndim():  # a stack of layers made by `nnx.vmap`
+            graph, state = nnx.split(self)
+            constants = [
+                nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))._constant()
+                for i in range(len(self.kernel[...]))
+            ]
+            return jax.tree.map(lambda *parts: jnp.stack(parts), *constants)
+        linear_map = self._kept_map()
+        if linear_map is None:
+            return None
+        settings = _layers.Settings.of(self)
+        constant = settings.constant(linear_map)
+        return None if constant is None else (constant, _layers.fingerprint(settings, linear_map))
+
+    def _kernel_ndim(self) -> int:
+        return 2
+
+    def refresh_lipschitz(self) -> None:
+        """Recompute the kept constant from the current kernel, and use it from now on."""
+        if self.lipschitz is not None and self.reference is not None:
+            self.lipschitz[...], self.reference[...] = self._constant()  # pyright: ignore
+
+    def problem(self, inputs: Array, *, skip: Array | None = None) -> LayerProblem:
+        """The convex problem that the layer solves at these inputs, for objectives and certificates."""
+        problem, kept = self._plain_problem(inputs, skip), self._kept()
+        settings = _layers.Settings.of(self)
+        if not settings.normalize:
+            return problem
+        constant = _layers.current_constant(settings, problem.linear_map, *kept)
+        return settings.prepared(problem, constant)[0]
+
+    def _plain_problem(self, inputs: Array, skip: Array | None) -> LayerProblem:
+        inputs, kernel, bias = self.promote_dtype(
+            (inputs, self.kernel[...], None if self.bias is None else self.bias[...]),
+            dtype=self.dtype,
+        )
+        linear_map = self._linear_map(kernel, inputs)
+        return _layers.Settings.of(self).problem(linear_map, inputs, bias, skip)
+
+    def _kept(self) -> tuple[Array | None, Array | None]:
+        if self.lipschitz is None or self.reference is None:
+            return None, None
+        return self.lipschitz[...], self.reference[...]
+
+    def solve(
+        self,
+        inputs: Array,
+        *,
+        skip: Array | None = None,
+        deterministic: bool | None = None,
+        rngs: Any = None,
+        certify: bool = False,
+    ) -> Solution:
+        """The layer's output with the solver's residuals, as a `Solution`.
+
+        Args:
+          inputs: x, features last.
+          skip: added to the bias; the residual connection of a ResNet block.
+          deterministic: full gradient instead of sampling; default, the attribute's value.
+          rngs: key, stream or `nnx.Rngs` in place of the layer's own.
+          certify: fill in `Solution.certificate`, the certified gap of each example.
+        """
+        problem = self._plain_problem(inputs, skip)
+        deterministic = self.deterministic if deterministic is None else deterministic
+        sampled = self.solver.stochastic and not deterministic
+        parameters = [self.kernel[...]] + ([] if self.bias is None else [self.bias[...]])
+        output, *_ = self.promote_dtype((inputs, *parameters), dtype=self.dtype)
+        kept, reference = self._kept()
+        return _layers.run(
+            _layers.Settings.of(self),
+            self.key(rngs) if sampled else None,
+            problem,
+            kept=kept,
+            reference=reference,
+            deterministic=deterministic,
+            precision=self.precision,
+            dtype=output.dtype,
+            certify=certify,
+            record=self._record if self._is_captured() else None,
+        )
+
+    def _is_captured(self) -> bool:
+        captures = getattr(self, "__captures__", ())  # what `nnx.capture` hands to `sow`
+        return any(type(variable) is SolverRecord for variable in captures)
+
+    def _record(self, observation: Any) -> None:
+        self.sow(SolverRecord, "solves", observation)
+
+    def __call__(self, inputs: Array, **kwargs: Any) -> Array:
+        """The solver's last iterate, or its pre-activation; keyword arguments as in `solve`."""
+        return _layers.output_of(self.output, self.solve(inputs, **kwargs))
+
+
+def refresh_lipschitz(model: nnx.Module) -> None:
+    """Recompute every kept Lipschitz constant of a model, in place (the paper: once an epoch).
+
+    A layer made by `from_layer` keeps its constant from the start. One made by its constructor, whose
+    weights may be about to be loaded, computes it at every call until this function has run.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, SolverLayer):
+            module.refresh_lipschitz()
+
+
+def _attribute(value: Any) -> Any:
+    """A value object as a module's attribute: static if it is made of numbers, data if of arrays."""
+    arrays = any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
+    return nnx.data(jax.tree.map(jnp.asarray, value)) if arrays else value
