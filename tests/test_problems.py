@@ -543,3 +543,32 @@ def test_bad_structure_raises_at_trace_time(arguments, message):
 def test_variable_of_another_shape_raises(rng):
     with pytest.raises(ValueError, match=r"shape of the variable z: expected \(3, 4\)"):
         dense_problem(rng, 6, 4).gradient(jnp.ones((4,)))
+
+
+@pytest.mark.parametrize("prior", [ss.prox.NonNegative(), ss.prox.GroupL2(0.1)])
+def test_certificates_from_what_is_known(rng, prior):
+    """With ‖A‖² and λ_min(A A*) at hand, given or kept, as without; with worse numbers, larger."""
+    kernel, x, z = (jnp.asarray(rng.normal(size=s)) for s in ((8, 5), (3, 8), (3, 5)))
+    problem = ss.LayerProblem(ss.Dense(kernel), x, prior=prior)
+    z, squares = jnp.abs(z), np.linalg.svd(kernel, compute_uv=False) ** 2
+    plain = problem.certificate(z)
+    known = problem.certificate(z, squared_norm=squares[0], strong_convexity=squares[-1])
+    np.testing.assert_allclose(known, plain, rtol=1e-6)
+    np.testing.assert_array_equal(problem.certifier()(z), plain)
+    certifier = problem.certifier(squared_norm=squares[0], strong_convexity=squares[-1])
+    np.testing.assert_allclose(jax.jit(lambda c, z: c(z))(certifier, z), plain, rtol=1e-6)
+    assert np.all(problem.certificate(z, strong_convexity=0.1 * squares[-1]) >= plain)
+
+
+@pytest.mark.optimized
+def test_the_certificate_of_a_large_layer_copies_no_kernel():
+    """With ‖A‖² and λ_min(A A*) at hand it needs less memory than the kernel."""
+
+    def certificate(kernel, x, z, squared_norm):
+        problem = ss.LayerProblem(ss.Dense(kernel), x, ridge=1e-3)
+        return problem.certificate(z, squared_norm=squared_norm, strong_convexity=0.0)
+
+    shapes = ((16384, 4096), (2, 16384), (2, 4096), ())
+    operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    analysis = jax.jit(certificate).lower(*operands).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < 0.5 * 4 * 16384 * 4096

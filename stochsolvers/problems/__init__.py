@@ -8,5 +8,6 @@ the prior whose proximal operator is the activation. Leading axes of x are batch
 example.
 """
 
+from stochsolvers.problems._layer_problem import Certifier as Certifier
 from stochsolvers.problems._layer_problem import LayerProblem as LayerProblem
 from stochsolvers.problems._layer_problem import NormalizedProblem as NormalizedProblem

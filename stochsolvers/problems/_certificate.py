@@ -49,9 +49,8 @@ class _Point(NamedTuple):
     products: Products
 
 
-def _point(problem: Objective, z: Array) -> _Point:
+def _point(problem: Objective, products: Products, z: Array) -> _Point:
     """The error of u is that of one product; A r is a product with the dual point as it is."""
-    products = Products.of(problem.linear_map, len(problem.batch_shape))
     eps, loss = jnp.finfo(problem.dtype).eps, problem.loss
     back, targets = products.backward(z), problem.inputs
     if problem.is_quadratic:
@@ -126,13 +125,32 @@ def _expanded_inputs(problem: Objective, values: Array) -> Array:
     return jnp.expand_dims(values, tuple(range(values.ndim, problem.inputs.ndim)))
 
 
-@jax.jit
-def certificate(problem: Objective, z: Array) -> Array:
+def constants(
+    problem: Objective, squared_norm: Array | None, convexity: Array | None
+) -> tuple[Products, Array | None]:
+    """What all certificates of a problem share: products that know their round-off, and m λ_min(A A*)."""
+    products = Products.of(problem.linear_map, len(problem.batch_shape), squared_norm)
+    modulus = problem.loss.strong_convexity
+    if isinstance(modulus, int | float) and modulus == 0:
+        return products, None
+    if convexity is None:
+        convexity = lipschitz.strong_convexity(products.linear_map, upper=products.constant)
+    return products, modulus * convexity
+
+
+def bound(problem: Objective, products: Products, convexity: Array | None, z: Array) -> Array:
     """The smallest of the three bounds, for each example; see `LayerProblem.certificate`."""
     with jax.default_matmul_precision("highest"):
-        point = _point(problem, z)
-        bound = jnp.minimum(_curvature_gap(problem, point), _scaled_gap(problem, point))
-        return jnp.minimum(bound, _repaired_gap(problem, point, bound))
+        point = _point(problem, products, z)
+        bound = _curvature_gap(problem, point, convexity)
+        bound = jnp.minimum(bound, _scaled_gap(problem, point))
+        reach = _reach(problem, point)
+        poor = _is_poor(problem, point, reach, bound)
+        return lax.cond(
+            jnp.any(poor),
+            lambda: jnp.minimum(bound, _repaired_gap(problem, point, reach, poor)),
+            lambda: bound,
+        )
 
 
 def _or_infinite(bound: Array) -> Array:
@@ -140,15 +158,12 @@ def _or_infinite(bound: Array) -> Array:
     return jnp.where(jnp.isnan(bound), jnp.inf, bound)
 
 
-def _curvature_gap(problem: Objective, point: _Point) -> Array:
+def _curvature_gap(problem: Objective, point: _Point, convexity: Array | None) -> Array:
     """The strong-convexity bound, +inf for μ = 0."""
     z, gradient, eps = point.z, point.gradient, jnp.finfo(problem.dtype).eps
     products = point.products
-    mu = problem.ridge * (1.0 - 4.0 * eps)
-    modulus = problem.loss.strong_convexity
-    if not isinstance(modulus, int | float) or modulus > 0:
-        convexity = lipschitz.strong_convexity(products.linear_map, upper=products.constant)
-        mu = (problem.ridge + modulus * convexity) * (1.0 - 4.0 * eps)
+    mu = problem.ridge if convexity is None else problem.ridge + convexity
+    mu = mu * (1.0 - 4.0 * eps)
     safe_mu = jnp.where(mu > 0, mu, 1.0)
     # the barrier: XLA takes seconds to fold "max(v, 0) >= 0 everywhere" into a constant
     u = lax.optimization_barrier(problem.prior.prox(z - gradient / safe_mu, 1.0 / safe_mu))
@@ -159,11 +174,10 @@ def _curvature_gap(problem: Objective, point: _Point) -> Array:
     sizes = jnp.abs(gradient) + safe_mu * (jnp.abs(z) + jnp.abs(u))
     noise = 8.0 * eps * problem.norm(sizes) + _spectral_round_off(problem, sizes)
     noise += problem.norm(point.gradient_error - point.image_error)
-    # the error of A r, r at the true u: of the product, and |A| |error of r| or ||A|| ||error of r||
-    through = products.norm_of_error(point.residual_error)
-    through += products.norm_of_round_off(point.residual)
-    entrywise = point.image_error + products.spread_error(point.residual_error)
-    noise += jnp.minimum(through, problem.norm(entrywise))
+    # the error of A r, r at the true u: that of the product, and ||A|| ||error of r||
+    rounding = products.norm_of_round_off(point.residual)
+    noise += jnp.minimum(rounding, problem.norm(point.image_error))
+    noise += products.norm_of_error(point.residual_error)
     slack = noise * problem.norm(move) + noise**2 / (2.0 * safe_mu)
     scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(terms)) + curve
     slack += _evaluation(problem, scale, gradient)
@@ -243,12 +257,23 @@ def _scaled_gap(problem: Objective, point: _Point) -> Array:
     return jnp.min(lax.map(gap, jnp.asarray([*shrinks, 0.0], problem.dtype)), axis=0)
 
 
-def _repaired_gap(problem: Objective, point: _Point, bound: Array) -> Array:
-    """The gap at r + d, d = 0 where `bound` is of the order of the gap or of round-off."""
+def _noise(problem: Objective, point: _Point) -> Array:
+    """A bound on the norm of the error of ∇F, that of decompositions included."""
+    noise = 1.2 * problem.norm(point.gradient_error)
+    return noise + _spectral_round_off(problem, point.gradient)
+
+
+def _reach(problem: Objective, point: _Point) -> Array:
+    """By how much a dual point has to be inside the domain, in the margins of `Prior.dual_projection`."""
+    if problem.prior.separable:
+        return 1.2 * point.gradient_error
+    return _expanded(problem, _noise(problem, point))
+
+
+def _repaired_gap(problem: Objective, point: _Point, reach: Array, poor: Array) -> Array:
+    """The gap at r + d, d = 0 for examples whose bound is not poor."""
     products, prior, gradient = point.products, problem.prior, point.gradient
-    A = products.linear_map
-    noise = 1.2 * problem.norm(point.gradient_error) + _spectral_round_off(problem, gradient)
-    reach = 1.2 * point.gradient_error if prior.separable else _expanded(problem, noise)
+    A, noise = products.linear_map, _noise(problem, point)
     outside = problem.norm(gradient + prior.dual_projection(-gradient, 1.5 * reach))
     # aim a little inside the domain, in proportion to how far outside the point is
     margin = 1.5 * reach + _REPAIR_MARGIN * _expanded(problem, outside)
@@ -267,8 +292,8 @@ def _repaired_gap(problem: Objective, point: _Point, bound: Array) -> Array:
         keep = _expanded_inputs(problem, done)
         return k + 1, jnp.where(keep, d, moved), jnp.where(keep, ahead, following), t_next, done
 
-    zero, done = jnp.zeros_like(problem.inputs), ~_is_poor(problem, point, reach, bound)
-    start = varying((0, zero, zero, jnp.ones((), problem.dtype), done), (problem, point))
+    zero, one = jnp.zeros_like(problem.inputs), jnp.ones((), problem.dtype)
+    start = varying((0, zero, zero, one, ~poor), (problem, point))
     d = lax.while_loop(unfinished, repair, start)[2]
     dual, eps = point.residual + d, jnp.finfo(problem.dtype).eps
     forward = products.forward(d)

@@ -1,6 +1,8 @@
 """The convex problem of one layer."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.lipschitz import lipschitz_constant
 from stochsolvers.problems import _certificate
 from stochsolvers.problems._objective import Objective
+from stochsolvers.problems._products import Products
 
 
 @value_object
@@ -38,7 +41,13 @@ class LayerProblem(Objective):
       Bibi et al. 2019, eq. 1 and 5.
     """
 
-    def certificate(self, z: Array) -> Array:
+    def certificate(
+        self,
+        z: Array,
+        *,
+        squared_norm: Scalar | None = None,
+        strong_convexity: Scalar | None = None,
+    ) -> Array:
         r"""A certified optimality gap: P(z) − min P ≤ certificate(z), for each example.
 
         The smallest of three bounds. With m-strongly convex ℓ (1 for squares) and μ = λ + m λ_min(A A*) >
@@ -59,16 +68,46 @@ class LayerProblem(Objective):
         blocks of some 32 products, whose sums go on in twice the precision. The value is +inf where z is
         infeasible, and where no dual point was found, as when the problem is unbounded below.
 
+        Args:
+          z: shaped as the outputs.
+          squared_norm: an upper bound on ‖A‖², where it is known; else `lipschitz_constant` on the padded
+            grid. With a number below ‖A‖² nothing is promised.
+          strong_convexity: a lower bound on λ_min(A A*), where it is known; else that of the function of this
+            name.
+
         Returns:
           shape (*batch,), in units of the objective. Not differentiable.
 
         References:
           Nesterov 2018, theorem 2.1.10 (first bound); Rockafellar 1970, section 31 (the others).
         """
-        z = self._variable(z)
+        known = self._known(squared_norm, strong_convexity)
+        return self._certified(_certificate_of, *known, z=z)
+
+    def certifier(
+        self,
+        *,
+        squared_norm: Scalar | None = None,
+        strong_convexity: Scalar | None = None,
+    ) -> "Certifier":
+        """z ↦ certificate(z), with ‖A‖², λ_min(A A*) and whatever else does not depend on z computed once.
+
+        Args:
+          squared_norm: as in `certificate`.
+          strong_convexity: as in `certificate`.
+        """
+        known = self._known(squared_norm, strong_convexity)
+        problem = lax.stop_gradient(self)
+        products, convexity = automatic(_constants, jax.sharding.PartitionSpec(), problem, *known)
+        return Certifier(problem, products, convexity)
+
+    def _known(self, *numbers: Scalar | None) -> tuple[Array | None, ...]:
+        return tuple(None if n is None else jnp.asarray(n, self.dtype) for n in numbers)
+
+    def _certified(self, function: Callable[..., Array], *operands: Any, z: Array) -> Array:
         spec = batch_spec(self.inputs, len(self.batch_shape)) if is_explicit() else None
-        operands = jax.tree.map(lax.stop_gradient, (self, z))
-        return automatic(_certificate.certificate, spec, *operands)
+        operands = jax.tree.map(lax.stop_gradient, (self, *operands, self._variable(z)))
+        return automatic(function, spec, *operands)
 
     def normalized(self, squared_norm: Scalar | None = None) -> "NormalizedProblem":
         r"""The problem in units in which ∇F has the Lipschitz constant 1.
@@ -108,6 +147,30 @@ class LayerProblem(Objective):
             plain=self,
             scale=scale,
         )
+
+
+_constants = jax.jit(_certificate.constants)
+_bound = jax.jit(_certificate.bound)
+
+
+@jax.jit
+def _certificate_of(
+    problem: LayerProblem, squared_norm: Array | None, convexity: Array | None, z: Array
+) -> Array:
+    return _certificate.bound(problem, *_certificate.constants(problem, squared_norm, convexity), z)
+
+
+@value_object
+class Certifier:
+    """z ↦ a certified gap of each example, made by `LayerProblem.certifier`."""
+
+    problem: LayerProblem
+    products: Products
+    convexity: Array | None
+
+    def __call__(self, z: Array) -> Array:
+        """The certificate of z, shape (*batch,)."""
+        return self.problem._certified(_bound, self.products, self.convexity, z=z)
 
 
 @value_object

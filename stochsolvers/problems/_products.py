@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from stochsolvers._typing import Array, static_field, value_object
 from stochsolvers.linear_maps import Conv, Dense, LinearMap, Matrix, Transposed, size, written_out
 
 _BLOCK = 32  # products that are added up before their sum goes on in twice the precision
+_COPIED = 2**22  # entries of a kernel of which a copy may be made
 _WRITTEN_OUT = 2**22  # entries of a matrix that is small enough to be written out
 
 
@@ -50,12 +52,15 @@ class Products:
     batch_ndim: int = static_field()
 
     @classmethod
-    def of(cls, linear_map: LinearMap, batch_ndim: int) -> "Products":
+    def of(
+        cls, linear_map: LinearMap, batch_ndim: int, squared_norm: Array | None = None
+    ) -> "Products":
         """A itself, or by its whole matrix if it is small enough and its entries are not known."""
         if not _has_blocks(linear_map) and size(linear_map) <= _WRITTEN_OUT:
             linear_map = written_out(linear_map)
-        constant = lipschitz.lipschitz_constant(linear_map, grid="padded")
-        return cls(linear_map, jnp.maximum(constant, 1e-30), batch_ndim)
+        if squared_norm is None:
+            squared_norm = lipschitz.lipschitz_constant(linear_map, grid="padded")
+        return cls(linear_map, jnp.maximum(squared_norm, 1e-30), batch_ndim)
 
     def forward(self, x: Array) -> Product:
         """A x."""
@@ -67,9 +72,8 @@ class Products:
 
     def spread_error(self, error: Array) -> Array:
         """An entrywise bound on |A e| for |e| ≤ error."""
-        absolute = self.linear_map.absolute() if _has_blocks(self.linear_map) else None
-        if absolute is not None:
-            return absolute(error)
+        if _has_blocks(self.linear_map):
+            return absolute_product(self.linear_map, error)
         shape = (*error.shape[: self.batch_ndim], *self.linear_map.out_shape)
         return self._everywhere(jnp.sqrt(self.constant) * self._norm(error), shape)
 
@@ -96,8 +100,7 @@ class Products:
             error = 8 * math.log2(2 * length) * unit * jnp.sqrt(self.constant) * self._norm(operand)
             return Product(total, jnp.zeros_like(total), self._everywhere(error, total.shape))
         (total, rest), error = in_blocks(A, operand, adjoint=adjoint)
-        absolute: Any = A.absolute()  # known for all maps with blocks
-        sizes = (absolute.adjoint if adjoint else absolute)(jnp.abs(operand))
+        sizes = absolute_product(A, jnp.abs(operand), adjoint=adjoint)
         return Product(total, rest, error * sizes)
 
     def _norm(self, array: Array) -> Array:
@@ -126,57 +129,86 @@ def in_blocks(
 ) -> tuple[tuple[Array, Array], float]:
     r"""A x or A* z as the sum of two floats, and ε with |error| ≤ ε |A| |x|: that of a block of the sum.
 
-    Blocks are of some features, within each group of a convolution.
+    Blocks are of some features, within each group of a convolution; the kernel is not copied.
     """
+    base, adjoint, operand, restore = _on_base(A, operand, adjoint)
+    taps, _, block, _ = _blocks_of(base, adjoint)
+
+    def add(pair, product):
+        total, low = two_sum(pair[0], product)
+        return total, pair[1] + low
+
+    def begin(product):
+        return product, jnp.zeros_like(product)
+
+    pair = _over_blocks(base, operand, adjoint, block, begin, add)
+    return jax.tree.map(restore, pair), _round_off(block * taps + 1, operand)
+
+
+def absolute_product(A: LinearMap, operand: Array, *, adjoint: bool = False) -> Array:
+    """|A| x or |A|* z for x, z ≥ 0; of a large kernel, |A| is not formed."""
+    base, adjoint, operand, restore = _on_base(A, operand, adjoint)
+    count = _blocks_of(base, adjoint)[1]
+    block = max(1, min(count, count * _COPIED // base.kernel.size))
+    return restore(
+        _over_blocks(base, operand, adjoint, block, lambda p: p, jnp.add, kernel_function=jnp.abs)
+    )
+
+
+def _over_blocks(
+    A: Dense | Conv,
+    operand: Array,
+    adjoint: bool,
+    block: int,
+    begin: Callable[[Array], Any],
+    add: Callable[[Any, Array], Any],
+    *,
+    kernel_function: Callable[[Array], Array] = lambda kernel: kernel,
+) -> Any:
+    """The products over blocks of features, added up one after the other."""
+    _, count, _, groups = _blocks_of(A, adjoint)
+    features = -1 if adjoint else -2  # of the kernel
+    kernel = _in_groups(A.kernel, features, groups if adjoint else 1)
+    operand = _in_groups(operand, -1, groups)
+
+    def product(start, size):
+        part = _slice(kernel, features, start, size)
+        piece = dataclasses.replace(A, kernel=kernel_function(part))
+        given = _slice(operand, -1, start, size)
+        return piece.adjoint(given) if adjoint else piece(given)
+
+    number, rest = divmod(count, block)
+    total = product(0, block)
+    sums = varying(begin(total), total)
+    if number > 1:
+        starts = block * jnp.arange(1, number)
+        sums, _ = lax.scan(lambda sums, k: (add(sums, product(k, block)), None), sums, starts)
+    return add(sums, product(number * block, rest)) if rest else sums
+
+
+def _in_groups(array: Array, axis: int, groups: int) -> Array:
+    """The axis, counted from the end, cut into (groups, features)."""
+    place = array.ndim + axis
+    return array.reshape(*array.shape[:place], groups, -1, *array.shape[place + 1 :])
+
+
+def _slice(array: Array, axis: int, start: Any, size: int) -> Array:
+    """Some features of every group, and the two axes as one again."""
+    place = array.ndim + axis
+    part = lax.dynamic_slice_in_dim(array, start, size, place)
+    return part.reshape(*part.shape[: place - 1], -1, *part.shape[place + 1 :])
+
+
+def _on_base(A: Any, operand: Array, adjoint: bool) -> tuple[Any, bool, Array, Any]:
+    """The map with a kernel that a product is of, the direction, the operand and what restores the shape."""
     if isinstance(A, Transposed):
-        return in_blocks(A.base, operand, adjoint=not adjoint)
-    if isinstance(A, Matrix):
-        before, after = (A.out_shape, A.in_shape) if adjoint else (A.in_shape, A.out_shape)
-        batch = operand.shape[: operand.ndim - len(before)]
-        pair, error = in_blocks(Dense(A.kernel), operand.reshape(*batch, -1), adjoint=adjoint)
-        total, rest = (part.reshape(*batch, *after) for part in pair)
-        return (total, rest), error
-    assert isinstance(A, Dense | Conv)
-    taps, count, block, groups = _blocks_of(A, adjoint)
-    number, error = -(-count // block), _round_off(block * taps + 1, operand)
-
-    def product(part: tuple[Array, Array]) -> Array:
-        piece = dataclasses.replace(A, kernel=part[0])
-        return piece.adjoint(part[1]) if adjoint else piece(part[1])
-
-    def add(pair, part):
-        total, low = two_sum(pair[0], product(part))
-        return (total, pair[1] + low), None
-
-    if number == 1:
-        total = product((A.kernel, operand))
-        return (total, jnp.zeros_like(total)), error
-    cut = _Cut(count, block, number)
-    kernel_axis, kernel_groups = (-1, groups) if adjoint else (-2, 1)
-    parts = cut(A.kernel, kernel_axis, kernel_groups), cut(operand, -1, groups)
-    total = product(jax.tree.map(lambda leaf: leaf[0], parts))
-    others = jax.tree.map(lambda leaf: leaf[1:], parts)
-    pair, _ = lax.scan(add, varying((total, jnp.zeros_like(total)), total), others)
-    return pair, error
-
-
-class _Cut(NamedTuple):
-    """Cuts the features of every group into `number` blocks, padded with zeros."""
-
-    features: int
-    block: int
-    number: int
-
-    def __call__(self, array: Array, axis: int, groups: int) -> Array:
-        axis %= array.ndim
-        before, after = array.shape[:axis], array.shape[axis + 1 :]
-        array = array.reshape(*before, groups, self.features, *after)
-        missing = [(0, 0)] * array.ndim
-        missing[axis + 1] = (0, self.number * self.block - self.features)
-        array = jnp.pad(array, missing)
-        array = array.reshape(*before, groups, self.number, self.block, *after)
-        array = jnp.moveaxis(array, axis + 1, 0)
-        return array.reshape(self.number, *before, groups * self.block, *after)
+        return _on_base(A.base, operand, not adjoint)
+    if not isinstance(A, Matrix):
+        return A, adjoint, operand, lambda array: array
+    before, after = (A.out_shape, A.in_shape) if adjoint else (A.in_shape, A.out_shape)
+    batch = operand.shape[: operand.ndim - len(before)]
+    flat = operand.reshape(*batch, -1)
+    return Dense(A.kernel), adjoint, flat, lambda array: array.reshape(*batch, *after)
 
 
 def _frobenius(A: Any) -> Array:

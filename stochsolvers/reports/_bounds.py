@@ -112,7 +112,7 @@ def has_bound(solver: Any, loss: Loss) -> bool:
 
     A step size that is a user's function cannot be a part of the compiled report.
     """
-    if not isinstance(solver, Solver) or solver.per_output or solver.tol is not None:
+    if not isinstance(solver, Solver) or solver.per_output or solver.stops:
         return False
     if type(loss) is not Squares or any(map(callable, jax.tree.leaves(solver))):
         return False

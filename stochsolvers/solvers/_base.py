@@ -62,12 +62,14 @@ class Solver(abc.ABC):
     Args:
       tol: where an example stops, see `prox_gd`; only for solvers that do not sample. None runs all
         iterations.
+      gap_tol: the certified gap at which an example stops, likewise; see `prox_gd`.
       derivative: "unrolled", "remat", `Truncated(n)`, "implicit" or `Implicit(...)`; see
-        `solvers.derivatives`.
-        None is unrolled, implicit where `tol` is given. Solvers that sample have no implicit derivative.
+        `solvers.derivatives`. None is unrolled, implicit where a tolerance is given. Solvers that sample
+        have no implicit derivative.
     """
 
     tol: Scalar | None = dataclasses.field(default=None, kw_only=True)
+    gap_tol: Scalar | None = dataclasses.field(default=None, kw_only=True)
     derivative: DerivativeLike = static_field(default=None, kw_only=True)
 
     stochastic: ClassVar[bool] = False
@@ -82,15 +84,18 @@ class Solver(abc.ABC):
                 object.__setattr__(self, count, _checks.count(count, getattr(self, count)))
         _checks.count(f"num_iters of {name}", self._option("num_iters"))
         step_sizes.check(self._option("step_size"), per_output=self.per_output)
-        resolved = canonical(self.derivative, stops=self.tol is not None)
+        resolved = canonical(self.derivative, stops=self.stops)
         if self.stochastic and isinstance(resolved, Implicit):
-            what, got = ("tol", self.tol) if self.derivative is None else (
-                "derivative", self.derivative,
-            )  # fmt: skip
-            wanted = "None" if what == "tol" else "'unrolled', 'remat' or Truncated(...)"
+            what, got = "derivative", self.derivative
+            if got is None:
+                what = "gap_tol" if self.tol is None else "tol"
+                got = getattr(self, what)
+            wanted = "None" if "tol" in what else "'unrolled', 'remat' or Truncated(...)"
             _checks.fail(f"{what} of {name}", wanted, got)
-        if self.tol is not None:
-            _checks.non_negative("tol", self.tol)
+        for name in ("tol", "gap_tol"):
+            if getattr(self, name) is not None:
+                _checks.non_negative(name, getattr(self, name))
+                _checks.rank(name, getattr(self, name), 0)
 
     # what a subclass defines
 
@@ -121,6 +126,11 @@ class Solver(abc.ABC):
         """Refuse problems that the algorithm is not for; called at trace time."""
 
     # what it has for free
+
+    @property
+    def stops(self) -> bool:
+        """Whether a tolerance is given, so that examples may stop before the last iteration."""
+        return self.tol is not None or self.gap_tol is not None
 
     def step_constant(self, problem: LayerProblem) -> Array | None:
         """The problem constant that sets the step, L for 1/L; None for a fixed step."""
@@ -193,14 +203,14 @@ class Solver(abc.ABC):
         key = None if deterministic else key
         operands = traced, key, problem, _starting_point(problem, init), step_constant
         if is_explicit():
-            stops = (self.deterministic() if deterministic else self).tol is not None
-            specs = _specs(problem, trace_objective=trace_objective, stops=stops)
+            solver = self.deterministic() if deterministic else self
+            specs = _specs(problem, solver, trace_objective=trace_objective)
             if pre_activation:
                 specs = dataclasses.replace(specs, pre_activation=specs.value)
             solution = automatic(run, specs, *operands)
         else:
             solution = run(*operands)
-        if certify:
+        if certify and solution.certificate is None:
             gap = problem.certificate(solution.value)
             solution = dataclasses.replace(solution, certificate=gap)
         return solution
@@ -251,12 +261,16 @@ class Solver(abc.ABC):
             "trace_objective": trace_objective,
         }
         arguments = run.problem, update, (traced, run), z, self._option("num_iters")
-        if self.tol is None:
+        if not self.stops:
             z, (_, last), diagnostics = _loop.iterate(*arguments, derivative=derivative, **options)
             return z, last, diagnostics, {}
-        tol = jnp.asarray(self.tol, z.dtype)
-        outcome = _loop.iterate_until(*arguments, tol, from_zero=run.from_zero, **options)
+        tolerances = (
+            None if tol is None else jnp.asarray(tol, z.dtype) for tol in (self.tol, self.gap_tol)
+        )
+        outcome = _loop.iterate_until(*arguments, *tolerances, from_zero=run.from_zero, **options)
         ends = {"status": outcome.status, "iterations": outcome.iterations}
+        if outcome.certificate is not None:
+            ends["certificate"] = outcome.certificate
         return outcome.value, None, outcome.diagnostics, ends
 
 
@@ -286,7 +300,7 @@ def _solve(
     estimator = Full() if deterministic else given.estimator().prepare(problem)
     calls = solver._num_gradients(from_zero)
     gradient = gradient_form(problem, solver._option("form", "auto"), num_calls=calls)
-    derivative = canonical(solver.derivative, stops=solver.tol is not None)
+    derivative = canonical(solver.derivative, stops=solver.stops)
     implicit = isinstance(derivative, Implicit)
     keeps_point = pre_activation and not implicit
     run = Run(problem, gradient, estimator, schedule, key, from_zero, keeps_point)
@@ -308,6 +322,7 @@ def _solve(
     if not pre_activation:
         return _solution(value, diagnostics, ends)
     point = step_map.point(value)
+    ends.pop("certificate", None)  # of the value before
     solution = _solution(problem.prior.prox(point, step_map.step), diagnostics, ends)
     w = problem.prior.pre_activation(point, step_map.step)
     return dataclasses.replace(solution, pre_activation=w)
@@ -318,13 +333,15 @@ def _solution(value: Array, diagnostics: Diagnostics, ends: dict[str, Array]) ->
     return Solution(value, diagnostics.residual, diagnostics.objective, finite, **ends)
 
 
-def _specs(problem: LayerProblem, *, trace_objective: bool, stops: bool) -> Solution:
+def _specs(problem: LayerProblem, solver: Solver, *, trace_objective: bool) -> Solution:
     """How a solution is split over an explicit mesh: as the plain layer's output."""
     output = jax.eval_shape(lambda A, x: A(x), problem.linear_map, problem.inputs)
     value = jax.sharding.PartitionSpec(*spec_of(output))
     batch = batch_spec(problem.inputs, len(problem.batch_shape))
     of_all = jax.sharding.PartitionSpec(None, *batch)
-    ends = {"status": batch, "iterations": batch} if stops else {}
+    ends = {"status": batch, "iterations": batch} if solver.stops else {}
+    if solver.gap_tol is not None:
+        ends["certificate"] = batch
     return Solution(value, of_all, of_all if trace_objective else None, batch, **ends)  # pyright: ignore
 
 

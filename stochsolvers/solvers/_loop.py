@@ -9,7 +9,7 @@ from jax import lax
 
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array
-from stochsolvers.problems import LayerProblem
+from stochsolvers.problems import Certifier, LayerProblem
 from stochsolvers.solvers import derivatives
 from stochsolvers.solvers._solution import Status
 from stochsolvers.solvers.derivatives import Unrolled, Unrolling
@@ -108,6 +108,7 @@ class Outcome(NamedTuple):
     diagnostics: Diagnostics
     status: Array
     iterations: Array
+    certificate: Array | None = None
 
 
 class _State(NamedTuple):
@@ -121,6 +122,7 @@ class _State(NamedTuple):
     growing: Array
     iterations: Array
     diagnostics: Diagnostics
+    checks: "_Checks | None" = None
 
 
 def iterate_until(
@@ -129,14 +131,15 @@ def iterate_until(
     operands: Any,
     init: Array,
     num_iters: int,
-    tol: Array,
+    tol: Array | None,
+    gap_tol: Array | None,
     *,
     memory: Any = None,
     opening: Update | None = None,
     from_zero: bool = False,
     trace_objective: bool = False,
 ) -> Outcome:
-    r"""`iterate` until each example meets a tolerance, or the cap; not differentiable in reverse mode.
+    r"""`iterate` until each example meets one of two tolerances, or the cap; no reverse mode.
 
     An example has converged at the first k with
 
@@ -147,16 +150,27 @@ def iterate_until(
     problem the left side of the test tends to a constant, and the right side to infinity. From then on an
     example's value does not change. A start far along an unbounded direction is taken for a solution, and
     so is the growth of fewer than ten iterations: a certificate, which is infinite there, tells them apart.
+
+    With `gap_tol` an example also stops where its certificate is at most that. Certificates are computed
+    after ten iterations and then after another ten or a fifth of those so far, whichever is more, and only
+    where some running example has moved so little,
+
+        (L/2) ||T(y_k) − y_k||² ≤ 4 gap_tol,
+
+    that a gap of `gap_tol` is possible: the gap at y_k is at least the left side.
     """
     batch = problem.batch_shape
     axes, unit = tuple(range(len(batch), init.ndim)), _unit(problem, init)
+    gaps = None if gap_tol is None else _Gaps.of(problem, gap_tol)
 
     def advance(update, k, state):
         step = update(operands, k, state.z, state.memory)
         seen = observe(problem, state.z, step, trace_objective=trace_objective, unit=unit)
         origin = state.z if step.origin is None else step.origin
         moved, size = problem.norm(step.value - origin, unit), problem.norm(step.value, unit)
-        small = (moved <= tol * jnp.maximum(1, size)) & jnp.isfinite(size)
+        small = jnp.isfinite(size)
+        if tol is not None:
+            small &= moved <= tol * jnp.maximum(1, size)
         distance = size if from_zero else problem.norm(step.value - init, unit)
         steady = (2 * (k + 1) * seen.residual >= distance) & (2 * distance >= size)
         growing = small & steady & (size >= 1) & (k >= 9)
@@ -171,22 +185,29 @@ def iterate_until(
             None if seen.objective is None else record(state.diagnostics.objective, seen.objective),
             state.diagnostics.finite & finite,
         )
-        done = small & ~growing & finite
+        value = jnp.where(jnp.expand_dims(running, axes), step.value, state.value)
+        done = small & ~growing & finite & (tol is not None)
+        checks = state.checks
+        if gaps is not None:
+            checks = gaps.check(checks, k, value, moved, running)
+            done |= (checks.gap <= gaps.gap_tol) & finite
         return _State(
             step.value,
             step.memory,
-            jnp.where(jnp.expand_dims(running, axes), step.value, state.value),
+            value,
             running & ~done & finite,
             state.converged | (running & done),
             jnp.where(running, growing & finite, state.growing),
             state.iterations + running.astype(state.iterations.dtype),
             recorded,
+            checks,
         )
 
     buffer, none = jnp.zeros((num_iters, *batch), init.dtype), jnp.zeros(batch, bool)
     diagnostics = Diagnostics(buffer, buffer if trace_objective else None, ~none)
     counts = none.astype(jnp.int32)
-    state = _State(init, memory, init, ~none, none, none, counts, diagnostics)
+    checks = None if gaps is None else _Checks(jnp.full(batch, jnp.inf, init.dtype), jnp.array(9))
+    state = _State(init, memory, init, ~none, none, none, counts, diagnostics, checks)
     state, start = varying(state, (problem, operands)), 0
     if opening is not None:
         start, state = 1, advance(opening, 0, state)
@@ -195,7 +216,52 @@ def iterate_until(
         lambda carry: (carry[0] + 1, advance(update, *carry)),
         (jnp.asarray(start), state),
     )
-    return _outcome(state)
+    outcome = _outcome(state)
+    if gaps is None or state.checks is None:
+        return outcome
+    return outcome._replace(certificate=gaps.at_the_end(state.checks, state.value))
+
+
+class _Checks(NamedTuple):
+    """The last certificate of each example, and the iteration after which the next one is due."""
+
+    gap: Array
+    due: Array
+
+
+class _Gaps(NamedTuple):
+    """Certificates of the iterates of one problem."""
+
+    certifier: Certifier
+    smoothness: Array
+    gap_tol: Array
+
+    @classmethod
+    def of(cls, problem: LayerProblem, gap_tol: Array) -> "_Gaps":
+        certifier = problem.certifier()
+        return cls(certifier, problem.smoothness(certifier.products.constant), gap_tol)
+
+    def check(
+        self, checks: _Checks, k: Array | int, value: Array, moved: Array, running: Array
+    ) -> _Checks:
+        """The gaps after iteration k where it is time; those of examples that have stopped stay."""
+        near = running & (0.5 * self.smoothness * moved**2 <= 4.0 * self.gap_tol)
+        now = (checks.due <= k) & jnp.any(near)
+
+        def certified(checks):
+            gap = jnp.where(running, self.certifier(value), checks.gap)
+            due = jnp.asarray(k + jnp.maximum(10, (k + 1) // 5), checks.due.dtype)
+            return varying(_Checks(gap, due), checks)
+
+        return lax.cond(now, certified, lambda checks: checks, checks)
+
+    def at_the_end(self, checks: _Checks, value: Array) -> Array:
+        """The certificates of the values, of which those that are small enough are known."""
+        return lax.cond(
+            jnp.all(checks.gap <= self.gap_tol),
+            lambda: checks.gap,
+            lambda: jnp.where(checks.gap <= self.gap_tol, checks.gap, self.certifier(value)),
+        )
 
 
 def _unit(problem: LayerProblem, init: Array) -> Array:

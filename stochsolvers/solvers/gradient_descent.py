@@ -29,9 +29,9 @@ class ProxGD(Solver):
       step_size: a number, a schedule, a rule, or None for 1/L.
       momentum: FISTA.
       form: which of the equal forms of ∇F to iterate, see `estimators.forms`.
-      tol: where to stop, see `prox_gd`.
+      tol, gap_tol: where to stop, see `prox_gd`.
       derivative: "unrolled", "remat", `Truncated(n)`, "implicit" or `Implicit(...)`; None is unrolled,
-        implicit where `tol` is given.
+        implicit where a tolerance is given.
 
     References:
       Bibi et al. 2019, eq. 3; Beck and Teboulle 2009.
@@ -93,6 +93,7 @@ def prox_gd(
     momentum: bool = False,
     form: Form = "auto",
     tol: Scalar | None = None,
+    gap_tol: Scalar | None = None,
     derivative: DerivativeLike = None,
     trace_objective: bool = False,
     certify: bool = False,
@@ -116,8 +117,12 @@ def prox_gd(
         the least work for the shapes at hand.
       tol: stop an example where ||T(y_k) − y_k|| ≤ tol max(1, ||z_{k+1}||), T the step's map and y_k
         where it was taken; `num_iters` is then the cap. Traced. See `Status`.
+      gap_tol: stop an example where its certified gap is at most this, P(z_k) − min P ≤ gap_tol, in units of
+        the objective, as `LayerProblem.certificate` shows it; `Solution.certificate` is then filled in. It is
+        looked at every ten iterations or more, once the steps are short enough for it. A gap below the
+        round-off of a certificate is never met. With `tol` too, an example stops at the first of them.
       derivative: "unrolled", "remat", `Truncated(n)`, "implicit" or `Implicit(...)`; see
-        `solvers.derivatives`. Unrolled by default, implicit where `tol` is given.
+        `solvers.derivatives`. Unrolled by default, implicit where a tolerance is given.
       trace_objective: also return P(z_k) for every iteration, which reads the input each time.
       certify: also return a bound on P(z_K) − min P.
 
@@ -132,5 +137,13 @@ def prox_gd(
     References:
       Bibi et al. 2019, eq. 3; Beck and Teboulle 2009.
     """
-    solver = ProxGD(num_iters, step_size, momentum, form=form, tol=tol, derivative=derivative)
+    solver = ProxGD(
+        num_iters,
+        step_size,
+        momentum,
+        form=form,
+        tol=tol,
+        gap_tol=gap_tol,
+        derivative=derivative,
+    )
     return solver.solve(None, problem, init=init, trace_objective=trace_objective, certify=certify)
