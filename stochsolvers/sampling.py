@@ -82,46 +82,50 @@ def tau_nice_mask(key: Array, tau: int | Array, n: int, batch_shape: tuple[int, 
 def _order_statistic(integers: Array, rank: int | Array) -> Array:
     r"""The rank-th smallest along the last axis, t = max{u : |{i : s_i < u}| < rank}, shape (..., 1).
 
-    Its 32 bits are found from the highest on, each by one count. A count compares one byte: where the
-    higher bytes differ from those of t, they decide, and the byte is taken as 0 or 255.
+    Its 32 bits are found from the highest on, each by one count. A count compares single bytes: where the
+    bytes before differ from those of t, they decide, and the byte becomes 0 or 255.
     """
     edge = (*integers.shape[:-1], 1)
+    columns = _columns(integers)
 
     def append_byte(level, t):
-        shifted = integers >> (24 - 8 * level).astype(jnp.uint32)
-        higher = shifted >> 8
-        byte = jnp.where(higher == t, shifted & 255, jnp.where(higher < t, 0, 255))
-        byte = byte.astype(jnp.uint8)
+        least = t << 8
+        shifted = columns >> (24 - 8 * level).astype(jnp.uint32)
+        byte = jnp.maximum(shifted, least[..., None]) - least[..., None]
+        byte = jnp.minimum(byte, 255).astype(jnp.uint8)
 
         def add_bit(k, u):
             trial = u | (jnp.uint8(128) >> k.astype(jnp.uint8))
-            return jnp.where(_count(byte < trial) < rank, trial, u)
+            return jnp.where(_count(byte < trial[..., None]) < rank, trial, u)
 
         low = lax.fori_loop(0, 8, add_bit, varying(jnp.zeros(edge, jnp.uint8), integers))
-        return t << 8 | low.astype(jnp.uint32)
+        return least | low.astype(jnp.uint32)
 
     return lax.fori_loop(0, 4, append_byte, varying(jnp.zeros(edge, jnp.uint32), integers))
 
 
-def _count(flags: Array) -> Array:
-    """How many are True along the last axis, which is kept.
+def _columns(integers: Array) -> Array:
+    """The last axis as at most 32 rows of 2^j columns, filled up with the largest integer.
 
-    Columns of 32 are added up in bytes, then halves: several times faster on CPU than the sum of a row.
+    Of 32 columns at least, or of one: narrower ones take longer on CPU.
     """
-    n = flags.shape[-1]
-    rows = min(n, 32)
-    columns = _padded(flags, -n % rows).reshape(*flags.shape[:-1], rows, -(-n // rows))
-    counts = jnp.sum(columns, axis=-2, dtype=jnp.uint8).astype(jnp.int32)
+    n = integers.shape[-1]
+    width = 1 if n <= 32 else max(32, 2 ** (-(-n // 32) - 1).bit_length())
+    filling = [(0, 0)] * (integers.ndim - 1) + [(0, -n % width)]
+    filled = jnp.pad(integers, filling, constant_values=jnp.uint32(2**32 - 1))
+    return filled.reshape(*integers.shape[:-1], -(-n // width), width)
+
+
+def _count(flags: Array) -> Array:
+    """How many of `_columns` are True, shape (..., 1).
+
+    Columns are added up in bytes, then halves: several times faster on CPU than the sum of a row.
+    """
+    counts = jnp.sum(flags, axis=-2, dtype=jnp.uint8).astype(jnp.int32)
     while counts.shape[-1] > 1:
-        counts = _padded(counts, counts.shape[-1] % 2)
         half = counts.shape[-1] // 2
         counts = counts[..., :half] + counts[..., half:]
     return counts
-
-
-def _padded(array: Array, number: int) -> Array:
-    """The array with zeros behind its last axis."""
-    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, number)]) if number else array
 
 
 def _distinct_integers(key: Array, shape: tuple[int, ...]) -> Array:
