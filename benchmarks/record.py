@@ -16,7 +16,16 @@ from experiments import results, terminal
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
 RESULTS = HERE / "results"
-NAMES = ("lipschitz", "dense", "convolution", "derivatives", "sampling", "certificates", "training")
+NAMES = (
+    "lipschitz",
+    "dense",
+    "convolution",
+    "derivatives",
+    "sampling",
+    "masks",
+    "certificates",
+    "training",
+)
 _COMPARE = {"≤": operator.le, "≥": operator.ge}
 
 

@@ -7,7 +7,16 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import certificates, convolution, dense, derivatives, measure, record, sampling
+from benchmarks import (
+    certificates,
+    convolution,
+    dense,
+    derivatives,
+    masks,
+    measure,
+    record,
+    sampling,
+)
 from benchmarks.record import Figure, Goal
 
 QUICK = record.Options(rounds=2, quick=True)
@@ -80,7 +89,7 @@ def test_the_stored_page_is_the_one_of_the_stored_results():
 
 
 @pytest.mark.parametrize(
-    "module", [certificates, convolution, derivatives, sampling], ids=lambda m: m.__name__
+    "module", [certificates, convolution, derivatives, masks, sampling], ids=lambda m: m.__name__
 )
 def test_commands_run(module):
     figures = module.benchmark(QUICK)

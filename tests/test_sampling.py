@@ -50,6 +50,27 @@ def test_tau_nice_counts_exactly_even_if_all_random_integers_are_equal(n, bits, 
         assert np.sum(sampling.tau_nice_mask(KEY, tau, n)) == tau
 
 
+@pytest.mark.parametrize("n", [1, 2, 31, 33, 100, 255, 256, 257, 1025, 3000])
+def test_tau_nice_keeps_the_smallest_scores(n, monkeypatch):
+    """Against sorting: random high bits, equal ones, clusters, and the ends of the range."""
+    rng = np.random.default_rng(n)
+    bits = rng.integers(0, 2**32, (7, n), dtype=np.uint32)
+    bits[1] >>= 8
+    bits[2] |= 0xFFFFFF00
+    bits[3] = 0x7FFFFFFF + (bits[3] & 0x100FF)
+    bits[4] = np.where(bits[4] & 1, 0, 2**32 - 1)
+    bits[5] = np.sort(bits[5])[::-1]
+    bits[6] = 0x01000000
+    low_bits = max(n - 1, 1).bit_length()
+    scores = (bits >> low_bits << low_bits) | np.arange(n, dtype=np.uint32)
+    rank = np.argsort(np.argsort(scores, axis=-1), axis=-1)
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.asarray(bits, dtype))
+    draws = jax.jit(jax.vmap(lambda tau: sampling.tau_nice_mask(KEY, tau, n, (7,))))
+    taus = np.unique(np.clip([1, 2, n // 10, n // 2, n - 1, n], 1, n))
+    for tau, mask in zip(taus, draws(taus), strict=True):
+        np.testing.assert_array_equal(mask, rank < tau)
+
+
 def subset_codes(masks):
     """The number of each subset among all subsets of its size."""
     masks = np.asarray(masks)
