@@ -45,6 +45,8 @@ class Options:
     """Each seed is a run with its own validation split, initial weights, order of examples, sampling."""
     trials: int = 20
     """Repeated tests of a network that samples at test time; at most 3 in a smoke run."""
+    normalize: bool = False
+    """Solve with the map A/√L and the inputs √L x: one iteration is then the plain layer."""
     examples: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Train on this many images only; by default on all."""
     augment: bool = False
@@ -107,6 +109,8 @@ class Options:
         common = dataclasses.asdict(self)
         for name in (*UNRECORDED, *ADDABLE):
             common.pop(name, None)
+        if not self.normalize:
+            del common["normalize"]  # folders from before there was such an option
         return {"table": table, **common, "dataset": data.name_of(self.dataset)}
 
     def train_config(self, seed: int) -> steps.TrainConfig:

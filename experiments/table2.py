@@ -67,7 +67,9 @@ class Config(options.Options):
         """The networks for images of this shape."""
         pairs = itertools.product(dict.fromkeys(self.variants), dict.fromkeys(self.methods))
         for variant, method in pairs:
-            block = BlockConfig(method, num_iters=self.num_iters, decay=self.decay)
+            block = BlockConfig(
+                method, num_iters=self.num_iters, decay=self.decay, normalize=self.normalize
+            )
             yield LeNetConfig(dataset.image_shape, len(dataset.classes), variant, block)
 
 

@@ -45,7 +45,7 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     paper = PAPER.get(config.dataset) if config.width == 1.0 else None
 
     def arm(method: Literal["prox-gd", "fista"]) -> finetune.Arm:
-        block = BlockConfig(method, num_iters=config.num_iters)
+        block = BlockConfig(method, num_iters=config.num_iters, normalize=config.normalize)
 
         def swap(model: AlexNet, rngs: Any) -> None:
             del rngs  # the solver draws nothing

@@ -76,7 +76,9 @@ def arms(config: Config, paper: dict[str, finetune.Accuracy]) -> list[finetune.A
     """Solvers that sample in the last layer or in both; Prox-GD and FISTA in both."""
 
     def arm(method: Method, marks: Marks) -> finetune.Arm:
-        block = BlockConfig(method, num_iters=config.num_iters, decay=config.decay)
+        block = BlockConfig(
+            method, num_iters=config.num_iters, decay=config.decay, normalize=config.normalize
+        )
 
         def swap(model: VGG16, rngs: nnx.Rngs) -> None:
             if marks == "D-D":

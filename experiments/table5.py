@@ -133,7 +133,13 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
 
 
 def _block(config: Config, method: Method, rate: float) -> BlockConfig:
-    return BlockConfig(method, rate=rate, num_iters=config.num_iters, decay=config.decay)
+    return BlockConfig(
+        method,
+        rate=rate,
+        num_iters=config.num_iters,
+        decay=config.decay,
+        normalize=config.normalize,
+    )
 
 
 TABLE = finetune.Table("table5", studies)

@@ -43,6 +43,8 @@ class BlockConfig:
         "fista", which converge without it.
       ridge: λ of the solver's problem.
       step_size: a constant step size in place of 1/L or 1/(2𝓛).
+      normalize: solve with the map A/√L and the inputs √L x, so that the first iterate is the plain
+        layer's output.
     """
 
     method: Method = "prox-sg"
@@ -51,6 +53,7 @@ class BlockConfig:
     decay: float = 0.9
     ridge: float = 1e-3
     step_size: float | None = None
+    normalize: bool = False
 
     def __post_init__(self):
         if self.method not in get_args(Method):
@@ -195,7 +198,12 @@ def swap_hidden(layer: HiddenLayer, block: BlockConfig, *, rngs: nnx.Rngs) -> Hi
 
 def _solve(linear: nnx.Linear, block: BlockConfig, rngs: nnx.Rngs) -> HiddenLayer:
     twin = ss.nnx.SolverLinear.from_layer(
-        linear, prior=ss.prox.NonNegative(), solver=block.solver(), ridge=block.ridge, rngs=rngs
+        linear,
+        prior=ss.prox.NonNegative(),
+        solver=block.solver(),
+        ridge=block.ridge,
+        normalize=block.normalize,
+        rngs=rngs,
     )
     if block.method in _DETERMINISTIC:
         return DropoutSolver(block.rate, twin, rngs=rngs)
@@ -227,6 +235,7 @@ def swap_conv(
         prior=ss.prox.NonNegative(),
         solver=block.solver(),
         ridge=block.ridge,
+        normalize=block.normalize,
     )
 
 
