@@ -33,6 +33,13 @@ the barriers, |v| up to 1e6 and ηγ from 1e-8 to 1e3. float16 and bfloat16 are 
 float32.
 """
 
+from stochsolvers.prox._activations import ELU as ELU
+from stochsolvers.prox._activations import Arctan as Arctan
+from stochsolvers.prox._activations import LeakyReLU as LeakyReLU
+from stochsolvers.prox._activations import Sigmoid as Sigmoid
+from stochsolvers.prox._activations import Softplus as Softplus
+from stochsolvers.prox._activations import Softsign as Softsign
+from stochsolvers.prox._activations import Tanh as Tanh
 from stochsolvers.prox._base import Prior as Prior
 from stochsolvers.prox._elementwise import L1 as L1
 from stochsolvers.prox._elementwise import Box as Box

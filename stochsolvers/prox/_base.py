@@ -28,7 +28,10 @@ class Prior(ABC):
       somewhere. The default returns w, which is right for a g* that is finite everywhere.
 
     A certificate that needs a missing formula is `inf`. Set `separable = False` if g(u) is not a sum
-    of functions of single entries.
+    of functions of single entries. Two more methods have defaults that are right for most priors:
+
+    - `_pre_activation(v, step)` is v + (1/η − 1)(v − u), u = prox_{ηg}(v). Return v if g is an indicator.
+    - `_term_sizes(u, w)` tells certificates of terms that cancel in g or g*; see there.
     """
 
     separable: ClassVar[bool] = True
@@ -51,6 +54,22 @@ class Prior(ABC):
         _checks.positive("step_size", step_size)
         v = as_float32_or_wider("v", v)
         return self._prox(v, self._weight("step_size", step_size, v))
+
+    def pre_activation(self, v: Array, step_size: ArrayLike) -> Array:
+        r"""The w with prox_g(w) = prox_{ηg}(v): the argument of the activation σ = prox_g in a step.
+
+            w = v + (1/η − 1)(v − u),  u = prox_{ηg}(v),
+
+        for (v − u)/η is a subgradient of g at u, and w = u + (v − u)/η. At η = 1, w = v. For an indicator
+        w is v, the point before the projection, whatever η is.
+
+        Args:
+          v: any shape, leading axes are a batch.
+          step_size: η > 0, as in `prox`.
+        """
+        _checks.positive("step_size", step_size)
+        v = as_float32_or_wider("v", v)
+        return self._pre_activation(v, self._weight("step_size", step_size, v))
 
     def conjugate(self, w: Array) -> Array:
         """g*(w) = sup_u <w, u> − g(u), a scalar summed over the array; +∞ outside its domain.
@@ -88,6 +107,16 @@ class Prior(ABC):
 
     @abstractmethod
     def _prox(self, v: Array, step: Array) -> Array: ...
+
+    def _pre_activation(self, v: Array, step: Array) -> Array:
+        return v + (1 / step - 1) * (v - self._prox(v, step))
+
+    def _term_sizes(self, u: Array, w: Array) -> Array:
+        """The sum of the sizes of all terms that g(u) and g*(w) add up, a scalar, for bounds of their round-off.
+
+        Certificates add |g(u)| + |g*(w)| + Σ |u w| to it, so that 0 is right where no terms cancel.
+        """
+        return jnp.zeros((), u.dtype)
 
     def _conjugate(self, w: Array) -> Array:
         return jnp.full((), jnp.inf, w.dtype)
