@@ -41,6 +41,7 @@ from stochsolvers.prox._activations import Softplus as Softplus
 from stochsolvers.prox._activations import Softsign as Softsign
 from stochsolvers.prox._activations import Tanh as Tanh
 from stochsolvers.prox._base import Prior as Prior
+from stochsolvers.prox._general import Activation as Activation
 from stochsolvers.prox._elementwise import L1 as L1
 from stochsolvers.prox._elementwise import Box as Box
 from stochsolvers.prox._elementwise import IntervalLogBarrier as IntervalLogBarrier

@@ -5,7 +5,6 @@ r"""Exact priors of activations: prox_g = σ for σ non-decreasing and 1-Lipschi
 (Moreau 1965; Combettes and Pesquet, SIAM J. Math. Data Science 2(2), 2020, list activations of this class.)
 """
 
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -242,15 +241,18 @@ def _softplus_solve(v, step):
     eta = jnp.where(flip, 1 / step, step)
     c = jnp.where(flip, -v / step, v)
     k = jnp.log(jnp.maximum(1 - eta, info.tiny)) - jnp.log(eta)
-    w = jnp.where(c < 1, _monotone.log_omega(c / eta + k) - k, c)
-    for _ in range(_monotone.ROUNDS + (info.bits > 32)):
+
+    def improve(_, w):
         decay = jnp.exp(-jnp.abs(w))
         high = jnp.where(w < 0, decay, 1) / (1 + decay)
         value = jnp.maximum(w, 0) + jnp.log1p(decay)
         slope = (1 - eta) * high + eta
         newton = ((1 - eta) * value + (eta * w - c)) / slope
-        bend = 0.5 * newton * ((1 - eta) * (high * (1 - high)) / slope)
-        w = jnp.clip(w - newton / (1 - jnp.clip(bend, -1e3, 0.5)), -0.25 * info.max, 0.25 * info.max)
+        bend = jnp.clip(0.5 * newton * ((1 - eta) * (high * (1 - high)) / slope), -1e3, 0.5)
+        return jnp.clip(w - newton / (1 - bend), -0.25 * info.max, 0.25 * info.max)
+
+    start = jnp.where(c < 1, _monotone.log_omega(c / eta + k) - k, c)
+    w = _monotone.rounds(improve, start, more=1)
     w = _at_one(step, v, jnp.where(flip, -w, w))
     decay = jnp.exp(-jnp.abs(w))
     logs = jnp.log1p(decay)
@@ -341,7 +343,7 @@ class ELU(_Exact):
 
     def __post_init__(self):
         _checks.positive("alpha of ELU", self.alpha)
-        _checks.ordered("alpha of ELU and 1 (the largest slope of a prox)", self.alpha, 1.0)
+        _checks.at_most("alpha of ELU", self.alpha, 1.0, "the slope of a prox")
         object.__setattr__(self, "alpha", real(self.alpha))
 
     def _alpha(self, like):
@@ -381,9 +383,7 @@ class LeakyReLU(Prior):
 
     def __post_init__(self):
         _checks.non_negative("negative_slope", self.negative_slope)
-        _checks.ordered(
-            "negative_slope and 1 (the largest slope of a prox)", self.negative_slope, 1.0
-        )
+        _checks.at_most("negative_slope", self.negative_slope, 1.0, "the slope of a prox")
         object.__setattr__(self, "negative_slope", real(self.negative_slope))
 
     def _slope(self, like):

@@ -1,11 +1,12 @@
 r"""Values and conjugates of the exact activations, g(u) = u p − S(p) − ½u² at σ(p) = u, without cancellation.
 
-    g′(u) = p − u,   g*(w) = sup_u w u − g(u) = S(p) − ½σ(p)² at p − σ(p) = w,   (g*)′(w) = σ(p)
+g′(u) = p − u,   g*(w) = sup_u w u − g(u) = S(p) − ½σ(p)² at p − σ(p) = w,   (g*)′(w) = σ(p)
 """
 
 import fractions
 import math
 
+import jax
 import jax.numpy as jnp
 
 from stochsolvers._typing import Array
@@ -66,7 +67,8 @@ def _to_wall(a: Array) -> Array:
     """π/2 − a, without the rounding of π/2."""
     high = jnp.asarray(0.5 * math.pi, a.dtype)
     low = {32: -4.371139000186241e-08, 64: 6.123233995736766e-17}[jnp.finfo(a.dtype).bits]
-    return (high - a) + low
+    # the barrier: XLA would add the constants first
+    return jax.lax.optimization_barrier(high - a) + low
 
 
 def within_right_angle(u: Array) -> Array:
@@ -171,9 +173,7 @@ def elu_conjugate(w: Array, alpha: Array) -> ValueAndPartials:
 
 def _elu_by_alpha(x: Array) -> Array:
     """log(1 − x) + x."""
-    return jnp.where(
-        x < 0.5, -_log_remainder(jnp.minimum(x, 0.5), 2), jnp.log1p(-_below(x)) + x
-    )
+    return jnp.where(x < 0.5, -_log_remainder(jnp.minimum(x, 0.5), 2), jnp.log1p(-_below(x)) + x)
 
 
 # --- sigmoid -----------------------------------------------------------------------------------------
