@@ -41,7 +41,6 @@ from stochsolvers.prox._activations import Softplus as Softplus
 from stochsolvers.prox._activations import Softsign as Softsign
 from stochsolvers.prox._activations import Tanh as Tanh
 from stochsolvers.prox._base import Prior as Prior
-from stochsolvers.prox._general import Activation as Activation
 from stochsolvers.prox._elementwise import L1 as L1
 from stochsolvers.prox._elementwise import Box as Box
 from stochsolvers.prox._elementwise import IntervalLogBarrier as IntervalLogBarrier
@@ -51,6 +50,7 @@ from stochsolvers.prox._elementwise import SquaredHinge as SquaredHinge
 from stochsolvers.prox._elementwise import SymmetricLogBarrier as SymmetricLogBarrier
 from stochsolvers.prox._elementwise import Zero as Zero
 from stochsolvers.prox._elementwise import leaky_relu_prior as leaky_relu_prior
+from stochsolvers.prox._general import Activation as Activation
 from stochsolvers.prox._grouped import GroupL2 as GroupL2
 from stochsolvers.prox._grouped import NuclearNorm as NuclearNorm
 from stochsolvers.prox._grouped import PositiveSemidefinite as PositiveSemidefinite

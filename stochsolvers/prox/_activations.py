@@ -1,4 +1,4 @@
-r"""Exact priors of activations: prox_g = σ for σ non-decreasing and 1-Lipschitz, with S′ = σ
+r"""Exact priors of activations: prox_g = σ for σ non-decreasing and 1-Lipschitz, with S′ = σ.
 
     g(u) = S*(u) − ½u²,    prox_{ηg}(v) = σ(w) at the root w of (1 − η) σ(w) + η w = v
 
@@ -13,7 +13,7 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, real, value_object
 from stochsolvers.prox import _monotone, _potentials
 from stochsolvers.prox._base import Prior, finite_where
-from stochsolvers.prox._monotone import implicit, product_minus, saturating_root
+from stochsolvers.prox._monotone import bounded, implicit, product_minus, saturating_root
 from stochsolvers.prox._rules import with_partials
 
 
@@ -40,7 +40,7 @@ def _odd_difference(function: _monotone.Saturating):
 
     @with_partials
     def difference(w):
-        half = function.half(jnp.minimum(jnp.abs(w), 0.25 * jnp.finfo(w.dtype).max))
+        half = function.half(jnp.abs(bounded(w)))
         return jnp.where(w < 0, -half.below_t, half.below_t), (half.rest,)
 
     return difference
@@ -78,7 +78,10 @@ def _tanh_parts(u, w):
 
 def _arctan_parts(u, w):
     root = 1 / _monotone.hypot(jnp.ones_like(w), w)
-    return root * root, (w * root) ** 2, _arctan_difference(w)
+    slope = root * root
+    # far away the root may be too small for a float
+    rest = jnp.where(jnp.abs(w) < 1, (w * root) ** 2, 1 - slope)
+    return slope, rest, _arctan_difference(w)
 
 
 _tanh_root = implicit(_odd_solve(_monotone.TANH, jnp.tanh), _tanh_parts)
@@ -87,11 +90,11 @@ _arctan_root = implicit(_odd_solve(_monotone.ARCTAN, jnp.arctan), _arctan_parts)
 
 @value_object
 class Tanh(_Exact):
-    r"""The exact prior of tanh: prox_g(v) = tanh(v),
+    r"""The exact prior of tanh: prox_g(v) = tanh(v).
 
         g(u) = Σ ½ [(1 + u) log(1 + u) + (1 − u) log(1 − u)] − ½u²,  |u| ≤ 1,
 
-    and prox_{ηg}(v) = tanh(w) at the root of (1 − η) tanh(w) + η w = v.
+    prox_{ηg}(v) = tanh(w) at the root of (1 − η) tanh(w) + η w = v.
     g*(w) = Σ log cosh p − ½ tanh²p at p − tanh p = w, finite everywhere.
     """
 
@@ -108,11 +111,11 @@ class Tanh(_Exact):
 
 @value_object
 class Arctan(_Exact):
-    r"""The exact prior of the arc tangent: prox_g(v) = arctan(v),
+    r"""The exact prior of the arc tangent: prox_g(v) = arctan(v).
 
         g(u) = Σ −log cos u − ½u²,  |u| < π/2,
 
-    and prox_{ηg}(v) = arctan(w) at the root of (1 − η) arctan(w) + η w = v.
+    prox_{ηg}(v) = arctan(w) at the root of (1 − η) arctan(w) + η w = v.
     g*(w) = Σ p arctan p − ½ log(1 + p²) − ½ arctan²p at p − arctan p = w, finite everywhere.
 
     Where arctan rounds to the float nearest π/2 (|w| above 1e7 in float32), that may lie outside the domain.
@@ -147,7 +150,9 @@ def _softsign_solve(v, step):
 
 def _softsign_parts(u, w):
     root = 1 / (1 + jnp.abs(w))
-    return root * root, jnp.abs(u) * (1 + root), w * jnp.abs(u)
+    slope = root * root
+    rest = jnp.where(jnp.abs(w) < 1, jnp.abs(u) * (1 + root), 1 - slope)
+    return slope, rest, w * jnp.abs(u)
 
 
 _softsign_root = implicit(_softsign_solve, _softsign_parts)
@@ -155,11 +160,11 @@ _softsign_root = implicit(_softsign_solve, _softsign_parts)
 
 @value_object
 class Softsign(_Exact):
-    r"""The exact prior of softsign: prox_g(v) = v/(1 + |v|),
+    r"""The exact prior of softsign: prox_g(v) = v/(1 + |v|).
 
         g(u) = Σ −log(1 − |u|) − |u| − ½u²,  |u| < 1,
 
-    and prox_{ηg}(v) = 2v/(1 + |v| + √((1 − |v|)² + 4η|v|)).
+    prox_{ηg}(v) = 2v/(1 + |v| + √((1 − |v|)² + 4η|v|)).
     g*(w) = Σ p − log(1 + p) − ½ (p/(1 + p))² at p²/(1 + p) = |w|, finite everywhere.
 
     Where softsign rounds to ±1 (|w| above 1e7 in float32), that lies outside the domain.
@@ -180,14 +185,12 @@ class Softsign(_Exact):
 
 
 def _sigmoid_solve(v, step):
-    """With w = 2t: (1 − η)/2 tanh t + 2η t = v − (1 − η)/2, then two steps that keep the digits of small u."""
+    """With w = 2t: (1 − η)/2 tanh t + 2η t = v − (1 − η)/2; then steps that keep the digits of small u."""
     half = 0.5 * (1 - step)
     c, total = v - half, 0.5 + 1.5 * step
     a, excess = jnp.abs(c), jnp.where(c < 0, -v, (v - 1) + step)
     _, t = saturating_root(_monotone.TANH, half, 2 * step, total, a, excess)
-    limit = 0.25 * jnp.finfo(v.dtype).max
-    w = jnp.minimum(2 * t, limit)
-    w, off = jnp.where(c < 0, -w, w), jnp.zeros_like(w)
+    w, off = bounded(jnp.where(c < 0, -2 * t, 2 * t)), jnp.zeros_like(t)
     for _ in range(2):
         w = _at_one(step, v, w - off)
         decay = jnp.exp(-jnp.abs(w))
@@ -196,7 +199,7 @@ def _sigmoid_solve(v, step):
         slope = u * other
         left = (1 - step) * u + product_minus(step, w, v)
         right = ((1 - v) - other) + step * (w - u)
-        off = jnp.where(w < 0, left, right) / (slope + step * (1 - slope))
+        off = bounded(jnp.where(w < 0, left, right) / (slope + step * (1 - slope)))
     u = jnp.minimum(u * (1 - other * off), 1)
     return _at_one(step, jax.nn.sigmoid(v), u), _at_one(step, v, w - off)
 
@@ -211,11 +214,11 @@ _sigmoid_root = implicit(_sigmoid_solve, _sigmoid_parts)
 
 @value_object
 class Sigmoid(_Exact):
-    r"""The exact prior of the logistic sigmoid: prox_g(v) = 1/(1 + e^{−v}),
+    r"""The exact prior of the logistic sigmoid: prox_g(v) = 1/(1 + e^{−v}).
 
         g(u) = Σ u log u + (1 − u) log(1 − u) − ½u²,  0 ≤ u ≤ 1,
 
-    and prox_{ηg}(v) = sigmoid(w) at the root of (1 − η) sigmoid(w) + η w = v.
+    prox_{ηg}(v) = sigmoid(w) at the root of (1 − η) sigmoid(w) + η w = v.
     g*(w) = Σ softplus(p) − ½ sigmoid(p)² at p − sigmoid(p) = w, finite everywhere.
     """
 
@@ -233,8 +236,8 @@ class Sigmoid(_Exact):
 def _softplus_solve(v, step):
     r"""Softplus(w) − η softplus(−w) = v. For η > 1 it is the equation of 1/η in −w, with −v/η.
 
-    Halley's method from the root of (1 − η) e^w + η w = v, or from v ≥ 1; then a step that keeps the digits of
-    small u.
+    Halley's method from the root of (1 − η) e^w + η w = v, or from v ≥ 1; then a step that keeps the digits
+    of small u.
     """
     info = jnp.finfo(v.dtype)
     flip = step > 1
@@ -247,9 +250,9 @@ def _softplus_solve(v, step):
         high = jnp.where(w < 0, decay, 1) / (1 + decay)
         value = jnp.maximum(w, 0) + jnp.log1p(decay)
         slope = (1 - eta) * high + eta
-        newton = ((1 - eta) * value + (eta * w - c)) / slope
+        newton = bounded(((1 - eta) * value + (eta * w - c)) / slope)
         bend = jnp.clip(0.5 * newton * ((1 - eta) * (high * (1 - high)) / slope), -1e3, 0.5)
-        return jnp.clip(w - newton / (1 - bend), -0.25 * info.max, 0.25 * info.max)
+        return bounded(w - newton / (1 - bend))
 
     start = jnp.where(c < 1, _monotone.log_omega(c / eta + k) - k, c)
     w = _monotone.rounds(improve, start, more=1)
@@ -259,7 +262,7 @@ def _softplus_solve(v, step):
     u, below = jnp.maximum(w, 0) + logs, jnp.minimum(w, 0) - logs
     high, low = jnp.where(w < 0, decay, 1) / (1 + decay), jnp.where(w < 0, 1, decay) / (1 + decay)
     left = (1 - step) * u + product_minus(step, w, v)
-    off = jnp.where(w < 0, left, (u - v) + step * below) / (high + step * low)
+    off = bounded(jnp.where(w < 0, left, (u - v) + step * below) / (high + step * low))
     u = jnp.maximum(u - high * off, 0)
     return _at_one(step, jax.nn.softplus(v), u), _at_one(step, v, w - off)
 
@@ -273,11 +276,11 @@ _softplus_root = implicit(_softplus_solve, _softplus_parts)
 
 @value_object
 class Softplus(_Exact):
-    r"""The exact prior of softplus: prox_g(v) = log(1 + e^v),
+    r"""The exact prior of softplus: prox_g(v) = log(1 + e^v).
 
         g(u) = Σ Li₂(e^{−u}) − π²/6,  u ≥ 0,    g′(u) = log(1 − e^{−u}),
 
-    and prox_{ηg}(v) = softplus(w) at the root of (1 − η) softplus(w) + η w = v.
+    prox_{ηg}(v) = softplus(w) at the root of (1 − η) softplus(w) + η w = v.
     g*(w) = Σ Li₂(e^w) for w ≤ 0.
     """
 
@@ -328,11 +331,11 @@ _elu_root = implicit(_elu_solve, _elu_parts)
 
 @value_object
 class ELU(_Exact):
-    r"""The exact prior of the ELU: prox_g(v) = v for v ≥ 0, α (e^v − 1) below,
+    r"""The exact prior of the ELU: prox_g(v) = v for v ≥ 0, α (e^v − 1) below.
 
         g(u) = Σ_{u<0} (u + α) log(1 + u/α) − u − ½u²,  u ≥ −α,
 
-    and prox_{ηg}(v) = α (e^w − 1) at the root w < 0 of (1 − η) α (e^w − 1) + η w = v.
+    prox_{ηg}(v) = α (e^w − 1) at the root w < 0 of (1 − η) α (e^w − 1) + η w = v.
     g*(w) = Σ w u − g(u), u = α (e^p − 1) at p − u = w, for w ≤ 0.
 
     Args:
@@ -366,9 +369,23 @@ class ELU(_Exact):
         return jnp.minimum(w, -margin)
 
 
+def _leaky_spread(step, alpha):
+    """α + η (1 − α), exactly 1 at η = 1."""
+    return jnp.where(step < 1, step + alpha * (1 - step), 1 + (step - 1) * (1 - alpha))
+
+
+@with_partials
+def _leaky_root(v, step, alpha):
+    """V r, r = α/s with s = α + η (1 − α): dr/dη = −r (1 − α)/s, dr/dα = η/s²."""
+    spread = _leaky_spread(step, alpha)
+    ratio = alpha / spread
+    u = v * ratio
+    return u, (ratio, -u * ((1 - alpha) / spread), v * (step / spread / spread))
+
+
 @value_object
 class LeakyReLU(Prior):
-    r"""The exact prior of the leaky ReLU: prox_g(v) = v for v ≥ 0, αv below,
+    r"""The exact prior of the leaky ReLU: prox_g(v) = v for v ≥ 0, αv below.
 
         g(u) = ½ (1/α − 1) Σ min(u, 0)²,    prox_{ηg}(v) = α v/(α + η (1 − α)) for v < 0.
 
@@ -396,16 +413,11 @@ class LeakyReLU(Prior):
         return finite_where(inside, jnp.sum(0.5 * (weight * below) * below), u)
 
     def _prox(self, v, step):
-        alpha = self._slope(v)
-        return jnp.where(v >= 0, v, v * (alpha / self._spread(alpha, step)))
+        below = jnp.minimum(v, 0)
+        return jnp.where(v >= 0, v, _leaky_root(below, step, self._slope(v)))
 
     def _pre_activation(self, v, step):
-        return jnp.where(v >= 0, v, v / self._spread(self._slope(v), step))
-
-    def _spread(self, alpha, step):
-        """α + η (1 − α), exactly 1 at η = 1."""
-        small = step + alpha * (1 - step)
-        return jnp.where(step < 1, small, 1 + (step - 1) * (1 - alpha))
+        return jnp.where(v >= 0, v, v / _leaky_spread(step, self._slope(v)))
 
     def _conjugate(self, w):
         alpha = self._slope(w)

@@ -112,7 +112,7 @@ class Prior(ABC):
         return v + (1 / step - 1) * (v - self._prox(v, step))
 
     def _term_sizes(self, u: Array, w: Array) -> Array:
-        """The sum of the sizes of all terms that g(u) and g*(w) add up, a scalar, for bounds of their round-off.
+        """The sum of the sizes of all terms that g(u) and g*(w) add up, a scalar, to bound their round-off.
 
         Certificates add |g(u)| + |g*(w)| + Σ |u w| to it, so that 0 is right where no terms cancel.
         """

@@ -20,25 +20,25 @@ _STEPS = {32: 80, 64: 130}
 
 @value_object
 class Activation(Prior):
-    r"""The exact prior of any non-decreasing elementwise function σ of slope at most 1: prox_g(v) = σ(v),
+    r"""The exact prior of any non-decreasing elementwise function σ of slope at most 1: prox_g(v) = σ(v).
 
-        g(u) = S*(u) − ½u² = u p − S(p) − ½u² at σ(p) = u,   S′ = σ,
+        g(u) = S*(u) − ½u² = u p − S(p) − ½u² at σ(p) = u,   S(p) = ∫_0^p σ,
         prox_{ηg}(v) = σ(w) at the root w of (1 − η) σ(w) + η w = v,
         g*(w) = S(p) − ½σ(p)² at p − σ(p) = w.
 
     A function is the prox of a convex function if and only if it is of this kind (Moreau 1965). Those of JAX
-    with a class or closed form of their own, such as `jnp.tanh`, take its formulas: tanh, sigmoid, softplus,
+    with a class of their own take its formulas, in which g may differ by a constant: tanh, sigmoid, softplus,
     elu, soft_sign, arctan, relu, relu6, hard_tanh, leaky_relu, identity, also as a `functools.partial` with
     keywords.
 
-    For others w is found by Newton's method between bounds; for η above 1 the round-off of σ is multiplied by
-    up to η − 1. S(p) = ∫_0^p σ is found by Gauss's quadrature on panels of ½ up to 8 and of factor 2 above, with
-    a relative error below 1e-6 (1e-12 in float64) for functions that are smooth at the scale 1, or linear with
-    kinks at multiples of ½. `value` and `conjugate` lose what cancels in the formulas above, an absolute error
-    of a few round-offs of |u p| + |S|. Certificates add it, and the difference of two quadratures: they are
-    upper bounds where this difference is at least the error, which holds for usual functions and is not proven
-    for all. g* is +∞ where round-off leaves open whether it is finite (w within 1e-5 of the end of a domain
-    that p − σ(p) only approaches; 1e-7 in float64 there).
+    For others w is found by Newton's method between bounds, and S by Gauss's quadrature on panels of ½ up to
+    8 and of factor 2 above, with a relative error below 1e-6 (1e-12 in float64) for functions that are smooth
+    at the scale 1, or linear with kinks at multiples of ½. `value` and `conjugate` lose what cancels in the
+    formulas above, an error of a few round-offs of |u p| + |S|; prox multiplies the round-off of σ by
+    up to η − 1 if η > 2. Certificates add these errors of g and g*, and the difference of two quadratures:
+    they are upper bounds where this difference is at least the error of S, which holds for usual functions
+    and is not proven for all. g* is +∞ where round-off leaves open whether it is finite: in float32 for w
+    within 1e-5 of an end of its domain that p − σ(p) only approaches exponentially.
 
     Args:
       function: σ, an elementwise JAX function without traced values. Two objects are equal if their functions

@@ -77,7 +77,7 @@ _CLOSED: dict[Any, Callable[..., Prior]] = {
 def _keywords(function: Any) -> dict[str, Any] | None:
     """The keywords that `functools.partial` fixes; None where it fixes positions."""
     words: dict[str, Any] = {}
-    while not (inner := function) is _bare(inner):
+    while (inner := function) is not _bare(inner):
         if isinstance(inner, functools.partial):
             if inner.args:
                 return None

@@ -8,8 +8,8 @@ The left side has the slope σ′ + η D′ = (1 − η) σ′ + η > 0. By the 
 
 dσ the change of σ(w) with its own parameters, at w as it is.
 
-The roots of saturating activations are those of a T(t) + b t = c, t ≥ 0, for a T with T(0) = 0, T′(0) = 1 that
-rises to a limit. Small differences (t − T(t) near 0, limit − T(t) far away) are computed without cancellation.
+The roots of saturating activations are those of a T(t) + b t = c, t ≥ 0, for a T with T(0) = 0, T′(0) = 1
+that rises to a limit. Small differences (t − T(t) near 0, limit − T(t) far away) do not cancel.
 """
 
 import functools
@@ -33,7 +33,6 @@ def implicit(solve: Callable[..., tuple[Array, Array]], parts: Callable[..., tup
 
     `parts(u, w, *parameters)` returns σ′(w), D′(w), D(w) and the derivatives of σ(w) by the parameters.
     """
-
     solve = jax.jit(solve, inline=True)  # without jit around it, loops would be compiled again
 
     @jax.custom_jvp
@@ -62,11 +61,17 @@ def implicit(solve: Callable[..., tuple[Array, Array]], parts: Callable[..., tup
 
 
 def horner(coefficients: Sequence[float], x: Array) -> Array:
-    """c₀ + c₁ x + c₂ x² + …"""
+    """Σ c_k x^k."""
     total = jnp.full_like(x, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         total = total * x + coefficient
     return total
+
+
+def bounded(x: Array) -> Array:
+    """X, at most a quarter of the largest float: sums with it do not overflow."""
+    limit = 0.25 * jnp.finfo(x.dtype).max
+    return jnp.clip(x, -limit, limit)
 
 
 def rounds(improve: Callable[[int, Array], Array], start: Array, more: int = 0) -> Array:
@@ -255,13 +260,13 @@ def saturating_root(
 
     def improve(_, t):
         half, off, slope = miss(t)
-        newton = off / slope
+        newton = bounded(off / slope)
         bend = jnp.clip(0.5 * newton * (a * half.bend / slope), -1e3, 0.5)
-        return jnp.clip(t - newton / (1 - bend), 0, 0.25 * info.max)
+        return jnp.maximum(bounded(t - newton / (1 - bend)), 0)
 
-    start = jnp.clip(function.start(a, b, total, c), 0, 0.25 * info.max)
+    start = jnp.maximum(bounded(function.start(a, b, total, c)), 0)
     t = rounds(improve, start)
     half, off, slope = miss(t)
-    newton = off / slope
+    newton = bounded(off / slope)
     value = jnp.clip(half.value - half.slope * newton, 0, function.limit)
-    return value, jnp.maximum(t - newton, 0)
+    return value, jnp.maximum(bounded(t - newton), 0)

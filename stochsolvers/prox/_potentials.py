@@ -16,7 +16,7 @@ from stochsolvers.prox._rules import ValueAndPartials, with_partials
 
 
 def _bernoulli(count: int) -> list[fractions.Fraction]:
-    """B₀, B₁ = −½, …"""
+    """The numbers B₀, B₁ = −½ and on."""
     numbers = [fractions.Fraction(1)]
     for n in range(1, count):
         total = sum((math.comb(n + 1, k) * numbers[k] for k in range(n)), fractions.Fraction(0))
