@@ -451,7 +451,7 @@ def test_the_activations_of_jax():
         (lambda x: 1.01 * x, r"function <lambda>: .* got the slope 1.01 at x"),
         (lambda x: -0.5 * x, "got the slope -0.5 at x"),
         (jnp.sign, "got one that rises by 2 between x = -1e-06 and 1e-06"),
-        (lambda x: -jnp.floor(x), "got one that falls by 1 between"),
+        (lambda x: -jnp.floor(x), r"got one that falls by \d+ between"),
         (lambda x: jnp.log(x), "got the value (nan|-inf) at x"),
         (lambda x: x - jnp.mean(x), "when other entries change"),
         (jnp.sum, r"shape of the result .* got \(\)"),
@@ -502,8 +502,8 @@ def test_activations_are_values():
 # --- certificates, layers ----------------------------------------------------------------------------
 
 
-def _minimum(case, matrix, x, bias, ridge):
-    """Min P and P in float64: proximal gradients, σ by bisection."""
+def _iterates(case, matrix, x, bias, ridge):
+    """Iterates of proximal gradients in float64, σ by bisection, and P."""
 
     def objective(z):
         residual = z @ matrix.T - x
@@ -511,30 +511,26 @@ def _minimum(case, matrix, x, bias, ridge):
         return smooth + np.sum(case.value(z), -1)
 
     step = 1 / (np.linalg.norm(matrix, 2) ** 2 + ridge)
-    z = np.zeros((len(x), matrix.shape[1]))
-    for _ in range(150):
+    z, iterates = np.zeros((len(x), matrix.shape[1])), []
+    for _ in range(100):
         gradient = (z @ matrix.T - x) @ matrix - bias + ridge * z
         root = _root(case.sigma, z - step * gradient, step)
         z = np.asarray(case.sigma(root), np.float64)
-    return objective(z), objective
+        iterates.append(z)
+    return iterates, objective
 
 
 @names
 def test_certificates_are_above_the_gap(name):
+    """In float32, at early and late iterates, and at points of the domain far from the optimum."""
     case, rng = CASES[name], np.random.default_rng(3)
-    orthogonal = np.linalg.qr(rng.normal(size=(12, 5)))[0]
-    matrix = (orthogonal * np.linspace(0.8, 1.4, 5)).astype(np.float32)
-    x = (3 * rng.normal(size=(4, 12))).astype(np.float32)
-    bias = rng.normal(size=5).astype(np.float32)
+    orthogonal = np.linalg.qr(rng.normal(size=(8, 3)))[0]
+    matrix = (orthogonal * np.linspace(0.8, 1.3, 3)).astype(np.float32)
+    x = (3 * rng.normal(size=(2, 8))).astype(np.float32)
+    bias = rng.normal(size=3).astype(np.float32)
     wide = [array.astype(np.float64) for array in (matrix, x, bias)]
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def run(problem, iterations):
-        z = ss.ProxGD(iterations).solve(None, problem).value
-        return z, problem.certificate(z)
-
+    certificate = jax.jit(lambda problem, z: (problem.certificate(z), case.prior.prox(9 * z, 0.05)))
     for ridge in (0.0, 0.25):
-        best, objective = _minimum(case, *wide, ridge)
         problem = ss.LayerProblem(
             ss.Dense(jnp.asarray(matrix)),
             jnp.asarray(x),
@@ -542,16 +538,14 @@ def test_certificates_are_above_the_gap(name):
             prior=case.prior,
             ridge=jnp.float32(ridge),
         )
-        for iterations in (1, 4, 60):
-            z, bound = run(problem, iterations)
-            gap = objective(np.asarray(z, np.float64)) - best
-            assert np.all(bound >= gap - 1e-13)
-        assert np.all(bound <= 3e-4)
-        z = case.prior.prox(jnp.asarray(5 * rng.normal(size=z.shape), np.float32), 0.05)
-        bound = problem.certificate(z)
-        gap = objective(np.asarray(z, np.float64)) - best
-        assert np.all(bound >= gap - 1e-13)
-        assert np.all(np.isfinite(bound))
+        iterates, objective = _iterates(case, *wide, ridge)
+        best, far = objective(iterates[-1]), iterates[0]
+        for start in (iterates[0], iterates[3], None, iterates[-1]):
+            z = jnp.asarray(far if start is None else start, np.float32)
+            bound, far = certificate(problem, z)
+            assert np.all(bound >= objective(np.asarray(z, np.float64)) - best - 1e-13)
+            assert np.all(np.isfinite(bound))
+        assert np.all(bound <= 1e-4)
 
 
 def test_layers_take_exact_activations():
@@ -559,7 +553,7 @@ def test_layers_take_exact_activations():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), np.float32)
     for prior, sigma in ((prox.Tanh(), jnp.tanh), (prox.Activation(jax.nn.celu), jax.nn.celu)):
         layer = ss.nnx.SolverLinear(4, 3, solver=ss.ProxGD(1, 1.0), prior=prior, rngs=nnx.Rngs(0))
-        linear = x @ layer.kernel[...] + layer.bias[...]
+        linear = x @ layer.kernel[...] + layer.bias[...][None]
         np.testing.assert_allclose(layer(x), sigma(linear), rtol=2e-6, atol=1e-7)
 
 
