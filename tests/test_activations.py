@@ -29,7 +29,7 @@ def _sigmoid(w):
     return np.where(w < 0, decay, 1) / (1 + decay)
 
 
-def _elu(w, alpha=1.0):
+def _elu(w, alpha: Any = 1.0):
     return np.where(w > 0, w, alpha * np.expm1(np.minimum(w, 0)))
 
 
@@ -260,6 +260,7 @@ def test_conjugates_are_suprema(name):
     one_sided = case.domain[1] == INF
     w = np.concatenate([-np.logspace(-5, 2, 30), [] if one_sided else np.logspace(-5, 2, 30)])
     low, high = np.full_like(w, -2e2, np.longdouble), np.full_like(w, 2e2, np.longdouble)
+    p = low
     for _ in range(100):
         p = 0.5 * (low + high)
         below = (-_softplus(-p) if name == "Softplus" else p - case.sigma(p)) < w
@@ -367,7 +368,7 @@ def test_a_function_without_a_closed_form(name):
         v, step = _points(dtype)
         known = _everything(type(case.prior), jax.tree.leaves(case.prior), v, step)
         u, w, dv, dstep = _general(prior, v, step)
-        eps = np.finfo(dtype).eps
+        eps = float(np.finfo(dtype).eps)
         assert np.all(
             np.abs(u - known[0]) <= 4 * eps * np.maximum(step, 2) * np.abs(known[0]) + 1e-37
         )
@@ -502,8 +503,9 @@ def test_activations_are_values():
 # --- certificates, layers ----------------------------------------------------------------------------
 
 
-def _iterates(case, matrix, x, bias, ridge):
+def _iterates(case, data, ridge):
     """Iterates of proximal gradients in float64, σ by bisection, and P."""
+    matrix, x, bias = data
 
     def objective(z):
         residual = z @ matrix.T - x
@@ -538,7 +540,7 @@ def test_certificates_are_above_the_gap(name):
             prior=case.prior,
             ridge=jnp.float32(ridge),
         )
-        iterates, objective = _iterates(case, *wide, ridge)
+        iterates, objective = _iterates(case, wide, ridge)
         best, far = objective(iterates[-1]), iterates[0]
         for start in (iterates[0], iterates[3], None, iterates[-1]):
             z = jnp.asarray(far if start is None else start, np.float32)

@@ -5,45 +5,13 @@ r"""Exact priors of activations: prox_g = σ for σ non-decreasing and 1-Lipschi
 (Moreau 1965; Combettes and Pesquet, SIAM J. Math. Data Science 2(2), 2020, list activations of this class.)
 """
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, real, value_object
-from stochsolvers.prox import _monotone, _potentials
+from stochsolvers.prox import _activation_roots, _potentials
 from stochsolvers.prox._base import Prior, finite_where
-from stochsolvers.prox._monotone import bounded, implicit, product_minus, saturating_root
-from stochsolvers.prox._rules import with_partials
-
-
-def _at_one(step: Array, exact: Array, other: Array) -> Array:
-    """The activation itself at η = 1."""
-    return jnp.where(step == 1, exact, other)
-
-
-def _odd_solve(function: _monotone.Saturating, activation):
-    """(u, w) for an odd σ that is T on t ≥ 0."""
-
-    def solve(v, step):
-        a, one = jnp.abs(v), jnp.ones_like(v)
-        excess = (a - function.limit) + function.limit * step
-        u, w = saturating_root(function, 1 - step, step, one, a, excess)
-        u, w = jnp.where(v < 0, -u, u), jnp.where(v < 0, -w, w)
-        return _at_one(step, activation(v), u), _at_one(step, v, w)
-
-    return solve
-
-
-def _odd_difference(function: _monotone.Saturating):
-    """D(w) = w − σ(w), with D′ written out."""
-
-    @with_partials
-    def difference(w):
-        half = function.half(jnp.abs(bounded(w)))
-        return jnp.where(w < 0, -half.below_t, half.below_t), (half.rest,)
-
-    return difference
 
 
 class _Exact(Prior):
@@ -65,29 +33,6 @@ class _Exact(Prior):
         return jnp.sum(u * u) + jnp.sum(jnp.abs(w))
 
 
-# --- tanh, arctan, softsign --------------------------------------------------------------------------
-
-_tanh_difference = _odd_difference(_monotone.TANH)
-_arctan_difference = _odd_difference(_monotone.ARCTAN)
-
-
-def _tanh_parts(u, w):
-    decay = jnp.exp(-2 * jnp.abs(w))
-    return 4 * decay / (1 + decay) ** 2, u * u, _tanh_difference(w)
-
-
-def _arctan_parts(u, w):
-    root = 1 / _monotone.hypot(jnp.ones_like(w), w)
-    slope = root * root
-    # far away the root may be too small for a float
-    rest = jnp.where(jnp.abs(w) < 1, (w * root) ** 2, 1 - slope)
-    return slope, rest, _arctan_difference(w)
-
-
-_tanh_root = implicit(_odd_solve(_monotone.TANH, jnp.tanh), _tanh_parts)
-_arctan_root = implicit(_odd_solve(_monotone.ARCTAN, jnp.arctan), _arctan_parts)
-
-
 @value_object
 class Tanh(_Exact):
     r"""The exact prior of tanh: prox_g(v) = tanh(v).
@@ -103,7 +48,7 @@ class Tanh(_Exact):
         return finite_where(inside, jnp.sum(_potentials.tanh_value(jnp.where(inside, u, 0))), u)
 
     def _root(self, v, step):
-        return _tanh_root(v, step)
+        return _activation_roots.tanh_root(v, step)
 
     def _conjugate(self, w):
         return jnp.sum(_potentials.tanh_conjugate(w))
@@ -126,36 +71,10 @@ class Arctan(_Exact):
         return finite_where(inside, jnp.sum(_potentials.arctan_value(jnp.where(inside, u, 0))), u)
 
     def _root(self, v, step):
-        return _arctan_root(v, step)
+        return _activation_roots.arctan_root(v, step)
 
     def _conjugate(self, w):
         return jnp.sum(_potentials.arctan_conjugate(w))
-
-
-def _softsign_solve(v, step):
-    r"""Of η t² + (1 − |v|) t − |v| = 0: u = 2|v|/(1 + |v| + h), h = √((1 − |v|)² + 4η|v|).
-
-    t = 2|v|/(h + 1 − |v|) = (h − (1 − |v|))/(2η), the one without cancellation.
-    """
-    a, info = jnp.abs(v), jnp.finfo(v.dtype)
-    a = jnp.minimum(a, 0.1 * info.max)
-    excess = a - 1
-    h = _monotone.hypot(excess, 2 * jnp.sqrt(step) * jnp.sqrt(jnp.maximum(a, info.tiny)))
-    u = 2 * (a / (1 + a + h))
-    rising = 2 * a / (h + jnp.abs(excess))
-    t = jnp.where(excess < 0, rising, jnp.minimum(0.5 * (h + excess) / step, info.max))
-    u, w = jnp.where(v < 0, -u, u), jnp.where(v < 0, -t, t)
-    return _at_one(step, jax.nn.soft_sign(v), u), _at_one(step, v, w)
-
-
-def _softsign_parts(u, w):
-    root = 1 / (1 + jnp.abs(w))
-    slope = root * root
-    rest = jnp.where(jnp.abs(w) < 1, jnp.abs(u) * (1 + root), 1 - slope)
-    return slope, rest, w * jnp.abs(u)
-
-
-_softsign_root = implicit(_softsign_solve, _softsign_parts)
 
 
 @value_object
@@ -175,41 +94,10 @@ class Softsign(_Exact):
         return finite_where(inside, jnp.sum(_potentials.softsign_value(jnp.where(inside, u, 0))), u)
 
     def _root(self, v, step):
-        return _softsign_root(v, step)
+        return _activation_roots.softsign_root(v, step)
 
     def _conjugate(self, w):
         return jnp.sum(_potentials.softsign_conjugate(w))
-
-
-# --- sigmoid, softplus -------------------------------------------------------------------------------
-
-
-def _sigmoid_solve(v, step):
-    """With w = 2t: (1 − η)/2 tanh t + 2η t = v − (1 − η)/2; then steps that keep the digits of small u."""
-    half = 0.5 * (1 - step)
-    c, total = v - half, 0.5 + 1.5 * step
-    a, excess = jnp.abs(c), jnp.where(c < 0, -v, (v - 1) + step)
-    _, t = saturating_root(_monotone.TANH, half, 2 * step, total, a, excess)
-    w, off = bounded(jnp.where(c < 0, -2 * t, 2 * t)), jnp.zeros_like(t)
-    for _ in range(2):
-        w = _at_one(step, v, w - off)
-        decay = jnp.exp(-jnp.abs(w))
-        high, low = 1 / (1 + decay), decay / (1 + decay)
-        u, other = jnp.where(w < 0, low, high), jnp.where(w < 0, high, low)
-        slope = u * other
-        left = (1 - step) * u + product_minus(step, w, v)
-        right = ((1 - v) - other) + step * (w - u)
-        off = bounded(jnp.where(w < 0, left, right) / (slope + step * (1 - slope)))
-    u = jnp.minimum(u * (1 - other * off), 1)
-    return _at_one(step, jax.nn.sigmoid(v), u), _at_one(step, v, w - off)
-
-
-def _sigmoid_parts(u, w):
-    slope = u * jax.nn.sigmoid(-w)
-    return slope, 1 - slope, w - u
-
-
-_sigmoid_root = implicit(_sigmoid_solve, _sigmoid_parts)
 
 
 @value_object
@@ -227,51 +115,10 @@ class Sigmoid(_Exact):
         return finite_where(inside, jnp.sum(_potentials.sigmoid_value(jnp.where(inside, u, 0))), u)
 
     def _root(self, v, step):
-        return _sigmoid_root(v, step)
+        return _activation_roots.sigmoid_root(v, step)
 
     def _conjugate(self, w):
         return jnp.sum(_potentials.sigmoid_conjugate(w))
-
-
-def _softplus_solve(v, step):
-    r"""Softplus(w) − η softplus(−w) = v. For η > 1 it is the equation of 1/η in −w, with −v/η.
-
-    Halley's method from the root of (1 − η) e^w + η w = v, or from v ≥ 1; then a step that keeps the digits
-    of small u.
-    """
-    info = jnp.finfo(v.dtype)
-    flip = step > 1
-    eta = jnp.where(flip, 1 / step, step)
-    c = jnp.where(flip, -v / step, v)
-    k = jnp.log(jnp.maximum(1 - eta, info.tiny)) - jnp.log(eta)
-
-    def improve(_, w):
-        decay = jnp.exp(-jnp.abs(w))
-        high = jnp.where(w < 0, decay, 1) / (1 + decay)
-        value = jnp.maximum(w, 0) + jnp.log1p(decay)
-        slope = (1 - eta) * high + eta
-        newton = bounded(((1 - eta) * value + (eta * w - c)) / slope)
-        bend = jnp.clip(0.5 * newton * ((1 - eta) * (high * (1 - high)) / slope), -1e3, 0.5)
-        return bounded(w - newton / (1 - bend))
-
-    start = jnp.where(c < 1, _monotone.log_omega(c / eta + k) - k, c)
-    w = _monotone.rounds(improve, start, more=1)
-    w = _at_one(step, v, jnp.where(flip, -w, w))
-    decay = jnp.exp(-jnp.abs(w))
-    logs = jnp.log1p(decay)
-    u, below = jnp.maximum(w, 0) + logs, jnp.minimum(w, 0) - logs
-    high, low = jnp.where(w < 0, decay, 1) / (1 + decay), jnp.where(w < 0, 1, decay) / (1 + decay)
-    left = (1 - step) * u + product_minus(step, w, v)
-    off = bounded(jnp.where(w < 0, left, (u - v) + step * below) / (high + step * low))
-    u = jnp.maximum(u - high * off, 0)
-    return _at_one(step, jax.nn.softplus(v), u), _at_one(step, v, w - off)
-
-
-def _softplus_parts(u, w):
-    return -jnp.expm1(-u), jnp.exp(-u), -jax.nn.softplus(-w)
-
-
-_softplus_root = implicit(_softplus_solve, _softplus_parts)
 
 
 @value_object
@@ -288,45 +135,13 @@ class Softplus(_Exact):
         return finite_where(u >= 0, jnp.sum(_potentials.softplus_value(jnp.maximum(u, 0))), u)
 
     def _root(self, v, step):
-        return _softplus_root(v, step)
+        return _activation_roots.softplus_root(v, step)
 
     def _conjugate(self, w):
         return finite_where(w <= 0, jnp.sum(_potentials.softplus_conjugate(jnp.minimum(w, 0))), w)
 
     def _dual_projection(self, w, margin):
         return jnp.minimum(w, -margin)
-
-
-# --- ELU, leaky ReLU ---------------------------------------------------------------------------------
-
-
-def _elu_solve(v, step, alpha):
-    """For v < 0, with t = −w: (1 − η) α (1 − e^{−t}) + η t = −v."""
-    above = (1 - step) * alpha + step
-    beyond = alpha + (1 - alpha) * step  # the same sum, of terms that are positive for η > 1
-    total = jnp.where(step <= 1, above, beyond)
-    c, a = jnp.maximum(-v, 0), (1 - step) * alpha
-    t, w = saturating_root(_monotone.EXPONENTIAL, a, step, total, c, (c - alpha) + alpha * step)
-    u, w = jnp.where(v < 0, -alpha * t, v), jnp.where(v < 0, -w, v)
-    return _at_one(step, jax.nn.elu(v, alpha), u), _at_one(step, v, w)
-
-
-@with_partials
-def _exponential_difference(w):
-    """W − (e^w − 1), w ≤ 0."""
-    half = _monotone.EXPONENTIAL.half(-w)
-    return -half.below_t, (half.value,)
-
-
-def _elu_parts(u, w, alpha):
-    negative = jnp.minimum(w, 0)
-    below = (1 - alpha) * negative + alpha * _exponential_difference(negative)
-    slope = jnp.where(w > 0, 1, alpha * jnp.exp(negative))
-    rest = jnp.where(w > 0, 0, (1 - alpha) - u)
-    return slope, rest, below, jnp.expm1(negative)
-
-
-_elu_root = implicit(_elu_solve, _elu_parts)
 
 
 @value_object
@@ -359,7 +174,7 @@ class ELU(_Exact):
         return finite_where(inside, jnp.sum(values), u)
 
     def _root(self, v, step):
-        return _elu_root(v, step, self._alpha(v))
+        return _activation_roots.elu_root(v, step, self._alpha(v))
 
     def _conjugate(self, w):
         values = _potentials.elu_conjugate(jnp.minimum(w, 0), self._alpha(w))
@@ -367,20 +182,6 @@ class ELU(_Exact):
 
     def _dual_projection(self, w, margin):
         return jnp.minimum(w, -margin)
-
-
-def _leaky_spread(step, alpha):
-    """α + η (1 − α), exactly 1 at η = 1."""
-    return jnp.where(step < 1, step + alpha * (1 - step), 1 + (step - 1) * (1 - alpha))
-
-
-@with_partials
-def _leaky_root(v, step, alpha):
-    """V r, r = α/s with s = α + η (1 − α): dr/dη = −r (1 − α)/s, dr/dα = η/s²."""
-    spread = _leaky_spread(step, alpha)
-    ratio = alpha / spread
-    u = v * ratio
-    return u, (ratio, -u * ((1 - alpha) / spread), v * (step / spread / spread))
 
 
 @value_object
@@ -414,10 +215,10 @@ class LeakyReLU(Prior):
 
     def _prox(self, v, step):
         below = jnp.minimum(v, 0)
-        return jnp.where(v >= 0, v, _leaky_root(below, step, self._slope(v)))
+        return jnp.where(v >= 0, v, _activation_roots.leaky_root(below, step, self._slope(v)))
 
     def _pre_activation(self, v, step):
-        return jnp.where(v >= 0, v, v / _leaky_spread(step, self._slope(v)))
+        return jnp.where(v >= 0, v, v / _activation_roots.leaky_spread(step, self._slope(v)))
 
     def _conjugate(self, w):
         alpha = self._slope(w)
