@@ -32,7 +32,7 @@ The approximations hold at η = 1 and were measured on [−30, 30]. The exact pr
 In these prox at η = 1 is σ of JAX to the last bit, and prox_{ηg}(v) = σ(w) at w = `pre_activation(v, η)`.
 Take them where a layer stands for σ of a trained or published network, or where its outputs are to have the
 range and the tails of σ. The barriers are the paper's: take them to reproduce it, or where the time of the
-prox matters: on a CPU core that of `Tanh()` took three to four times that of the barrier like tanh.
+prox matters: on a CPU core that of `Tanh()` took two to three times that of the barrier like tanh.
 
 A solver with step η applies prox_{ηg}. For an indicator (ReLU, box, semi-definite) and for g = 0 that
 is prox_g; every other activation changes its shape with η, for instance the leaky slope is 1/(1 + ηγ), and

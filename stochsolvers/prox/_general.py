@@ -126,7 +126,9 @@ def _solve(function: Callable, v: Array, step: Array) -> tuple[Array, Array]:
     def equation(w):
         value, slope = _slope(function, w)
         terms, below = ((1 - step) * value, step * w), w - value
-        noise = 2 * info.eps * (jnp.abs(terms[0]) + jnp.abs(terms[1]) + jnp.abs(v))
+        # of σ too, in which terms of the size of w may have cancelled
+        sizes = jnp.abs(terms[0]) + jnp.abs(terms[1]) + jnp.abs(v) + jnp.abs((1 - step) * w)
+        noise = 2 * info.eps * sizes
         # σ(w) near w: η (w − σ(w)) instead, exact where σ is the identity
         steep = (step > 1) & (2 * jnp.abs(below) < jnp.abs(w))
         off = jnp.where(steep, (value - v) + step * below, terms[0] + (terms[1] - v))
