@@ -359,7 +359,7 @@ class Wrapped:
         return self.function(x)
 
 
-@pytest.mark.parametrize("name", ["Tanh", "Softplus", "ELU", "LeakyReLU"])
+@pytest.mark.parametrize("name", ["Tanh", "Softplus", "LeakyReLU"])
 def test_a_function_without_a_closed_form(name):
     """The digits of the closed forms; g and g* up to opposite constants."""
     case = CASES[name]
@@ -427,14 +427,18 @@ def test_the_activations_of_jax():
         functools.partial(jax.nn.leaky_relu, negative_slope=0.3): prox.LeakyReLU(0.3),
         jax.nn.identity: prox.Zero(),
     }
-    for function, prior in known.items():
-        mine = prox.Activation(function)
-        np.testing.assert_array_equal(mine.prox(v, 0.3), prior.prox(v, 0.3))
-        np.testing.assert_array_equal(mine.prox(v, 1.0), function(v))
-        w = prior.dual_projection(v)
-        assert mine.conjugate(w) == prior.conjugate(w)
-    for function in MEMBERS:
-        np.testing.assert_array_equal(prox.Activation(function).prox(v, 1.0), function(v))
+
+    @jax.jit
+    def compare(v):
+        pairs = [(prox.Activation(f).prox(v, 1.0), f(v)) for f in [*known, *MEMBERS]]
+        for function, prior in known.items():
+            mine, w = prox.Activation(function), prior.dual_projection(v)
+            pairs += [(mine.prox(v, 0.3), prior.prox(v, 0.3))]
+            pairs += [(mine.value(v), prior.value(v)), (mine.conjugate(w), prior.conjugate(w))]
+        return pairs
+
+    for got, expected in compare(v):
+        np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize(
