@@ -42,6 +42,13 @@ def non_negative(what: str, value: Any) -> None:
         fail(what, "a number >= 0", value)
 
 
+def at_most(what: str, value: Any, largest: float, why: str) -> None:
+    """Require value <= largest wherever it is concrete."""
+    known = _concrete(value)
+    if known is not None and not np.all(known <= largest):
+        fail(what, f"a number <= {largest:g} ({why} is at most {largest:g})", value)
+
+
 def ordered(what: str, lower: Any, upper: Any) -> None:
     """Require lower <= upper wherever both are concrete."""
     lo, hi = _concrete(lower), _concrete(upper)

@@ -60,6 +60,14 @@ PRIORS = {
     "GroupL2": ss.prox.GroupL2(0.3),
     "NuclearNorm": ss.prox.NuclearNorm(0.3),
     "PositiveSemidefinite": ss.prox.PositiveSemidefinite(),
+    "Tanh": ss.prox.Tanh(),
+    "Sigmoid": ss.prox.Sigmoid(),
+    "Softplus": ss.prox.Softplus(),
+    "ELU": ss.prox.ELU(0.6),
+    "Softsign": ss.prox.Softsign(),
+    "Arctan": ss.prox.Arctan(),
+    "LeakyReLU": ss.prox.LeakyReLU(0.2),
+    "Activation": ss.prox.Activation(jax.nn.squareplus),
 }
 SHAPES = {
     "NuclearNorm": (2, 2, 3),

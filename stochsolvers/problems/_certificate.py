@@ -8,13 +8,14 @@ two gaps that are zero at the optimum, where r = ∂ℓ(u). For squares the firs
 Entrywise error bounds go along with every product; `_Point` holds what the three bounds share.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stochsolvers import lipschitz, prox
+from stochsolvers import lipschitz
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array
 from stochsolvers.losses import Loss
@@ -97,22 +98,11 @@ def _spectral_round_off(problem: Objective, array: Array) -> Array:
     return 8.0 * size * jnp.finfo(problem.dtype).eps * problem.norm(array)
 
 
-def _evaluation(problem: Objective, scale: Array, duals: Array) -> Array:
-    """The round-off of g, g* and sums over an example, from the sum of the sizes of their terms.
-
-    Logarithms have terms of both signs, with a unit of their own: they are added here.
-    """
-    if isinstance(problem.prior, prox.LogBarrier):
-        scale += problem.sum(_weights(problem, duals))
-    if isinstance(problem.prior, prox.SymmetricLogBarrier | prox.IntervalLogBarrier):
-        scale += problem.sum(jnp.abs(duals) + _weights(problem, duals))
-    return tree_round_off(problem.linear_map.out_shape, duals) * scale
-
-
-def _weights(problem: Objective, like: Array) -> Array:
-    """γ of a barrier for each entry."""
-    gamma = jnp.asarray(problem.prior.gamma, like.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-    return jnp.broadcast_to(jnp.expand_dims(gamma, range(like.ndim - gamma.ndim)), like.shape)
+def _evaluation(problem: Objective, scale: Array, duals: Array, *variables: Array) -> Array:
+    """The round-off of g, g* and sums over an example, from the sum of the sizes of their terms."""
+    sizes = problem.per_example(problem.prior._term_sizes)
+    terms = functools.reduce(jnp.maximum, [sizes(u, duals) for u in variables])
+    return tree_round_off(problem.linear_map.out_shape, duals) * (scale + terms)
 
 
 def _expanded(problem: Objective, values: Array) -> Array:
@@ -180,7 +170,7 @@ def _curvature_gap(problem: Objective, point: _Point, convexity: Array | None) -
     noise += products.norm_of_error(point.residual_error)
     slack = noise * problem.norm(move) + noise**2 / (2.0 * safe_mu)
     scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(terms)) + curve
-    slack += _evaluation(problem, scale, gradient)
+    slack += _evaluation(problem, scale, gradient, z, u)
     return _or_infinite(jnp.where(mu > 0, gap + slack, jnp.inf))
 
 
@@ -201,7 +191,7 @@ def _prior_gap(problem: Objective, point: _Point, w: Array, error: Array) -> Arr
         inside = _in_domain(problem, w, error) & (value == 0)
     gap = jnp.maximum(point.value + value - problem.sum(w * z), 0.0)
     scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(w) * (jnp.abs(z) + slope))
-    slack = problem.sum(error * slope) + _evaluation(problem, scale, w)
+    slack = problem.sum(error * slope) + _evaluation(problem, scale, w, z)
     return jnp.where(inside, gap + slack, jnp.inf)
 
 
@@ -324,7 +314,7 @@ def _is_poor(problem: Objective, point: _Point, reach: Array, bound: Array) -> A
     move = prior.prox(z - gradient / smoothness, 1.0 / smoothness) - z
     gain = 0.5 * smoothness * problem.sum(move**2)
     scale = jnp.abs(point.value) + problem.sum(jnp.abs(gradient * z))
-    floor = problem.sum(reach * jnp.abs(z)) + _evaluation(problem, scale, gradient)
+    floor = problem.sum(reach * jnp.abs(z)) + _evaluation(problem, scale, gradient, z)
     inner = prior.dual_projection(-gradient, 1.5 * reach)
     room = _in_domain(problem, inner, reach) if prior.separable else True
     return jnp.isfinite(floor) & room & ~(bound <= _POOR * (gain + floor))

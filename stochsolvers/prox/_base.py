@@ -28,7 +28,10 @@ class Prior(ABC):
       somewhere. The default returns w, which is right for a g* that is finite everywhere.
 
     A certificate that needs a missing formula is `inf`. Set `separable = False` if g(u) is not a sum
-    of functions of single entries.
+    of functions of single entries. Two more methods have defaults that are right for most priors:
+
+    - `_pre_activation(v, step)` is v + (1/η − 1)(v − u), u = prox_{ηg}(v). Return v if g is an indicator.
+    - `_term_sizes(u, w)` tells certificates of terms that cancel in g or g*; see there.
     """
 
     separable: ClassVar[bool] = True
@@ -53,11 +56,12 @@ class Prior(ABC):
         return self._prox(v, self._weight("step_size", step_size, v))
 
     def pre_activation(self, v: Array, step_size: ArrayLike) -> Array:
-        r"""The w with prox_g(w) = prox_{ηg}(v), as the plain layer's activation prox_g takes it.
+        r"""The w with prox_g(w) = prox_{ηg}(v): the argument of the activation σ = prox_g in a step.
 
-            w = u + (v − u)/η = v + (1/η − 1)(v − u),     u = prox_{ηg}(v),
+            w = v + (1/η − 1)(v − u),  u = prox_{ηg}(v),
 
-        since (v − u)/η ∈ ∂g(u). It is v at η = 1.
+        for (v − u)/η is a subgradient of g at u, and w = u + (v − u)/η. At η = 1, w = v. For an indicator
+        w is v, the point before the projection, whatever η is.
 
         Args:
           v: any shape, leading axes are a batch.
@@ -106,6 +110,13 @@ class Prior(ABC):
 
     def _pre_activation(self, v: Array, step: Array) -> Array:
         return v + (1 / step - 1) * (v - self._prox(v, step))
+
+    def _term_sizes(self, u: Array, w: Array) -> Array:
+        """The sum of the sizes of all terms that g(u) and g*(w) add up, a scalar, to bound their round-off.
+
+        Certificates add |g(u)| + |g*(w)| + Σ |u w| to it, so that 0 is right where no terms cancel.
+        """
+        return jnp.zeros((), u.dtype)
 
     def _conjugate(self, w: Array) -> Array:
         return jnp.full((), jnp.inf, w.dtype)

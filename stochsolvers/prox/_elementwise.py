@@ -20,6 +20,9 @@ class Zero(Prior):
     def _prox(self, v, step):
         return v
 
+    def _pre_activation(self, v, step):
+        return v
+
     def _conjugate(self, w):
         return finite_where(w == 0, 0, w)
 
@@ -36,6 +39,9 @@ class NonNegative(Prior):
 
     def _prox(self, v, step):
         return jax.nn.relu(v)
+
+    def _pre_activation(self, v, step):
+        return v
 
     def _conjugate(self, w):
         return finite_where(w <= 0, 0, w)
@@ -97,6 +103,9 @@ class _Barrier(Weighted):
     def _dual_projection(self, w, margin):
         return w
 
+    def _term_sizes(self, u, w):
+        return jnp.sum(jnp.abs(w) + self._gamma(w))
+
 
 @value_object
 class LogBarrier(_Barrier):
@@ -118,6 +127,9 @@ class LogBarrier(_Barrier):
     def _conjugate(self, w):
         safe = jnp.where(w < 0, w, -1)
         return finite_where(w < 0, jnp.sum(_conjugates.logarithm(safe, self._gamma(w))), w)
+
+    def _term_sizes(self, u, w):
+        return jnp.sum(self._gamma(w))
 
     def _dual_projection(self, w, margin):
         # The domain is open: stay one (normal) float away from its boundary.
@@ -225,6 +237,9 @@ class Box(Prior):
     def _prox(self, v, step):
         lo, hi = self._bounds(v)
         return jnp.where(v < lo, lo, jnp.where(v > hi, hi, v))
+
+    def _pre_activation(self, v, step):
+        return v
 
     def _conjugate(self, w):
         lo, hi = self._bounds(w)

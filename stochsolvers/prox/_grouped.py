@@ -178,6 +178,9 @@ class PositiveSemidefinite(Prior):
         positive = _spectra.of_eigenvalues(_spectra.EXCESS, symmetric, zero)
         return jnp.moveaxis(positive, (-2, -1), self.axes)
 
+    def _pre_activation(self, v, step):
+        return v
+
     def _conjugate(self, w):
         return finite_where(self._semidefinite(self._matrices(w), -1), 0, w)
 

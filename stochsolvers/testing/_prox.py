@@ -23,6 +23,7 @@ def check_prior(prior: Prior, shape: tuple[int, ...]) -> None:
       finds none lower, and h(q) ≥ h(u) + ½‖q − u‖² for all points q that are tried, so that a prox of half
       the function, or of η² g, does not pass;
     - prox is firmly nonexpansive; its derivatives, forward and reverse, are those of differences;
+    - w = pre_activation(v, η) has prox(w, 1) = prox(v, η);
     - where g* is known: g(u) + g*(w) = <u, w> for w = (v − u)/η (with v = prox_{ηg}(v) + η prox_{g*/η}(v/η),
       Moreau's identity), and g(q) + g*(w) ≥ <q, w> elsewhere; `dual_projection` lands in its domain;
     - leading axes are a batch; a separable prior acts on single entries;
@@ -74,6 +75,7 @@ def _evaluate(name: str, prior: Prior, shape: tuple[int, ...]) -> dict[str, np.n
         found = _search(h, others[0], domain)
         return {
             "u": u,
+            "activated": prior.prox(prior.pre_activation(v, step), 1.0),
             "value": prior.value(u),
             "at v": prior.value(v),
             "h": h(u),
@@ -161,6 +163,8 @@ def _check_maps(name: str, seen: dict[str, np.ndarray]) -> None:
     words = "<u − u′, v − v′> >= ‖u − u′‖² (firmly nonexpansive)"
     got = f"a difference of {seen['firm'].min():.3g}"
     common.require(seen["firm"] >= -1e-9, f"{name}.prox at two points", words, got)
+    what = f"{name}.prox(w, 1) at w = pre_activation(v, η)"
+    common.close(what, seen["activated"], seen["u"], rtol=1e-7, words="that of prox(v, η)")
 
 
 def _check_conjugate(name: str, seen: dict[str, np.ndarray]) -> None:
