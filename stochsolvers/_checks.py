@@ -28,11 +28,11 @@ def _concrete(value: Any) -> np.ndarray | None:
     return np.asarray(value)
 
 
-def positive(what: str, value: Any) -> None:
+def positive(what: str, value: Any, wanted: str = "a number > 0") -> None:
     """Require value > 0 wherever it is concrete."""
     known = _concrete(value)
     if known is not None and not np.all(known > 0):
-        fail(what, "a number > 0", value)
+        fail(what, wanted, value)
 
 
 def non_negative(what: str, value: Any) -> None:

@@ -58,6 +58,13 @@ PRIORS = {
     "GroupL2": ss.prox.GroupL2(0.3),
     "NuclearNorm": ss.prox.NuclearNorm(0.3),
     "PositiveSemidefinite": ss.prox.PositiveSemidefinite(),
+    "Simplex": ss.prox.Simplex(),
+    "Entropy": ss.prox.Entropy(),
+    "L2Ball": ss.prox.L2Ball(0.8),
+    "ElasticNet": ss.prox.ElasticNet(0.3, 0.5),
+    "NonNegativeL1": ss.prox.NonNegativeL1(0.3),
+    "Scaled": ss.prox.Scaled(ss.prox.L1(0.3), 1.5),
+    "Scaled groups": ss.prox.Scaled(ss.prox.GroupL2(0.3), 1.5),
 }
 SHAPES = {
     "NuclearNorm": (2, 2, 3),

@@ -173,8 +173,8 @@ def _curvature_gap(problem: Objective, point: _Point) -> Array:
 def _prior_gap(problem: Objective, point: _Point, w: Array, error: Array) -> Array:
     r"""Φ(w) = g(z) + g*(w) − <w, z> for any w within `error` of the one given, round-off included.
 
-    Convexity gives Φ(w + e) ≤ Φ(w) + Σ |e| max |∇Φ(w ± error)| for separable g*. For the others ∇Φ = −z if
-    g* is an indicator; where it is not zero, nothing is promised.
+    Convexity gives Φ(w + e) ≤ Φ(w) + Σ |e| max |∇Φ(w ± error)| for separable g*. For the others
+    Φ(w + e) ≤ Φ(w) + Σ |e| |z| + the rise of g*, which is the prior's to bound.
     """
     z, conjugate = point.z, problem.per_example(problem.prior.conjugate)
     if problem.prior.separable:
@@ -182,12 +182,14 @@ def _prior_gap(problem: Objective, point: _Point, w: Array, error: Array) -> Arr
         (derivatives,) = pull(jnp.ones_like(values))
         slope = jnp.max(jnp.abs(derivatives - z[None]), axis=0)
         value, inside = values[1], jnp.isfinite(values[0]) & jnp.isfinite(values[2])
+        rise = 0.0
     else:
         slope, value = jnp.abs(z), conjugate(w)
-        inside = _in_domain(problem, w, error) & (value == 0)
+        inside = _in_domain(problem, w, error)
+        rise = problem.per_example(problem.prior._conjugate_rise)(w, value, error)
     gap = jnp.maximum(point.value + value - problem.sum(w * z), 0.0)
     scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(w) * (jnp.abs(z) + slope))
-    slack = problem.sum(error * slope) + _evaluation(problem, scale, w)
+    slack = problem.sum(error * slope) + rise + _evaluation(problem, scale, w)
     return jnp.where(inside, gap + slack, jnp.inf)
 
 

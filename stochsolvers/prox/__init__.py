@@ -15,8 +15,14 @@ r"""Priors g and their proximal operators: the activation functions of a layer r
 | group lasso                  | γ Σ_G ||u_G||₂            | `GroupL2(gamma, axis)`        |
 | low rank                     | γ ||U||_*                 | `NuclearNorm(gamma, axes)`    |
 | positive semi-definite       | 0 if U = Uᵀ ⪰ 0, else ∞   | `PositiveSemidefinite(axes)`  |
+| softmax                      | Σ u log u − ½||u||² on Δ  | `Entropy(axis)`               |
+| sparse kin of softmax        | 0 if u ∈ Δ, else ∞        | `Simplex(axis)`               |
+| norm at most r               | 0 if ||u_G||₂ ≤ r, else ∞ | `L2Ball(radius, axis)`        |
+| soft threshold, shrunk       | γ ||u||₁ + (ρ/2) ||u||²   | `ElasticNet(gamma, ridge)`    |
+| ReLU with a threshold        | γ Σ u if u ≥ 0, else ∞    | `NonNegativeL1(gamma)`        |
 
-The approximations hold at η = 1 and were measured on [−30, 30].
+Δ is the simplex {u ≥ 0, Σ u = 1}. `2.0 * prior` is the prior 2 g. γ = 0 is the limit γ → 0, where a
+class has it. The approximations hold at η = 1 and were measured on [−30, 30].
 
 A solver with step η applies prox_{ηg}. For an indicator (ReLU, box, semi-definite) and for g = 0 that
 is prox_g; every other activation changes its shape with η, for instance the leaky slope is 1/(1 + ηγ).
@@ -34,6 +40,10 @@ float32.
 """
 
 from stochsolvers.prox._base import Prior as Prior
+from stochsolvers.prox._base import Scaled as Scaled
+from stochsolvers.prox._bounded import Entropy as Entropy
+from stochsolvers.prox._bounded import L2Ball as L2Ball
+from stochsolvers.prox._bounded import Simplex as Simplex
 from stochsolvers.prox._elementwise import L1 as L1
 from stochsolvers.prox._elementwise import Box as Box
 from stochsolvers.prox._elementwise import IntervalLogBarrier as IntervalLogBarrier
@@ -46,3 +56,5 @@ from stochsolvers.prox._elementwise import leaky_relu_prior as leaky_relu_prior
 from stochsolvers.prox._grouped import GroupL2 as GroupL2
 from stochsolvers.prox._grouped import NuclearNorm as NuclearNorm
 from stochsolvers.prox._grouped import PositiveSemidefinite as PositiveSemidefinite
+from stochsolvers.prox._sparse import ElasticNet as ElasticNet
+from stochsolvers.prox._sparse import NonNegativeL1 as NonNegativeL1

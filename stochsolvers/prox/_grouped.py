@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from stochsolvers import _checks, _linalg
 from stochsolvers._typing import Array, static_field, value_object
 from stochsolvers.prox import _balls, _spectra
+from stochsolvers.prox._axes import canonical_axes, check_axes, pair_of_axes, reduced_shape
 from stochsolvers.prox._base import Prior, Weighted, finite_where
 
 
@@ -18,7 +19,7 @@ class GroupL2(Weighted):
     g* is the indicator of ||w_G||₂ ≤ γ.
 
     Args:
-      gamma: γ > 0; an array has size 1 in the axes of a group.
+      gamma: γ ≥ 0; an array has size 1 in the axes of a group.
       axis: the axis, or axes, along which the entries of one group lie.
     """
 
@@ -27,15 +28,13 @@ class GroupL2(Weighted):
 
     def __post_init__(self):
         super().__post_init__()
-        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        for axis in axes:
-            _checks.count("axis", axis, minimum=-(2**31))
+        check_axes(self.axis)
 
     def _weight_shape(self, like):
-        return _reduced_shape(like, self.axis)
+        return reduced_shape(like, self.axis)
 
     def _axes(self, u):
-        return _canonical_axes(self.axis, u.ndim)
+        return canonical_axes(self.axis, u.ndim)
 
     def _value(self, u):
         return jnp.sum(_balls.weighted_norm(self._axes(u), u, self._gamma(u)))
@@ -53,28 +52,6 @@ class GroupL2(Weighted):
         return _balls.project(self._axes(w), w, jax.nn.relu(self._gamma(w) - margin))
 
 
-def _canonical_axes(axes: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """Axes counted from the front, all different and within the array."""
-    axes = axes if isinstance(axes, tuple) else (axes,)
-    front = tuple(axis + ndim if axis < 0 else axis for axis in axes)
-    if len(set(front)) != len(front) or not all(0 <= axis < ndim for axis in front):
-        _checks.fail("axes", f"different axes of an array with {ndim} axes", axes)
-    return front
-
-
-def _reduced_shape(like: Array, axes: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with 1 in the named axes."""
-    front = _canonical_axes(axes, like.ndim)
-    return tuple(1 if i in front else n for i, n in enumerate(like.shape))
-
-
-def _pair_of_axes(axes: tuple[int, int]) -> tuple[int, int]:
-    pair = tuple(axes)
-    if len(pair) != 2 or pair[0] == pair[1]:
-        _checks.fail("axes", "two different integers", axes)
-    return _checks.count("axes", pair[0], minimum=-99), _checks.count("axes", pair[1], minimum=-99)
-
-
 def _round_off(like: Array, axes: tuple[int, int]) -> float:
     """Relative round-off of a spectrum."""
     sizes = [like.shape[axis] for axis in axes]
@@ -89,7 +66,7 @@ class NuclearNorm(Weighted):
     at repeated and vanishing singular values (Daleckii–Krein formula).
 
     Args:
-      gamma: γ > 0; an array has size 1 in the axes of a matrix.
+      gamma: γ ≥ 0; an array has size 1 in the axes of a matrix.
       axes: the two axes of a matrix.
     """
 
@@ -98,10 +75,10 @@ class NuclearNorm(Weighted):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "axes", _pair_of_axes(self.axes))
+        object.__setattr__(self, "axes", pair_of_axes(self.axes))
 
     def _weight_shape(self, like):
-        return _reduced_shape(like, self.axes)
+        return reduced_shape(like, self.axes)
 
     def _matrices(self, array):
         """Matrices on the last two axes."""
@@ -146,13 +123,16 @@ class PositiveSemidefinite(Prior):
     separable: ClassVar[bool] = False
 
     def __post_init__(self):
-        object.__setattr__(self, "axes", _pair_of_axes(self.axes))
+        object.__setattr__(self, "axes", pair_of_axes(self.axes))
+
+    def _times(self, factor):
+        return self
 
     def _weight_shape(self, like):
-        return _reduced_shape(like, self.axes)
+        return reduced_shape(like, self.axes)
 
     def _matrices(self, array):
-        _canonical_axes(self.axes, array.ndim)
+        canonical_axes(self.axes, array.ndim)
         matrices = jnp.moveaxis(array, self.axes, (-2, -1))
         if matrices.shape[-2] != matrices.shape[-1]:
             _checks.fail(f"axes {self.axes}", "a square matrix", matrices.shape[-2:])
