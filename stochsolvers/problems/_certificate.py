@@ -165,6 +165,9 @@ def _curvature_gap(problem: Objective, point: _Point) -> Array:
     entrywise = point.image_error + products.spread_error(point.residual_error)
     noise += jnp.minimum(through, problem.norm(entrywise))
     slack = noise * problem.norm(move) + noise**2 / (2.0 * safe_mu)
+    # u itself is rounded, along a subgradient if on a curved edge of the domain
+    edge = problem.norm(gradient + safe_mu * move)
+    slack += edge * _spectral_round_off(problem, u)
     scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(terms)) + curve
     slack += _evaluation(problem, scale, gradient)
     return _or_infinite(jnp.where(mu > 0, gap + slack, jnp.inf))

@@ -54,7 +54,9 @@ def project(axes: Axes, v: Array) -> Array:
     count, tau = threshold(x > -1)
     _, _, tau = lax.while_loop(unfinished, rise, (count + 1, count, tau))
     u = jax.nn.relu(x - tau)
-    return u / jnp.sum(u, axes, keepdims=True)
+    # what τ lost is common to the support, and small entries can hold it
+    lost = (jnp.sum(u, axes, keepdims=True) - 1) / threshold(u > 0)[0]
+    return jnp.where(u > 0, jax.nn.relu(u - lost), u)
 
 
 @project.defjvp
