@@ -42,11 +42,11 @@ def non_negative(what: str, value: Any) -> None:
         fail(what, "a number >= 0", value)
 
 
-def ordered(what: str, lower: Any, upper: Any) -> None:
+def ordered(what: str, lower: Any, upper: Any, wanted: str = "lower <= upper") -> None:
     """Require lower <= upper wherever both are concrete."""
     lo, hi = _concrete(lower), _concrete(upper)
     if lo is not None and hi is not None and not np.all(lo <= hi):
-        fail(what, "lower <= upper", f"{lower} and {upper}")
+        fail(what, wanted, f"{lower} and {upper}")
 
 
 def member(what: str, value: Any, allowed: Collection[Any]) -> None:

@@ -57,6 +57,7 @@ PRIORS = {
     "Box": ss.prox.Box(-0.3, 0.4),
     "GroupL2": ss.prox.GroupL2(0.3),
     "NuclearNorm": ss.prox.NuclearNorm(0.3),
+    "NuclearNorm with weights": ss.prox.NuclearNorm(0.3, weights=jnp.asarray([1.5, 0.5, 0.2])),
     "PositiveSemidefinite": ss.prox.PositiveSemidefinite(),
     "Simplex": ss.prox.Simplex(),
     "Entropy": ss.prox.Entropy(),
@@ -68,6 +69,7 @@ PRIORS = {
 }
 SHAPES = {
     "NuclearNorm": (2, 2, 3),
+    "NuclearNorm with weights": (2, 3, 3),
     "PositiveSemidefinite": (2, 2, 2),
 }  # of arguments; (4,) if not here
 PROBLEM = ss.LayerProblem(
