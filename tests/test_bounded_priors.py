@@ -13,7 +13,7 @@ from stochsolvers import prox
 
 pytestmark = pytest.mark.optimized
 
-WIDE = np.longdouble
+WIDE, INF = np.longdouble, jnp.inf
 
 
 def by_faces(v):
@@ -152,9 +152,19 @@ def test_limits_of_softmax_for_short_and_long_steps(rng):
     short, long = (prox.Entropy().prox(v, step) for step in (1e-9, 1e9))
     np.testing.assert_allclose(short, prox.Simplex().prox(v, 1.0), atol=1e-6)
     np.testing.assert_allclose(long, 1 / 6, atol=1e-8)
-    masked = prox.Entropy().prox(jnp.asarray([0.3, -jnp.inf, 0.1]), 0.5)
-    np.testing.assert_allclose(masked[::2], prox.Entropy().prox(jnp.asarray([0.3, 0.1]), 0.5))
-    assert masked[1] == 0
+
+
+def test_infinite_and_huge_entries():
+    huge = np.finfo(np.float32).max
+    for prior in (prox.Entropy(), prox.Simplex()):
+        with jax.debug_nans(True):
+            masked, pull = jax.vjp(lambda v, p=prior: p.prox(v, 0.5), jnp.asarray([0.3, -INF, 0.1]))
+            slope = pull(jnp.asarray([1.0, 2.0, 3.0]))[0]
+            far = prior.prox(jnp.asarray([huge, -huge, -INF, 0], jnp.float32), 0.5)
+        np.testing.assert_allclose(masked[::2], prior.prox(jnp.asarray([0.3, 0.1]), 0.5))
+        assert masked[1] == slope[1] == 0
+        np.testing.assert_array_equal(far, [1, 0, 0, 0])
+    assert prox.Entropy().conjugate(jnp.asarray([2.0, -INF])) == 2.5
 
 
 def test_derivatives_are_finite_over_the_range():

@@ -28,15 +28,13 @@ def _below_top(axes: Axes, v: Array) -> Array:
     return jnp.where(v == top, 0, top - v)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def project(axes: Axes, v: Array) -> Array:
-    r"""The nearest point of the simplex, max(v − τ, 0) with Σ max(v_i − τ, 0) = 1.
+def _support(axes: Axes, x: Array) -> Array:
+    r"""Whether max(x_i − τ, 0) > 0 at the root of Σ max(x_i − τ, 0) = 1, for −1 ≤ x ≤ max x = 0.
 
     Newton's method on this convex, piecewise linear equation, from a τ below the root: the iterates
     rise to it and end there, since each one drops entries from the support (Michelot 1986). The
     residual or the support at least halves in every step, so that about log2(n²/ε) suffice.
     """
-    x = jnp.maximum(-_below_top(axes, v), -1)  # entries further below the top are zero
 
     def threshold(support):
         count = jnp.sum(support, axes, keepdims=True, dtype=x.dtype)
@@ -52,23 +50,24 @@ def project(axes: Axes, v: Array) -> Array:
         return before, count, jnp.maximum(tau, following)
 
     count, tau = threshold(x > -1)
-    _, _, tau = lax.while_loop(unfinished, rise, (count + 1, count, tau))
-    u = jax.nn.relu(x - tau)
-    # what τ lost is common to the support, and small entries can hold it
-    lost = (jnp.sum(u, axes, keepdims=True) - 1) / threshold(u > 0)[0]
-    return jnp.where(u > 0, jax.nn.relu(u - lost), u)
+    return x > lax.while_loop(unfinished, rise, (count + 1, count, tau))[-1]
 
 
-@project.defjvp
-def _project_jvp(axes, primals, tangents):
-    (v,), (dv,) = primals, tangents
-    u = project(axes, v)
-    support = u > 0
-    moved = jnp.where(support, dv, 0)
-    mean = jnp.sum(moved, axes, keepdims=True) / jnp.sum(
-        support, axes, keepdims=True, dtype=u.dtype
-    )
-    return u, jnp.where(support, dv - mean, 0)
+def project(axes: Axes, v: Array) -> Array:
+    """The nearest point of the simplex, max(v − τ, 0); the support is no function to differentiate."""
+    # entries further than 1 below the top are zero
+    x = jnp.maximum(-_below_top(axes, lax.stop_gradient(v)), -1)
+    x = _explicit(x, jnp.where(x > -1, v, 0))
+    support = _support(axes, lax.stop_gradient(x))
+
+    def centred(u):
+        """With sum 1, by one number for all of the support."""
+        count = jnp.sum(support, axes, keepdims=True, dtype=u.dtype)
+        excess = jnp.sum(jnp.where(support, u, 0), axes, keepdims=True) - 1
+        return jax.nn.relu(jnp.where(support, u - excess / count, 0))
+
+    # twice: what the first τ lost is common to the support, and small entries can hold it
+    return centred(centred(x))
 
 
 def _ratios(kappa: Array, delta: Array) -> Array:
@@ -139,25 +138,39 @@ def _shares(axes: Axes, v: Array, alpha: Array, beta: Array) -> tuple[Array, Arr
 def tempered(axes: Axes, v: Array, alpha: Array, beta: Array) -> Array:
     """The u with α u_i + β log u_i = v_i + c, Σ u_i = 1; softmax(v) to the bit for α = 0, β = 1.
 
+    In nested derivatives JAX may differentiate the body in place of the rule: `_explicit` is for that.
+
     Args:
       axes: those of a group.
       v: any shape.
       alpha: α > −β, or α = −β: then u has one fixed point more at u_i = 1, which is no problem.
       beta: β > 0; as α of size 1 in the axes.
     """
-    a, rho = _shares(axes, v, alpha, beta)
-    return jnp.where((alpha == 0) & (beta == 1), jax.nn.softmax(v, axes), a * rho)
+    fixed = lax.stop_gradient((v, alpha, beta))
+    a, rho = _shares(axes, *fixed)
+    softmax = jax.nn.softmax(fixed[0], axes)
+    u = jnp.where((fixed[1] == 0) & (fixed[2] == 1), softmax, a * rho)
+    near = v - jnp.max(fixed[0], axes, keepdims=True)  # where u > 0, no large number
+    return _explicit(u, _derivative(axes, u, *fixed, near, alpha, beta))
 
 
 @tempered.defjvp
 def _tempered_jvp(axes, primals, tangents):
-    (v, alpha, beta), (dv, dalpha, dbeta) = primals, tangents
-    u = tempered(axes, v, alpha, beta)
+    u = tempered(axes, *primals)
+    return u, _derivative(axes, u, *primals, *tangents)
+
+
+def _derivative(axes, u, v, alpha, beta, dv, dalpha, dbeta):
     logs = jnp.log(jnp.where(u > 0, u, 1))
     share = u / (alpha * u + beta)
-    moved = dv - u * dalpha - logs * dbeta
+    moved = jnp.where(share > 0, dv - u * dalpha - logs * dbeta, 0)
     mean = jnp.sum(share * moved, axes, keepdims=True) / jnp.sum(share, axes, keepdims=True)
-    return u, share * (moved - mean)
+    return share * (moved - mean)
+
+
+def _explicit(value: Array, derivative: Array) -> Array:
+    """The value, with the derivative of a linear form."""
+    return value + (derivative - lax.stop_gradient(derivative))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -166,10 +179,13 @@ def entropy_conjugate(axes: Axes, w: Array) -> Array:
 
     At the maximiser log u_i − u_i = w_i + c, so that the value is −c − ½ ||u||², c from the largest entry.
     """
+    fixed = lax.stop_gradient(w)
     one = jnp.ones_like(jnp.sum(w, axes, keepdims=True))
-    a, rho = _shares(axes, w, -one, one)
+    a, rho = _shares(axes, fixed, -one, one)
     squares = jnp.sum(rho * rho, axes, keepdims=True)
-    return jnp.max(w, axes, keepdims=True) - jnp.log(a) + a * (1 - 0.5 * a * squares)
+    value = jnp.max(fixed, axes, keepdims=True) - jnp.log(a) + a * (1 - 0.5 * a * squares)
+    near = jnp.where(rho > 0, w - jnp.max(fixed, axes, keepdims=True), 0)
+    return _explicit(value, jnp.sum(a * rho * near, axes, keepdims=True))
 
 
 @entropy_conjugate.defjvp
