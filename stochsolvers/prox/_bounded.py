@@ -93,8 +93,8 @@ class Entropy(_Group):
 
     softmax(v) to the bit for ηγ = 1, softmax(v/ηγ) to first order for large groups, and close to the
     projection onto the simplex for small ηγ. g*(w) = γ Σ_G (−c − ½||u_G||²) at log u_i − u_i = w_i/γ + c.
-    `value` accepts round-off of the sum. Entries of float32 are right to 1e-5 of themselves, or to
-    ε (max v − v_i)/(ηγ) where that is more, ε = 6e-8.
+    `value` accepts round-off of the sum. Entries u_i are right to about 12 ε, and to
+    12 ε (1 + (max v − v_i)/ηγ) of themselves, ε = 1.2e-7 in float32.
 
     Args:
       axis: the axis, or axes, along which the entries of one group lie.
@@ -110,7 +110,7 @@ class Entropy(_Group):
 
     def __post_init__(self):
         super().__post_init__()
-        _checks.positive("gamma", self.gamma)
+        _checks.positive("gamma", self.gamma, "a number > 0 (Simplex() is the limit)")
         object.__setattr__(self, "gamma", real(self.gamma))
 
     def _times(self, factor):
