@@ -29,6 +29,7 @@ def _below_top(axes: Axes, v: Array) -> Array:
     return jnp.where(v == top, 0, top - v)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _support(axes: Axes, x: Array) -> Array:
     r"""Whether max(x_i − τ, 0) > 0 at the root of Σ max(x_i − τ, 0) = 1, for −1 ≤ x ≤ max x = 0.
 
@@ -99,6 +100,7 @@ def _next_ratios(kappa: Array, delta: Array, rho: Array) -> Array:
     return jnp.minimum(rho * (1 + miss * (newton - curve) / (newton - 2 * curve)), 1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _shares(axes: Axes, v: Array, alpha: Array, beta: Array) -> tuple[Array, Array]:
     r"""The largest entry a of the root u of `tempered`, and ρ = u/a.
 
