@@ -20,7 +20,6 @@ from stochsolvers._typing import Array
 Axes = tuple[int, ...]
 
 _NEWTON_STEPS = 40
-_NEAR = 1.0  # a change of κ up to which one iteration brings ρ along
 
 
 def _below_top(axes: Axes, v: Array) -> Array:
@@ -72,12 +71,14 @@ def project(axes: Axes, v: Array) -> Array:
     return centred(centred(x))
 
 
-def _first_ratios(kappa: Array, delta: Array) -> Array:
-    r"""ρ with log ρ + κρ = κ − δ to about 20 %, for δ > 0 and κ > −1: 0 < ρ < 1.
+def _ratios(kappa: Array, delta: Array) -> Array:
+    r"""ρ with log ρ + κρ = κ − δ, for δ > 0 and κ > −1: 0 < ρ < 1; with s = κρ, s + log s = κ − δ + log κ.
 
-    In s = κρ, s + log s = κ − δ + log κ: Wright's omega function, for κ < 0 Lambert's W.
+    That is Wright's omega function, for κ < 0 Lambert's W on its principal branch. From starts that are
+    right within 20 %, two iterations of fourth order (Fritsch, Shafer and Crowley 1973) give all digits.
     """
-    y, size = kappa - delta, jnp.maximum(jnp.abs(kappa), jnp.finfo(kappa.dtype).tiny)
+    tiny = jnp.finfo(kappa.dtype).tiny
+    y, size = kappa - delta, jnp.maximum(jnp.abs(kappa), tiny)
     small = jnp.exp(jnp.minimum(y, 1))
     z = jnp.maximum(-kappa * small, 0)
     p = jnp.sqrt(jnp.maximum(2 - 2 * jnp.e * z, 0))
@@ -88,16 +89,14 @@ def _first_ratios(kappa: Array, delta: Array) -> Array:
     logs = jnp.log(large)
     middle = jnp.exp((2 / 3) * (jnp.minimum(x, 1) - 1))
     above = jnp.where(x < 1, middle, large - logs + logs / large) / size
-    return jnp.where(kappa > 0, jnp.where(x < -2, small, above), below)
-
-
-def _next_ratios(kappa: Array, delta: Array, rho: Array) -> Array:
-    """An iteration of fourth order (Fritsch, Shafer and Crowley 1973); two give all digits."""
-    rho = jnp.clip(rho, jnp.finfo(rho.dtype).tiny, 1)
-    slope = 1 + kappa * rho
-    miss = (kappa * (1 - rho) - delta - jnp.log(rho)) / slope
-    newton, curve = 2 + (4 / 3) * miss, miss / slope
-    return jnp.minimum(rho * (1 + miss * (newton - curve) / (newton - 2 * curve)), 1)
+    rho = jnp.where(kappa > 0, jnp.where(x < -2, small, above), below)
+    for _ in range(2):
+        rho = jnp.clip(rho, tiny, 1)
+        slope = 1 + kappa * rho
+        miss = (kappa * (1 - rho) - delta - jnp.log(rho)) / slope
+        newton, curve = 2 + (4 / 3) * miss, miss / slope
+        rho = rho * (1 + miss * (newton - curve) / (newton - 2 * curve))
+    return jnp.minimum(rho, 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,40 +107,32 @@ def _shares(axes: Axes, v: Array, alpha: Array, beta: Array) -> tuple[Array, Arr
     it the digits that it would cost. The sum a Σ ρ_i(a) = 1 is increasing in a, convex for α ≥ 0 and
     concave for α ≤ 0, so that Newton's method from the largest entry of softmax(v/β), which lies on the
     right side, cannot overshoot. For α = 0 it is there at once; for α = 1 − β, β from 1e-6 to 1e6, and
-    up to 1,000 entries it took at most 9 steps, mostly 3. κ falls on the way, and entries that underflow at
-    the first do so at the last.
+    up to 1,000 entries it took at most 9 steps, mostly 3.
     """
     info, size = jnp.finfo(v.dtype), math.prod(v.shape[axis] for axis in axes)
-    delta, least = _below_top(axes, v) / beta, jnp.log(info.tiny) + 1
-    plain = jnp.exp(-delta)  # ρ for κ = 0
-    start = 1 / jnp.sum(plain, axes, keepdims=True)
-    known = (delta == 0) | (alpha * (start / beta) - delta < least)  # 1 and 0
-    safe = jnp.where(known, 1, delta)
+    delta = _below_top(axes, v) / beta
+    top = delta == 0
 
-    def ratios(before, a, rho):
-        kappa, last = alpha * (a / beta), alpha * (before / beta)
-
-        def again():
-            return jnp.where(known, rho, _next_ratios(kappa, safe, _first_ratios(kappa, safe)))
-
-        rho = lax.cond(jnp.any(jnp.abs(kappa - last) > _NEAR), again, lambda: rho)
-        return kappa, jnp.where(known, rho, _next_ratios(kappa, safe, rho))
+    def ratios(a):
+        kappa = alpha * (a / beta)
+        lost = kappa - delta < jnp.log(info.tiny) + 1
+        rho = _ratios(kappa, jnp.where(lost | top, 1, delta))
+        return kappa, jnp.where(top, 1, jnp.where(lost, 0, rho))
 
     def newton(carry):
-        k, before, a, rho = carry
-        kappa, rho = ratios(before, a, rho)
-        slope = jnp.where(known, rho, (1 + kappa) * rho / jnp.where(known, 1, 1 + kappa * rho))
+        k, _, a = carry
+        kappa, rho = ratios(a)
+        slope = jnp.where(top, 1, (1 + kappa) * rho / jnp.where(top, 1, 1 + kappa * rho))
         total, slope = (jnp.sum(x, axes, keepdims=True) for x in (rho, slope))
-        return k + 1, a, jnp.clip(a - (a * total - 1) / slope, 1 / size, 1), rho
+        return k + 1, a, jnp.clip(a - (a * total - 1) / slope, 1 / size, 1)
 
     def unfinished(carry):
-        k, before, a, _ = carry
+        k, before, a = carry
         return (k < _NEWTON_STEPS) & jnp.any(jnp.abs(a - before) > info.eps**0.75 * a)
 
-    first = jnp.where(delta == 0, 1, jnp.where(known, 0, plain))
-    _, before, a, rho = lax.while_loop(unfinished, newton, (0, 0 * start, start, first))
-    kappa, rho = ratios(before, a, rho)
-    rho = jnp.where(kappa - delta < least, 0, rho)
+    start = 1 / jnp.sum(jnp.exp(-delta), axes, keepdims=True)
+    _, _, a = lax.while_loop(unfinished, newton, (0, 2 * start, start))
+    _, rho = ratios(a)
     return 1 / jnp.sum(rho, axes, keepdims=True), rho
 
 
