@@ -28,11 +28,11 @@ def _concrete(value: Any) -> np.ndarray | None:
     return np.asarray(value)
 
 
-def positive(what: str, value: Any) -> None:
+def positive(what: str, value: Any, wanted: str = "a number > 0") -> None:
     """Require value > 0 wherever it is concrete."""
     known = _concrete(value)
     if known is not None and not np.all(known > 0):
-        fail(what, "a number > 0", value)
+        fail(what, wanted, value)
 
 
 def non_negative(what: str, value: Any) -> None:
@@ -49,11 +49,11 @@ def at_most(what: str, value: Any, largest: float, why: str) -> None:
         fail(what, f"a number <= {largest:g} ({why} is at most {largest:g})", value)
 
 
-def ordered(what: str, lower: Any, upper: Any) -> None:
+def ordered(what: str, lower: Any, upper: Any, wanted: str = "lower <= upper") -> None:
     """Require lower <= upper wherever both are concrete."""
     lo, hi = _concrete(lower), _concrete(upper)
     if lo is not None and hi is not None and not np.all(lo <= hi):
-        fail(what, "lower <= upper", f"{lower} and {upper}")
+        fail(what, wanted, f"{lower} and {upper}")
 
 
 def member(what: str, value: Any, allowed: Collection[Any]) -> None:

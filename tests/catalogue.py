@@ -59,6 +59,7 @@ PRIORS = {
     "Box": ss.prox.Box(-0.3, 0.4),
     "GroupL2": ss.prox.GroupL2(0.3),
     "NuclearNorm": ss.prox.NuclearNorm(0.3),
+    "NuclearNorm with weights": ss.prox.NuclearNorm(0.3, weights=jnp.asarray([1.5, 0.5, 0.2])),
     "PositiveSemidefinite": ss.prox.PositiveSemidefinite(),
     "Tanh": ss.prox.Tanh(),
     "Sigmoid": ss.prox.Sigmoid(),
@@ -68,9 +69,17 @@ PRIORS = {
     "Arctan": ss.prox.Arctan(),
     "LeakyReLU": ss.prox.LeakyReLU(0.2),
     "Activation": ss.prox.Activation(jax.nn.squareplus),
+    "Simplex": ss.prox.Simplex(),
+    "Entropy": ss.prox.Entropy(),
+    "L2Ball": ss.prox.L2Ball(0.8),
+    "ElasticNet": ss.prox.ElasticNet(0.3, 0.5),
+    "NonNegativeL1": ss.prox.NonNegativeL1(0.3),
+    "Scaled": ss.prox.Scaled(ss.prox.L1(0.3), 1.5),
+    "Scaled groups": ss.prox.Scaled(ss.prox.GroupL2(0.3), 1.5),
 }
 SHAPES = {
     "NuclearNorm": (2, 2, 3),
+    "NuclearNorm with weights": (2, 3, 3),
     "PositiveSemidefinite": (2, 2, 2),
 }  # of arguments; (4,) if not here
 PROBLEM = ss.LayerProblem(

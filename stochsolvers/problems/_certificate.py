@@ -169,6 +169,9 @@ def _curvature_gap(problem: Objective, point: _Point, convexity: Array | None) -
     noise += jnp.minimum(rounding, problem.norm(point.image_error))
     noise += products.norm_of_error(point.residual_error)
     slack = noise * problem.norm(move) + noise**2 / (2.0 * safe_mu)
+    # u itself is rounded, along a subgradient if on a curved edge of the domain
+    edge = problem.norm(gradient + safe_mu * move)
+    slack += edge * _spectral_round_off(problem, u)
     scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(terms)) + curve
     slack += _evaluation(problem, scale, gradient, z, u)
     return _or_infinite(jnp.where(mu > 0, gap + slack, jnp.inf))
@@ -177,8 +180,8 @@ def _curvature_gap(problem: Objective, point: _Point, convexity: Array | None) -
 def _prior_gap(problem: Objective, point: _Point, w: Array, error: Array) -> Array:
     r"""Φ(w) = g(z) + g*(w) − <w, z> for any w within `error` of the one given, round-off included.
 
-    Convexity gives Φ(w + e) ≤ Φ(w) + Σ |e| max |∇Φ(w ± error)| for separable g*. For the others ∇Φ = −z if
-    g* is an indicator; where it is not zero, nothing is promised.
+    Convexity gives Φ(w + e) ≤ Φ(w) + Σ |e| max |∇Φ(w ± error)| for separable g*. For the others
+    Φ(w + e) ≤ Φ(w) + Σ |e| |z| + the rise of g*, which is the prior's to bound.
     """
     z, conjugate = point.z, problem.per_example(problem.prior.conjugate)
     if problem.prior.separable:
@@ -186,12 +189,14 @@ def _prior_gap(problem: Objective, point: _Point, w: Array, error: Array) -> Arr
         (derivatives,) = pull(jnp.ones_like(values))
         slope = jnp.max(jnp.abs(derivatives - z[None]), axis=0)
         value, inside = values[1], jnp.isfinite(values[0]) & jnp.isfinite(values[2])
+        rise = 0.0
     else:
         slope, value = jnp.abs(z), conjugate(w)
-        inside = _in_domain(problem, w, error) & (value == 0)
+        inside = _in_domain(problem, w, error)
+        rise = problem.per_example(problem.prior._conjugate_rise)(w, value, error)
     gap = jnp.maximum(point.value + value - problem.sum(w * z), 0.0)
     scale = jnp.abs(point.value) + jnp.abs(value) + problem.sum(jnp.abs(w) * (jnp.abs(z) + slope))
-    slack = problem.sum(error * slope) + _evaluation(problem, scale, w, z)
+    slack = problem.sum(error * slope) + rise + _evaluation(problem, scale, w, z)
     return jnp.where(inside, gap + slack, jnp.inf)
 
 

@@ -68,8 +68,8 @@ def _shrink_jvp(axes, primals, tangents):
     (v, weight), (dv, dweight) = primals, tangents
     unit, scale, norm = _polar(axes, v)
     relative = weight / scale
-    zero = norm <= relative
-    relative = jnp.where(zero, 1, relative / jnp.where(zero, 1, norm))
+    zero = (norm <= relative) & (relative > 0)  # no weight, no shrinking: also at v = 0
+    relative = jnp.where(zero, 1, relative / jnp.where(norm == 0, 1, norm))
     moved = (1 - relative) * dv + unit * (relative * _along(axes, unit, dv) - dweight)
     return shrink(axes, v, weight), jnp.where(zero, 0, moved)
 

@@ -1,9 +1,12 @@
 """The meaning, checks and dtypes of every prior; its formulas are its subclass's."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
@@ -28,11 +31,18 @@ class Prior(ABC):
       somewhere. The default returns w, which is right for a g* that is finite everywhere.
 
     A certificate that needs a missing formula is `inf`. Set `separable = False` if g(u) is not a sum
-    of functions of single entries. Two more methods have defaults that are right for most priors:
+    of functions of single entries. Then, if g* is neither 0 nor ∞, a third formula makes certificates
+    finite without a ridge: `_conjugate_rise(w, value, error)`. Two more methods have defaults that are right
+    for most priors:
 
     - `_pre_activation(v, step)` is v + (1/η − 1)(v − u), u = prox_{ηg}(v). Return v if g is an indicator.
     - `_term_sizes(u, w)` tells certificates of terms that cancel in g or g*; see there.
+
+    For a number c > 0, `c * prior` is the prior c g, with the prox prox_{ηc g}. c may be traced; for priors
+    with a weight γ it may also be an array that broadcasts as γ does. An indicator is c times itself.
     """
+
+    __array_ufunc__ = None  # a NumPy array times a prior is the prior's affair
 
     separable: ClassVar[bool] = True
     """Whether g(u) is a sum of functions of single entries of u."""
@@ -92,6 +102,18 @@ class Prior(ABC):
         w = as_float32_or_wider("w", w)
         return self._dual_projection(w, self._weight("margin", margin, w))
 
+    def __mul__(self, factor: ArrayLike) -> "Prior":
+        if not isinstance(factor, int | float | np.ndarray | np.generic | jax.Array):
+            return NotImplemented
+        _checks.positive("factor of a prior", factor)
+        return self._times(real(factor))
+
+    __rmul__ = __mul__
+
+    def _times(self, factor: ArrayLike) -> "Prior":
+        """C g for c > 0; the prior itself for an indicator."""
+        return Scaled(self, factor)
+
     def _weight(self, what: str, weight: ArrayLike, like: Array) -> Array:
         """A weight in the dtype of `like`, broadcast to `_weight_shape`."""
         shape = self._weight_shape(like)
@@ -124,6 +146,15 @@ class Prior(ABC):
     def _dual_projection(self, w: Array, margin: Array) -> Array:
         return w
 
+    def _conjugate_rise(self, w: Array, value: Array, error: Array) -> Array:
+        r"""An upper bound on g*(w + e) − `value` for all |e| ≤ error, entry by entry, in the domain of g*.
+
+        With the round-off of the computed `value` = g*(w), as far as it is no small multiple of that of
+        |value|. Asked of priors that are not separable. It is at most Σ |e| max_u |u| over the domain of g.
+        The default holds for indicators, whose g*(w) is homogeneous and 0 where it is finite.
+        """
+        return jnp.where(value == 0, 0, jnp.inf).astype(w.dtype)
+
 
 def as_float32_or_wider(what: str, array: ArrayLike) -> Array:
     """A real floating-point array; float16 and bfloat16 become float32."""
@@ -137,15 +168,100 @@ def finite_where(inside: Array, value: ArrayLike, like: Array) -> Array:
     return jnp.where(jnp.all(inside), jnp.asarray(value, like.dtype), jnp.inf)
 
 
+def product(x: ArrayLike, y: ArrayLike) -> ArrayLike:
+    """X y of numbers, or of arrays that broadcast from their last axes."""
+    rank = max(jnp.ndim(x), jnp.ndim(y))
+    x, y = (jnp.expand_dims(a, range(rank - jnp.ndim(a))) if jnp.ndim(a) else a for a in (x, y))  # pyright: ignore
+    return x * y  # pyright: ignore[reportOperatorIssue]
+
+
 @value_object
 class Weighted(Prior):
-    """A prior scaled by γ > 0."""
+    """A prior scaled by γ ≥ 0; γ = 0 is the limit γ → 0.
+
+    Attributes:
+      gamma: γ.
+    """
 
     gamma: ArrayLike = 1.0
 
     def __post_init__(self):
-        _checks.positive("gamma", self.gamma)
+        _checks.non_negative("gamma", self.gamma)
         object.__setattr__(self, "gamma", real(self.gamma))
+
+    def _times(self, factor):
+        return dataclasses.replace(self, gamma=product(self.gamma, factor))
 
     def _gamma(self, like):
         return self._weight("gamma", self.gamma, like)
+
+
+@value_object
+class Scaled(Prior):
+    r"""c g for a prior g and c > 0: prox_{η c g}, (c g)*(w) = c g*(w/c). It is what `c * prior` returns.
+
+    Priors with a weight γ, and indicators, have a simpler equal of their own class, which `c * prior` is.
+
+    Args:
+      prior: g.
+      factor: c > 0, a number, traced.
+    """
+
+    prior: Prior
+    factor: ArrayLike = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.prior, Prior):
+            _checks.fail("prior of Scaled", "a Prior", repr(self.prior))
+        _checks.positive("factor of a prior", self.factor)
+        if jnp.ndim(self.factor):
+            name = type(self.prior).__name__
+            wanted = f"a number for {name}, which has no weights of its own"
+            _checks.fail("factor of a prior", wanted, f"shape {jnp.shape(self.factor)}")
+        object.__setattr__(self, "factor", real(self.factor))
+
+    @property
+    def separable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """That of g."""
+        return self.prior.separable
+
+    @property
+    def axes(self) -> int | tuple[int, ...]:
+        """The axes of a group or matrix of g, () if it names none."""
+        return getattr(self.prior, "axes", getattr(self.prior, "axis", ()))
+
+    def _times(self, factor):
+        return Scaled(self.prior, product(self.factor, factor))
+
+    def _weight_shape(self, like):
+        return self.prior._weight_shape(like)
+
+    def _factor(self, like):
+        return jnp.asarray(self.factor, like.dtype)
+
+    def _value(self, u):
+        return self._factor(u) * self.prior._value(u)
+
+    def _prox(self, v, step):
+        return self.prior._prox(v, self._factor(v) * step)
+
+    def _conjugate(self, w):
+        factor = self._factor(w)
+        return factor * self.prior._conjugate(w / factor)
+
+    def _dual_projection(self, w, margin):
+        factor = self._factor(w)
+        scaled, margin = w / factor, margin / factor
+        inner = self.prior._dual_projection(scaled, margin)
+        if self.separable:  # c (w/c) may be rounded out of the domain: aim two floats inside
+            margin = margin + 2 * float(jnp.finfo(w.dtype).eps) * jnp.abs(inner)
+            inner = self.prior._dual_projection(scaled, margin)
+        return factor * inner
+
+    def _conjugate_rise(self, w, value, error):
+        factor = self._factor(w)
+        return factor * self.prior._conjugate_rise(w / factor, value / factor, error / factor)
+
+    def _term_sizes(self, u, w):
+        factor = self._factor(u)
+        return factor * self.prior._term_sizes(u, w / factor)

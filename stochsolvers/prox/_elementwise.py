@@ -1,11 +1,13 @@
 """Priors that are sums over single entries: the elementwise activations."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
-from stochsolvers._typing import real, value_object
+from stochsolvers._typing import Array, real, value_object
 from stochsolvers.prox import _conjugates, _roots
 from stochsolvers.prox._base import Prior, Weighted, finite_where
 
@@ -13,6 +15,9 @@ from stochsolvers.prox._base import Prior, Weighted, finite_where
 @value_object
 class Zero(Prior):
     """g(u) = 0: prox(v) = v, the identity; g* is the indicator of {0}."""
+
+    def _times(self, factor):
+        return self
 
     def _value(self, u):
         return jnp.zeros((), u.dtype)
@@ -33,6 +38,9 @@ class Zero(Prior):
 @value_object
 class NonNegative(Prior):
     """g(u) = 0 if u ≥ 0, else ∞: prox(v) = max(v, 0), ReLU, also in its derivative 0 at v = 0."""
+
+    def _times(self, factor):
+        return self
 
     def _value(self, u):
         return finite_where(u >= 0, 0, u)
@@ -58,7 +66,7 @@ class SquaredHinge(Weighted):
     g*(w) = Σ w²/(2γ) − s w for w ≤ 0.
 
     Args:
-      gamma: γ > 0.
+      gamma: γ ≥ 0.
       shift: s.
     """
 
@@ -83,22 +91,35 @@ class SquaredHinge(Weighted):
 
     def _conjugate(self, w):
         gamma, shift = self._parameters(w)
-        return finite_where(w <= 0, jnp.sum(_conjugates.hinge(w, shift, gamma)), w)
+        curved = gamma > 0
+        terms = _conjugates.hinge(jnp.where(curved, w, 0), shift, jnp.where(curved, gamma, 1))
+        return finite_where((w <= 0) & (curved | (w == 0)), jnp.sum(terms), w)
 
     def _dual_projection(self, w, margin):
-        return jnp.minimum(w, -margin)
+        return jnp.where(self._gamma(w) > 0, jnp.minimum(w, -margin), 0)
 
 
 def leaky_relu_prior(negative_slope: ArrayLike = 0.01) -> SquaredHinge:
-    """The prior whose prox at η = 1 is the leaky ReLU of slope 0 < α < 1: γ = 1/α − 1."""
-    _checks.positive("negative_slope", negative_slope)
-    _checks.positive("1 - negative_slope", 1 - negative_slope)  # pyright: ignore[reportOperatorIssue]
+    """The prior whose prox at η = 1 is the leaky ReLU of slope 0 < α ≤ 1: γ = 1/α − 1."""
+    wanted = "a number > 0 (NonNegative() is the limit, the ReLU of slope 0)"
+    _checks.positive("negative_slope", negative_slope, wanted)
+    _checks.non_negative("1 - negative_slope", 1 - negative_slope)  # pyright: ignore[reportOperatorIssue]
     return SquaredHinge(1 / negative_slope - 1)  # pyright: ignore[reportOperatorIssue]
 
 
 @value_object
 class _Barrier(Weighted):
-    """A log barrier, whose conjugate is finite everywhere unless a subclass says otherwise."""
+    """A log barrier, whose conjugate is finite everywhere unless a subclass says otherwise.
+
+    γ = 0 is refused: the limit γ → 0 is the indicator of the closed interval, another class.
+    """
+
+    _limit: ClassVar[str]
+
+    def __post_init__(self):
+        super().__post_init__()
+        wanted = f"a number > 0 ({self._limit} is the limit)"
+        _checks.positive("gamma", self.gamma, wanted)
 
     def _dual_projection(self, w, margin):
         return w
@@ -116,6 +137,8 @@ class LogBarrier(_Barrier):
     Args:
       gamma: γ > 0.
     """
+
+    _limit: ClassVar[str] = "NonNegative()"
 
     def _value(self, u):
         logs = jnp.log(jnp.where(u > 0, u, 1))
@@ -148,6 +171,8 @@ class SymmetricLogBarrier(_Barrier):
       gamma: γ > 0.
     """
 
+    _limit: ClassVar[str] = "Box(-1, 1)"
+
     def _value(self, u):
         inside = jnp.abs(u) < 1
         safe = jnp.where(inside, u, 0)
@@ -172,6 +197,8 @@ class IntervalLogBarrier(_Barrier):
       gamma: γ > 0.
     """
 
+    _limit: ClassVar[str] = "Box(0, 1)"
+
     def _value(self, u):
         inside = (u > 0) & (u < 1)
         safe = jnp.where(inside, u, 0.5)
@@ -185,20 +212,25 @@ class IntervalLogBarrier(_Barrier):
         return jnp.sum(_conjugates.interval(w, self._gamma(w)))
 
 
+def soft_threshold(v: Array, weight: Array) -> Array:
+    """Sign(v) max(|v| − c, 0), v for c = 0, also in its derivative at v = 0."""
+    shrunk = jax.nn.relu(v - weight) - jax.nn.relu(-v - weight)
+    return jnp.where((weight == 0) & (v == 0), v, shrunk)
+
+
 @value_object
 class L1(Weighted):
     """g(u) = γ ||u||₁: prox(v) = sign(v) max(|v| − ηγ, 0); g* is the indicator of |w| ≤ γ.
 
     Args:
-      gamma: γ > 0.
+      gamma: γ ≥ 0.
     """
 
     def _value(self, u):
         return jnp.sum(self._gamma(u) * jnp.abs(u))
 
     def _prox(self, v, step):
-        weight = step * self._gamma(v)
-        return jax.nn.relu(v - weight) - jax.nn.relu(-v - weight)
+        return soft_threshold(v, step * self._gamma(v))
 
     def _conjugate(self, w):
         return finite_where(jnp.abs(w) <= self._gamma(w), 0, w)
@@ -226,6 +258,9 @@ class Box(Prior):
         _checks.ordered("bounds of Box", self.lo, self.hi)
         object.__setattr__(self, "lo", real(self.lo))
         object.__setattr__(self, "hi", real(self.hi))
+
+    def _times(self, factor):
+        return self
 
     def _bounds(self, like):
         return self._weight("lo", self.lo, like), self._weight("hi", self.hi, like)

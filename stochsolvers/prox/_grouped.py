@@ -4,10 +4,12 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from stochsolvers import _checks, _linalg
 from stochsolvers._typing import Array, static_field, value_object
-from stochsolvers.prox import _balls, _spectra
+from stochsolvers.prox import _balls, _sorted, _spectra
+from stochsolvers.prox._axes import canonical_axes, check_axes, pair_of_axes, reduced_shape
 from stochsolvers.prox._base import Prior, Weighted, finite_where
 
 
@@ -18,7 +20,7 @@ class GroupL2(Weighted):
     g* is the indicator of ||w_G||₂ ≤ γ.
 
     Args:
-      gamma: γ > 0; an array has size 1 in the axes of a group.
+      gamma: γ ≥ 0; an array has size 1 in the axes of a group.
       axis: the axis, or axes, along which the entries of one group lie.
     """
 
@@ -27,15 +29,13 @@ class GroupL2(Weighted):
 
     def __post_init__(self):
         super().__post_init__()
-        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        for axis in axes:
-            _checks.count("axis", axis, minimum=-(2**31))
+        check_axes(self.axis)
 
     def _weight_shape(self, like):
-        return _reduced_shape(like, self.axis)
+        return reduced_shape(like, self.axis)
 
     def _axes(self, u):
-        return _canonical_axes(self.axis, u.ndim)
+        return canonical_axes(self.axis, u.ndim)
 
     def _value(self, u):
         return jnp.sum(_balls.weighted_norm(self._axes(u), u, self._gamma(u)))
@@ -53,28 +53,6 @@ class GroupL2(Weighted):
         return _balls.project(self._axes(w), w, jax.nn.relu(self._gamma(w) - margin))
 
 
-def _canonical_axes(axes: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """Axes counted from the front, all different and within the array."""
-    axes = axes if isinstance(axes, tuple) else (axes,)
-    front = tuple(axis + ndim if axis < 0 else axis for axis in axes)
-    if len(set(front)) != len(front) or not all(0 <= axis < ndim for axis in front):
-        _checks.fail("axes", f"different axes of an array with {ndim} axes", axes)
-    return front
-
-
-def _reduced_shape(like: Array, axes: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with 1 in the named axes."""
-    front = _canonical_axes(axes, like.ndim)
-    return tuple(1 if i in front else n for i, n in enumerate(like.shape))
-
-
-def _pair_of_axes(axes: tuple[int, int]) -> tuple[int, int]:
-    pair = tuple(axes)
-    if len(pair) != 2 or pair[0] == pair[1]:
-        _checks.fail("axes", "two different integers", axes)
-    return _checks.count("axes", pair[0], minimum=-99), _checks.count("axes", pair[1], minimum=-99)
-
-
 def _round_off(like: Array, axes: tuple[int, int]) -> float:
     """Relative round-off of a spectrum."""
     sizes = [like.shape[axis] for axis in axes]
@@ -83,51 +61,91 @@ def _round_off(like: Array, axes: tuple[int, int]) -> float:
 
 @value_object
 class NuclearNorm(Weighted):
-    r"""g(U) = γ ||U||_*, the sum of singular values: prox(V) = P max(Σ − ηγ, 0) Qᵀ for V = PΣQᵀ.
+    r"""g(U) = γ Σ w_i σ_i(U), σ_1 ≥ σ_2 ≥ …; γ ||U||_* without weights w.
 
-    g* is the indicator of spectral norm ≤ γ. The derivatives of prox and `dual_projection` are finite
+    prox(V) = P max(Σ − ηγ, 0) Qᵀ for V = PΣQᵀ, and g* is the indicator of spectral norm ≤ γ. With weights
+    Σ − ηγw is replaced by the nearest non-increasing sequence, and g* is the indicator of
+    Σ_{i ≤ k} σ_i ≤ γ Σ_{i ≤ k} w_i for all k; `dual_projection` keeps at least its margin.
+
+    g is convex only for non-increasing weights, which penalise large singular values most: (1, …, 1, 0, …, 0)
+    is the Ky Fan norm. The derivatives of prox and `dual_projection` are finite
     at repeated and vanishing singular values (Daleckii–Krein formula).
 
     Args:
-      gamma: γ > 0; an array has size 1 in the axes of a matrix.
+      gamma: γ ≥ 0; an array has size 1 in the axes of a matrix.
       axes: the two axes of a matrix.
+      weights: w_1 ≥ w_2 ≥ … ≥ 0, one for each of the min(m, n) singular values of an m × n matrix.
+
+    Raises:
+      ValueError: for weights that increase, or are not min(m, n).
+
+    References:
+      Bogdan et al., SLOPE: adaptive variable selection via convex optimization, 2015, for the weights.
     """
 
     axes: tuple[int, int] = static_field(default=(-2, -1))
+    weights: ArrayLike | None = None
     separable: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "axes", _pair_of_axes(self.axes))
+        object.__setattr__(self, "axes", pair_of_axes(self.axes))
+        if self.weights is not None:
+            _checks.floating("weights", self.weights)
+            _checks.rank("weights", self.weights, 1)
+            _checks.non_negative("weights", self.weights)
+            wanted = "non-increasing numbers (g is not convex for others)"
+            _checks.ordered("weights", self.weights[1:], self.weights[:-1], wanted)  # pyright: ignore
 
     def _weight_shape(self, like):
-        return _reduced_shape(like, self.axes)
+        return reduced_shape(like, self.axes)
 
     def _matrices(self, array):
         """Matrices on the last two axes."""
         return jnp.moveaxis(array, self.axes, (-2, -1))
 
-    def _threshold(self, weight):
-        """A weight for each matrix, aligned with its vector of singular values."""
-        return self._matrices(weight)[..., 0]
+    def _threshold(self, weight, like):
+        """A weight for each matrix, or for each singular value, aligned with the vector of them."""
+        each = self._matrices(weight)[..., 0]
+        if self.weights is None:
+            return each
+        count = min(like.shape[axis] for axis in self.axes)
+        if jnp.shape(self.weights) != (count,):
+            _checks.fail("shape of weights", f"({count},)", jnp.shape(self.weights))
+        own = jnp.asarray(self.weights, each.dtype)
+        return each * jnp.expand_dims(own, range(each.ndim - 1))
+
+    def _apply(self, function, array, threshold):
+        kind = _spectra if self.weights is None else _sorted
+        result = kind.of_singular_values(function, self._matrices(array), threshold)
+        return jnp.moveaxis(result, (-2, -1), self.axes)
 
     def _value(self, u):
         sigma = _spectra.singular_values(self._matrices(u))
-        return jnp.sum(self._threshold(self._gamma(u)) * sigma)
+        return jnp.sum(self._threshold(self._gamma(u), u) * sigma)
 
     def _prox(self, v, step):
-        threshold = self._threshold(step * self._gamma(v))
-        shrunk = _spectra.of_singular_values(_spectra.EXCESS, self._matrices(v), threshold)
-        return jnp.moveaxis(shrunk, (-2, -1), self.axes)
+        return self._apply(_spectra.EXCESS, v, self._threshold(step * self._gamma(v), v))
 
     def _conjugate(self, w):
-        radius = self._threshold(self._gamma(w)) * (1 + _round_off(w, self.axes))
-        return finite_where(_spectra.singular_values(self._matrices(w)) <= radius, 0, w)
+        radius = self._threshold(self._gamma(w), w) * (1 + _round_off(w, self.axes))
+        sigma = _spectra.singular_values(self._matrices(w))
+        if self.weights is not None:
+            sigma, radius = jnp.cumsum(sigma, -1), jnp.cumsum(radius, -1)
+        return finite_where(sigma <= radius, 0, w)
 
     def _dual_projection(self, w, margin):
-        radius = self._threshold(jax.nn.relu(self._gamma(w) - margin))
-        capped = _spectra.of_singular_values(_spectra.CAPPED, self._matrices(w), radius)
-        return jnp.moveaxis(capped, (-2, -1), self.axes)
+        if self.weights is None:
+            radius = self._threshold(jax.nn.relu(self._gamma(w) - margin), w)
+            return self._apply(_spectra.CAPPED, w, radius)
+        # Σ_{i ≤ k} σ_i changes by at most √k times a Frobenius norm
+        radius, margin = self._threshold(self._gamma(w), w), self._matrices(margin)[..., 0]
+        sums = jnp.cumsum(radius, -1)
+        roots = jnp.sqrt(jnp.arange(1, sums.shape[-1] + 1, dtype=sums.dtype))
+        roots = jnp.expand_dims(roots, range(sums.ndim - 1))
+        share = jnp.where(sums > 0, roots / jnp.where(sums > 0, sums, 1), 0)
+        kept = jax.nn.relu(1 - margin * jnp.max(share, -1, keepdims=True, initial=0))
+        return self._apply(_spectra.CAPPED, w, radius * kept)
 
 
 @value_object
@@ -146,13 +164,16 @@ class PositiveSemidefinite(Prior):
     separable: ClassVar[bool] = False
 
     def __post_init__(self):
-        object.__setattr__(self, "axes", _pair_of_axes(self.axes))
+        object.__setattr__(self, "axes", pair_of_axes(self.axes))
+
+    def _times(self, factor):
+        return self
 
     def _weight_shape(self, like):
-        return _reduced_shape(like, self.axes)
+        return reduced_shape(like, self.axes)
 
     def _matrices(self, array):
-        _canonical_axes(self.axes, array.ndim)
+        canonical_axes(self.axes, array.ndim)
         matrices = jnp.moveaxis(array, self.axes, (-2, -1))
         if matrices.shape[-2] != matrices.shape[-1]:
             _checks.fail(f"axes {self.axes}", "a square matrix", matrices.shape[-2:])

@@ -68,12 +68,13 @@ def _of_eigenvalues_jvp(function, primals, tangents):
     bound = bound / scale
     kept = vectors * _apply(function, values, bound)[..., None, :]
     slopes, by_bound = _derivatives(function, values, bound)
-    inner = slopes * product(transposed, tangent, vectors) + _diagonal(by_bound * dbound)
+    inner = slopes * product(transposed, tangent, vectors) + diagonal(by_bound * dbound)
     primal = scale[..., None] * symmetric(product(kept, transposed))
     return primal, product(vectors, inner, transposed)
 
 
-def _diagonal(values: Array) -> Array:
+def diagonal(values: Array) -> Array:
+    """Diagonal matrices."""
     size = values.shape[-1]
     eye = jnp.eye(size, dtype=values.dtype).reshape((1,) * (values.ndim - 1) + (size, size))
     return values[..., None, :] * eye
@@ -117,15 +118,18 @@ def _of_singular_values_jvp(function, primals, tangents):
     bound = bound / scale
     values = _apply(function, sigma, bound)
     minus, by_bound = _derivatives(function, sigma, bound)
-    at_zero = 0 if function == EXCESS else 1  # f(σ)/σ as σ → 0, for c > 0
+    # f(σ)/σ as σ → 0; for c = 0, f is the identity, or 0
+    none, identity = bound == 0, float(function == EXCESS)
+    minus = jnp.where(none[..., None], identity, minus)
+    at_zero = jnp.where(none, identity, 1 - identity).astype(sigma.dtype)
     total = sigma[..., :, None] + sigma[..., None, :]
     plus = (values[..., :, None] + values[..., None, :]) / jnp.where(total > 0, total, 1)
-    plus = jnp.where(total > 0, plus, at_zero)
+    plus = jnp.where(total > 0, plus, at_zero[..., None])
     ratio = jnp.where(sigma > 0, values / jnp.where(sigma > 0, sigma, 1), at_zero)[..., None, :]
     core = product(left_t, tangent, right_t)
     core_t = jnp.swapaxes(core, -1, -2)
     inner = 0.5 * (minus * (core + core_t) + plus * (core - core_t))
-    outer = product(left, inner + _diagonal(by_bound * dbound), right)
+    outer = product(left, inner + diagonal(by_bound * dbound), right)
     rows, columns = matrix.shape[-2:]
     if rows > columns:
         across = product(tangent, right_t)

@@ -25,7 +25,8 @@ def check_prior(prior: Prior, shape: tuple[int, ...]) -> None:
     - prox is firmly nonexpansive; its derivatives, forward and reverse, are those of differences;
     - w = pre_activation(v, η) has prox(w, 1) = prox(v, η);
     - where g* is known: g(u) + g*(w) = <u, w> for w = (v − u)/η (with v = prox_{ηg}(v) + η prox_{g*/η}(v/η),
-      Moreau's identity), and g(q) + g*(w) ≥ <q, w> elsewhere; `dual_projection` lands in its domain;
+      Moreau's identity), and g(q) + g*(w) ≥ <q, w> elsewhere; `dual_projection` lands in its domain; the
+      rise of the g* of a prior that is not separable is at most its bound;
     - leading axes are a batch; a separable prior acts on single entries;
     - float32 gives float32, float64 float64, bfloat16 float32; a path of steps and weights compiles once;
     - the certificate of a problem with it and a ridge is finite and at least the gap.
@@ -47,6 +48,7 @@ def check_prior(prior: Prior, shape: tuple[int, ...]) -> None:
         _check_maps(name, seen)
         if np.any(np.isfinite(seen["conjugate"])):
             _check_conjugate(name, seen)
+            _check_rise(name, wide, shape)
         _check_derivatives(name, wide, shape)
         _check_dtypes(name, prior, shape)
         _check_entries(name, wide, shape)
@@ -188,6 +190,29 @@ def _check_conjugate(name: str, seen: dict[str, np.ndarray]) -> None:
         got = f"a difference of {np.min(room):.3g}"
         fine = room >= -1e-8 * (1 + np.abs(lowest))
         require(fine, f"{name}.conjugate at random w", words, got)
+
+
+def _check_rise(name: str, prior: Prior, shape: tuple[int, ...]) -> None:
+    """The bound on g*(w + e) − g*(w) that certificates ask of priors that are not separable."""
+    if prior.separable:
+        return
+    many = (12, *shape)
+    error = jnp.abs(common.normal(8, many)) * jnp.asarray([1.0, 0.1, 0.0] * 4).reshape(
+        -1, *(1,) * len(shape)
+    )
+
+    def one(w, error, signs):
+        w = prior.dual_projection(w, 2 * jnp.sqrt(jnp.sum(error**2)))
+        value = prior.conjugate(w)
+        return prior._conjugate_rise(w, value, error), prior.conjugate(w + signs * error) - value
+
+    signs = jnp.sign(common.normal(9, many))
+    rise, seen = jax.jit(jax.vmap(one))(1.5 * common.normal(7, many), error, signs)
+    seen = np.where(np.isfinite(seen), seen, -np.inf)  # beyond the domain
+    at = np.argmax(seen - rise)
+    what = f"{name}._conjugate_rise(w, g*(w), error)"
+    words = f"at least g*(w + e) − g*(w) = {seen[at]:.8g} for an |e| <= error"
+    common.require(rise >= seen - 1e-12 * (1 + np.abs(seen)), what, words, f"{rise[at]:.8g}")
 
 
 def _check_derivatives(name: str, prior: Prior, shape: tuple[int, ...]) -> None:
