@@ -123,9 +123,10 @@ def constants(
     modulus = problem.loss.strong_convexity
     if isinstance(modulus, int | float) and modulus == 0:
         return products, None
-    if convexity is None:
-        convexity = lipschitz.strong_convexity(products.linear_map, upper=products.constant)
-    return products, modulus * convexity
+    known = convexity
+    if known is None:
+        known = lipschitz.strong_convexity(products.linear_map, upper=products.constant)
+    return products, modulus * known
 
 
 def bound(problem: Objective, products: Products, convexity: Array | None, z: Array) -> Array:

@@ -58,9 +58,10 @@ class Products:
         """A itself, or by its whole matrix if it is small enough and its entries are not known."""
         if not _has_blocks(linear_map) and size(linear_map) <= _WRITTEN_OUT:
             linear_map = written_out(linear_map)
-        if squared_norm is None:
-            squared_norm = lipschitz.lipschitz_constant(linear_map, grid="padded")
-        return cls(linear_map, jnp.maximum(squared_norm, 1e-30), batch_ndim)
+        known = squared_norm
+        if known is None:
+            known = lipschitz.lipschitz_constant(linear_map, grid="padded")
+        return cls(linear_map, jnp.maximum(known, 1e-30), batch_ndim)
 
     def forward(self, x: Array) -> Product:
         """A x."""
