@@ -122,6 +122,13 @@ def padding_pixels(conv: Conv) -> int:
     return padded - math.prod(conv.spatial_shape)
 
 
+def num_rims(conv: Conv) -> int:
+    """How many strips of padding there are."""
+    return (
+        0 if conv.padding == "CIRCULAR" else sum(width > 0 for pads in conv.pads for width in pads)
+    )
+
+
 def _rims(conv: Conv) -> tuple[_Rim, ...]:
     """The strips of zero padding, two for each spatial axis.
 

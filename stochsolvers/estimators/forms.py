@@ -30,14 +30,8 @@ import jax.numpy as jnp
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
-from stochsolvers.estimators._hessians import (
-    TRIANGLE,
-    Spectrum,
-    Toeplitz,
-    gram_torus,
-    hessian_of,
-    padding_pixels,
-)
+from stochsolvers.estimators._costs import conv_cost, dense_cost
+from stochsolvers.estimators._hessians import Spectrum, Toeplitz, hessian_of
 from stochsolvers.estimators._hessians import gram_kernel as gram_kernel
 from stochsolvers.estimators._hessians import symmetric_product as symmetric_product
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
@@ -45,11 +39,6 @@ from stochsolvers.problems import LayerProblem
 
 Form: TypeAlias = Literal["auto", "literal", "gram", "fourier"]
 FORMS = ("auto", "literal", "gram", "fourier")
-
-# costs in multiply-adds of a convolution, measured on a two-core CPU
-_FFT_POINT = 20.0  # one point of a real FFT, for each halving of the grid
-_COMPLEX = 5.5  # a complex multiply-add in a product of small matrices
-_DENSE = 0.5  # a multiply-add in a dense matrix product
 
 
 @value_object
@@ -155,33 +144,12 @@ def cheapest_form(problem: LayerProblem, num_calls: int) -> Form:
 
 
 def form_cost(problem: LayerProblem, form: Form, num_calls: int) -> float:
-    """Work of `num_calls` gradients, in multiply-adds of a convolution; what all forms share is left out.
-
-    Of a `Dense` or a `Conv`.
-    """
+    """The time of `num_calls` gradients of a `Dense` or a `Conv`, in multiply-adds of a convolution."""
     A, batch = problem.linear_map, math.prod(problem.batch_shape)
-    n2 = A.out_features
     if isinstance(A, Dense):
-        if form == "literal":
-            return _DENSE * num_calls * 2 * batch * A.in_features * n2
-        triangle = 0.625 if n2 >= 2 * TRIANGLE else 0.75 if n2 >= TRIANGLE else 1.0
-        return _DENSE * (triangle * A.in_features * n2**2 + num_calls * batch * n2**2)
+        return dense_cost(A, form, batch, num_calls)
     assert isinstance(A, Conv)
-    *sizes, inputs, outputs = A.kernel.shape
-    taps, pixels = math.prod(sizes), math.prod(A.out_shape[:-1])
-    block = n2 // A.feature_group_count
-    if form == "literal":
-        return float(num_calls * 2 * batch * pixels * taps * inputs * outputs)
-    gram_taps = math.prod(2 * k - 1 for k in sizes)
-    setup = gram_taps * taps * inputs * block * n2
-    rims = 2 * taps * padding_pixels(A) * inputs * outputs
-    if form == "gram":
-        return setup + num_calls * batch * (pixels * gram_taps * block * outputs + rims)
-    points = math.prod(gram_torus(A))
-    transform = 2 * _FFT_POINT * math.log2(points + 1) * points * n2
-    product = 0.5 * points * _COMPLEX * block * n2
-    symbol = points * gram_taps * block * n2
-    return setup + symbol + num_calls * batch * (transform + product + rims)
+    return conv_cost(A, form, batch, num_calls)
 
 
 def _gradient_at_zero(problem: LayerProblem) -> Array:
