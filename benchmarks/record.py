@@ -20,6 +20,7 @@ NAMES = (
     "lipschitz",
     "dense",
     "convolution",
+    "forms",
     "derivatives",
     "sampling",
     "masks",

@@ -12,6 +12,7 @@ from benchmarks import (
     convolution,
     dense,
     derivatives,
+    forms,
     masks,
     measure,
     record,
@@ -89,7 +90,9 @@ def test_the_stored_page_is_the_one_of_the_stored_results():
 
 
 @pytest.mark.parametrize(
-    "module", [certificates, convolution, derivatives, masks, sampling], ids=lambda m: m.__name__
+    "module",
+    [certificates, convolution, derivatives, forms, masks, sampling],
+    ids=lambda m: m.__name__,
 )
 def test_commands_run(module):
     figures = module.benchmark(QUICK)

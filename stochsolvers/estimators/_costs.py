@@ -9,7 +9,9 @@ import math
 from stochsolvers.estimators._hessians import TRIANGLE, gram_torus, num_rims, padding_pixels
 from stochsolvers.linear_maps import Conv, Dense
 
-_CALL = 3.0e5  # an operation, whatever its size
+_CALL = 3.0e5  # a convolution or transform, whatever its size
+_PRODUCT_CALL = 3.0e4  # a matrix product, likewise
+_GRAM_CALL = 1.5e6  # a Gram matrix and its derivative, likewise
 _PASS = 10.0  # an entry of an elementwise pass
 _PATCH = 43.0  # an entry of the patches that a convolution gathers
 _DENSE = 2.2  # a multiply-add of a matrix product
@@ -28,11 +30,11 @@ def dense_cost(A: Dense, form: str, batch: int, num_calls: int) -> float:
     n1, n2 = A.in_features, A.out_features
     if form == "literal":
         product = 2 * n1 * n2
-        call = 2 * _CALL + batch * (_DENSE * product + _PASS * (n1 + 3 * n2))
+        call = 2 * _PRODUCT_CALL + batch * (_DENSE * product + _PASS * (n1 + 3 * n2))
         return num_calls * call
     triangle = 0.625 if n2 >= 2 * TRIANGLE else 0.75 if n2 >= TRIANGLE else 1.0
-    call = _CALL + batch * (_DENSE * n2**2 + _PASS * 3 * n2)
-    return _DENSE * triangle * n1 * n2**2 + num_calls * call
+    call = _PRODUCT_CALL + batch * (_DENSE * n2**2 + _PASS * 3 * n2)
+    return _GRAM_CALL + _DENSE * triangle * n1 * n2**2 + num_calls * call
 
 
 def conv_cost(A: Conv, form: str, batch: int, num_calls: int) -> float:
