@@ -153,7 +153,7 @@ def iterate_until(
 
     With `gap_tol` an example also stops where its certificate is at most that. Certificates are computed
     after ten iterations and then after another ten or a fifth of those so far, whichever is more, and only
-    where some running example has moved so little,
+    where some running example has moved so little (or at the cap),
 
         (L/2) ||T(y_k) − y_k||² ≤ 4 gap_tol,
 
@@ -189,7 +189,7 @@ def iterate_until(
         done = small & ~growing & finite & (tol is not None)
         checks = state.checks
         if gaps is not None:
-            checks = gaps.check(checks, k, value, moved, running)
+            checks = gaps.check(checks, k, value, moved, running, last=k == num_iters - 1)
             done |= (checks.gap <= gaps.gap_tol) & finite
         return _State(
             step.value,
@@ -219,6 +219,8 @@ def iterate_until(
     outcome = _outcome(state)
     if gaps is None or state.checks is None:
         return outcome
+    if tol is None:  # the last iteration was followed by a certificate
+        return outcome._replace(certificate=state.checks.gap)
     return outcome._replace(certificate=gaps.at_the_end(state.checks, state.value))
 
 
@@ -242,11 +244,18 @@ class _Gaps(NamedTuple):
         return cls(certifier, problem.smoothness(certifier.products.constant), gap_tol)
 
     def check(
-        self, checks: _Checks, k: Array | int, value: Array, moved: Array, running: Array
+        self,
+        checks: _Checks,
+        k: Array | int,
+        value: Array,
+        moved: Array,
+        running: Array,
+        *,
+        last: Array | bool,
     ) -> _Checks:
         """The gaps after iteration k where it is time; those of examples that have stopped stay."""
         near = running & (0.5 * self.smoothness * moved**2 <= 4.0 * self.gap_tol)
-        now = (checks.due <= k) & jnp.any(near)
+        now = ((checks.due <= k) & jnp.any(near)) | last
 
         def certified(checks):
             gap = jnp.where(running, self.certifier(value), checks.gap)
