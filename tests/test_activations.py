@@ -576,3 +576,19 @@ def test_the_contract_sees_a_wrong_pre_activation():
         AssertionError, match=r"prox\(w, 1\) at w = pre_activation\(v, η\): expected"
     ):
         testing.check_prior(WrongPreActivation(), (4,))
+
+
+def test_a_wrapped_function_is_judged_by_what_it_computes():
+    """`functools.wraps` names tanh and GELU, the bodies are others."""
+
+    @functools.wraps(jnp.tanh)
+    def half(x):
+        return 0.5 * jnp.tanh(x)
+
+    @functools.wraps(jax.nn.gelu)
+    def fine(x):
+        return jnp.tanh(x)
+
+    x = jnp.linspace(-2.0, 2.0, 5)
+    for function in (half, fine):
+        np.testing.assert_array_equal(ss.prox.Activation(function).prox(x, 1.0), function(x))

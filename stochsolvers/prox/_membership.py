@@ -20,13 +20,21 @@ _SLACK = 1e-4  # of slopes, which a function computes in float32
 
 
 def _bare(function: Any) -> Any:
-    """What `jax.jit`, `functools.partial` and the like were put around."""
+    """What `jax.jit` and `functools.partial` were put around.
+
+    Not what `functools.wraps` names: the function around it may compute anything.
+    """
     while True:
-        inner = getattr(function, "func", None) if isinstance(function, functools.partial) else None
-        inner = inner or getattr(function, "__wrapped__", None)
-        if inner is None:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(function, "__wrapped__") and _is_of_jax(type(function)):
+            function = function.__wrapped__
+        else:
             return function
-        function = inner
+
+
+def _is_of_jax(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("jax", "jaxlib")
 
 
 _OUTSIDE = {
