@@ -29,8 +29,10 @@ def conv(x, kernel, **options):
     return ss.LayerProblem(ss.Conv(kernel, (6, 5), **options), x, ridge=0.1)
 
 
-def linear_layer(x, kernel):
-    layer = ss.nnx.SolverLinear(6, 5, solver=ss.ProxSG(2, 3), rngs=nnx.Rngs(0, dropout=1))
+def linear_layer(x, kernel, **options):
+    layer = ss.nnx.SolverLinear(
+        6, 5, solver=ss.ProxSG(2, 3), rngs=nnx.Rngs(0, dropout=1), **options
+    )
     layer.kernel = nnx.Param(kernel)
     return layer(x)
 
@@ -52,6 +54,17 @@ def conv_layer(x, kernel, **options):
 DENSE = {
     "prox_gd": lambda x, k: ss.prox_gd(dense(x, k), num_iters=3).value,
     "tol": lambda x, k: ss.prox_gd(dense(x, k), num_iters=40, tol=1e-6).value,
+    "gap_tol": lambda x, k: ss.prox_gd(dense(x, k), num_iters=40, gap_tol=1e-9).value,
+    "normalized": lambda x, k: (
+        ss.prox_gd(dense(x, k).normalized(), step_size=1.0, num_iters=3).value
+    ),
+    "pre_activation": lambda x, k: (
+        ss.ProxGD(3).solve(None, dense(x, k), pre_activation=True).pre_activation
+    ),
+    "implicit pre_activation": lambda x, k: (
+        ss.ProxGD(40, tol=1e-6).solve(None, dense(x, k), pre_activation=True).pre_activation
+    ),
+    "normalised layer": lambda x, k: linear_layer(x, k, normalize=True),
     "prox_sg": lambda x, k: ss.prox_sg(KEY, dense(x, k), tau=3, num_iters=3).value,
     "importance": lambda x, k: (
         ss.prox_sg(KEY, dense(x, k), sampling=ss.estimators.Importance(3), num_iters=2).value
