@@ -28,6 +28,11 @@ def _concrete(value: Any) -> np.ndarray | None:
     return np.asarray(value)
 
 
+def is_real(value: Any) -> bool:
+    """Whether it is a number or an array, traced or not."""
+    return isinstance(value, int | float | np.ndarray | np.generic | jax.Array)
+
+
 def positive(what: str, value: Any, wanted: str = "a number > 0") -> None:
     """Require value > 0 wherever it is concrete."""
     known = _concrete(value)

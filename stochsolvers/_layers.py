@@ -178,9 +178,8 @@ class Settings:
         if not self.normalize or constant is None:
             return problem, constant
         normalized = problem.normalized(constant if constant.ndim == 0 else constant[0])
-        if self._is_inverse_lipschitz():  # L_ℓ c + λ is 1 exactly
-            one = jnp.ones((), normalized.dtype)
-            return normalized, (one - normalized.ridge) / normalized.loss.smoothness
+        if self._is_inverse_lipschitz():  # whatever its grid: the scale is that of the rule
+            return normalized, normalized.squared_norm()
         own = jax.eval_shape(self.solver.step_constant, self._empty(normalized.linear_map))
         return normalized, None if own is None else constant[1:].reshape(own.shape)
 
@@ -365,11 +364,15 @@ def run(
             deterministic=deterministic,
             pre_activation=pre_activation,
         )
+    certify = certify or solution.certificate is not None  # of the value as it is returned
     solution = dataclasses.replace(solution, value=jnp.asarray(solution.value, dtype))
     if pre_activation:
         w = jnp.asarray(solution.pre_activation, dtype)
         solution = dataclasses.replace(solution, pre_activation=w)
     observe = _observer.get()
+    rounded = solution.value.dtype != problem.dtype
+    if solution.certificate is not None and not rounded and (record is None or observe is None):
+        return solution
     if not certify and (record is None or observe is None):
         return solution
     gap = problem.certificate(solution.value)
@@ -378,7 +381,7 @@ def run(
     return dataclasses.replace(solution, certificate=gap) if certify else solution
 
 
-def output_of(settings_output: Output, solution: Solution) -> Array:
-    """What a layer's call returns of a solution."""
-    output = solution.value if settings_output == "activation" else solution.pre_activation
+def output_of(layer: Any, solution: Solution) -> Array:
+    """What the layer's call returns of a solution."""
+    output = solution.value if layer.output == "activation" else solution.pre_activation
     return cast(Array, output)

@@ -7,8 +7,8 @@ r"""Losses ℓ(u, x) between A* z and the input x: the second factor of a layer'
 | `Squares()` | ½ (u − x)² | u − x | 1 | r x + ½ r² |
 | `Huber(δ)` | ½ t², \|t\| ≤ δ, else δ\|t\| − ½ δ²; t = u − x | clip(t, −δ, δ) | 1 | r x + ½ r², \|r\| ≤ δ |
 | `Logistic()` | log(1 + exp(−x u)) | −x s, s = 1/(1 + exp(x u)) | ¼ | s log s + (1−s) log(1−s), s = −x r |
-| `c * loss` | c ℓ(u, x) | c ∂ℓ/∂u | c L_ℓ | c ℓ*(r/c, x) |
 | `CrossEntropy()` | log Σ_c exp u_c − Σ_c x_c u_c | softmax(u) − x | ½ | Σ_c p_c log p_c, p = r + x |
+| `c * loss` | c ℓ(u, x) | c ∂ℓ/∂u | c L_ℓ | c ℓ*(r/c, x) |
 
 `Squares` is the paper's layer and the default. i runs over the features, the last axis, which the
 estimators sample. `CrossEntropy` couples another axis, the classes.
@@ -52,7 +52,7 @@ class Loss(abc.ABC):
         """Terms of ℓ(u, x)."""
 
     def __mul__(self, factor: Scalar) -> "Loss":
-        return Scaled(self, factor)
+        return Scaled(self, factor) if _checks.is_real(factor) else NotImplemented
 
     __rmul__ = __mul__
     __array_ufunc__ = None  # numpy's numbers leave the product to the loss

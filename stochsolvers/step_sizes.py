@@ -22,7 +22,7 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.estimators import Estimator, OutputCoordinates
 from stochsolvers.lipschitz import Grid, lipschitz_constant
-from stochsolvers.problems import LayerProblem
+from stochsolvers.problems import LayerProblem, NormalizedProblem
 
 
 @value_object
@@ -106,6 +106,8 @@ class InverseLipschitz(StepSizeRule):
 
     def constant(self, problem: LayerProblem, estimator: Estimator) -> Array:
         """L = λ_max(A A*)."""
+        if isinstance(problem, NormalizedProblem) and self.grid == "layer":
+            return problem.squared_norm()
         return lipschitz_constant(problem.linear_map, grid=self.grid)
 
     def schedule(self, constant: Array, problem: LayerProblem) -> Callable[[Array], ArrayLike]:

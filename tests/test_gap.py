@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import LOSSES, PRIORS, SHAPES
+from flax import nnx
 
 import stochsolvers as ss
 from stochsolvers.solvers import Status
@@ -118,3 +119,42 @@ def test_a_gap_compiles_once_and_is_differentiated_implicitly(problem):
         ss.ProxSG(2, 3, gap_tol=0.1)
     with pytest.raises(ValueError, match="gap_tol: expected a number >= 0, got -1"):
         ss.ProxGD(3, gap_tol=-1.0)
+
+
+def test_an_example_that_diverges_has_no_certificate(rng):
+    """Although one of its first iterates had."""
+    x = jnp.stack([jnp.zeros(12), jnp.asarray(rng.normal(size=12))])
+    A = ss.Dense(jnp.asarray(rng.normal(size=(12, 8))))
+    problem = ss.LayerProblem(A, x, prior=ss.prox.Zero(), ridge=0.1)
+    step = 3.0 / ss.lipschitz_constant(A)
+    solution = ss.prox_gd(problem, num_iters=3000, gap_tol=1e-3, step_size=step)
+    np.testing.assert_array_equal(solution.status, [Status.CONVERGED, Status.DIVERGED])
+    np.testing.assert_array_equal(jnp.isfinite(solution.certificate), [True, False])
+
+
+def test_a_bounded_problem_is_not_called_unbounded():
+    """Slow steady progress at the cap, with a finite certificate."""
+    A, x = ss.Dense(jnp.diag(jnp.array([1.0, 0.02]))), jnp.array([[0.0, 1.0]])
+    problem = ss.LayerProblem(A, x, bias=jnp.array([0.0, 0.1]), prior=ss.prox.Zero())
+    solution = ss.prox_gd(problem, num_iters=48, gap_tol=1e-5)
+    assert jnp.isfinite(solution.certificate[0])
+    assert solution.status[0] == Status.MAX_ITERS
+
+
+def test_the_certificate_is_of_the_value_that_is_returned():
+    """Of a layer in bfloat16, and of one more step with an implicit derivative."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 12)), jnp.float32)
+    linear = nnx.Linear(12, 8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    solver = ss.ProxGD(500, gap_tol=1e-5)
+    layer = ss.nnx.SolverLinear.from_layer(linear, solver=solver, ridge=0.1)
+    solution = layer.solve(x.astype(jnp.bfloat16))
+    problem = layer.problem(x.astype(jnp.bfloat16))
+    np.testing.assert_allclose(solution.certificate, problem.certificate(solution.value))
+    again = solver.solve(None, problem, pre_activation=True)
+    np.testing.assert_allclose(again.certificate, problem.certificate(again.value), rtol=1e-3)
+
+
+def test_an_empty_batch(problem):
+    empty = dataclasses.replace(problem, inputs=problem.inputs[:0])
+    assert ss.prox_gd(empty, num_iters=20, gap_tol=1e-5).certificate.shape == (0,)
+    assert empty.certifier()(jnp.zeros(empty.shape)).shape == (0,)

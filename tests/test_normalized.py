@@ -1,5 +1,7 @@
 """Problems and layers in normalised units, and outputs before the activation."""
 
+import dataclasses
+
 import catalogue
 import jax
 import jax.numpy as jnp
@@ -247,3 +249,30 @@ def test_reported_bounds_hold(normalize, output, rng):
     assert 0.1 * bound < ratio.max() <= bound * (1 + 1e-3)
     report = str(ss.certify(layer, x[:3]))
     assert "1" in report
+
+
+def test_a_normalised_problem_follows_its_plain_one(rng):
+    """No factor of it can be replaced alone; the default step is one, to the last bit."""
+    A, x = ss.Dense(normal(rng, 4, 3)), normal(rng, 2, 4)
+    problem = ss.LayerProblem(A, x, ridge=0.3, prior=ss.prox.Tanh()).normalized()
+    with pytest.raises(ValueError, match="inputs"):
+        dataclasses.replace(problem, inputs=2 * problem.inputs)
+    plain = dataclasses.replace(problem.plain, inputs=2 * x)
+    doubled = dataclasses.replace(problem, plain=plain)
+    np.testing.assert_array_equal(doubled.inputs, plain.normalized().inputs)
+    first = jax.jit(lambda p: ss.prox_gd(p, num_iters=1).value)(doubled)
+    np.testing.assert_array_equal(first, jax.jit(lambda x: jnp.tanh(A(x)))(2 * x))
+
+
+def test_pre_activations_keep_their_digits_at_small_steps():
+    v, step = jnp.linspace(-0.05, 0.05, 41, dtype=jnp.float32), 1e-4
+    for prior in (
+        ss.prox.L1(0.3), ss.prox.ElasticNet(0.3, 0.5), ss.prox.NonNegativeL1(0.3),
+        2.0 * ss.prox.Tanh(), ss.prox.Tanh(),
+    ):  # fmt: skip
+        u = prior.prox(v, step)
+        again = prior.prox(prior.pre_activation(v, step), 1.0)
+        np.testing.assert_allclose(again, u, atol=3e-7)
+    assert jnp.isnan(ss.prox.Simplex().prox(jnp.array([1.0, jnp.nan]), 0.5)).all()
+    with pytest.raises(TypeError):
+        ss.losses.Squares() * "2"

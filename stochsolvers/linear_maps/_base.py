@@ -155,10 +155,8 @@ def with_kernel_scaled(linear_map: Any, factor: Scalar) -> Any:
     return dataclasses.replace(linear_map, kernel=jnp.asarray(factor, kernel.dtype) * kernel)
 
 
-def _is_number(factor: object) -> bool:
-    return isinstance(factor, int | float | np.number | np.ndarray | jax.Array) and not (
-        jnp.shape(factor) or jnp.iscomplexobj(factor)
-    )
+def _is_number(factor: Any) -> bool:
+    return _checks.is_real(factor) and not (jnp.shape(factor) or jnp.iscomplexobj(factor))
 
 
 def _is_inexact(leaf: object) -> bool:

@@ -28,7 +28,7 @@ class SolverLayer(nn.Module):
     def __call__(self, inputs: Array, **options: Any) -> Array:
         """The solver's last iterate, or its pre-activation; options as in `solve`."""
         layer: Any = self
-        return _layers.output_of(layer.output, layer.solve(inputs, **options))
+        return _layers.output_of(layer, layer.solve(inputs, **options))
 
     def _solve(
         self,

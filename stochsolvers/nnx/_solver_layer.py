@@ -152,7 +152,7 @@ class SolverLayer(Stochastic):
 
     def __call__(self, inputs: Array, **kwargs: Any) -> Array:
         """The solver's last iterate, or its pre-activation; keyword arguments as in `solve`."""
-        return _layers.output_of(self.output, self.solve(inputs, **kwargs))
+        return _layers.output_of(self, self.solve(inputs, **kwargs))
 
 
 def refresh_lipschitz(model: nnx.Module) -> None:

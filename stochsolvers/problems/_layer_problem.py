@@ -10,10 +10,13 @@ from jax import lax
 
 from stochsolvers._shards import automatic, batch_spec, is_explicit
 from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz import lipschitz_constant
+from stochsolvers.losses import Loss
 from stochsolvers.problems import _certificate
 from stochsolvers.problems._objective import Objective
 from stochsolvers.problems._products import Products
+from stochsolvers.prox import Prior
 
 
 @value_object
@@ -116,37 +119,17 @@ class LayerProblem(Objective):
 
             the map A/√L, the inputs √L x, the ridge λ/L,   b and g as they are.
 
-        The unit step is then 1/L_F, and the first iterate from zero is prox_g(A x + b), the plain layer, for
+        The default step is then 1, and the first iterate from zero is prox_g(A x + b), the plain layer, for
         every prior; all further iterations apply the same activation prox_g, where in the paper's scaling it
-        is prox_{g/L}. For other losses it is the map A/L with the loss L ℓ.
+        is prox_{g/L}. For other losses it is the map A/L with the loss L ℓ, and the first iterate is
+        prox_g(b − A ∂ℓ(0, x)).
 
         Args:
-          squared_norm: ‖A‖², computed by `lipschitz_constant` if it is not given; derivatives pass through.
-
-        Returns:
-          a `NormalizedProblem`; solve it with `step_size=1.0`.
+          squared_norm: ‖A‖²; by default `lipschitz_constant`, on the layer's grid. Derivatives pass through.
         """
         if squared_norm is None:
             squared_norm = lipschitz_constant(self.linear_map)
-        smoothness = self.smoothness(jnp.asarray(squared_norm, self.dtype))
-        scale = jnp.where(jnp.isfinite(smoothness) & (smoothness > 0), smoothness, 1.0)
-        # a zero map has no scale; one that overflows must not pass for zero
-        divisor = jnp.where(jnp.isfinite(smoothness), scale, jnp.nan)
-        if self.is_quadratic:
-            linear_map, loss = self.linear_map / jnp.sqrt(divisor), self.loss
-            inputs = jnp.sqrt(scale) * self.inputs
-        else:
-            linear_map, inputs, loss = self.linear_map / divisor, self.inputs, scale * self.loss
-        return NormalizedProblem(
-            linear_map,
-            inputs,
-            loss=loss,
-            bias=self.bias,
-            prior=self.prior,
-            ridge=self.ridge / scale,
-            plain=self,
-            scale=scale,
-        )
+        return NormalizedProblem(self, self.smoothness(jnp.asarray(squared_norm, self.dtype)))
 
 
 _constants = jax.jit(_certificate.constants)
@@ -175,22 +158,55 @@ class Certifier:
 
 @value_object
 class NormalizedProblem(LayerProblem):
-    """A problem in normalised units, made by `LayerProblem.normalized`.
+    """A problem in normalised units, as `LayerProblem.normalized` makes it.
 
-    It remembers the plain problem, so that its first iterate is the plain layer's output to the last digit. A
-    problem with other inputs or another map is made from the plain one.
+    Its first iterate is the plain layer's output to the last digit. Its factors follow from its two
+    arguments: `dataclasses.replace(problem, plain=...)` is the same for other inputs or another map.
 
-    Attributes:
-      plain: the problem before it was normalised.
-      scale: L.
+    Args:
+      plain: the problem before it is normalised.
+      scale: L, an upper bound on the Lipschitz constant of its gradient.
     """
 
-    plain: LayerProblem = dataclasses.field(kw_only=True)
-    scale: Array = dataclasses.field(kw_only=True)
+    linear_map: LinearMap = dataclasses.field(init=False)
+    inputs: Array = dataclasses.field(init=False)
+    _: dataclasses.KW_ONLY
+    loss: Loss = dataclasses.field(init=False)
+    bias: Array | None = dataclasses.field(init=False)
+    prior: Prior = dataclasses.field(init=False)
+    ridge: Scalar = dataclasses.field(init=False)
+    plain: LayerProblem = dataclasses.field(kw_only=False)
+    scale: Array = dataclasses.field(kw_only=False)
+
+    def __post_init__(self):
+        plain, smoothness = self.plain, self.scale
+        scale = jnp.where(jnp.isfinite(smoothness) & (smoothness > 0), smoothness, 1.0)
+        # a zero map has no scale; one that overflows must not pass for zero
+        divisor = jnp.where(jnp.isfinite(smoothness), scale, jnp.nan)
+        if plain.is_quadratic:
+            linear_map, loss = plain.linear_map / jnp.sqrt(divisor), plain.loss
+            inputs = jnp.sqrt(scale) * plain.inputs
+        else:
+            linear_map, inputs, loss = plain.linear_map / divisor, plain.inputs, scale * plain.loss
+        for name, factor in (
+            ("linear_map", linear_map),
+            ("inputs", inputs),
+            ("loss", loss),
+            ("bias", plain.bias),
+            ("prior", plain.prior),
+            ("ridge", plain.ridge / scale),
+            ("scale", scale),
+        ):
+            object.__setattr__(self, name, factor)
+        super().__post_init__()
 
     def data_gradient_at_zero(self) -> Array:
         """That of the plain problem, to which it is equal."""
         return self.plain.data_gradient_at_zero()
+
+    def squared_norm(self) -> Array:
+        """‖A‖² with L_ℓ ‖A‖² + λ = 1 exactly, if the scale is that of the plain problem."""
+        return (jnp.ones((), self.dtype) - self.ridge) / self.loss.smoothness
 
     def normalized(self, squared_norm: Scalar | None = None) -> "NormalizedProblem":
         """The plain problem, normalised."""

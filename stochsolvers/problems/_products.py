@@ -190,14 +190,16 @@ def _over_blocks(
 def _in_groups(array: Array, axis: int, groups: int) -> Array:
     """The axis, counted from the end, cut into (groups, features)."""
     place = array.ndim + axis
-    return array.reshape(*array.shape[:place], groups, -1, *array.shape[place + 1 :])
+    features = array.shape[place] // groups
+    return array.reshape(*array.shape[:place], groups, features, *array.shape[place + 1 :])
 
 
 def _slice(array: Array, axis: int, start: Any, size: int) -> Array:
     """Some features of every group, and the two axes as one again."""
     place = array.ndim + axis
     part = lax.dynamic_slice_in_dim(array, start, size, place)
-    return part.reshape(*part.shape[: place - 1], -1, *part.shape[place + 1 :])
+    merged = part.shape[place - 1] * part.shape[place]
+    return part.reshape(*part.shape[: place - 1], merged, *part.shape[place + 1 :])
 
 
 def _on_base(A: Any, operand: Array, adjoint: bool) -> tuple[Any, bool, Array, Any]:
@@ -208,7 +210,7 @@ def _on_base(A: Any, operand: Array, adjoint: bool) -> tuple[Any, bool, Array, A
         return A, adjoint, operand, lambda array: array
     before, after = (A.out_shape, A.in_shape) if adjoint else (A.in_shape, A.out_shape)
     batch = operand.shape[: operand.ndim - len(before)]
-    flat = operand.reshape(*batch, -1)
+    flat = operand.reshape(*batch, math.prod(before))
     return Dense(A.kernel), adjoint, flat, lambda array: array.reshape(*batch, *after)
 
 

@@ -4,9 +4,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
@@ -79,7 +77,8 @@ class Prior(ABC):
         """
         _checks.positive("step_size", step_size)
         v = as_float32_or_wider("v", v)
-        return self._pre_activation(v, self._weight("step_size", step_size, v))
+        step = self._weight("step_size", step_size, v)
+        return jnp.where(step == 1, v, self._pre_activation(v, step))
 
     def conjugate(self, w: Array) -> Array:
         """g*(w) = sup_u <w, u> − g(u), a scalar summed over the array; +∞ outside its domain.
@@ -103,7 +102,7 @@ class Prior(ABC):
         return self._dual_projection(w, self._weight("margin", margin, w))
 
     def __mul__(self, factor: ArrayLike) -> "Prior":
-        if not isinstance(factor, int | float | np.ndarray | np.generic | jax.Array):
+        if not _checks.is_real(factor):
             return NotImplemented
         _checks.positive("factor of a prior", factor)
         return self._times(real(factor))
@@ -261,6 +260,11 @@ class Scaled(Prior):
     def _conjugate_rise(self, w, value, error):
         factor = self._factor(w)
         return factor * self.prior._conjugate_rise(w / factor, value / factor, error / factor)
+
+    def _pre_activation(self, v, step):
+        factor = self._factor(v)
+        u, inner = self._prox(v, step), self.prior._pre_activation(v, factor * step)
+        return u + factor * (inner - u)
 
     def _term_sizes(self, u, w):
         factor = self._factor(u)

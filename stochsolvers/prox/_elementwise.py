@@ -232,6 +232,10 @@ class L1(Weighted):
     def _prox(self, v, step):
         return soft_threshold(v, step * self._gamma(v))
 
+    def _pre_activation(self, v, step):
+        u = self._prox(v, step)
+        return jnp.where(u == 0, v / step, u + jnp.sign(u) * self._gamma(v))
+
     def _conjugate(self, w):
         return finite_where(jnp.abs(w) <= self._gamma(w), 0, w)
 

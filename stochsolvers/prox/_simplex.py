@@ -68,7 +68,8 @@ def project(axes: Axes, v: Array) -> Array:
         return jax.nn.relu(jnp.where(support, u - excess / count, 0))
 
     # twice: what the first τ lost is common to the support, and small entries can hold it
-    return centred(centred(x))
+    lost = jnp.any(jnp.isnan(v), axes, keepdims=True)
+    return jnp.where(lost, jnp.nan, centred(centred(x)))
 
 
 def _ratios(kappa: Array, delta: Array) -> Array:

@@ -46,6 +46,10 @@ class ElasticNet(Weighted):
     def _prox(self, v, step):
         return soft_threshold(v, step * self._gamma(v)) / (1 + step * self._ridge(v))
 
+    def _pre_activation(self, v, step):
+        u = self._prox(v, step)
+        return jnp.where(u == 0, v / step, u + jnp.sign(u) * self._gamma(v) + self._ridge(v) * u)
+
     def _conjugate(self, w):
         excess, ridge = jax.nn.relu(jnp.abs(w) - self._gamma(w)), self._ridge(w)
         curved = ridge > 0
@@ -72,6 +76,10 @@ class NonNegativeL1(Weighted):
 
     def _prox(self, v, step):
         return jax.nn.relu(v - step * self._gamma(v))
+
+    def _pre_activation(self, v, step):
+        u = self._prox(v, step)
+        return jnp.where(u == 0, v / step, u + self._gamma(v))
 
     def _conjugate(self, w):
         return finite_where(w <= self._gamma(w), 0, w)

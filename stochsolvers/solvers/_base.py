@@ -86,16 +86,14 @@ class Solver(abc.ABC):
         step_sizes.check(self._option("step_size"), per_output=self.per_output)
         resolved = canonical(self.derivative, stops=self.stops)
         if self.stochastic and isinstance(resolved, Implicit):
-            what, got = "derivative", self.derivative
-            if got is None:
-                what = "gap_tol" if self.tol is None else "tol"
-                got = getattr(self, what)
-            wanted = "None" if "tol" in what else "'unrolled', 'remat' or Truncated(...)"
-            _checks.fail(f"{what} of {name}", wanted, got)
-        for name in ("tol", "gap_tol"):
-            if getattr(self, name) is not None:
-                _checks.non_negative(name, getattr(self, name))
-                _checks.rank(name, getattr(self, name), 0)
+            what, wanted = "derivative", "'unrolled', 'remat' or Truncated(...)"
+            if self.derivative is None:
+                what, wanted = ("gap_tol" if self.tol is None else "tol"), "None"
+            _checks.fail(f"{what} of {name}", wanted, getattr(self, what))
+        for what in ("tol", "gap_tol"):
+            if getattr(self, what) is not None:
+                _checks.non_negative(what, getattr(self, what))
+                _checks.rank(what, getattr(self, what), 0)
 
     # what a subclass defines
 
@@ -322,8 +320,10 @@ def _solve(
     if not pre_activation:
         return _solution(value, diagnostics, ends)
     point = step_map.point(value)
-    ends.pop("certificate", None)  # of the value before
-    solution = _solution(problem.prior.prox(point, step_map.step), diagnostics, ends)
+    value = problem.prior.prox(point, step_map.step)
+    if "certificate" in ends:  # of the value before
+        ends["certificate"] = problem.certificate(value)
+    solution = _solution(value, diagnostics, ends)
     w = problem.prior.pre_activation(point, step_map.step)
     return dataclasses.replace(solution, pre_activation=w)
 

@@ -21,8 +21,9 @@ class Step(NamedTuple):
     Attributes:
       value: the next iterate.
       memory: what else is carried to the next iteration.
-      point: the point before the prox, looked at for finiteness only: a projection can turn an infinite
-        point into a finite iterate. None where there is none.
+      point: the point before the prox, value = prox_{ηg}(point) for η = `run.step_size(k)`. A pre-activation
+        is made from it, and it has to be finite: a projection can turn an infinite point into a finite
+        iterate. None where there is none.
       origin: where the step was taken, for the stopping test; None for the iterate before.
       moved: where the value is the prox of this point, and not of an earlier one: a mask of the value's
         shape, or one number. None for everywhere.
@@ -219,9 +220,13 @@ def iterate_until(
     outcome = _outcome(state)
     if gaps is None or state.checks is None:
         return outcome
-    if tol is None:  # the last iteration was followed by a certificate
-        return outcome._replace(certificate=state.checks.gap)
-    return outcome._replace(certificate=gaps.at_the_end(state.checks, state.value))
+    gap = state.checks.gap  # of the last iteration too, at the cap
+    if tol is not None:
+        gap = gaps.at_the_end(state.checks, state.value)
+    gap = jnp.where(state.diagnostics.finite, gap, jnp.inf)  # of an iterate before it diverged
+    stuck = (outcome.status == Status.UNBOUNDED) & jnp.isfinite(gap)  # a bounded problem
+    status = jnp.where(stuck, Status.MAX_ITERS, outcome.status).astype(jnp.int32)
+    return outcome._replace(certificate=gap, status=status)
 
 
 class _Checks(NamedTuple):

@@ -90,7 +90,9 @@ def canonical(derivative: DerivativeLike, *, stops: bool = False) -> Unrolling |
         _checks.member("derivative", derivative, _NAMES)
         resolved = _NAMES[derivative]()
     if stops and not isinstance(resolved, Implicit):
-        _checks.fail("derivative where tol is given", "'implicit' or Implicit(...)", derivative)
+        _checks.fail(
+            "derivative where a tolerance is given", "'implicit' or Implicit(...)", derivative
+        )
     return resolved
 
 
