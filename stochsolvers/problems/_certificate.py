@@ -9,7 +9,8 @@ Entrywise error bounds go along with every product; `_Point` holds what the thre
 """
 
 import functools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,14 @@ from jax import lax
 from stochsolvers import lipschitz
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array
+from stochsolvers.linear_maps import Dense, LinearMap
 from stochsolvers.losses import Loss
 from stochsolvers.problems._objective import Objective
 from stochsolvers.problems._products import Products, tree_round_off, two_sum
 
 _REPAIR_STEPS = 300
 _REPAIR_MARGIN = 0.1
+_REPEATS = 12  # about the iterations of the search
 _POOR = 16.0  # times the gap: a bound above it is worth the search for a better one
 
 
@@ -108,11 +111,6 @@ def _evaluation(problem: Objective, scale: Array, duals: Array, *variables: Arra
 def _expanded(problem: Objective, values: Array) -> Array:
     """A number for each example, with an axis for each of the variable's."""
     return jnp.expand_dims(values, tuple(range(values.ndim, len(problem.shape))))
-
-
-def _expanded_inputs(problem: Objective, values: Array) -> Array:
-    """The same with an axis for each of the input's."""
-    return jnp.expand_dims(values, tuple(range(values.ndim, problem.inputs.ndim)))
 
 
 def constants(
@@ -277,30 +275,46 @@ def _repaired_gap(problem: Objective, point: _Point, reach: Array, poor: Array) 
     def unfinished(carry):
         return (carry[0] < _REPAIR_STEPS) & ~jnp.all(carry[-1])
 
+    forward, backward, finish, zero = _directions(problem, A)
+
     def repair(carry):
         k, d, ahead, t, done = carry
-        w = -gradient - A(ahead)
+        w = -gradient - forward(ahead)
         pull = w - prior.dual_projection(w, margin)
         done |= _in_domain(problem, w, reach) if prior.separable else _near(problem, w, noise)
-        moved = _feasible(problem, point, ahead + A.adjoint(pull) / products.constant)
+        moved = _feasible(problem, point, ahead + backward(pull) / products.constant)
         t_next = 0.5 * (1.0 + jnp.sqrt(1.0 + 4.0 * t**2))
         following = _feasible(problem, point, moved + (t - 1.0) / t_next * (moved - d))
-        keep = _expanded_inputs(problem, done)
+        keep = jnp.expand_dims(done, tuple(range(done.ndim, zero.ndim)))
         return k + 1, jnp.where(keep, d, moved), jnp.where(keep, ahead, following), t_next, done
 
-    zero, one = jnp.zeros_like(problem.inputs), jnp.ones((), problem.dtype)
-    start = varying((0, zero, zero, one, ~poor), (problem, point))
-    d = lax.while_loop(unfinished, repair, start)[2]
+    start = varying((0, zero, zero, jnp.ones((), problem.dtype), ~poor), (problem, point))
+    d = finish(lax.while_loop(unfinished, repair, start)[2])
     dual, eps = point.residual + d, jnp.finfo(problem.dtype).eps
-    forward = products.forward(d)
-    shift = forward.total + forward.rest
-    error = point.gradient_error + forward.error
+    product = products.forward(d)
+    shift = product.total + product.rest
+    error = point.gradient_error + product.error
     if not problem.is_quadratic:  # the dual point is the rounded one
         rounding = problem.loss.dual_error(dual, point.targets) + eps * jnp.abs(dual)
         error += products.spread_error(rounding)
     error += 2.0 * eps * (jnp.abs(gradient) + jnp.abs(shift))
     loss = _loss_gap(problem, point, dual, d)
     return _or_infinite(_prior_gap(problem, point, -gradient - shift, error) + loss)
+
+
+def _directions(problem: Objective, A: LinearMap) -> tuple[Any, Any, Any, Array]:
+    """A and A* as the search applies them, what makes d of its variable, and zero.
+
+    For squares and a dense map it searches for c with d = A* c: one product with the Gram matrix an
+    iteration, where the batch is worth forming it.
+    """
+    known = all(isinstance(n, int) for n in problem.batch_shape)  # none of them symbolic
+    batch = math.prod(problem.batch_shape) if known else 0
+    pays = isinstance(A, Dense) and A.out_features <= _REPEATS * batch
+    if not (problem.is_quadratic and pays):
+        return A, A.adjoint, lambda d: d, jnp.zeros_like(problem.inputs)
+    gram = A.kernel.T @ A.kernel  # pyright: ignore[reportAttributeAccessIssue]
+    return lambda c: c @ gram, lambda w: w, A.adjoint, jnp.zeros(problem.shape, problem.dtype)
 
 
 def _feasible(problem: Objective, point: _Point, d: Array) -> Array:

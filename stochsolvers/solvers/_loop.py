@@ -161,7 +161,7 @@ def iterate_until(
     that a gap of `gap_tol` is possible: the gap at y_k is at least the left side.
     """
     batch = problem.batch_shape
-    axes, unit = tuple(range(len(batch), init.ndim)), _unit(problem, init)
+    axes, unit = tuple(range(len(batch), init.ndim)), _unit(problem, None if from_zero else init)
     gaps = None if gap_tol is None else _Gaps.of(problem, gap_tol)
 
     def advance(update, k, state):
@@ -278,9 +278,9 @@ class _Gaps(NamedTuple):
         )
 
 
-def _unit(problem: LayerProblem, init: Array) -> Array:
+def _unit(problem: LayerProblem, init: Array | None) -> Array:
     """A power of two of about the largest number that an example is made of, at least 1."""
-    arrays = [problem.inputs, init]
+    arrays = [problem.inputs] if init is None else [problem.inputs, init]
     if problem.bias is not None:
         arrays.append(jnp.broadcast_to(problem.expanded_bias(), problem.shape))
     batch = len(problem.batch_shape)
