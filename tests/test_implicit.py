@@ -279,7 +279,10 @@ def test_what_has_no_such_derivative_is_refused(rng):
         (lambda: ss.prox_gd(problem, num_iters=2, derivative="exact"), "derivative: expected one"),
         (lambda: ss.ProxGD(2, derivative="exact"), "derivative: expected one of 'unrolled'"),
         (lambda: ss.ProxSG(0.5, 2, derivative="implicit"), "derivative of ProxSG"),
-        (lambda: ss.ProxGD(2, tol=1e-3, derivative="remat"), "derivative where tol is given"),
+        (
+            lambda: ss.ProxGD(2, tol=1e-3, derivative="remat"),
+            "derivative where a tolerance is given",
+        ),
         (lambda: Truncated(0), "num_iters of Truncated: expected an integer >= 1"),
         (lambda: Implicit(tol=0.0), "tol of Implicit: expected a number > 0"),
     ]

@@ -12,7 +12,7 @@ from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.losses import Loss
 from stochsolvers.nnx._stochastic import Stochastic
-from stochsolvers.problems import LayerProblem
+from stochsolvers.problems import LayerProblem, NormalizedProblem
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solution, Solver
 
@@ -124,7 +124,9 @@ class SolverLayer(Stochastic):
           rngs: key, stream or `nnx.Rngs` in place of the layer's own.
           certify: fill in `Solution.certificate`, the certified gap of each example.
         """
-        problem = self._plain_problem(inputs, skip)
+        problem = self.problem(inputs, skip=skip)
+        if isinstance(problem, NormalizedProblem):
+            problem = problem.plain
         deterministic = self.deterministic if deterministic is None else deterministic
         sampled = self.solver.stochastic and not deterministic
         parameters = [self.kernel[...]] + ([] if self.bias is None else [self.bias[...]])

@@ -160,10 +160,23 @@ def _solve(function: Callable, v: Array, step: Array) -> tuple[Array, Array]:
     off = jnp.where(step == 1, 0, fine / rise)
     moved = w - off
     toward = jnp.where(off > 0, -jnp.inf, jnp.inf).astype(w.dtype)
-    beyond = function(jnp.where(moved == w, jnp.nextafter(w, toward), moved))
+    # JAX differentiates this in spite of the rule in derivatives of derivatives of loops
+    next_to_w = jnp.nextafter(*jax.lax.stop_gradient((w, toward)))
+    beyond = function(jnp.where(moved == w, next_to_w, moved))
     u = value - slope * off
     u = jnp.clip(u, jnp.minimum(value, beyond), jnp.maximum(value, beyond))
-    return jnp.where(off == 0, value, u), moved
+    u, fixed = jnp.where(off == 0, value, u), jax.lax.stop_gradient(w)
+    for _ in range(2):  # two steps from a constant have the first three derivatives of the root
+        _, _, off, _, rise, _ = equation(fixed)
+        fixed = fixed - off / rise
+    u, moved = jax.lax.stop_gradient((u, moved))
+    return u + _change(function(fixed)), moved + _change(fixed)
+
+
+def _change(smooth: Array) -> Array:
+    """Zero, with the derivatives of the argument."""
+    change = smooth - jax.lax.stop_gradient(smooth)
+    return jnp.where(jnp.isfinite(change), change, 0)
 
 
 # --- the inverse functions, by bisection -------------------------------------------------------------
