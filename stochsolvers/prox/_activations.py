@@ -5,6 +5,8 @@ r"""Exact priors of activations: prox_g = σ for σ non-decreasing and 1-Lipschi
 (Moreau 1965; Combettes and Pesquet, SIAM J. Math. Data Science 2(2), 2020, list activations of this class.)
 """
 
+import abc
+
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -23,8 +25,9 @@ class _Exact(Prior):
     def _pre_activation(self, v, step):
         return self._root(v, step)[1]
 
+    @abc.abstractmethod
     def _root(self, v: Array, step: Array) -> tuple[Array, Array]:
-        raise NotImplementedError
+        """u = prox_{ηg}(v), and the w with σ(w) = u."""
 
     def _dual_projection(self, w, margin):
         return w
