@@ -78,7 +78,8 @@ def _figure(case: Case, direction: str, transform: Any, options: Options) -> Fig
         return ss.prox_gd(problem, step_size=1e-2, num_iters=ITERATIONS, form=form).value
 
     problem = ss.LayerProblem(make(kernel), inputs)
-    chosen = ss.forms.cheapest_form(problem, ITERATIONS - 1)
+    differentiated = transform is not jax.jit
+    chosen = ss.forms.cheapest_form(problem, ITERATIONS - 1, differentiated=differentiated)
     times = measure.interleaved(
         {
             form: functools.partial(transform(functools.partial(solved, form)), kernel, inputs)

@@ -1,7 +1,9 @@
 """Equal forms of the gradient: the same values as dense matrices, at fewer operations."""
 
+import dataclasses
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,14 +232,10 @@ def test_an_iteration_of_the_gram_form_does_not_grow_with_n1():
     # what a complex product and a point of a transform count for are their times, not their operations
     [("literal", 0.9, 1.1), ("gram", 0.8, 1.1), ("fourier", 0.25, 0.4)],
 )
-def test_an_iteration_of_a_convolution_costs_what_auto_counts(
-    monkeypatch, form, least, most, padding
-):
+def test_an_iteration_of_a_convolution_costs_what_auto_counts(form, least, most, padding):
     """Of its operations: the times of calls, of copies and of what is read are left out."""
-    for name in ("_CALL", "_PASS", "_PATCH", "_SYMBOL_ENTRY", "_RIM_CALL", "_RIM_ENTRY"):
-        monkeypatch.setattr(_costs, name, 0.0)
-    for name, value in (("_FFT", 20.0), ("_COMPLEX", 5.5), ("_RIM", 1.0)):
-        monkeypatch.setattr(_costs, name, value)
+    left_out = ("call", "entry", "patch", "symbol_entry", "rim_call", "rim_entry")
+    rates = _costs.SOLVE._replace(**dict.fromkeys(left_out, 0.0), fft=20.0, complex=5.5, rim=1.0)
 
     def problem_of(kernel, x):
         return ss.LayerProblem(ss.Conv(kernel, (16, 18), padding=padding), x)
@@ -252,7 +250,7 @@ def test_an_iteration_of_a_convolution_costs_what_auto_counts(
     problem = jax.eval_shape(problem_of, *shapes)
     z = jax.ShapeDtypeStruct(problem.shape, jnp.float32)
     once, thrice = (flops(lambda *a, k=k: run(*a, k), *shapes, z) for k in (1, 3))
-    counted = forms.form_cost(problem, form, 3) - forms.form_cost(problem, form, 1)
+    counted = forms.form_cost(problem, form, 3, rates) - forms.form_cost(problem, form, 1, rates)
     assert least < (thrice - once) / (2 * counted) < most
 
 
@@ -300,6 +298,47 @@ def test_auto_counts_operations_of_convolutions(kernel, padding, strides, best):
         return ss.LayerProblem(conv, jnp.zeros((128, *conv.in_shape)))
 
     assert forms.cheapest_form(jax.eval_shape(build), 9) == best
+
+
+@pytest.mark.optimized
+def test_auto_takes_another_form_under_differentiation(rng):
+    """The values of the one, the derivatives of the other, and the operations of neither beside them."""
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 64, 32)) / 24)
+    inputs = jnp.asarray(rng.normal(size=(8, 16, 16, 64)))
+
+    def solve_with(form, kernel, inputs):
+        problem = ss.LayerProblem(ss.Conv(kernel, 16), inputs)
+        return ss.prox_gd(problem, step_size=1e-2, num_iters=10, form=form).value
+
+    def gradient(form):
+        return jax.grad(lambda *args: jnp.sum(jnp.sin(solve_with(form, *args))), (0, 1))
+
+    problem = jax.eval_shape(lambda k, x: ss.LayerProblem(ss.Conv(k, 16), x), kernel, inputs)
+    assert forms.cheapest_form(problem, 9) == "literal"
+    assert forms.cheapest_form(problem, 9, differentiated=True) == "fourier"
+    shapes = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (kernel, inputs)]
+    counts = [flops(lambda *a, f=f: solve_with(f, *a), *shapes) for f in ("auto", "literal")]
+    assert counts[0] == counts[1]
+    counts = [flops(gradient(f), *shapes) for f in ("auto", "fourier", "literal")]
+    assert counts[0] < 1.01 * counts[1] < 0.8 * counts[2]
+    chex.assert_trees_all_equal(*(solve_with(f, kernel, inputs) for f in ("auto", "literal")))
+    chex.assert_trees_all_close(
+        *(gradient(f)(kernel, inputs) for f in ("auto", "literal")), rtol=1e-8, atol=1e-10
+    )
+
+
+def test_derivatives_of_two_forms_in_every_mode(rng):
+    problem = conv_problem(rng, (4, 5), (3, 2), (1, 1), 1, "SAME", n1=2, n2=2)
+    z = jnp.asarray(rng.normal(size=problem.shape))
+
+    def evaluate(kernel, z):
+        A = dataclasses.replace(problem.linear_map, kernel=kernel)
+        own = dataclasses.replace(problem, linear_map=A)
+        literal, gram = (forms.gradient_form(own, f, num_calls=3) for f in ("literal", "gram"))
+        both = forms.TwoFormGradient(literal, gram)
+        return jnp.sin(both(z)) + both.curvature(z) + both.at_zero()
+
+    check_grads(jax.jit(evaluate), (problem.linear_map.kernel, z), order=2)
 
 
 def test_what_has_no_such_form_is_refused(rng):

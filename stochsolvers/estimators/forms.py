@@ -19,18 +19,21 @@ to the image, and only what is cropped away separates H from the zero-padded con
 
 B the layer's map from one strip of padding (two for each spatial axis, below and above the image; as wide
 as the padding, none under VALID) to the outputs beside it. Other linear maps have the literal form alone.
+
+"auto" takes the cheapest, and where another one is the cheapest under differentiation, that one there.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
-from stochsolvers.estimators._costs import conv_cost, dense_cost
+from stochsolvers.estimators._costs import GRADIENT, SOLVE, Rates, conv_cost, dense_cost
 from stochsolvers.estimators._hessians import Spectrum, Toeplitz, hessian_of
 from stochsolvers.estimators._hessians import gram_kernel as gram_kernel
 from stochsolvers.estimators._hessians import symmetric_product as symmetric_product
@@ -94,16 +97,58 @@ class QuadraticGradient:
         return self.curvature
 
 
-Gradient: TypeAlias = LiteralGradient | QuadraticGradient
+@value_object
+class TwoFormGradient:
+    """∇F in one form, and in another where derivatives are taken: the cheaper one in each case."""
+
+    plain: LiteralGradient | QuadraticGradient
+    differentiated: LiteralGradient | QuadraticGradient
+
+    def __call__(self, z: Array) -> Array:
+        """∇F(z)."""
+        return _by_case("__call__", self.plain, self.differentiated, (z,))
+
+    def at_zero(self) -> Array:
+        """∇F(0)."""
+        return _by_case("at_zero", self.plain, self.differentiated, ())
+
+    def curvature(self, direction: Array) -> Array:
+        """∇F(z + d) − ∇F(z)."""
+        return _by_case("curvature", self.plain, self.differentiated, (direction,))
+
+    def hessian_at(self, z: Array) -> Callable[[Array], Array]:
+        """d ↦ ∇²F(z) d."""
+        return self.plain.hessian_at(z)
 
 
-def gradient_form(problem: LayerProblem, form: Form, *, num_calls: int) -> Gradient:
+Gradient: TypeAlias = LiteralGradient | QuadraticGradient | TwoFormGradient
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_case(method: str, plain: Any, differentiated: Any, points: tuple[Array, ...]) -> Array:
+    """The plain form; its derivatives, and the value beside them, are those of the other, equal one."""
+    return getattr(plain, method)(*points)
+
+
+@_by_case.defjvp
+def _by_case_jvp(method: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    def evaluate(form, points):
+        return getattr(form, method)(*points)
+
+    return jax.jvp(evaluate, primals[1:], tangents[1:])
+
+
+def gradient_form(
+    problem: LayerProblem, form: Form, *, num_calls: int, differentiable: bool = False
+) -> Gradient:
     """∇F in one of its equal forms, as a value to be called many times.
 
     Args:
       problem: the layer's problem.
       form: "literal", "gram", "fourier", or "auto" for the cheapest of them for these shapes.
       num_calls: how often ∇F or its curvature will be evaluated, for "auto".
+      differentiable: whether derivatives may pass through all these calls: then "auto" may be one form as it
+        stands and another one under differentiation.
 
     Raises:
       ValueError: at trace time, for an unknown form, or one that the linear map does not have:
@@ -113,6 +158,13 @@ def gradient_form(problem: LayerProblem, form: Form, *, num_calls: int) -> Gradi
     _checks.member("form", form, FORMS)
     if form == "auto":
         form = cheapest_form(problem, num_calls)
+        other = cheapest_form(problem, num_calls, differentiated=True) if differentiable else form
+        if other != form:
+            return TwoFormGradient(_one_form(problem, form), _one_form(problem, other))
+    return _one_form(problem, form)
+
+
+def _one_form(problem: LayerProblem, form: Form) -> LiteralGradient | QuadraticGradient:
     if form == "literal":
         return LiteralGradient(problem)
     if not problem.is_quadratic:
@@ -127,8 +179,13 @@ def gradient_form(problem: LayerProblem, form: Form, *, num_calls: int) -> Gradi
     )
 
 
-def cheapest_form(problem: LayerProblem, num_calls: int) -> Form:
-    """The form with the least operations over `num_calls` gradients, from shapes alone.
+def cheapest_form(problem: LayerProblem, num_calls: int, *, differentiated: bool = False) -> Form:
+    """The fastest form over `num_calls` gradients, estimated from shapes alone.
+
+    Args:
+      problem: the layer's problem.
+      num_calls: how often ∇F or its curvature will be evaluated.
+      differentiated: whether the derivatives of all these calls are taken too, in reverse mode.
 
     "literal" where a size is symbolic (`jax.export`).
     """
@@ -140,16 +197,17 @@ def cheapest_form(problem: LayerProblem, num_calls: int) -> Form:
     ]
     if len(possible) == 1:
         return possible[0]
-    return min(possible, key=lambda form: form_cost(problem, form, num_calls))
+    rates = GRADIENT if differentiated else SOLVE
+    return min(possible, key=lambda form: form_cost(problem, form, num_calls, rates))
 
 
-def form_cost(problem: LayerProblem, form: Form, num_calls: int) -> float:
+def form_cost(problem: LayerProblem, form: Form, num_calls: int, rates: Rates = SOLVE) -> float:
     """The time of `num_calls` gradients of a `Dense` or a `Conv`, in multiply-adds of a convolution."""
     A, batch = problem.linear_map, math.prod(problem.batch_shape)
     if isinstance(A, Dense):
-        return dense_cost(A, form, batch, num_calls)
+        return dense_cost(A, form, batch, num_calls, rates)
     assert isinstance(A, Conv)
-    return conv_cost(A, form, batch, num_calls)
+    return conv_cost(A, form, batch, num_calls, rates)
 
 
 def _gradient_at_zero(problem: LayerProblem) -> Array:

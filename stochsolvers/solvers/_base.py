@@ -297,9 +297,11 @@ def _solve(
     schedule = given.schedule(problem, step_constant, deterministic=deterministic)
     estimator = Full() if deterministic else given.estimator().prepare(problem)
     calls = solver._num_gradients(from_zero)
-    gradient = gradient_form(problem, solver._option("form", "auto"), num_calls=calls)
     derivative = canonical(solver.derivative, stops=solver.stops)
     implicit = isinstance(derivative, Implicit)
+    gradient = gradient_form(
+        problem, solver._option("form", "auto"), num_calls=calls, differentiable=not implicit
+    )
     keeps_point = pre_activation and not implicit
     run = Run(problem, gradient, estimator, schedule, key, from_zero, keeps_point)
     if not implicit:
