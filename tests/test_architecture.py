@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"_typing", "_checks"},
     {"_shards"},
-    {"_convolution", "_linalg"},
+    {"_convolution", "_linalg", "_symmetric"},
     {"linear_maps", "losses", "prox", "tensor_product"},
     {"sampling"},
     {"lipschitz"},

@@ -7,7 +7,8 @@ the shapes in `benchmarks.forms`, one to the solves alone, one to their values a
 import math
 from typing import NamedTuple
 
-from stochsolvers.estimators._hessians import TRIANGLE, gram_torus, num_rims, padding_pixels
+from stochsolvers._symmetric import TRIANGLE
+from stochsolvers.estimators._hessians import gram_torus, num_rims, padding_pixels
 from stochsolvers.linear_maps import Conv, Dense
 
 

@@ -32,11 +32,11 @@ import jax
 import jax.numpy as jnp
 
 from stochsolvers import _checks
+from stochsolvers._symmetric import symmetric_product as symmetric_product
 from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.estimators._costs import GRADIENT, SOLVE, Rates, conv_cost, dense_cost
 from stochsolvers.estimators._hessians import Spectrum, Toeplitz, hessian_of
 from stochsolvers.estimators._hessians import gram_kernel as gram_kernel
-from stochsolvers.estimators._hessians import symmetric_product as symmetric_product
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
 from stochsolvers.problems import LayerProblem
 

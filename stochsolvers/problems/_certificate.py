@@ -18,6 +18,7 @@ from jax import lax
 
 from stochsolvers import lipschitz
 from stochsolvers._shards import varying
+from stochsolvers._symmetric import symmetric_product
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Dense, LinearMap
 from stochsolvers.losses import Loss
@@ -25,7 +26,7 @@ from stochsolvers.problems._objective import Objective
 from stochsolvers.problems._products import Products, tree_round_off, two_sum
 
 _REPAIR_STEPS = 300
-_REPAIR_MARGIN = 0.1
+_REPAIR_MARGIN = 0.05
 _REPEATS = 12  # about the iterations of the search
 _POOR = 16.0  # times the gap: a bound above it is worth the search for a better one
 
@@ -313,7 +314,7 @@ def _directions(problem: Objective, A: LinearMap) -> tuple[Any, Any, Any, Array]
     pays = isinstance(A, Dense) and A.out_features <= _REPEATS * batch
     if not (problem.is_quadratic and pays):
         return A, A.adjoint, lambda d: d, jnp.zeros_like(problem.inputs)
-    gram = A.kernel.T @ A.kernel  # pyright: ignore[reportAttributeAccessIssue]
+    gram = symmetric_product(A.kernel, "highest")  # pyright: ignore[reportAttributeAccessIssue]
     return lambda c: c @ gram, lambda w: w, A.adjoint, jnp.zeros(problem.shape, problem.dtype)
 
 
