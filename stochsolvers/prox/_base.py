@@ -110,7 +110,7 @@ class Prior(ABC):
     __rmul__ = __mul__
 
     def _times(self, factor: ArrayLike) -> "Prior":
-        """C g for c > 0; the prior itself for an indicator."""
+        """The prior c g for c > 0; the prior itself for an indicator."""
         return Scaled(self, factor)
 
     def _weight(self, what: str, weight: ArrayLike, like: Array) -> Array:
@@ -168,7 +168,7 @@ def finite_where(inside: Array, value: ArrayLike, like: Array) -> Array:
 
 
 def product(x: ArrayLike, y: ArrayLike) -> ArrayLike:
-    """X y of numbers, or of arrays that broadcast from their last axes."""
+    """The product x y of numbers, or of arrays that broadcast from their last axes."""
     rank = max(jnp.ndim(x), jnp.ndim(y))
     x, y = (jnp.expand_dims(a, range(rank - jnp.ndim(a))) if jnp.ndim(a) else a for a in (x, y))  # pyright: ignore
     return x * y  # pyright: ignore[reportOperatorIssue]

@@ -130,10 +130,17 @@ def _solve(function: Callable, v: Array, step: Array) -> tuple[Array, Array]:
         sizes = jnp.abs(terms[0]) + jnp.abs(terms[1]) + jnp.abs(v) + jnp.abs((1 - step) * w)
         noise = 2 * info.eps * sizes
         # σ(w) near w: η (w − σ(w)) instead, exact where σ is the identity
-        steep = (step > 1) & (2 * jnp.abs(below) < jnp.abs(w))
-        off = jnp.where(steep, (value - v) + step * below, terms[0] + (terms[1] - v))
-        fine = jnp.where(steep, off, terms[0] + product_minus(step, w, v))
-        return value, slope, off, fine, jnp.maximum(slope + step * (1 - slope), info.tiny), noise
+        near_identity = (step > 1) & (2 * jnp.abs(below) < jnp.abs(w))
+        off = jnp.where(near_identity, (value - v) + step * below, terms[0] + (terms[1] - v))
+        accurate = jnp.where(near_identity, off, terms[0] + product_minus(step, w, v))
+        return (
+            value,
+            slope,
+            off,
+            accurate,
+            jnp.maximum(slope + step * (1 - slope), info.tiny),
+            noise,
+        )
 
     def unfinished(carry):
         return (carry[0] < _STEPS[info.bits]) & ~jnp.all(carry[-1])
@@ -156,8 +163,8 @@ def _solve(function: Callable, v: Array, step: Array) -> tuple[Array, Array]:
     start = 0, w, low, high, jnp.full_like(w, info.max), low >= high
     w = jax.lax.while_loop(unfinished, improve, start)[1]
 
-    value, slope, _, fine, rise, _ = equation(w)
-    off = jnp.where(step == 1, 0, fine / rise)
+    value, slope, _, accurate, rise, _ = equation(w)
+    off = jnp.where(step == 1, 0, accurate / rise)
     moved = w - off
     toward = jnp.where(off > 0, -jnp.inf, jnp.inf).astype(w.dtype)
     # JAX differentiates this in spite of the rule in derivatives of derivatives of loops
@@ -207,7 +214,7 @@ def _inverse(function: Callable, u: Array) -> tuple[Array, Array]:
     return _smallest(lambda p: sign * (function(p) - u) >= 0, end, u), inside
 
 
-def _surely(function: Callable, p: Array) -> Array:
+def _certain_difference(function: Callable, p: Array) -> Array:
     """p − σ(p), less its round-off: nearer to 0 than the true one or on the side of D(0)."""
     value = function(p)
     noise = 4 * jnp.finfo(p.dtype).eps * (jnp.abs(p) + jnp.abs(value)) * jnp.sign(p)
@@ -220,7 +227,7 @@ def _dual_ends(function: Callable, dtype: Any) -> tuple[tuple[Array, Array], tup
 
     def end(sign):
         points = jnp.asarray(sign * sizes, dtype)
-        values = sign * _surely(function, points)
+        values = sign * _certain_difference(function, points)
         at = jnp.argmax(jnp.where(jnp.isnan(values), -jnp.inf, values))
         return points[at], sign * values[at]
 
@@ -234,7 +241,7 @@ def _dual_inverse(function: Callable, w: Array) -> tuple[Array, Array]:
     centre = -function(jnp.zeros_like(w))
     sign = jnp.where(w < centre, -1, 1).astype(w.dtype)
     end = jnp.where(sign < 0, first, last)
-    p = _smallest(lambda p: sign * (_surely(function, p) - w) >= 0, end, w)
+    p = _smallest(lambda p: sign * (_certain_difference(function, p) - w) >= 0, end, w)
     return jnp.where(w == centre, 0, p), (w >= low) & (w <= high)
 
 
@@ -280,7 +287,7 @@ def _value(function: Callable) -> Callable[[Array], Array]:
 
 @functools.lru_cache(maxsize=256)
 def _conjugate(function: Callable) -> Callable[[Array], Array]:
-    """W u − g(u) at u = σ(p): to first order free of the error of p."""
+    """The conjugate, w u − g(u) at u = σ(p): to first order free of the error of p."""
 
     @with_partials
     def conjugate(w):

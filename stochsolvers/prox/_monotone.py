@@ -69,7 +69,7 @@ def horner(coefficients: Sequence[float], x: Array) -> Array:
 
 
 def bounded(x: Array) -> Array:
-    """X, at most a quarter of the largest float: sums with it do not overflow."""
+    """The argument, at most a quarter of the largest float: sums with it do not overflow."""
     limit = 0.25 * jnp.finfo(x.dtype).max
     return jnp.clip(x, -limit, limit)
 

@@ -53,7 +53,7 @@ def tanh_value(u: Array) -> ValueAndPartials:
 
 @with_partials
 def tanh_conjugate(w: Array) -> ValueAndPartials:
-    """W u − g(u), u = tanh p, at p − tanh p = w."""
+    """The conjugate w u − g(u), u = tanh p, at p − tanh p = w."""
     one = jnp.ones_like(w)
     a = jnp.abs(w)
     u, _ = saturating_root(_monotone.TANH, -one, one, 0 * one, a, a + 1)
@@ -96,7 +96,7 @@ def arctan_value(u: Array) -> ValueAndPartials:
 
 @with_partials
 def arctan_conjugate(w: Array) -> ValueAndPartials:
-    """W u − g(u), u = arctan p, at p − arctan p = w; −log cos u = ½ log(1 + p²)."""
+    """The conjugate w u − g(u), u = arctan p, at p − arctan p = w; −log cos u = ½ log(1 + p²)."""
     a, one = jnp.abs(w), jnp.ones_like(w)
     u, p = saturating_root(_monotone.ARCTAN, -one, one, 0 * one, a, a + 0.5 * math.pi)
     near, far = p < 1, jnp.maximum(p, 1)
@@ -127,7 +127,7 @@ def softsign_value(u: Array) -> ValueAndPartials:
 
 @with_partials
 def softsign_conjugate(w: Array) -> ValueAndPartials:
-    """W u − g(u), u = p/(1 + p), at p²/(1 + p) = |w|, that is p = (|w| + h)/2, u = 2|w|/(|w| + h).
+    """The conjugate w u − g(u), u = p/(1 + p), at p²/(1 + p) = |w|, that is p = (|w| + h)/2, u = 2|w|/(|w| + h).
 
     h = √(w² + 4|w|) = √|w| √(|w| + 4), and −log(1 − u) = log(1 + p).
     """
@@ -163,7 +163,7 @@ def elu_value(u: Array, alpha: Array) -> ValueAndPartials:
 
 @with_partials
 def elu_conjugate(w: Array, alpha: Array) -> ValueAndPartials:
-    """W u − g(u), u = α (e^p − 1), at p − u = w ≤ 0."""
+    """The conjugate w u − g(u), u = α (e^p − 1), at p − u = w ≤ 0."""
     one = jnp.ones_like(w)
     t, _ = saturating_root(_monotone.EXPONENTIAL, -alpha, one, 1 - alpha, -w, alpha - w)
     u = -alpha * t
