@@ -127,7 +127,7 @@ def softsign_value(u: Array) -> ValueAndPartials:
 
 @with_partials
 def softsign_conjugate(w: Array) -> ValueAndPartials:
-    """The conjugate w u − g(u), u = p/(1 + p), at p²/(1 + p) = |w|, that is p = (|w| + h)/2, u = 2|w|/(|w| + h).
+    """The conjugate w u − g(u), u = p/(1 + p) = 2|w|/(|w| + h), at p²/(1 + p) = |w|.
 
     h = √(w² + 4|w|) = √|w| √(|w| + 4), and −log(1 − u) = log(1 + p).
     """
