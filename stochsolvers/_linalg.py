@@ -44,7 +44,7 @@ def singular_values(matrices: Array) -> Array:
 def inverse(matrices: Array) -> Array:
     """Inverses L⁻ᵀ L⁻¹ of positive definite matrices H = L Lᵀ (..., n, n).
 
-    Where round-off has made H indefinite it is that of H + n ε tr(H) I.
+    Lower triangles are read. Where round-off has made H indefinite it is that of H + n ε tr(H) I.
     """
     return _each(_inverse, matrices)
 
@@ -57,8 +57,8 @@ def _inverse(matrix: Array) -> Array:
 @_inverse.defjvp
 def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     """d(H⁻¹) = −H⁻¹ dH H⁻¹; `custom_vmap` has no reverse mode of its own."""
-    inverse = _inverse(*primals)
-    return inverse, -inverse @ tangents[0] @ inverse
+    inverse, moved = _inverse(*primals), jnp.tril(tangents[0])
+    return inverse, -inverse @ (moved + jnp.tril(moved, -1).T) @ inverse
 
 
 @jax.jit

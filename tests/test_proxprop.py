@@ -92,6 +92,22 @@ def test_convolutions_in_closed_form(name, rng):
     assert_same((found,), np.concatenate(bare, 1).reshape(A.kernel.shape), None)
 
 
+def test_row_grams_in_blocks(rng):
+    """From 256 rows on, the products above the diagonal are left out; their derivatives as well."""
+    x, g = jnp.asarray(rng.normal(size=(259, 4))), jnp.asarray(rng.normal(size=(259, 2)))
+    A, step = ss.Dense(jnp.zeros((4, 2))), Exact(0.5, "rows")
+    d = oracles.implicit_step(with_ones(x), np.asarray(g), 0.5)
+    assert_same(implicit_gradient(A, x, g, step), d[:-1], d[-1])
+
+    def size(form, x):
+        return jnp.sum(jnp.sin(implicit_gradient(A, x, g, Exact(0.5, form))[0]))
+
+    slopes = [
+        jax.jit(jax.grad(size, 1), static_argnums=0)(form, x) for form in ("rows", "parameters")
+    ]
+    np.testing.assert_allclose(*slopes, rtol=1e-7, atol=1e-10)
+
+
 def largest_factor(step, shape):
     """The order of the matrix that is factored for a dense layer of (rows, inputs, outputs)."""
     N, m, n = shape

@@ -170,9 +170,7 @@ def test_what_would_be_lost_is_refused():
         masked(jnp.ones((1, 4, 4, 3)))
 
 
-def test_reports_of_a_model_with_such_layers(rng):
-    x = jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)
-
+def test_reports_of_a_model_with_such_layers():
     class Net(nnx.Module):
         def __init__(self, kind, **options):
             self.first = kind(5, 6, rngs=nnx.Rngs(0), **options)
@@ -184,3 +182,7 @@ def test_reports_of_a_model_with_such_layers(rng):
     ours = ss.lipschitz_report(Net(ss.nnx.ProxPropLinear, step=STEP), (4, 5))
     plain = ss.lipschitz_report(Net(nnx.Linear), (4, 5))
     assert float(ours.bound) == float(plain.bound)
+    linen = [kind(3) for kind in (ss.linen.ProxPropDense, nn.Dense)]
+    variables = linen[1].init(jax.random.key(0), jnp.ones((4, 5)))
+    mine, theirs = (ss.lipschitz_report(layer, variables, (4, 5)) for layer in linen)
+    assert float(mine.bound) == float(theirs.bound)

@@ -30,40 +30,43 @@ def patch_gram(A: Conv, x: Array, *, bias: bool) -> Array:
     """
     taps, (size, *_), step, spacing = _first_axis(A)
     x = jnp.moveaxis(_padded(A, x), 1, 0)  # (rows, B, *others, n1)
-    v = _grouped(A, _windows(A, x, first=1), axis=1)  # (groups, rows, B · positions, columns)
+    v = jnp.moveaxis(_grouped(A, _windows(A, x, first=1), axis=1), 1, 0)
+    v = v[:, 0] if A.feature_group_count == 1 else v  # (rows, groups, B · positions, columns)
+
+    def products(row: Array) -> Array:
+        """S_δ[q] for all δ. One row at a time: XLA's CPU backend is slow at batches of products."""
+        others = (lax.dynamic_index_in_dim(v, row + spacing * k, 0, False) for k in range(taps))
+        left = lax.dynamic_index_in_dim(v, row, 0, False).mT
+        return jnp.stack(
+            [jnp.matmul(left, right, precision=lax.Precision.HIGHEST) for right in others]
+        )
 
     def summed(rows: Array, tap: int) -> Array:
         """The sum over the rows s p + d a of a tap."""
         start = spacing * tap
-        stop = start + step * (size - 1) + 1
-        return jnp.sum(lax.slice_in_dim(rows, start, stop, step, axis=1), 1)
+        return jnp.sum(lax.slice_in_dim(rows, start, start + step * (size - 1) + 1, step), 0)
 
-    blocks: dict[tuple[int, int], Array] = {}
-    for delta in range(taps):
-        last = v.shape[1] - spacing * delta
-        left, right = v[:, :last], v[:, spacing * delta :]
-        pairs = jnp.matmul(left.mT, right, precision=lax.Precision.HIGHEST)
-        for a in range(taps - delta):
-            blocks[a, a + delta] = summed(pairs, a)
-            if delta:
-                blocks[a + delta, a] = blocks[a, a + delta].mT
-    rows = [[blocks[a, b] for b in range(taps)] for a in range(taps)]
-    gram = jnp.concatenate([jnp.concatenate(row, -1) for row in rows], -2)
-    if not bias:
-        return gram
-    sums = jnp.concatenate([summed(jnp.sum(v, 2), a) for a in range(taps)], -1)[..., None]
-    count = jnp.full((len(gram), 1, 1), size * v.shape[2], gram.dtype)
-    bottom = jnp.concatenate([sums.mT, count], -1)
-    return jnp.concatenate([jnp.concatenate([gram, sums], -1), bottom], -2)
+    pairs = lax.map(products, jnp.arange(len(v)))  # (rows, taps, groups, columns, columns)
+    sums = [summed(pairs[:, : taps - a], a) for a in range(taps)]
+    blocks = [
+        [sums[a][b - a] if b >= a else sums[b][a - b].mT for b in range(taps)] for a in range(taps)
+    ]
+    gram = jnp.concatenate([jnp.concatenate(row, -1) for row in blocks], -2)
+    if bias:
+        ones = jnp.sum(v, -2)
+        ones = jnp.concatenate([summed(ones, a) for a in range(taps)], -1)[..., None, :]
+        count = jnp.full((*ones.shape[:-1], 1), size * v.shape[-2], gram.dtype)
+        right = jnp.concatenate([ones, count], -1).mT
+        gram = jnp.concatenate([jnp.concatenate([gram, ones], -2), right], -1)
+    return gram if gram.ndim == 3 else gram[None]
 
 
 def gram_count(A: Conv, examples: int) -> int:
     """Multiplications of `patch_gram` for one group."""
     taps, (size, *others), step, spacing = _first_axis(A)
-    reach = step * (size - 1) + spacing * (taps - 1) + 1
+    rows = step * (size - 1) + spacing * (taps - 1) + 1
     columns = math.prod(A.kernel.shape[1:-1])
-    rows = sum(reach - spacing * delta for delta in range(taps))
-    return rows * examples * math.prod(others) * columns**2
+    return rows * taps * examples * math.prod(others) * columns**2
 
 
 def columns_of(A: Conv, kernel: Array) -> Array:

@@ -14,6 +14,7 @@ from stochsolvers._shards import varying
 from stochsolvers._typing import Array
 
 HIGHEST = lax.Precision.HIGHEST
+_BLOCKS, _SMALLEST_BLOCK = 4, 64
 UNROLLED = 16
 """Iterations of conjugate gradients up to which no loop is compiled."""
 
@@ -34,7 +35,8 @@ def exact_by_rows(
       tau: τ.
       bias: whether there is one.
     """
-    inverse = tau * _inverse_with_ridge(tau * _row_gram(rows, bias))
+    gram = lower_row_gram(rows)
+    inverse = tau * _inverse_with_ridge(tau * (gram + 1 if bias else gram))
     if rows.shape[-1] < cotangent.shape[-1]:
         columns = jnp.matmul(product(inverse, rows).mT, cotangent)
         sums = jnp.sum(inverse, -2)[..., None, :]
@@ -42,9 +44,17 @@ def exact_by_rows(
     return _adjoint(rows, product(inverse, cotangent), bias)
 
 
-def _row_gram(rows: Array, bias: bool) -> Array:
-    gram = product(rows, rows.mT)
-    return gram + 1 if bias else gram
+def lower_row_gram(rows: Array) -> Array:
+    """A Aᵀ of rows (..., N, m) on and below the diagonal; of no use above."""
+    count = rows.shape[-2]
+    if count < _BLOCKS * _SMALLEST_BLOCK:
+        return product(rows, rows.mT)
+    ends = [count * (i + 1) // _BLOCKS for i in range(_BLOCKS)]
+    parts = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        part = product(rows[..., start:end, :], rows[..., :end, :].mT)
+        parts.append(jnp.pad(part, [*[(0, 0)] * (part.ndim - 1), (0, count - end)]))
+    return jnp.concatenate(parts, -2)
 
 
 def _adjoint(rows: Array, weights: Array, bias: bool) -> tuple[Array, Array | None]:
@@ -69,7 +79,8 @@ def conjugate_gradients_by_rows(
 
     Inner products of the parameters are <Aᵀ s, Aᵀ t> = sᵀ A Aᵀ t.
     """
-    gram = tau * _row_gram(rows, bias)
+    gram = product(rows, rows.mT)
+    gram = tau * (gram + 1 if bias else gram)
     weights = conjugate_gradients(
         lambda s: product(gram, s), cotangent, num_iters, weight=lambda s, image: image
     )
