@@ -26,6 +26,7 @@ NAMES = (
     "masks",
     "certificates",
     "training",
+    "proxprop",
 )
 _COMPARE = {"≤": operator.le, "≥": operator.ge}
 

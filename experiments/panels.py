@@ -11,6 +11,9 @@ from experiments.plots import Curve
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 Panels = dict[str, list[Curve]]
+PROGRESS = {"train_loss": "training loss", "validation_accuracy": "validation accuracy (%)"}
+PLAIN = ("dropout", "baseline", "backpropagation")
+"""Words in the labels of networks that the others are compared with; their lines are dashed."""
 
 
 def name_of(row: Row) -> str:
@@ -67,6 +70,31 @@ def accuracy(rows: Rows) -> Panels:
     return panels
 
 
+def progress(rows: Rows) -> dict[str, Panels]:
+    """Training loss and validation accuracy over epochs and over seconds, beside those of backpropagation.
+
+    Seconds are the means over the seeds of the time since the start: compilation, training, and scoring
+    after each epoch. Nothing for rows without backpropagation.
+    """
+    if not any(row.get("method") == "backpropagation" for row in rows):
+        return {}
+    labels, colors = _labels(rows), _colors(rows)
+    contents: dict[str, Panels] = {}
+    for name, group in grouped((r for r in rows if r["kind"] == "epoch"), name_of).items():
+        label = labels[name][1]
+        epochs = grouped(group, lambda row: row["epoch"])
+        seconds = [float(np.mean([row["seconds"] for row in epochs[k]])) for k in sorted(epochs)]
+        axes = {"epoch": sorted(epochs), "seconds": seconds}
+        for key, ylabel in PROGRESS.items():
+            values = [[row[key] for row in epochs[k]] for k in sorted(epochs)]
+            for xlabel, x in axes.items():
+                curve = _over_seeds(
+                    label, np.array(x), values, colors[label], plain=_is_plain(label)
+                )
+                contents.setdefault(ylabel, {}).setdefault(xlabel, []).append(curve)
+    return contents
+
+
 def residuals(rows: Rows) -> Panels:
     """Relative residuals inside the solvers of the first seed, one panel for each layer."""
     labels, colors = _labels(rows), _colors(rows)
@@ -111,7 +139,7 @@ def _over_seeds(
 
 
 def _is_plain(label: str) -> bool:
-    return "dropout" in label or "baseline" in label
+    return any(word in label for word in PLAIN)
 
 
 def _colors(rows: Rows) -> dict[str, int]:

@@ -62,6 +62,25 @@ def residuals(path: Path, contents: Panels, *, title: str) -> None:
     _panels(path, contents, title, xlabel="iteration k", ylabel=ylabel, yscale="log")
 
 
+def progress(path: Path, contents: Mapping[str, Panels], *, title: str) -> None:
+    """Two rows of axes, loss and accuracy, each over epochs and over seconds; one legend."""
+    curves = [c for row in contents.values() for each in row.values() for c in each]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.4, 6.4), layout="constrained")
+        grid = figure.subplots(len(contents), 2, squeeze=False, sharex="col", sharey="row")
+        for line, (ylabel, panels) in zip(grid, contents.items(), strict=True):
+            for axes, (xlabel, drawn) in zip(line, panels.items(), strict=True):
+                _draw(axes, drawn)
+                axes.set(xlabel=xlabel if line is grid[-1] else "")
+            line[0].set_ylabel(ylabel)
+        figure.suptitle(_titled(title, curves, SEEDS))
+        handles = {str(line.get_label()): line for line in grid[0, 0].lines}
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
+        )
+        figure.savefig(path, metadata={"Software": None})
+
+
 def _titled(title: str, curves: Sequence[Curve], note: str) -> str:
     """The title, with a line that explains the bands if there are any."""
     return f"{title}\n{note}" if any(curve.band is not None for curve in curves) else title

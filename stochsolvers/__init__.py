@@ -17,6 +17,7 @@ from stochsolvers import lipschitz as lipschitz
 from stochsolvers import losses as losses
 from stochsolvers import nnx as nnx
 from stochsolvers import prox as prox
+from stochsolvers import proxprop as proxprop
 from stochsolvers import reports as reports
 from stochsolvers import sampling as sampling
 from stochsolvers import solvers as solvers

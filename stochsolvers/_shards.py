@@ -20,7 +20,7 @@ def varying(tree: _Tree, like: object) -> _Tree:
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
-    axes = {axis for leaf in jax.tree.leaves(like) for axis in _axes(leaf)}
+    axes = varying_axes(like)
 
     def cast(leaf):
         missing = sorted(axes - _axes(leaf))
@@ -33,6 +33,13 @@ def _axes(leaf: object) -> frozenset[str]:
     kind = jax.typeof(leaf)
     # jax 0.11 renamed it
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def varying_axes(tree: object) -> set[str]:
+    """The mesh axes of `shard_map` over which some array of the tree varies; none elsewhere."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return set()
+    return {axis for leaf in jax.tree.leaves(tree) for axis in _axes(leaf)}
 
 
 def is_explicit() -> bool:

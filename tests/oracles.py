@@ -27,6 +27,45 @@ def convolution_matrix(kernel, shape, strides, pads, dilation, groups=1, *, wrap
     return matrix.reshape(int(np.prod(out)) * n2, -1)
 
 
+def patch_rows(x, taps, strides, pads, dilation, *, wrap=False):
+    """Rows (positions of all images, taps · n1) with row · kernel[..., j] the correlation's output j.
+
+    Σ_{a, i} kernel[a, i, j] x[b, s p + d a − low, i]; positions outside the image are zero, or wrap around.
+    """
+    batch, *shape, n1 = x.shape
+    axes = range(len(shape))
+    extents = [d * (k - 1) + 1 for d, k in zip(dilation, taps, strict=True)]
+    out = [(shape[i] + sum(pads[i]) - extents[i]) // strides[i] + 1 for i in axes]
+    rows = np.zeros((batch, *out, *taps, n1))
+    for p, a in itertools.product(np.ndindex(*out), np.ndindex(*taps)):
+        q = [strides[i] * p[i] + dilation[i] * a[i] - pads[i][0] for i in axes]
+        if wrap:
+            q = [q[i] % shape[i] for i in axes]
+        if all(0 <= q[i] < shape[i] for i in axes):
+            rows[(slice(None), *p, *a)] = x[(slice(None), *q)]
+    return rows.reshape(batch * int(np.prod(out)), -1)
+
+
+def implicit_step(rows, cotangent, tau):
+    """(AᵀA + I/τ)⁻¹ Aᵀ G."""
+    hessian = rows.T @ rows + np.eye(rows.shape[1]) / tau
+    return np.linalg.solve(hessian, rows.T @ cotangent)
+
+
+def textbook_conjugate_gradients(hessian, right, num_iters):
+    """Hestenes and Stiefel's iteration for one right-hand side, from zero."""
+    d, r = np.zeros_like(right), right.copy()
+    p = r.copy()
+    for _ in range(num_iters):
+        image = hessian @ p
+        alpha = (r @ r) / (p @ image)
+        d = d + alpha * p
+        following = r - alpha * image
+        p = following + (following @ following) / (r @ r) * p
+        r = following
+    return d
+
+
 def nnls_layer(kernel, x, bias, ridge):
     """argmin_{z>=0} ½||K z − x||² − <b, z> + (λ/2)||z||² for K = kernel (n1, n2), by scipy's NNLS.
 

@@ -11,7 +11,7 @@ FLOORS = [
     {"_shards"},
     {"_convolution", "_linalg", "_symmetric"},
     {"linear_maps", "losses", "prox", "tensor_product"},
-    {"sampling"},
+    {"sampling", "proxprop"},
     {"lipschitz"},
     {"problems"},
     {"estimators"},

@@ -15,6 +15,7 @@ from benchmarks import (
     forms,
     masks,
     measure,
+    proxprop,
     record,
     sampling,
 )
@@ -91,7 +92,7 @@ def test_the_stored_page_is_the_one_of_the_stored_results():
 
 @pytest.mark.parametrize(
     "module",
-    [certificates, convolution, derivatives, forms, masks, sampling],
+    [certificates, convolution, derivatives, forms, masks, proxprop, sampling],
     ids=lambda m: m.__name__,
 )
 def test_commands_run(module):

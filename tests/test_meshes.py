@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 import stochsolvers as ss
 
 KEY = jax.random.key(2)
+EXACT, COLUMNS = ss.proxprop.Exact(0.5), ss.proxprop.Exact(0.5, "parameters")
+CG = ss.proxprop.ConjugateGradients(0.5, 2)
 KINDS = {"auto": (AxisType.Auto,), "explicit": (AxisType.Explicit,)}
 
 
@@ -72,6 +74,9 @@ DENSE = {
     "ms2gd": lambda x, k: ss.ms2gd(KEY, dense(x, k), tau=3, num_outer=2, num_inner=2).value,
     "nsync": lambda x, k: ss.nsync(KEY, dense(x, k), tau=3, num_iters=3).value,
     "layer": linear_layer,
+    "proxprop": lambda x, k: ss.proxprop.apply(ss.Dense(k), x, jnp.ones(5), EXACT),
+    "proxprop, many rows": lambda x, k: ss.proxprop.apply(ss.Dense(k), x[:, None], None, COLUMNS),
+    "proxprop, cg": lambda x, k: ss.proxprop.apply(ss.Dense(k), x, None, CG),
 }
 CONV = {
     "prox_gd": lambda x, k: ss.prox_gd(conv(x, k), num_iters=3).value,
@@ -79,6 +84,8 @@ CONV = {
     "circular": lambda x, k: ss.prox_gd(conv(x, k, padding="CIRCULAR"), num_iters=3).value,
     "layer": conv_layer,
     "layer with strides": lambda x, k: conv_layer(x, k, strides=2),
+    "proxprop": lambda x, k: ss.proxprop.apply(ss.Conv(k, (6, 5)), x, jnp.ones(4), EXACT),
+    "proxprop, cg": lambda x, k: ss.proxprop.apply(ss.Conv(k, (6, 5)), x, None, CG),
 }
 CASES = [((4, 6), (6, 5), f) for f in DENSE.values()] + [
     ((4, 6, 5, 3), (3, 3, 3, 4), f) for f in CONV.values()
@@ -163,9 +170,15 @@ layer = ss.nnx.SolverLinear(12, 6, solver=ss.ProxSG(4, 3), rngs=nnx.Rngs(0, drop
 graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
 
 
+def implicit_loss(kernel, x, step):
+    return jnp.sum(ss.proxprop.apply(ss.Dense(kernel), x, None, step) ** 2)
+
+
 def values(kernel, x):
     problem = ss.LayerProblem(ss.Dense(kernel), x, ridge=0.1)
     slope = jax.grad(lambda p: jnp.sum(nnx.merge(graph, p, rest, copy=True)(x) ** 2))
+    steps = [ss.proxprop.Exact(), ss.proxprop.Exact(form="parameters"), ss.proxprop.ConjugateGradients()]
+    implicit = jax.jit(lambda k, x, step: jax.grad(implicit_loss)(k, x, step))
     stopped = ss.prox_gd(problem, num_iters=200, tol=1e-5)
     return (
         ss.prox_sg(key, problem, tau=4, num_iters=3).value,
@@ -175,6 +188,7 @@ def values(kernel, x):
         stopped.iterations,
         problem.certificate(stopped.value),
         *jax.tree.leaves(jax.jit(slope)(parameters)),
+        *(implicit(kernel, x, step) for step in steps),
     )
 
 

@@ -9,5 +9,7 @@ written where it is mutable, for `certify`, and is never part of a model's varia
 
 from stochsolvers.linen._layers import SolverConv as SolverConv
 from stochsolvers.linen._layers import SolverDense as SolverDense
+from stochsolvers.linen._proxprop import ProxPropConv as ProxPropConv
+from stochsolvers.linen._proxprop import ProxPropDense as ProxPropDense
 from stochsolvers.linen._reports import certify as certify
 from stochsolvers.linen._reports import lipschitz_report as lipschitz_report

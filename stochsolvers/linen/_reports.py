@@ -21,6 +21,7 @@ from stochsolvers.linen._layers import (
     SolverLayer,
     linear_map_of,
 )
+from stochsolvers.linen._proxprop import ProxPropConv, ProxPropDense
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged
 
@@ -128,9 +129,9 @@ def lipschitz_report(
     r"""Spectral norms of the layers of a network, and a bound on its Lipschitz constant.
 
     As `stochsolvers.nnx.lipschitz_report`, for `nn.Dense`, `DenseGeneral`, `Einsum`, `Conv`,
-    `ConvTranspose`, the solver layers and `nn.BatchNorm`. Batch normalisation has a bound where it is
-    called with `use_running_average`, so
-    pass what your network needs for that among the options. Solvers count as deterministic.
+    `ConvTranspose`, the solver and ProxProp layers and `nn.BatchNorm`. Batch normalisation has a bound where
+    it is called with `use_running_average`, so pass what your network needs for that among the options.
+    Solvers count as deterministic.
 
     Args:
       module: the network.
@@ -206,6 +207,8 @@ _LINEAR_MAPS: dict[type, Callable[[Any, Array, tuple[int, ...]], LinearMap]] = {
     nn.Einsum: linear_map_of,
     SolverDense: linear_map_of,
     SolverConv: linear_map_of,
+    ProxPropDense: linear_map_of,
+    ProxPropConv: linear_map_of,
 }
 _NORMALISATIONS = (nn.BatchNorm,)
 

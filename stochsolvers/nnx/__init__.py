@@ -3,7 +3,8 @@
 `SolverLinear` and `SolverConv` subclass `nnx.Linear` and `nnx.Conv` and add no parameters, so a plain
 network's parameter state loads into its solver twin unchanged. Beside the parameters they hold a
 random stream and, where a problem constant sets the step, the layer's Lipschitz constant as
-non-trainable `SolverState`, which `refresh_lipschitz` recomputes.
+non-trainable `SolverState`, which `refresh_lipschitz` recomputes. `ProxPropLinear` and `ProxPropConv` have
+the plain layers' parameters and values, and another backward pass.
 """
 
 from stochsolvers.nnx._blocks import SolverResNetBlock as SolverResNetBlock
@@ -15,6 +16,8 @@ from stochsolvers.nnx._dropout import TauNiceDropout as TauNiceDropout
 from stochsolvers.nnx._dropout import linear_map_of as linear_map_of
 from stochsolvers.nnx._layers import SolverConv as SolverConv
 from stochsolvers.nnx._layers import SolverLinear as SolverLinear
+from stochsolvers.nnx._proxprop import ProxPropConv as ProxPropConv
+from stochsolvers.nnx._proxprop import ProxPropLinear as ProxPropLinear
 from stochsolvers.nnx._reports import certify as certify
 from stochsolvers.nnx._reports import lipschitz_report as lipschitz_report
 from stochsolvers.nnx._solver_layer import SolverRecord as SolverRecord

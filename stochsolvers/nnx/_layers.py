@@ -100,7 +100,7 @@ class SolverLinear(SolverLayer, nnx.Linear):
             output=output,
             rngs=_placeholder_rngs(rng_collection),
             kernel_init=jax.nn.initializers.zeros,
-            **_options(layer, "dot_general"),
+            **layer_options(layer, "dot_general"),
         )
         return _adopt(twin, layer, deterministic, rng_collection, rngs)
 
@@ -211,7 +211,7 @@ class SolverConv(SolverLayer, nnx.Conv):
             output=output,
             rngs=_placeholder_rngs(rng_collection),
             kernel_init=jax.nn.initializers.zeros,
-            **_options(layer, *shape_options, "conv_general_dilated"),
+            **layer_options(layer, *shape_options, "conv_general_dilated"),
         )
         return _adopt(twin, layer, deterministic, rng_collection, rngs)
 
@@ -247,7 +247,8 @@ def _placeholder_rngs(rng_collection: str) -> nnx.Rngs:
     return nnx.Rngs(0, **{rng_collection: 0})
 
 
-def _options(layer: nnx.Linear | nnx.Conv, *names: str) -> dict[str, Any]:
+def layer_options(layer: nnx.Linear | nnx.Conv, *names: str) -> dict[str, Any]:
+    """The options of a layer with which its twin is built."""
     common = ("use_bias", "dtype", "param_dtype", "precision", "promote_dtype")
     return {name: getattr(layer, name) for name in (*common, "preferred_element_type", *names)}
 

@@ -14,6 +14,7 @@ from stochsolvers._typing import join_static, split_static
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.nnx._dropout import linear_map_of
 from stochsolvers.nnx._layers import SolverConv, SolverLinear
+from stochsolvers.nnx._proxprop import ProxPropConv, ProxPropLinear
 from stochsolvers.nnx._solver_layer import SolverLayer, SolverRecord
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged
@@ -116,12 +117,13 @@ def lipschitz_report(
     The forward pass of a copy in evaluation mode is traced, not run, to see which layers are called,
     in which order and on which shapes. The model itself is unchanged.
 
-    Layers with a certified norm: `nnx.Linear`, `LinearGeneral`, `Einsum`, `Conv` and `ConvTranspose` with
-    one to three spatial axes, the solver layers, and `nnx.BatchNorm`, whose norm is its largest scale. The
-    norm is exact for contractions and circular padding, and a bracket under zero padding. Subclasses count
-    if they override no method, and layers if they have Flax's own `dot_general` and `promote_dtype` and are
-    called with their own kernel. All other modules with parameters are named as not bounded: `Embed`,
-    layers within `nnx.SpectralNorm`, `nnx.WeightNorm` and `nnx.scan`, …
+    Layers with a certified norm: `nnx.Linear`, `LinearGeneral`, `Einsum`, `Conv` and `ConvTranspose`
+    with one to three spatial axes, the solver and ProxProp layers, and `nnx.BatchNorm`, whose norm is
+    its largest scale. The norm is exact for contractions and circular padding, and a bracket under zero
+    padding. Subclasses count if they override no method, and layers if they have Flax's own
+    `dot_general` and `promote_dtype` and are called with their own kernel. All other modules with
+    parameters are named as not bounded: `Embed`, layers within `nnx.SpectralNorm`, `nnx.WeightNorm` and
+    `nnx.scan`, …
 
     The bound includes the Lipschitz constants of the operations between the layers: 1 for ReLU, tanh,
     softplus and pools of disjoint windows, |c| for a scaling by c. An activation of `jax.nn` is
@@ -197,6 +199,8 @@ _LINEAR_MAPS: dict[type, Callable[[Any, tuple[int, ...]], LinearMap]] = {
     nnx.Einsum: linear_map_of,
     SolverLinear: linear_map_of,
     SolverConv: linear_map_of,
+    ProxPropLinear: linear_map_of,
+    ProxPropConv: linear_map_of,
 }
 _NORMALISATIONS = (nnx.BatchNorm,)
 

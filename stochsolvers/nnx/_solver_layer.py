@@ -44,8 +44,8 @@ class SolverLayer(Stochastic):
 
     def _init_solver(self, settings: _layers.Settings) -> None:
         settings.check(type(self).__name__)
-        self.prior, self.solver = _attribute(settings.prior), _attribute(settings.solver)
-        self.loss, self.ridge = _attribute(settings.loss), settings.ridge
+        self.prior, self.solver = attribute(settings.prior), attribute(settings.solver)
+        self.loss, self.ridge = attribute(settings.loss), settings.ridge
         self.normalize, self.output = settings.normalize, settings.output
         self.lipschitz = self.reference = nnx.data(None)
         kept = self._constant()
@@ -168,7 +168,7 @@ def refresh_lipschitz(model: nnx.Module) -> None:
             module.refresh_lipschitz()
 
 
-def _attribute(value: Any) -> Any:
+def attribute(value: Any) -> Any:
     """A value object as a module's attribute: static if it is made of numbers, data if of arrays."""
     arrays = any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
     return nnx.data(jax.tree.map(jnp.asarray, value)) if arrays else value

@@ -217,3 +217,28 @@ def test_damaged_rows_are_one_clear_line(tmp_path, line, message):
     (tmp_path / results.ROWS).write_text(line)
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         report.main([str(tmp_path)])
+
+
+def test_progress_of_comparisons_with_backpropagation(tmp_path):
+    rows = []
+    for seed in (0, 1):
+        for method, accuracy in (("backpropagation", 30.0), ("exact", 40.0)):
+            each = rows_of(seed, accuracy + seed, [20.0, accuracy], name=f"MLP {method}", std=None)
+            for row in each:
+                row |= {"method": method, "paper_accuracy": None, "paper_std": None}
+                if row["kind"] == "epoch":
+                    row |= {"train_loss": 2.0 / row["epoch"], "seconds": 10.0 * row["epoch"] + seed}
+            rows += each
+    drawn = panels.progress(rows)
+    assert list(drawn) == ["training loss", "validation accuracy (%)"]
+    plain, exact = drawn["validation accuracy (%)"]["seconds"]
+    assert (plain.label, plain.dashed, exact.dashed) == ("backpropagation", True, False)
+    np.testing.assert_array_equal(exact.x, [10.5, 20.5])
+    np.testing.assert_array_equal(exact.y, [20.0, 40.0])
+    report.write(tmp_path, rows)
+    assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "README.md").read_text()
+    assert "share memory" in page
+    assert "| 10.00 ± 0.000 |" in page  # the gain
+    others = [row for row in rows if row["method"] == "exact"]
+    assert panels.progress(others) == {}

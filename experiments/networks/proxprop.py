@@ -1,0 +1,107 @@
+"""The networks of proximal backpropagation: an MLP and a ConvNet whose hidden layers take implicit steps."""
+
+import dataclasses
+import itertools
+from typing import Any, Literal, get_args
+
+import jax
+from flax import nnx
+
+import stochsolvers as ss
+
+Kind = Literal["mlp", "convnet"]
+LABELS: dict[str, str] = {"mlp": "MLP", "convnet": "ConvNet"}
+UNITS = (4000, 1000, 4000)
+CHANNELS = (16, 20, 20)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProxPropConfig:
+    """A network of Frerix et al. 2018, section 4.
+
+    Attributes:
+      kind: "mlp" has hidden layers of 4000, 1000 and 4000 units; "convnet" has 5×5 convolutions of 16, 20 and
+        20 channels, padded by 2, with pools of 2×2 after the first two. ReLU after all of them.
+      image_shape: height, width, channels.
+      num_classes: outputs of the last layer, a dense one that is trained by ordinary gradients.
+      step: of the hidden layers; None for ordinary gradients.
+      width: factor on the numbers of units and channels.
+    """
+
+    kind: Kind = "mlp"
+    image_shape: tuple[int, int, int] = (32, 32, 3)
+    num_classes: int = 10
+    step: ss.proxprop.ImplicitStep | None = None
+    width: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in get_args(Kind):
+            raise ValueError(
+                f"network: expected one of {', '.join(get_args(Kind))}, got {self.kind}"
+            )
+        if self.kind == "convnet" and min(self.image_shape[:2]) < 4:
+            raise ValueError(f"image_shape: expected at least 4×4 pixels, got {self.image_shape}")
+
+    def sizes(self, numbers: tuple[int, ...]) -> list[int]:
+        """The numbers times the width."""
+        return [max(1, round(self.width * number)) for number in numbers]
+
+
+class _Dense(nnx.Module):
+    def __init__(self, config: ProxPropConfig, *, rngs: nnx.Rngs):
+        height, width, channels = config.image_shape
+        sizes = [height * width * channels, *config.sizes(UNITS)]
+        pairs = itertools.pairwise(sizes)
+        self.layers = nnx.List([_implicit(nnx.Linear(*p, rngs=rngs), config.step) for p in pairs])
+        self.size = sizes[-1]
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images.reshape(len(images), -1)
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return x
+
+
+class _Convolutional(nnx.Module):
+    def __init__(self, config: ProxPropConfig, *, rngs: nnx.Rngs):
+        height, width, channels = config.image_shape
+        sizes = [channels, *config.sizes(CHANNELS)]
+        options: dict[str, Any] = {"padding": ((2, 2), (2, 2)), "rngs": rngs}
+        pairs = itertools.pairwise(sizes)
+        self.layers = nnx.List(
+            [_implicit(nnx.Conv(*pair, (5, 5), **options), config.step) for pair in pairs]
+        )
+        self.size = (height // 4) * (width // 4) * sizes[-1]
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        first, second, third = self.layers
+        x = nnx.max_pool(nnx.relu(first(images)), (2, 2), (2, 2))
+        x = nnx.max_pool(nnx.relu(second(x)), (2, 2), (2, 2))
+        x = nnx.relu(third(x))
+        return x.reshape(len(x), -1)
+
+
+def _implicit(layer: Any, step: ss.proxprop.ImplicitStep | None) -> Any:
+    if step is None:
+        return layer
+    kind = ss.nnx.ProxPropLinear if isinstance(layer, nnx.Linear) else ss.nnx.ProxPropConv
+    return kind.from_layer(layer, step=step)
+
+
+class ProxPropNet(nnx.Module):
+    """The hidden layers, `features`, and the last layer, `classifier`. Nothing samples."""
+
+    is_stochastic = False
+
+    def __init__(self, config: ProxPropConfig, *, rngs: nnx.Rngs):
+        kind = _Dense if config.kind == "mlp" else _Convolutional
+        self.features = kind(config, rngs=rngs)
+        self.classifier = nnx.Linear(self.features.size, config.num_classes, rngs=rngs)
+
+    def head(self, features: jax.Array) -> jax.Array:
+        """Logits (batch, classes)."""
+        return self.classifier(features)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits (batch, classes) of images (batch, height, width, channels)."""
+        return self.head(self.features(images))

@@ -1,0 +1,217 @@
+"""Proximal backpropagation against backpropagation: an MLP and a ConvNet.
+
+    python -m experiments.proxprop --smoke
+    python -m experiments.proxprop --dataset cifar10 --data-dir DIR --epochs 3 --seeds 0 1 2
+    python -m experiments.proxprop --dataset cifar10 --data-dir DIR --network convnet --epochs 3
+
+The parameters of the hidden layers take the implicit step d = (AᵀA + I/τ)⁻¹ Aᵀ G in the place of their
+gradient AᵀG, exactly or by 3 or 10 conjugate-gradient steps; the last layer and the optimiser are ordinary.
+Pixels are in [0, 1], a tenth of the training images is held out for validation. The defaults are those of the
+paper at its batch of 500: the MLP with Nesterov's momentum of 0.95, τ = 0.05 and rate 1 (backpropagation:
+rate 0.05), the ConvNet with Adam at rate 1e-3, τ = 1. At another batch size B, τ is 500/B times as large and
+the MLP's rates B/500 times, so that rate · τ stays what it is. Each rate is constant.
+
+The paper has curves only, and those of its conjugate gradients come from code in which the search direction
+and the residual share memory, so that from the second step on its directions are not conjugate: its cg3 is
+far from conjugate gradients, and these curves are not to be compared with them.
+
+References:
+  Frerix, Möllenhoff, Moeller and Cremers, Proximal Backpropagation, ICLR 2018, section 4.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import tyro
+from threadpoolctl import threadpool_limits
+
+import stochsolvers as ss
+from experiments import data, options, results, steps, tables, training
+from experiments.networks.proxprop import LABELS, Kind, ProxPropConfig, ProxPropNet
+
+Method = Literal["backpropagation", "exact", "cg3", "cg5", "cg10"]
+BATCH_SIZE = 500
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mlp": {"optimizer": "nesterov", "momentum": 0.95, "rate": 1.0, "plain": 0.05, "tau": 0.05},
+    "convnet": {"optimizer": "adam", "momentum": 0.9, "rate": 1e-3, "plain": 1e-3, "tau": 1.0},
+}
+"""Of the paper, at its batch size: optimiser, rates of implicit steps and of backpropagation, τ."""
+EPOCHS = {"digits": 20}
+PAPER_EPOCHS = 50
+SMOKE_METHODS: tuple[Method, ...] = ("backpropagation", "exact", "cg3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(options.Options):
+    """Train a network by backpropagation and by implicit steps; draw loss and accuracy."""
+
+    out: Path = Path("runs/proxprop")
+    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
+    network: Kind = "mlp"
+    """mlp (4000, 1000 and 4000 hidden units) or convnet (5×5 convolutions of 16, 20 and 20 channels)."""
+    methods: tuple[Method, ...] = ("backpropagation", "exact", "cg3", "cg10")
+    """backpropagation, exact steps, or so many steps of conjugate gradients."""
+    tau: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Step size τ of the implicit steps."""
+    rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Learning rate of the optimiser for the implicit steps."""
+    plain_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Learning rate of the optimiser for backpropagation."""
+    width: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Factor on the numbers of channels and hidden units; by default 1."""
+    learning_rate: tyro.conf.Suppress[float] = options.LEARNING_RATES[0]
+    trials: tyro.conf.Suppress[int] = 1
+    normalize: tyro.conf.Suppress[bool] = False
+
+    smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {"methods": SMOKE_METHODS}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.methods:
+            raise ValueError("methods: expected at least one, got none")
+        for name in ("tau", "rate", "plain_rate", "width"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < np.inf:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+
+    def defaults(self) -> dict[str, Any]:
+        """Those of the paper, scaled from its batch to another one."""
+        small = options.BATCH_SIZE.get(self.dataset)
+        smoke = options.SMOKE["batch_size"] if self.smoke else None
+        batch = self.batch_size or smoke or small or BATCH_SIZE
+        paper = DEFAULTS[self.network]
+        scale = batch / BATCH_SIZE if self.network == "mlp" else 1.0
+        return {
+            "epochs": EPOCHS.get(self.dataset, PAPER_EPOCHS),
+            "batch_size": batch,
+            "tau": _rounded(paper["tau"] * BATCH_SIZE / batch),
+            "rate": _rounded(paper["rate"] * scale),
+            "plain_rate": paper["plain"],
+            "width": 1.0,
+        }
+
+    def settings(self, table: str) -> dict[str, Any]:
+        """Without the options of other commands."""
+        unused = ("learning_rate", "trials", "normalize")
+        every = super().settings(table).items()
+        return {name: value for name, value in every if name not in unused}
+
+    def train_config(self, seed: int, method: Method = "exact") -> steps.TrainConfig:
+        """The configuration of the optimiser for a method; call `filled` first."""
+        paper = DEFAULTS[self.network]
+        rate = self.plain_rate if method == "backpropagation" else self.rate
+        return dataclasses.replace(
+            super().train_config(seed),
+            learning_rates=(rate,),
+            momentum=paper["momentum"],
+            weight_decay=0.0,
+            optimizer=paper["optimizer"],
+        )
+
+    def step(self, method: Method) -> ss.proxprop.ImplicitStep | None:
+        """The step of the hidden layers; call `filled` first."""
+        if method == "backpropagation":
+            return None
+        tau = self.tau or 1.0
+        if method == "exact":
+            return ss.proxprop.Exact(tau)
+        return ss.proxprop.ConjugateGradients(tau, int(method.removeprefix("cg")))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.12g}")
+
+
+def in_unit_interval(dataset: data.Dataset) -> data.Dataset:
+    """The data set whose pixels are divided by the largest of the training images, not standardised."""
+    largest = np.float32(dataset.train.images.max() or 1)
+    mean, std = np.zeros_like(dataset.mean), np.full_like(dataset.std, largest)
+    return dataclasses.replace(dataset, mean=mean, std=std)
+
+
+def networks(config: Config, dataset: data.Dataset) -> Iterator[tuple[Method, ProxPropConfig]]:
+    """The methods, each with its network."""
+    for method in dict.fromkeys(config.methods):
+        yield (
+            method,
+            ProxPropConfig(
+                config.network,
+                dataset.image_shape,
+                len(dataset.classes),
+                config.step(method),
+                config.width or 1.0,
+            ),
+        )
+
+
+def run(config: Config) -> list[tables.Row]:
+    """Train the networks that are not finished yet, write the files and return all rows."""
+    config = config.filled()
+
+    def builds(dataset: data.Dataset) -> Iterator[tables.Build]:
+        for _, network in networks(config, dataset):
+            yield lambda rngs, network=network: ProxPropNet(network, rngs=rngs)
+
+    # OpenBLAS's threads, in which Cholesky factorisations run on CPU, fight with those of XLA
+    with threadpool_limits(1, "blas"), tables.opened("proxprop", config, builds) as job:
+        for seed in config.seeds:
+            dataset = in_unit_interval(job.source.dataset(seed, config.examples))
+            for method, network in networks(config, dataset):
+                if not job.stored.final(method=method, seed=seed):
+                    job.stored.add(_train_and_test(method, network, dataset, config, seed, job))
+    return job.stored.rows
+
+
+def _train_and_test(
+    method: Method,
+    network: ProxPropConfig,
+    dataset: data.Dataset,
+    config: Config,
+    seed: int,
+    job: tables.Job,
+) -> list[tables.Row]:
+    """The rows of one network from one seed: its epochs and the final row."""
+    name = f"{LABELS[network.kind]} {method}"
+    optimiser = config.train_config(seed, method)
+    tags = {"dataset": dataset.name, "name": name, "method": method, "seed": seed}
+    described = dataclasses.asdict(dataclasses.replace(network, step=None))
+    final = {
+        "paper_accuracy": None,
+        "paper_std": None,
+        "epochs": optimiser.epochs,
+        "batch_size": optimiser.batch_size,
+        "train_examples": len(dataset.train),
+        "config": {
+            "network": described | {"step": None if network.step is None else repr(network.step)},
+            "training": optimiser.settings(),
+        },
+        **results.environment(),
+    }
+    board = job.stored.board(method, seed)
+    try:
+        trained = training.train(
+            lambda rngs: ProxPropNet(network, rngs=rngs),
+            dataset,
+            optimiser,
+            label=name,
+            checkpoint=job.stored.checkpoint(method, seed),
+            mesh=job.mesh,
+            watch=board.show,
+        )
+    except training.DivergenceError as error:
+        return tables.diverged(tags, error, final)
+    scores = tables.scored(trained, dataset, 1, job.mesh)
+    board.finish(scores["accuracy"])
+    return tables.finished(tags, trained, scores, final)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command."""
+    tables.main("proxprop", Config, run, args)
+
+
+if __name__ == "__main__":
+    main()
