@@ -35,7 +35,7 @@ from stochsolvers.estimators._hessians import Spectrum, Toeplitz, hessian_of
 from stochsolvers.estimators._hessians import gram_kernel as gram_kernel
 from stochsolvers.estimators._hessians import symmetric_product as symmetric_product
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
-from stochsolvers.problems import LayerProblem
+from stochsolvers.problems import FixedPointProblem, LayerProblem, Problem
 
 Form: TypeAlias = Literal["auto", "literal", "gram", "fourier"]
 FORMS = ("auto", "literal", "gram", "fourier")
@@ -53,7 +53,7 @@ class LiteralGradient:
 
     def at_zero(self) -> Array:
         """∇F(0) = A ∂ℓ(0, x) − b, at the price of the plain layer."""
-        return _gradient_at_zero(self.problem)
+        return self.problem.gradient_at_zero()
 
     def curvature(self, direction: Array) -> Array:
         """∇F(z + d) − ∇F(z) = A A* d + λ d for squares; ∇²F(0) d for other losses."""
@@ -94,14 +94,34 @@ class QuadraticGradient:
         return self.curvature
 
 
-Gradient: TypeAlias = LiteralGradient | QuadraticGradient
+@value_object
+class ResidualGradient:
+    """∇F(z) = z − h(z) of a problem z = h(z)."""
+
+    problem: FixedPointProblem
+
+    def __call__(self, z: Array) -> Array:
+        """z − h(z)."""
+        return self.problem.gradient(z)
+
+    def at_zero(self) -> Array:
+        """−h(0)."""
+        return self.problem.gradient_at_zero()
+
+    def hessian_at(self, z: Array) -> Callable[[Array], Array]:
+        """d ↦ d − h′(z) d."""
+        _, jacobian = jax.linearize(self.problem.layer, z)
+        return lambda d: d - jacobian(d)
 
 
-def gradient_form(problem: LayerProblem, form: Form, *, num_calls: int) -> Gradient:
+Gradient: TypeAlias = LiteralGradient | QuadraticGradient | ResidualGradient
+
+
+def gradient_form(problem: Problem, form: Form, *, num_calls: int) -> Gradient:
     """∇F in one of its equal forms, as a value to be called many times.
 
     Args:
-      problem: the layer's problem.
+      problem: the layer's problem, or another one, which has the literal form alone.
       form: "literal", "gram", "fourier", or "auto" for the cheapest of them for these shapes.
       num_calls: how often ∇F or its curvature will be evaluated, for "auto".
 
@@ -111,6 +131,10 @@ def gradient_form(problem: LayerProblem, form: Form, *, num_calls: int) -> Gradi
         for maps other than `Dense` and `Conv`.
     """
     _checks.member("form", form, FORMS)
+    if isinstance(problem, FixedPointProblem) and form in ("auto", "literal"):
+        return ResidualGradient(problem)
+    if not isinstance(problem, LayerProblem):
+        _checks.fail(f"problem of form {form!r}", "a LayerProblem", type(problem).__name__)
     if form == "auto":
         form = cheapest_form(problem, num_calls)
     if form == "literal":
@@ -122,7 +146,7 @@ def gradient_form(problem: LayerProblem, form: Form, *, num_calls: int) -> Gradi
         _checks.fail(f"linear map of form {form!r}", *refusal)
     return QuadraticGradient(
         hessian_of(problem.linear_map, form),
-        -_gradient_at_zero(problem),
+        -problem.gradient_at_zero(),
         jnp.asarray(problem.ridge, problem.dtype),
     )
 
@@ -150,12 +174,6 @@ def form_cost(problem: LayerProblem, form: Form, num_calls: int) -> float:
         return dense_cost(A, form, batch, num_calls)
     assert isinstance(A, Conv)
     return conv_cost(A, form, batch, num_calls)
-
-
-def _gradient_at_zero(problem: LayerProblem) -> Array:
-    """∇F(0); −c for squares."""
-    slope = problem.data_gradient_at_zero()
-    return problem.with_bias_and_ridge(slope, jnp.zeros_like(slope))
 
 
 def _refusal(linear_map: LinearMap, form: Form) -> tuple[str, object] | None:
