@@ -10,6 +10,7 @@ References:
 """
 
 from stochsolvers import dropout as dropout
+from stochsolvers import equilibrium as equilibrium
 from stochsolvers import estimators as estimators
 from stochsolvers import linear_maps as linear_maps
 from stochsolvers import linen as linen
