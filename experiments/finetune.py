@@ -121,7 +121,7 @@ def _run_study(
             **dict(zip(("paper_accuracy", "paper_std"), arm.paper or (None, None), strict=True)),
             **{key: getattr(options, key) for key in ("epochs", "finetune_epochs", "batch_size")},
             "train_examples": len(dataset.train),
-            "config": {**study.settings, **arm.settings, "training": dataclasses.asdict(config)},
+            "config": {**study.settings, **arm.settings, "training": config.settings()},
             **results.environment(),
         }
         known = stored.final(arm=arm.name, **about)

@@ -18,24 +18,30 @@ import stochsolvers as ss
 from experiments.evaluation import normalise
 
 Precision = Literal["float32", "bf16"]
+Optimizer = Literal["sgd", "nesterov", "adam", "adamw"]
 CROP_PADDING = 4
 COMPILED = 8
 """Number of network structures whose compiled programs are kept."""
+ADDED = ("optimizer", "second_decay")
+"""Fields of the configuration that stored runs and checkpoints name only where they are not the defaults."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The paper's optimiser.
+    """The optimiser; by default that of "Deep Layers as Stochastic Solvers", SGD with momentum.
 
     Attributes:
       epochs: number of epochs; each learning rate is used for an equal part of the steps.
       batch_size: examples in a step.
       learning_rates: in order of use.
-      momentum: momentum of SGD.
-      weight_decay: λ of (λ/2)||w||², weights and biases; its gradient enters the momentum.
+      momentum: momentum of SGD; of Adam, the decay β₁ of its first moment.
+      weight_decay: λ of (λ/2)||w||², weights and biases; its gradient enters the momentum. Of "adamw" the
+        decoupled one, w ← w − rate · λ w.
       seed: seed of the initialisation, the order of the examples and the sampling.
       augment: crop and flip the training images at random; the paper does not mention it.
       precision: "bf16" computes plain layers in bfloat16; parameters, solvers and loss stay float32.
+      optimizer: "sgd", "nesterov" (SGD with Nesterov's momentum), "adam" or "adamw".
+      second_decay: β₂ of Adam's second moment.
     """
 
     epochs: int = 300
@@ -46,6 +52,14 @@ class TrainConfig:
     seed: int = 0
     augment: bool = False
     precision: Precision = "float32"
+    optimizer: Optimizer = "sgd"
+    second_decay: float = 0.999
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON, without those of `ADDED` that have their defaults: earlier runs know none of them."""
+        defaults, values = dataclasses.asdict(TrainConfig()), dataclasses.asdict(self)
+        unnamed = {name for name in ADDED if values[name] == defaults[name]}
+        return {name: value for name, value in values.items() if name not in unnamed}
 
 
 class State(NamedTuple):
@@ -72,6 +86,7 @@ class Rates(NamedTuple):
     learning_rate: Any
     momentum: Any
     weight_decay: Any
+    second_decay: Any = 0.999
 
 
 def staged(rates: Sequence[float], step: int, total: int) -> float:
@@ -79,12 +94,17 @@ def staged(rates: Sequence[float], step: int, total: int) -> float:
     return rates[min(len(rates) * step // total, len(rates) - 1)]
 
 
-def optimizer(rates: Rates) -> optax.GradientTransformation:
-    """SGD with momentum on the loss plus (λ/2)||w||²; the rates may be traced."""
-    return optax.chain(
-        optax.add_decayed_weights(rates.weight_decay),
-        optax.sgd(rates.learning_rate, momentum=rates.momentum),
-    )
+def optimizer(rates: Rates, kind: Optimizer = "sgd") -> optax.GradientTransformation:
+    """SGD or Adam on the loss plus (λ/2)||w||², AdamW on the loss; the rates may be traced."""
+    if kind in ("sgd", "nesterov"):
+        descent = optax.sgd(
+            rates.learning_rate, momentum=rates.momentum, nesterov=kind == "nesterov"
+        )
+        return optax.chain(optax.add_decayed_weights(rates.weight_decay), descent)
+    moments = optax.scale_by_adam(b1=rates.momentum, b2=rates.second_decay)
+    decay = optax.add_decayed_weights(rates.weight_decay)
+    parts = (decay, moments) if kind == "adam" else (moments, decay)
+    return optax.chain(*parts, optax.scale_by_learning_rate(rates.learning_rate))
 
 
 def augmented(key: jax.Array, images: jax.Array, *, padding: int = CROP_PADDING) -> jax.Array:
@@ -125,7 +145,9 @@ def unstack(tree: Any, count: int) -> list[Any]:
 
 
 @functools.lru_cache(COMPILED)
-def compiled_step(graph: Any, *, augment: bool, together: bool) -> Callable[..., Any]:
+def compiled_step(
+    graph: Any, *, augment: bool, together: bool, optimizer_kind: Optimizer = "sgd"
+) -> Callable[..., Any]:
     """(state, source, batch, number, rates) -> the next state, (loss, accuracy in percent).
 
     The batch holds indices into the source; its number is the step's. With `together`, state, source
@@ -147,7 +169,8 @@ def compiled_step(graph: Any, *, augment: bool, together: bool) -> Callable[...,
         (loss, (rest, accuracy)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
             state.params, state.rest, images, labels
         )
-        updates, optimiser = optimizer(rates).update(gradients, state.optimiser, state.params)
+        descent = optimizer(rates, optimizer_kind)
+        updates, optimiser = descent.update(gradients, state.optimiser, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(params, rest, optimiser), jnp.stack([loss, accuracy])
 

@@ -155,7 +155,7 @@ def _about(
         "train_examples": len(dataset.train),
         "config": {
             "network": dataclasses.asdict(network),
-            "training": dataclasses.asdict(optimiser),
+            "training": optimiser.settings(),
         },
         **results.environment(),
     }

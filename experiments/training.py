@@ -1,6 +1,5 @@
 """Training of a network: the paper's schedule, one compiled step in a Python loop."""
 
-import dataclasses
 import signal
 import sys
 import time
@@ -152,7 +151,7 @@ def _initial(
         set_mode(model, "train")
         ss.nnx.refresh_lipschitz(model)  # kept for an epoch, as in the paper
         parts.append(nnx.split(model, nnx.Param, ...))
-    optimiser = steps.optimizer(steps.Rates(0.0, config.momentum, config.weight_decay))
+    optimiser = steps.optimizer(_rates(config, 0.0), config.optimizer)
     states = [State(params, rest, optimiser.init(params)) for _, params, rest in parts]
     return parts[0][0], steps.stack(states)
 
@@ -182,7 +181,7 @@ def _identity(
     seeds = list(data)
     return {
         "training": {
-            **dataclasses.asdict(config),
+            **config.settings(),
             "seed": seeds if len(seeds) > 1 else seeds[0],
         },
         "data": {
@@ -201,7 +200,9 @@ def _epoch_steps(
     The metrics are loss and accuracy, shape (steps, seeds, 2).
     """
     together = len(data) > 1
-    step = steps.compiled_step(graph, augment=config.augment, together=together)
+    step = steps.compiled_step(
+        graph, augment=config.augment, together=together, optimizer_kind=config.optimizer
+    )
     source = parallel.replicate(steps.stack([_source(data[seed], seed) for seed in data]), mesh)
     examples = len(next(iter(data.values())).train)
     count = examples // config.batch_size
@@ -218,14 +219,13 @@ def _epoch_steps(
         for k in range(len(found), count):
             number = epoch * count + k
             rate = steps.staged(config.learning_rates, number, config.epochs * count)
-            numbers = (rate, config.momentum, config.weight_decay)
             batch = batches[k].T if together else batches[k, :, 0]
             state, values = step(
                 state,
                 source,
                 parallel.shard(batch, mesh, axis=batch.ndim - 1),
                 np.uint32(number),
-                steps.Rates(*map(np.float32, numbers)),
+                steps.Rates(*map(np.float32, _rates(config, rate))),
             )
             found.append(values)
             bar.update()
@@ -234,6 +234,11 @@ def _epoch_steps(
         return state, np.stack([np.reshape(v, (len(data), 2)) for v in jax.device_get(found)])
 
     return run
+
+
+def _rates(config: TrainConfig, learning_rate: float) -> steps.Rates:
+    """The parameters of the optimiser at one step."""
+    return steps.Rates(learning_rate, config.momentum, config.weight_decay, config.second_decay)
 
 
 def _source(data: Dataset, seed: int) -> steps.Source:

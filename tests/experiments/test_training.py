@@ -80,12 +80,48 @@ def test_optimiser_is_sgd_with_momentum_and_weight_decay(rng):
         np.testing.assert_allclose(weight, expected, rtol=1e-6)
 
 
+def test_other_optimisers_by_their_formulas(rng):
+    rate, first, second, decay = 1e-2, 0.9, 0.99, 5e-4
+    rates, gradients = steps.Rates(rate, first, decay, second), rng.normal(size=5)
+
+    def nesterov(w, g, m, v, k):
+        g = g + decay * w
+        m = first * m + g
+        return w - rate * (g + first * m), m, v
+
+    def adam(w, g, m, v, k, *, coupled=True):
+        g = g + decay * w * coupled
+        m, v = first * m + (1 - first) * g, second * v + (1 - second) * g**2
+        unbiased = m / (1 - first**k) / (np.sqrt(v / (1 - second**k)) + 1e-8)
+        return w - rate * (unbiased + decay * w * (not coupled)), m, v
+
+    formulas = {"nesterov": nesterov, "adam": adam}
+    formulas["adamw"] = lambda *args: adam(*args, coupled=False)
+    for kind, formula in formulas.items():
+        weight, optimizer = jnp.asarray(2.0), steps.optimizer(rates, kind)
+        state, expected, m, v = optimizer.init(weight), 2.0, 0.0, 0.0
+        for k, gradient in enumerate(gradients, start=1):
+            expected, m, v = formula(expected, gradient, m, v, k)
+            updates, state = optimizer.update(jnp.asarray(gradient), state, weight)
+            weight = weight + updates
+        np.testing.assert_allclose(weight, expected, rtol=1e-5)
+
+
+def test_settings_name_the_optimiser_only_where_it_is_another_one():
+    plain = training.TrainConfig()
+    assert "optimizer" not in plain.settings()
+    assert set(dataclasses.asdict(plain)) - set(plain.settings()) == set(steps.ADDED)
+    adam = dataclasses.replace(plain, optimizer="adam")
+    assert adam.settings() == {**plain.settings(), "optimizer": "adam"}
+
+
 LONGER = dataclasses.replace(toys.CONFIG, epochs=8)
 OPTIONS = {
     "plain": {},
     "seed": {"seed": 2},
     "bf16": {"precision": "bf16"},
     "augment": {"augment": True},
+    "adam": {"optimizer": "adam", "learning_rates": (0.02,)},
 }
 
 
