@@ -49,17 +49,17 @@ class Unit:
         return self
 
     def problem(
-        self, input_map: LinearMap, linear_map: LinearMap, inputs: Array, bias: Array | None
+        self, input_map: LinearMap | None, linear_map: LinearMap, inputs: Array, bias: Array | None
     ) -> EquilibriumProblem:
         """The problem with the drive U x + b.
 
         Args:
-          input_map: U.
+          input_map: U; None for the identity.
           linear_map: W, its norm within the bound.
           inputs: x.
           bias: b, one number for each hidden feature.
         """
-        drive = input_map(inputs)
+        drive = inputs if input_map is None else input_map(inputs)
         if bias is not None:
             drive = drive + jnp.expand_dims(bias, range(drive.ndim - 1))
         return EquilibriumProblem(linear_map, drive, prior=self.prior)
@@ -77,17 +77,17 @@ def within_bound(
 
 def conv_maps(
     inputs: Array,
-    input_kernel: Array,
+    input_kernel: Array | None,
     kernel: Array,
     strides: Any,
     padding: Any,
     spatial_shape: tuple[int, ...] | None,
-) -> tuple[Conv, Conv]:
+) -> tuple[Conv | None, Conv]:
     """U on the inputs' pixels, and W of unit stride on the pixels of U x.
 
     Args:
       inputs: x, or an array of its shape.
-      input_kernel: of U.
+      input_kernel: of U; None for the identity.
       kernel: of W.
       strides: of U.
       padding: "SAME" or "CIRCULAR", of both.
@@ -101,16 +101,10 @@ def conv_maps(
     pixels = inputs.shape[-rank - 1 : -1]
     if spatial_shape not in (None, pixels):
         _checks.fail("spatial shape of the inputs", spatial_shape, pixels)
+    if input_kernel is None:
+        return None, Conv(kernel, pixels, padding=padding)
     input_map = Conv(input_kernel, pixels, strides=strides, padding=padding)
     return input_map, Conv(kernel, input_map.out_shape[:-1], padding=padding)
-
-
-def kept_conv_map(
-    input_kernel: Array, kernel: Array, strides: Any, padding: Any, spatial_shape: tuple[int, ...]
-) -> Conv:
-    """W for inputs of these pixels."""
-    input_map = Conv(input_kernel, spatial_shape, strides=strides, padding=padding)
-    return Conv(kernel, input_map.out_shape[:-1], padding=padding)
 
 
 def check_padding(layer: str, padding: Any) -> None:

@@ -103,8 +103,10 @@ class EquilibriumUnit(Equilibrium):
 
     def _parameters(self, inputs: Array, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> Any:
         layer: Any = self
-        own, shape = shapes
-        input_kernel = self.param("input_kernel", layer.input_kernel_init, own, layer.param_dtype)
+        (own, shape), input_kernel = shapes, None
+        if layer.use_input_kernel:
+            init = layer.input_kernel_init
+            input_kernel = self.param("input_kernel", init, own, layer.param_dtype)
         kernel = self.param("kernel", layer.kernel_init, shape, layer.param_dtype)
         bias = None
         if layer.use_bias:
@@ -112,7 +114,7 @@ class EquilibriumUnit(Equilibrium):
         return layer.promote_dtype(inputs, input_kernel, kernel, bias, dtype=layer.dtype)
 
     def _problem_of(
-        self, maps: tuple[LinearMap, LinearMap], inputs: Array, bias: Array | None
+        self, maps: tuple[LinearMap | None, LinearMap], inputs: Array, bias: Array | None
     ) -> tuple[EquilibriumProblem, Any]:
         layer: Any = self
         input_map, linear_map = maps
@@ -144,12 +146,14 @@ class EquilibriumLinear(EquilibriumUnit):
       hidden_features: of W z; as many as of z by default.
       prior: g, whose prox at step 1 is the activation σ; ReLU by default.
       bound: ω < 1, the most that ||W|| may be.
+      use_input_kernel: False where x is the drive itself, U = I.
     """
 
     features: int = -1
     hidden_features: int | None = None
     prior: Prior = NonNegative()
     bound: Scalar = 0.95
+    use_input_kernel: bool = True
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -165,7 +169,8 @@ class EquilibriumLinear(EquilibriumUnit):
         hidden = self.features if self.hidden_features is None else self.hidden_features
         shapes = (jnp.shape(inputs)[-1], hidden), (self.features, hidden)
         inputs, input_kernel, kernel, bias = self._parameters(inputs, shapes)
-        return self._problem_of((Dense(input_kernel), Dense(kernel)), inputs, bias)
+        own = None if input_kernel is None else Dense(input_kernel)
+        return self._problem_of((own, Dense(kernel)), inputs, bias)
 
 
 class EquilibriumConv(EquilibriumUnit):
@@ -178,7 +183,7 @@ class EquilibriumConv(EquilibriumUnit):
       strides: of U.
       padding: of both, "SAME" or "CIRCULAR".
       input_kernel_size: of U where it is another one.
-      prior, bound: as in `EquilibriumLinear`.
+      prior, bound, use_input_kernel: as in `EquilibriumLinear`.
     """
 
     features: int = -1
@@ -189,6 +194,7 @@ class EquilibriumConv(EquilibriumUnit):
     input_kernel_size: Sequence[int] | None = None
     prior: Prior = NonNegative()
     bound: Scalar = 0.95
+    use_input_kernel: bool = True
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -25,7 +26,8 @@ class EquilibriumLinear(EquilibriumUnit):
     training it follows the kernel at little cost, in evaluation it is not changed.
 
     Args:
-      in_features: of x.
+      in_features: of x; None where x is the drive itself, U = I, as after a layer and a normalisation of your
+        own.
       features: of z.
       hidden_features: of W z; as many as of z by default.
       prior: g, whose prox at step 1 is the activation σ; ReLU by default.
@@ -47,7 +49,7 @@ class EquilibriumLinear(EquilibriumUnit):
 
     def __init__(
         self,
-        in_features: int,
+        in_features: int | None,
         features: int,
         hidden_features: int | None = None,
         *,
@@ -62,8 +64,6 @@ class EquilibriumLinear(EquilibriumUnit):
         **options: Any,
     ):
         hidden = features if hidden_features is None else hidden_features
-        for name, size in (("in", in_features), ("", features), ("hidden", hidden)):
-            _checks.count(f"{name}_features".lstrip("_"), size)
         self.in_features, self.features, self.hidden_features = in_features, features, hidden
         self.init_equilibrium(
             solver=solver,
@@ -72,11 +72,14 @@ class EquilibriumLinear(EquilibriumUnit):
             warm_start=warm_start,
             deterministic=deterministic,
         )
-        shapes = (in_features, hidden), (features, hidden)
+        own = None if in_features is None else (in_features, hidden)
+        shapes = own, (features, hidden)
         self._init_unit(shapes, prior, bound, rngs, **options)
 
-    def _maps(self, inputs: Any, input_kernel: Array, kernel: Array) -> tuple[LinearMap, LinearMap]:
-        return Dense(input_kernel), Dense(kernel)
+    def _maps(
+        self, inputs: Any, input_kernel: Array | None, kernel: Array
+    ) -> tuple[LinearMap | None, LinearMap]:
+        return None if input_kernel is None else Dense(input_kernel), Dense(kernel)
 
     def _kept_map(self, kernel: Array) -> LinearMap | None:
         return Dense(kernel)
@@ -86,7 +89,7 @@ class EquilibriumConv(EquilibriumUnit):
     """`EquilibriumLinear` with convolutions: U with strides, W of unit stride on the pixels of U x.
 
     Args:
-      in_features: of x.
+      in_features: of x; None where x is the drive itself, U = I.
       features: of z.
       kernel_size: of both, one number for each of 1 to 3 spatial axes.
       hidden_features: of W z; as many as of z by default.
@@ -102,7 +105,7 @@ class EquilibriumConv(EquilibriumUnit):
 
     def __init__(
         self,
-        in_features: int,
+        in_features: int | None,
         features: int,
         kernel_size: Sequence[int],
         hidden_features: int | None = None,
@@ -138,13 +141,16 @@ class EquilibriumConv(EquilibriumUnit):
             warm_start=warm_start,
             deterministic=deterministic,
         )
-        shapes = (*own, in_features, hidden), (*size, features, hidden)
+        own = None if in_features is None else (*own, in_features, hidden)
+        shapes = own, (*size, features, hidden)
         self._init_unit(shapes, prior, bound, rngs, **options)
 
     def _kernel_ndim(self) -> int:
         return len(self.kernel_size) + 2
 
-    def _maps(self, inputs: Any, input_kernel: Array, kernel: Array) -> tuple[LinearMap, LinearMap]:
+    def _maps(
+        self, inputs: Any, input_kernel: Array | None, kernel: Array
+    ) -> tuple[LinearMap | None, LinearMap]:
         return _equilibria.conv_maps(
             inputs, input_kernel, kernel, self.strides, self.padding, self.spatial_shape
         )
@@ -152,11 +158,12 @@ class EquilibriumConv(EquilibriumUnit):
     def _kept_map(self, kernel: Array) -> LinearMap | None:
         if self.spatial_shape is None:
             return None
-        shape = (*self.input_kernel_size, self.in_features, self.hidden_features)
-        own = jnp.zeros(shape, kernel.dtype)
-        return _equilibria.kept_conv_map(
-            own, kernel, self.strides, self.padding, self.spatial_shape
-        )
+        own = None
+        if self.in_features is not None:
+            shape = (*self.input_kernel_size, self.in_features, self.hidden_features)
+            own = jnp.zeros(shape, kernel.dtype)
+        pixels = jax.ShapeDtypeStruct((*self.spatial_shape, 1), kernel.dtype)
+        return self._maps(pixels, own, kernel)[1]
 
 
 class DeepEquilibrium(Equilibrium):
@@ -219,4 +226,3 @@ class DeepEquilibrium(Equilibrium):
             problems.append(problem)
         dtype = self.layers[0]._promoted(inputs)[0].dtype
         return _equilibria.composed(problems, self.alpha, self.regularizer), dtype
-

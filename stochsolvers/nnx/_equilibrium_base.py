@@ -120,7 +120,7 @@ class Equilibrium(KeepsConstant):
 class EquilibriumUnit(Equilibrium):
     """What the layers with one W share; not for use on its own."""
 
-    input_kernel: nnx.Param
+    input_kernel: nnx.Param | None
     kernel: nnx.Param
     bias: nnx.Param | None
     prior: Prior
@@ -131,7 +131,7 @@ class EquilibriumUnit(Equilibrium):
 
     def _init_unit(
         self,
-        shapes: tuple[tuple[int, ...], tuple[int, ...]],
+        shapes: tuple[tuple[int, ...] | None, tuple[int, ...]],
         prior: Prior,
         bound: Scalar,
         rngs: nnx.Rngs,
@@ -147,7 +147,10 @@ class EquilibriumUnit(Equilibrium):
     ) -> None:
         _equilibria.Unit(prior, bound).check(type(self).__name__)
         input_shape, shape = shapes
-        self.input_kernel = nnx.Param(input_kernel_init(rngs.params(), input_shape, param_dtype))
+        self.input_kernel = nnx.data(None)
+        if input_shape is not None:
+            own = input_kernel_init(rngs.params(), input_shape, param_dtype)
+            self.input_kernel = nnx.Param(own)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.data(None)
         if use_bias:
@@ -159,8 +162,10 @@ class EquilibriumUnit(Equilibrium):
         if state is not None:
             self.norm = SolverState(state)
 
-    def _maps(self, inputs: Any, input_kernel: Array, kernel: Array) -> tuple[LinearMap, LinearMap]:
-        """U and W at inputs of this shape."""
+    def _maps(
+        self, inputs: Any, input_kernel: Array | None, kernel: Array
+    ) -> tuple[LinearMap | None, LinearMap]:
+        """U, None for the identity, and W at inputs of this shape."""
         raise TypeError("an equilibrium layer defines _maps")
 
     def _kept_map(self, kernel: Array) -> LinearMap | None:
@@ -209,7 +214,8 @@ class EquilibriumUnit(Equilibrium):
 
     def _promoted(self, inputs: Array) -> Any:
         bias = None if self.bias is None else self.bias[...]
-        arrays = inputs, self.input_kernel[...], self.kernel[...], bias
+        own = None if self.input_kernel is None else self.input_kernel[...]
+        arrays = inputs, own, self.kernel[...], bias
         return self.promote_dtype(arrays, dtype=self.dtype)
 
     def _prepared(self, inputs: Array) -> tuple[FixedPointProblem, Any]:
