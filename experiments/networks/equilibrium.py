@@ -1,6 +1,7 @@
 """A small convolutional network whose tiers are equilibria, the same weights unrolled, or plain layers."""
 
 import dataclasses
+import itertools
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -118,7 +119,7 @@ class EquilibriumFeatures(nnx.Module):
         self.tiers = nnx.List(
             [
                 EquilibriumTier(config, pair, shape, rngs=rngs)
-                for pair, shape in zip(zip(widths, widths[1:], strict=False), shapes, strict=True)
+                for pair, shape in zip(itertools.pairwise(widths), shapes, strict=True)
             ]
         )
         self.size = (shapes[1][0] // 2) * (shapes[1][1] // 2) * widths[-1]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from stochsolvers import _checks, _equilibria, _layers
+from stochsolvers import _equilibria, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.equilibrium import DeepProblem, EquilibriumProblem, Regularized
 from stochsolvers.linear_maps import LinearMap
