@@ -10,6 +10,7 @@ References:
 """
 
 from stochsolvers import dropout as dropout
+from stochsolvers import equilibrium as equilibrium
 from stochsolvers import estimators as estimators
 from stochsolvers import linear_maps as linear_maps
 from stochsolvers import linen as linen
@@ -45,6 +46,7 @@ from stochsolvers.lipschitz import operator_bracket as operator_bracket
 from stochsolvers.lipschitz import output_lipschitz_constants as output_lipschitz_constants
 from stochsolvers.lipschitz import singular_values as singular_values
 from stochsolvers.losses import Loss as Loss
+from stochsolvers.problems import FixedPointProblem as FixedPointProblem
 from stochsolvers.problems import LayerProblem as LayerProblem
 from stochsolvers.prox import Prior as Prior
 from stochsolvers.reports import certify as certify

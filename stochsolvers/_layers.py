@@ -316,6 +316,11 @@ def observed_by(observe: Callable[..., Any]) -> Iterator[None]:
         _observer.reset(token)
 
 
+def observer() -> Callable[..., Any] | None:
+    """What layers record within `observed_by`, else None."""
+    return _observer.get()
+
+
 def precision_context(precision: Any) -> contextlib.AbstractContextManager[Any]:
     """Matrix products at a layer's `precision`; None is JAX's default."""
     if precision is None:
@@ -369,7 +374,7 @@ def run(
     if pre_activation:
         w = jnp.asarray(solution.pre_activation, dtype)
         solution = dataclasses.replace(solution, pre_activation=w)
-    observe = _observer.get()
+    observe = observer()
     rounded = solution.value.dtype != problem.dtype
     if solution.certificate is not None and not rounded and (record is None or observe is None):
         return solution

@@ -22,7 +22,7 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.estimators import Estimator, OutputCoordinates
 from stochsolvers.lipschitz import Grid, lipschitz_constant
-from stochsolvers.problems import LayerProblem, NormalizedProblem
+from stochsolvers.problems import FixedPointProblem, LayerProblem, NormalizedProblem, Problem
 
 
 @value_object
@@ -74,11 +74,11 @@ class StepSizeRule(abc.ABC):
     """
 
     @abc.abstractmethod
-    def constant(self, problem: LayerProblem, estimator: Estimator) -> Array:
+    def constant(self, problem: Problem, estimator: Estimator) -> Array:
         """The constant that sets the step, from the problem's linear map, loss and ridge alone."""
 
     @abc.abstractmethod
-    def schedule(self, constant: Array, problem: LayerProblem) -> Callable[[Array], ArrayLike]:
+    def schedule(self, constant: Array, problem: Problem) -> Callable[[Array], ArrayLike]:
         """k -> η_k, given the constant."""
 
 
@@ -104,13 +104,15 @@ class InverseLipschitz(StepSizeRule):
         _checks.positive("scale", self.scale)
         _checks.positive("decay", self.decay)
 
-    def constant(self, problem: LayerProblem, estimator: Estimator) -> Array:
-        """L = λ_max(A A*)."""
+    def constant(self, problem: Problem, estimator: Estimator) -> Array:
+        """L = λ_max(A A*); 1 for problems z = h(z)."""
+        if isinstance(problem, FixedPointProblem):
+            return jnp.ones((), problem.dtype)
         if isinstance(problem, NormalizedProblem) and self.grid == "layer":
             return problem.squared_norm()
-        return lipschitz_constant(problem.linear_map, grid=self.grid)
+        return lipschitz_constant(_layer(self, problem).linear_map, grid=self.grid)
 
-    def schedule(self, constant: Array, problem: LayerProblem) -> Callable[[Array], ArrayLike]:
+    def schedule(self, constant: Array, problem: Problem) -> Callable[[Array], ArrayLike]:
         """k -> η_k."""
         smoothness = problem.smoothness(jnp.asarray(constant, problem.dtype))
         return _inverse(smoothness, self.scale, self.decay, problem)
@@ -135,11 +137,11 @@ class InverseExpectedSmoothness(StepSizeRule):
         _checks.positive("scale", self.scale)
         _checks.positive("decay", self.decay)
 
-    def constant(self, problem: LayerProblem, estimator: Estimator) -> Array:
+    def constant(self, problem: Problem, estimator: Estimator) -> Array:
         """𝓛, the ridge included."""
-        return estimator.expected_smoothness(problem)
+        return estimator.expected_smoothness(_layer(self, problem))
 
-    def schedule(self, constant: Array, problem: LayerProblem) -> Callable[[Array], ArrayLike]:
+    def schedule(self, constant: Array, problem: Problem) -> Callable[[Array], ArrayLike]:
         """k -> η_k."""
         return _inverse(constant, self.scale, self.decay, problem)
 
@@ -159,13 +161,13 @@ class InverseSeparable(StepSizeRule):
     def __post_init__(self):
         _checks.positive("scale", self.scale)
 
-    def constant(self, problem: LayerProblem, estimator: Estimator) -> Array:
+    def constant(self, problem: Problem, estimator: Estimator) -> Array:
         """The v_j, shape (n2,)."""
         if not isinstance(estimator, OutputCoordinates):
             _checks.fail("InverseSeparable", "OutputCoordinates", type(estimator).__name__)
-        return estimator.separable_constants(problem)
+        return estimator.separable_constants(_layer(self, problem))
 
-    def schedule(self, constant: Array, problem: LayerProblem) -> Constant:
+    def schedule(self, constant: Array, problem: Problem) -> Constant:
         """k -> scale / v, shape (n2,), the same for every k."""
         return Constant(_safe_inverse(constant, self.scale))
 
@@ -198,7 +200,7 @@ class Schedule:
 
 def schedule_of(
     step_size: StepSizeLike,
-    problem: LayerProblem,
+    problem: Problem,
     estimator: Estimator,
     constant: Array | None = None,
 ) -> Schedule:
@@ -221,15 +223,20 @@ def schedule_of(
     return Schedule(steps, problem.dtype)
 
 
-def _inverse(
-    constant: Array, scale: Scalar, decay: Scalar, problem: LayerProblem
-) -> ExponentialDecay:
+def _inverse(constant: Array, scale: Scalar, decay: Scalar, problem: Problem) -> ExponentialDecay:
     """k -> scale · decay^k / constant."""
     initial = _safe_inverse(jnp.asarray(constant, problem.dtype), scale)
     steps = object.__new__(ExponentialDecay)  # a step that is no number is reported, not raised
     object.__setattr__(steps, "initial", initial)
     object.__setattr__(steps, "rate", jnp.asarray(decay, problem.dtype))
     return steps
+
+
+def _layer(rule: StepSizeRule, problem: Problem) -> LayerProblem:
+    """The problem, which has to be a layer's."""
+    if not isinstance(problem, LayerProblem):
+        _checks.fail(f"problem of {type(rule).__name__}", "a LayerProblem", type(problem).__name__)
+    return problem
 
 
 def _safe_inverse(constant: Array, scale: Scalar) -> Array:

@@ -20,6 +20,10 @@ from experiments.networks.blocks import set_mode as set_mode
 from experiments.networks.blocks import solver_of as solver_of
 from experiments.networks.blocks import swap_conv as swap_conv
 from experiments.networks.blocks import swap_hidden as swap_hidden
+from experiments.networks.equilibrium import EQUILIBRIUM_NAMES as EQUILIBRIUM_NAMES
+from experiments.networks.equilibrium import EquilibriumMethod as EquilibriumMethod
+from experiments.networks.equilibrium import EquilibriumNet as EquilibriumNet
+from experiments.networks.equilibrium import EquilibriumNetConfig as EquilibriumNetConfig
 from experiments.networks.lenet import LeNet as LeNet
 from experiments.networks.lenet import LeNetConfig as LeNetConfig
 from experiments.networks.vgg import VGG16 as VGG16

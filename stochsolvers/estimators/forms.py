@@ -38,7 +38,7 @@ from stochsolvers.estimators._costs import GRADIENT, SOLVE, Rates, conv_cost, de
 from stochsolvers.estimators._hessians import Spectrum, Toeplitz, hessian_of
 from stochsolvers.estimators._hessians import gram_kernel as gram_kernel
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
-from stochsolvers.problems import LayerProblem
+from stochsolvers.problems import FixedPointProblem, LayerProblem, Problem
 
 Form: TypeAlias = Literal["auto", "literal", "gram", "fourier"]
 FORMS = ("auto", "literal", "gram", "fourier")
@@ -56,7 +56,7 @@ class LiteralGradient:
 
     def at_zero(self) -> Array:
         """∇F(0) = A ∂ℓ(0, x) − b, at the price of the plain layer."""
-        return _gradient_at_zero(self.problem)
+        return self.problem.gradient_at_zero()
 
     def curvature(self, direction: Array) -> Array:
         """∇F(z + d) − ∇F(z) = A A* d + λ d for squares; ∇²F(0) d for other losses."""
@@ -98,6 +98,26 @@ class QuadraticGradient:
 
 
 @value_object
+class ResidualGradient:
+    """∇F(z) = z − h(z) of a problem z = h(z)."""
+
+    problem: FixedPointProblem
+
+    def __call__(self, z: Array) -> Array:
+        """z − h(z)."""
+        return self.problem.gradient(z)
+
+    def at_zero(self) -> Array:
+        """−h(0)."""
+        return self.problem.gradient_at_zero()
+
+    def hessian_at(self, z: Array) -> Callable[[Array], Array]:
+        """d ↦ d − h′(z) d."""
+        _, jacobian = jax.linearize(self.problem.layer, z)
+        return lambda d: d - jacobian(d)
+
+
+@value_object
 class TwoFormGradient:
     """∇F in one form, and in another where derivatives are taken: the cheaper one in each case."""
 
@@ -121,7 +141,7 @@ class TwoFormGradient:
         return self.plain.hessian_at(z)
 
 
-Gradient: TypeAlias = LiteralGradient | QuadraticGradient | TwoFormGradient
+Gradient: TypeAlias = LiteralGradient | QuadraticGradient | TwoFormGradient | ResidualGradient
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -139,12 +159,12 @@ def _by_case_jvp(method: str, primals: Any, tangents: Any) -> tuple[Array, Array
 
 
 def gradient_form(
-    problem: LayerProblem, form: Form, *, num_calls: int, differentiable: bool = False
+    problem: Problem, form: Form, *, num_calls: int, differentiable: bool = False
 ) -> Gradient:
     """∇F in one of its equal forms, as a value to be called many times.
 
     Args:
-      problem: the layer's problem.
+      problem: the layer's problem, or another one, which has the literal form alone.
       form: "literal", "gram", "fourier", or "auto" for the cheapest of them for these shapes.
       num_calls: how often ∇F or its curvature will be evaluated, for "auto".
       differentiable: whether derivatives may pass through all these calls: then "auto" may be one form as it
@@ -156,6 +176,10 @@ def gradient_form(
         for maps other than `Dense` and `Conv`.
     """
     _checks.member("form", form, FORMS)
+    if isinstance(problem, FixedPointProblem) and form in ("auto", "literal"):
+        return ResidualGradient(problem)
+    if not isinstance(problem, LayerProblem):
+        _checks.fail(f"problem of form {form!r}", "a LayerProblem", type(problem).__name__)
     if form == "auto":
         form = cheapest_form(problem, num_calls)
         other = cheapest_form(problem, num_calls, differentiated=True) if differentiable else form
@@ -174,7 +198,7 @@ def _one_form(problem: LayerProblem, form: Form) -> LiteralGradient | QuadraticG
         _checks.fail(f"linear map of form {form!r}", *refusal)
     return QuadraticGradient(
         hessian_of(problem.linear_map, form),
-        -_gradient_at_zero(problem),
+        -problem.gradient_at_zero(),
         jnp.asarray(problem.ridge, problem.dtype),
     )
 
@@ -208,12 +232,6 @@ def form_cost(problem: LayerProblem, form: Form, num_calls: int, rates: Rates = 
         return dense_cost(A, form, batch, num_calls, rates)
     assert isinstance(A, Conv)
     return conv_cost(A, form, batch, num_calls, rates)
-
-
-def _gradient_at_zero(problem: LayerProblem) -> Array:
-    """∇F(0); −c for squares."""
-    slope = problem.data_gradient_at_zero()
-    return problem.with_bias_and_ridge(slope, jnp.zeros_like(slope))
 
 
 def _refusal(linear_map: LinearMap, form: Form) -> tuple[str, object] | None:

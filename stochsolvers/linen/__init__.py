@@ -7,6 +7,10 @@ collection is not given, the constant is computed at every call. The collection 
 written where it is mutable, for `certify`, and is never part of a model's variables.
 """
 
+from stochsolvers.linen._equilibrium import DeepEquilibrium as DeepEquilibrium
+from stochsolvers.linen._equilibrium import Equilibrium as Equilibrium
+from stochsolvers.linen._equilibrium import EquilibriumConv as EquilibriumConv
+from stochsolvers.linen._equilibrium import EquilibriumLinear as EquilibriumLinear
 from stochsolvers.linen._layers import SolverConv as SolverConv
 from stochsolvers.linen._layers import SolverDense as SolverDense
 from stochsolvers.linen._proxprop import ProxPropConv as ProxPropConv

@@ -39,6 +39,7 @@ from stochsolvers.lipschitz._operator import operator_bracket as operator_bracke
 from stochsolvers.lipschitz._state import LipschitzState as LipschitzState
 from stochsolvers.lipschitz._state import lipschitz_refresh as lipschitz_refresh
 from stochsolvers.lipschitz._state import lipschitz_state as lipschitz_state
+from stochsolvers.lipschitz._state import remembered_constant as remembered_constant
 from stochsolvers.lipschitz._torus import is_exact as is_exact
 from stochsolvers.lipschitz._types import Bracket as Bracket
 from stochsolvers.lipschitz._types import Grid as Grid

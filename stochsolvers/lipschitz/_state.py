@@ -17,12 +17,19 @@ from stochsolvers._shards import replicated
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz._bracket import lipschitz_bracket
+from stochsolvers.lipschitz._constant import lipschitz_constant
 from stochsolvers.lipschitz._types import Bracket, Grid, check_grid, rescaled
 from stochsolvers.lipschitz.machinery import spectra
 from stochsolvers.lipschitz.machinery.blocks import scale_of
 from stochsolvers.lipschitz.machinery.search import Found, frobenius_bounds
 from stochsolvers.lipschitz.machinery.taps import Phases, taps_and_phases
-from stochsolvers.lipschitz.machinery.top import certified, image, rayleigh, widened
+from stochsolvers.lipschitz.machinery.top import (
+    certified,
+    image,
+    rayleigh,
+    top_square,
+    widened,
+)
 from stochsolvers.lipschitz.machinery.written import has_blocks
 
 _POWER_STEPS = 2
@@ -96,6 +103,21 @@ def lipschitz_refresh(
     if taps.shape != state.anchor.shape or taps.dtype != state.anchor.dtype:
         _checks.fail("taps of the layer", (state.anchor.shape, state.anchor.dtype), taps.shape)
     return _refreshed(linear_map, taps, phases, state, tolerance)
+
+
+@replicated
+@jax.jit
+def remembered_constant(linear_map: LinearMap, state: LipschitzState) -> Array:
+    """||Â(f) v||² / ||v||² at the state's block f and vector v: L at the state's kernel, and differentiable.
+
+    Derivatives are those of L where v is its singular vector, as in `lipschitz_constant`, which it is of maps
+    without a kernel that are too large to be written out.
+    """
+    if state.anchor is None:
+        return lipschitz_constant(linear_map, grid=state.grid)
+    scale, best = lax.stop_gradient((state.scale, state.best))
+    taps, phases = taps_and_phases(linear_map, state.grid)
+    return top_square(taps / scale, phases, best) * scale * scale
 
 
 def _refreshed(

@@ -14,6 +14,10 @@ from stochsolvers.nnx._dropout import ImportanceDropout as ImportanceDropout
 from stochsolvers.nnx._dropout import OutputDropout as OutputDropout
 from stochsolvers.nnx._dropout import TauNiceDropout as TauNiceDropout
 from stochsolvers.nnx._dropout import linear_map_of as linear_map_of
+from stochsolvers.nnx._equilibrium import DeepEquilibrium as DeepEquilibrium
+from stochsolvers.nnx._equilibrium import EquilibriumConv as EquilibriumConv
+from stochsolvers.nnx._equilibrium import EquilibriumLinear as EquilibriumLinear
+from stochsolvers.nnx._equilibrium_base import Equilibrium as Equilibrium
 from stochsolvers.nnx._layers import SolverConv as SolverConv
 from stochsolvers.nnx._layers import SolverLinear as SolverLinear
 from stochsolvers.nnx._proxprop import ProxPropConv as ProxPropConv

@@ -25,7 +25,14 @@ class SolverRecord(nnx.Variable):
     """Measurements of the solves of solver layers within `nnx.capture`; `certify` tabulates them."""
 
 
-class SolverLayer(Stochastic):
+class KeepsConstant(nnx.Module):
+    """A layer with a constant of its kernel beside the parameters."""
+
+    def refresh_lipschitz(self) -> None:
+        """Recompute the kept constant from the current kernel, and use it from now on."""
+
+
+class SolverLayer(Stochastic, KeepsConstant):
     """What the two solver layers share; not for use on its own."""
 
     prior: Prior
@@ -158,13 +165,13 @@ class SolverLayer(Stochastic):
 
 
 def refresh_lipschitz(model: nnx.Module) -> None:
-    """Recompute every kept Lipschitz constant of a model, in place (the paper: once an epoch).
+    """Recompute every kept Lipschitz constant and norm of a model, in place (the paper: once an epoch).
 
     A layer made by `from_layer` keeps its constant from the start. One made by its constructor, whose
     weights may be about to be loaded, computes it at every call until this function has run.
     """
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, SolverLayer):
+        if isinstance(module, KeepsConstant):
             module.refresh_lipschitz()
 
 

@@ -8,6 +8,8 @@ the prior whose proximal operator is the activation. Leading axes of x are batch
 example.
 """
 
+from stochsolvers.problems._base import FixedPointProblem as FixedPointProblem
+from stochsolvers.problems._base import Problem as Problem
 from stochsolvers.problems._layer_problem import Certifier as Certifier
 from stochsolvers.problems._layer_problem import LayerProblem as LayerProblem
 from stochsolvers.problems._layer_problem import NormalizedProblem as NormalizedProblem

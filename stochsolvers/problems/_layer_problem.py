@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +150,12 @@ class Certifier:
     problem: LayerProblem
     products: Products
     convexity: Array | None
+    interval: ClassVar[int] = 10
+
+    @property
+    def smoothness(self) -> Array:
+        """L_F, a Lipschitz constant of ∇F."""
+        return self.problem.smoothness(self.products.constant)
 
     def __call__(self, z: Array) -> Array:
         """The certificate of z, shape (*batch,)."""

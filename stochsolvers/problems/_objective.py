@@ -1,18 +1,22 @@
 """The objective of a layer, its terms and its gradient."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from stochsolvers import _checks, losses, prox
+from stochsolvers._shards import spec_of
 from stochsolvers._typing import Array, Scalar, at_least_float32, value_object
 from stochsolvers.linear_maps import LinearMap
+from stochsolvers.problems._base import Problem
 
 
 @value_object
-class Objective:
+class Objective(Problem):
     """The formula of `LayerProblem`: values and gradients, without certificates; see there."""
 
     linear_map: LinearMap
@@ -64,6 +68,11 @@ class Objective:
         return self.inputs.dtype
 
     @property
+    def proximal_term(self) -> prox.Prior:
+        """The prior."""
+        return self.prior
+
+    @property
     def is_quadratic(self) -> bool:
         """Whether ℓ is half the squared distance, so that ∇F is affine."""
         return type(self.loss) is losses.Squares
@@ -104,6 +113,11 @@ class Objective:
             return -self.linear_map(x)
         return self.linear_map(self.loss.derivative(jnp.zeros_like(x), x))
 
+    def gradient_at_zero(self) -> Array:
+        """∇F(0) = A ∂ℓ(0, x) − b; −A x − b for squares."""
+        slope = self.data_gradient_at_zero()
+        return self.with_bias_and_ridge(slope, jnp.zeros_like(slope))
+
     def with_bias_and_ridge(self, data_gradient: Array, z: Array) -> Array:
         """The gradient of the losses, or an estimate of it, completed by − b + λ z."""
         if self.bias is not None:
@@ -114,31 +128,25 @@ class Objective:
         """g(z) for each example, shape (*batch,)."""
         return self.per_example(self.prior.value)(self._variable(z))
 
-    def per_example(self, function: Callable[..., Array]) -> Callable[..., Array]:
-        """`function` of unbatched variables, mapped over the batch axes."""
-        for _ in self.batch_shape:
-            function = jax.vmap(function)
-        return function
-
-    def sum(self, array: Array) -> Array:
-        """Sum of an array shaped as z or as x over everything but the batch axes."""
-        return jnp.sum(array, axis=tuple(range(len(self.batch_shape), array.ndim)))
-
-    def norm(self, array: Array, unit: Array | None = None) -> Array:
-        """Euclidean norm of an array shaped as z or as x, for each example.
-
-        Args:
-          array: shape (*batch, ...).
-          unit: of its entries, shape (*batch,), so that no square overflows; 1 by default.
-        """
-        if unit is None:
-            return jnp.sqrt(self.sum(array**2))
-        inverse = jnp.expand_dims(1 / unit, range(unit.ndim, array.ndim))
-        return unit * jnp.sqrt(self.sum((array * inverse) ** 2))
-
     def smoothness(self, squared_norm: Array) -> Array:
         """L_F = L_ℓ ‖A‖² + λ, a Lipschitz constant of ∇F, given ‖A‖²."""
         return self.loss.smoothness * squared_norm + self.ridge
+
+    def largest_entries(self) -> Array:
+        """The largest of |x| and |b| for each example, shape (*batch,)."""
+        arrays = [self.inputs]
+        if self.bias is not None:
+            arrays.append(jnp.broadcast_to(self.expanded_bias(), self.shape))
+        batch = len(self.batch_shape)
+        sizes = [
+            jnp.max(jnp.abs(a), axis=tuple(range(batch, a.ndim)), initial=0)
+            for a in lax.stop_gradient(arrays)
+        ]
+        return functools.reduce(jnp.maximum, sizes)
+
+    def value_spec(self) -> tuple[Any, ...]:
+        """As the plain layer's output is split."""
+        return spec_of(jax.eval_shape(lambda A, x: A(x), self.linear_map, self.inputs))
 
     def _check_axes(self) -> None:
         named = getattr(self.prior, "axes", getattr(self.prior, "axis", ()))
@@ -177,8 +185,3 @@ class Objective:
         """b with all axes of z, so that ranks are promoted once."""
         bias = jnp.asarray(self.bias)
         return jnp.expand_dims(bias, range(len(self.shape) - bias.ndim))
-
-    def _variable(self, z: Array) -> Array:
-        if jnp.shape(z) != self.shape:
-            _checks.fail("shape of the variable z", f"{self.shape}", jnp.shape(z))
-        return jnp.asarray(z, self.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers import _checks, step_sizes
-from stochsolvers._shards import automatic, batch_spec, is_explicit, spec_of
+from stochsolvers._shards import automatic, is_explicit
 from stochsolvers._typing import (
     Array,
     Scalar,
@@ -21,7 +21,7 @@ from stochsolvers._typing import (
 )
 from stochsolvers.estimators import Estimator, Full
 from stochsolvers.estimators.forms import gradient_form
-from stochsolvers.problems import LayerProblem
+from stochsolvers.problems import LayerProblem, Problem
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Diagnostics, Step
 from stochsolvers.solvers._run import LastPoint, Run
@@ -120,7 +120,7 @@ class Solver(abc.ABC):
         """
         return self
 
-    def check(self, problem: LayerProblem) -> None:  # noqa: B027 - nothing to refuse by default
+    def check(self, problem: Problem) -> None:  # noqa: B027 - nothing to refuse by default
         """Refuse problems that the algorithm is not for; called at trace time."""
 
     # what it has for free
@@ -130,14 +130,14 @@ class Solver(abc.ABC):
         """Whether a tolerance is given, so that examples may stop before the last iteration."""
         return self.tol is not None or self.gap_tol is not None
 
-    def step_constant(self, problem: LayerProblem) -> Array | None:
+    def step_constant(self, problem: Problem) -> Array | None:
         """The problem constant that sets the step, L for 1/L; None for a fixed step."""
         rule = self.rule()
         return rule.constant(problem, self.estimator()) if isinstance(rule, StepSizeRule) else None
 
     def schedule(
         self,
-        problem: LayerProblem,
+        problem: Problem,
         step_constant: Array | None = None,
         *,
         deterministic: bool = False,
@@ -159,7 +159,7 @@ class Solver(abc.ABC):
     def solve(
         self,
         key: Array | None,
-        problem: LayerProblem,
+        problem: Problem,
         *,
         init: Array | None = None,
         step_constant: Array | None = None,
@@ -172,7 +172,7 @@ class Solver(abc.ABC):
 
         Args:
           key: random key; iteration k uses `fold_in(key, k)`. None where nothing is sampled.
-          problem: the layer's problem.
+          problem: the layer's problem; for solvers that do not sample also a `FixedPointProblem`.
           init: z_0, zero by default.
           step_constant: what the method of that name returned, where the caller keeps it.
           deterministic: sample nothing: as many steps of the same sizes along the full gradient.
@@ -184,6 +184,10 @@ class Solver(abc.ABC):
         Returns:
           `Solution`. A path of inputs, weights, steps, tolerances and options that are arrays compiles once.
         """
+        if not isinstance(problem, LayerProblem if self.stochastic else Problem):
+            wanted = "a LayerProblem" + ("" if self.stochastic else " or a FixedPointProblem")
+            what = f"problem of {type(self).__name__}"
+            _checks.fail(what, wanted, type(problem).__name__)
         deterministic = deterministic or not self.stochastic
         if key is None and not deterministic:
             _checks.fail("key", "a random key for a stochastic solver", None)
@@ -279,7 +283,7 @@ class Solver(abc.ABC):
 def _solve(
     traced: list[Any],
     key: Array | None,
-    problem: LayerProblem,
+    problem: Problem,
     z: Array,
     step_constant: Array | None,
     *,
@@ -311,22 +315,24 @@ def _solve(
         solution = _solution(value, diagnostics, ends)
         if last is None:
             return solution
-        return dataclasses.replace(solution, pre_activation=problem.prior.pre_activation(*last))
+        return dataclasses.replace(
+            solution, pre_activation=problem.proximal_term.pre_activation(*last)
+        )
     _, frozen = build(lax.stop_gradient(traced))
     value, _, diagnostics, ends = frozen._iterate(
         *lax.stop_gradient((run, z)), derivative=None, trace_objective=trace_objective
     )
     step = 0.5 * jnp.minimum(schedule(0), schedule(solver._option("num_iters") - 1))
-    step_map = ProxGradientMap(gradient, problem.prior, lax.stop_gradient(step))
+    step_map = ProxGradientMap(gradient, problem.proximal_term, lax.stop_gradient(step))
     value = fixed_point(step_map, value, derivative, len(problem.batch_shape))
     if not pre_activation:
         return _solution(value, diagnostics, ends)
     point = step_map.point(value)
-    value = problem.prior.prox(point, step_map.step)
+    value = problem.proximal_term.prox(point, step_map.step)
     if "certificate" in ends:  # of the value before
         ends["certificate"] = problem.certificate(value)
     solution = _solution(value, diagnostics, ends)
-    w = problem.prior.pre_activation(point, step_map.step)
+    w = problem.proximal_term.pre_activation(point, step_map.step)
     return dataclasses.replace(solution, pre_activation=w)
 
 
@@ -335,11 +341,11 @@ def _solution(value: Array, diagnostics: Diagnostics, ends: dict[str, Array]) ->
     return Solution(value, diagnostics.residual, diagnostics.objective, finite, **ends)
 
 
-def _specs(problem: LayerProblem, solver: Solver, *, trace_objective: bool) -> Solution:
-    """How a solution is split over an explicit mesh: as the plain layer's output."""
-    output = jax.eval_shape(lambda A, x: A(x), problem.linear_map, problem.inputs)
-    value = jax.sharding.PartitionSpec(*spec_of(output))
-    batch = batch_spec(problem.inputs, len(problem.batch_shape))
+def _specs(problem: Problem, solver: Solver, *, trace_objective: bool) -> Solution:
+    """How a solution is split over an explicit mesh: as the problem says of z."""
+    axes = problem.value_spec()
+    value = jax.sharding.PartitionSpec(*axes)
+    batch = jax.sharding.PartitionSpec(*axes[: len(problem.batch_shape)])
     of_all = jax.sharding.PartitionSpec(None, *batch)
     ends = {"status": batch, "iterations": batch} if solver.stops else {}
     if solver.gap_tol is not None:
@@ -347,7 +353,7 @@ def _specs(problem: LayerProblem, solver: Solver, *, trace_objective: bool) -> S
     return Solution(value, of_all, of_all if trace_objective else None, batch, **ends)  # pyright: ignore
 
 
-def _starting_point(problem: LayerProblem, init: Array | None) -> Array:
+def _starting_point(problem: Problem, init: Array | None) -> Array:
     """z_0: zero, or the user's point in the problem's shape and dtype."""
     if init is None:
         return jnp.zeros(problem.shape, problem.dtype)

@@ -1,6 +1,5 @@
 """The two loops that every solver runs in: a fixed number of iterations, and until a tolerance is met."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ from jax import lax
 
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array
-from stochsolvers.problems import Certifier, LayerProblem
+from stochsolvers.problems import Problem
 from stochsolvers.solvers import derivatives
 from stochsolvers.solvers._solution import Status
 from stochsolvers.solvers.derivatives import Unrolled, Unrolling
@@ -49,7 +48,7 @@ Update = Callable[[Any, Array, Array, Any], Step]
 
 
 def iterate(
-    problem: LayerProblem,
+    problem: Problem,
     update: Update,
     operands: Any,
     init: Array,
@@ -87,7 +86,7 @@ def iterate(
 
 
 def observe(
-    problem: LayerProblem,
+    problem: Problem,
     z: Array,
     step: Step,
     *,
@@ -127,7 +126,7 @@ class _State(NamedTuple):
 
 
 def iterate_until(
-    problem: LayerProblem,
+    problem: Problem,
     update: Update,
     operands: Any,
     init: Array,
@@ -152,9 +151,10 @@ def iterate_until(
     example's value does not change. A start far along an unbounded direction is taken for a solution, and
     so is the growth of fewer than ten iterations: a certificate, which is infinite there, tells them apart.
 
-    With `gap_tol` an example also stops where its certificate is at most that. Certificates are computed
-    after ten iterations and then after another ten or a fifth of those so far, whichever is more, and only
-    where some running example has moved so little (or at the cap),
+    With `gap_tol` an example also stops where its certificate is at most that. Certificates of layers are
+    computed after ten iterations and then after another ten or a fifth of those so far, whichever is more,
+    those of fixed-point problems after every one, and only where some running example has moved so little
+    (or at the cap),
 
         (L/2) ||T(y_k) − y_k||² ≤ 4 gap_tol,
 
@@ -207,7 +207,11 @@ def iterate_until(
     buffer, none = jnp.zeros((num_iters, *batch), init.dtype), jnp.zeros(batch, bool)
     diagnostics = Diagnostics(buffer, buffer if trace_objective else None, ~none)
     counts = none.astype(jnp.int32)
-    checks = None if gaps is None else _Checks(jnp.full(batch, jnp.inf, init.dtype), jnp.array(9))
+    checks = (
+        None
+        if gaps is None
+        else _Checks(jnp.full(batch, jnp.inf, init.dtype), jnp.array(gaps.certifier.interval - 1))
+    )
     state = _State(init, memory, init, ~none, none, none, counts, diagnostics, checks)
     state, start = varying(state, (problem, operands)), 0
     if opening is not None:
@@ -239,14 +243,12 @@ class _Checks(NamedTuple):
 class _Gaps(NamedTuple):
     """Certificates of the iterates of one problem."""
 
-    certifier: Certifier
-    smoothness: Array
+    certifier: Any
     gap_tol: Array
 
     @classmethod
-    def of(cls, problem: LayerProblem, gap_tol: Array) -> "_Gaps":
-        certifier = problem.certifier()
-        return cls(certifier, problem.smoothness(certifier.products.constant), gap_tol)
+    def of(cls, problem: Problem, gap_tol: Array) -> "_Gaps":
+        return cls(problem.certifier(), gap_tol)
 
     def check(
         self,
@@ -259,12 +261,15 @@ class _Gaps(NamedTuple):
         last: Array | bool,
     ) -> _Checks:
         """The gaps after iteration k where it is time; those of examples that have stopped stay."""
-        near = running & (0.5 * self.smoothness * moved**2 <= 4.0 * self.gap_tol)
+        near = running & (0.5 * self.certifier.smoothness * moved**2 <= 4.0 * self.gap_tol)
         now = ((checks.due <= k) & jnp.any(near)) | last
 
         def certified(checks):
             gap = jnp.where(running, self.certifier(value), checks.gap)
-            due = jnp.asarray(k + jnp.maximum(10, (k + 1) // 5), checks.due.dtype)
+            interval = self.certifier.interval
+            if interval > 1:
+                interval = jnp.maximum(interval, (k + 1) // 5)
+            due = jnp.asarray(k + interval, checks.due.dtype)
             return varying(_Checks(gap, due), checks)
 
         return lax.cond(now, certified, lambda checks: checks, checks)
@@ -278,17 +283,13 @@ class _Gaps(NamedTuple):
         )
 
 
-def _unit(problem: LayerProblem, init: Array | None) -> Array:
+def _unit(problem: Problem, init: Array | None) -> Array:
     """A power of two of about the largest number that an example is made of, at least 1."""
-    arrays = [problem.inputs] if init is None else [problem.inputs, init]
-    if problem.bias is not None:
-        arrays.append(jnp.broadcast_to(problem.expanded_bias(), problem.shape))
-    batch = len(problem.batch_shape)
-    sizes = [
-        jnp.max(jnp.abs(a), axis=tuple(range(batch, a.ndim)), initial=0)
-        for a in lax.stop_gradient(arrays)
-    ]
-    largest = functools.reduce(jnp.maximum, sizes)
+    largest = lax.stop_gradient(problem.largest_entries())
+    if init is not None:
+        axes = tuple(range(largest.ndim, init.ndim))
+        start = jnp.max(jnp.abs(lax.stop_gradient(init)), axis=axes, initial=0)
+        largest = jnp.maximum(largest, start)
     return jnp.where(
         (largest > 1) & jnp.isfinite(largest),
         largest / jnp.frexp(largest)[0],

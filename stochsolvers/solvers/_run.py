@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from stochsolvers import _checks
 from stochsolvers._typing import Array, static_field, value_object
 from stochsolvers.estimators import Estimator, Full
-from stochsolvers.estimators.forms import Gradient
-from stochsolvers.problems import LayerProblem
+from stochsolvers.estimators.forms import Gradient, ResidualGradient
+from stochsolvers.problems import Problem
 from stochsolvers.solvers._loop import Step
 from stochsolvers.step_sizes import Schedule
 
@@ -19,7 +19,7 @@ class Run:
     """What the steps of one solve are made from; derivatives pass through all of it.
 
     Attributes:
-      problem: the layer's problem.
+      problem: what is solved: a layer's problem, or one of the form z = h(z).
       gradient: z ↦ ∇F(z), in the form that the solver asks for.
       estimator: of ∇F; the full gradient where nothing is sampled.
       step_size: k ↦ η_k.
@@ -28,7 +28,7 @@ class Run:
       keeps_point: whether the last point before the prox is kept, for a pre-activation.
     """
 
-    problem: LayerProblem
+    problem: Problem
     gradient: Gradient
     estimator: Estimator
     step_size: Schedule
@@ -48,9 +48,18 @@ class Run:
             return self.gradient(z)
         return self.estimator(self.fold_key(k), self.problem, z)
 
+    def gradient_step(self, z: Array, k: Array | int) -> Array:
+        """z − η_k ∇F(z); (1 − η_k) z + η_k h(z), which is h(z) at η_k = 1, of a problem z = h(z)."""
+        step = self.step_size(k)
+        if step.ndim:  # one for each output feature, as of the solver in whose place this one runs
+            step = jnp.expand_dims(step, range(z.ndim - step.ndim))
+        if isinstance(self.gradient, ResidualGradient):
+            return (1 - step) * z + step * self.gradient.problem.layer(z)
+        return z - step * self.gradient(z)
+
     def prox(self, point: Array, k: Array | int) -> Array:
         """prox_{η_k g}(point)."""
-        return self.problem.prior.prox(point, self.step_size(k))
+        return self.problem.proximal_term.prox(point, self.step_size(k))
 
     def first_point(self, z: Array, *, per_entry: bool) -> "LastPoint | None":
         """What is kept before the first iteration; `per_entry`: where single entries stay behind."""

@@ -53,10 +53,7 @@ class ProxGD(Solver):
     def step(self, run: Run, k: Array, z: Array, memory: Any) -> Step:
         """One proximal gradient step, from z or the extrapolated point."""
         y, t = (z, None) if memory is None else memory
-        step = run.step_size(k)
-        if step.ndim:  # one for each output feature, as of the solver in whose place this one runs
-            step = jnp.expand_dims(step, range(y.ndim - step.ndim))
-        point = y - step * run.gradient(y)
+        point = run.gradient_step(y, k)
         value = run.prox(point, k)
         if t is not None:
             t_next = 0.5 * (1.0 + jnp.sqrt(1.0 + 4.0 * t**2))
@@ -70,7 +67,9 @@ class ProxGD(Solver):
     def _num_gradients(self, from_zero: bool) -> int:
         return self.num_iters - from_zero
 
-    def _opening(self, run: Run) -> Run:
+    def _opening(self, run: Run) -> Run | None:
+        if not isinstance(run.problem, LayerProblem):
+            return None
         return dataclasses.replace(run, gradient=_AtZero(run.gradient))
 
 

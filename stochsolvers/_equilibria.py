@@ -1,0 +1,189 @@
+"""What the Flax equilibrium layers share: from a layer's arrays and options to a problem and its solution."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from stochsolvers import _checks, _layers
+from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers.equilibrium import (
+    DeepProblem,
+    EquilibriumProblem,
+    Regularized,
+    normalized,
+    normalized_refresh,
+)
+from stochsolvers.equilibrium._solve import with_derivative
+from stochsolvers.linear_maps import Conv, LinearMap
+from stochsolvers.lipschitz import LipschitzState
+from stochsolvers.problems import FixedPointProblem
+from stochsolvers.prox import Prior
+from stochsolvers.solvers import Solution, Solver
+
+TOLERANCE = 0.05
+"""Of a kept norm: how far its square may be above the certified one before it is computed afresh."""
+
+
+@value_object
+class Unit:
+    """What one equilibrium layer is besides its parameters.
+
+    Attributes:
+      prior: g, whose prox at step 1 is the activation.
+      bound: ω, the most that ||W|| may be.
+    """
+
+    prior: Prior
+    bound: Scalar
+
+    def check(self, layer: str) -> "Unit":
+        """Refuse what is no prior and no bound, at construction."""
+        if not isinstance(self.prior, Prior):
+            wanted = "a Prior such as prox.NonNegative()"
+            _checks.fail(f"prior of {layer}", wanted, repr(self.prior))
+        _checks.positive(f"bound of {layer}", self.bound)
+        _checks.rank(f"bound of {layer}", self.bound, 0)
+        return self
+
+    def problem(
+        self, input_map: LinearMap | None, linear_map: LinearMap, inputs: Array, bias: Array | None
+    ) -> EquilibriumProblem:
+        """The problem with the drive U x + b.
+
+        Args:
+          input_map: U; None for the identity.
+          linear_map: W, its norm within the bound.
+          inputs: x.
+          bias: b, one number for each hidden feature.
+        """
+        drive = inputs if input_map is None else input_map(inputs)
+        if bias is not None:
+            drive = drive + jnp.expand_dims(bias, range(drive.ndim - 1))
+        return EquilibriumProblem(linear_map, drive, prior=self.prior)
+
+
+def within_bound(
+    linear_map: LinearMap, bound: Scalar, state: LipschitzState | None
+) -> tuple[LinearMap, LipschitzState | None]:
+    """W with ||W|| ≤ bound, from the kept state of its norm where there is one, and the next state."""
+    anchor = None if state is None else state.anchor
+    if anchor is None or state is None or anchor.dtype != linear_map.dtype:
+        return normalized(linear_map, bound), state
+    return normalized_refresh(linear_map, state, bound, tolerance=TOLERANCE)
+
+
+def conv_maps(
+    inputs: Array,
+    input_kernel: Array | None,
+    kernel: Array,
+    strides: Any,
+    padding: Any,
+    spatial_shape: tuple[int, ...] | None,
+) -> tuple[Conv | None, Conv]:
+    """U on the inputs' pixels, and W of unit stride on the pixels of U x.
+
+    Args:
+      inputs: x, or an array of its shape.
+      input_kernel: of U; None for the identity.
+      kernel: of W.
+      strides: of U.
+      padding: "SAME" or "CIRCULAR", of both.
+      spatial_shape: of the inputs where it is fixed.
+    """
+    rank = kernel.ndim - 2
+    if inputs.ndim < rank + 1:
+        names = {1: "W", 2: "H, W", 3: "D, H, W"}.get(rank, "spatial")
+        wanted = f"(..., {names}, features)"
+        _checks.fail("shape of EquilibriumConv's inputs", wanted, inputs.shape)
+    pixels = inputs.shape[-rank - 1 : -1]
+    if spatial_shape not in (None, pixels):
+        _checks.fail("spatial shape of the inputs", spatial_shape, pixels)
+    if input_kernel is None:
+        return None, Conv(kernel, pixels, padding=padding)
+    input_map = Conv(input_kernel, pixels, strides=strides, padding=padding)
+    return input_map, Conv(kernel, input_map.out_shape[:-1], padding=padding)
+
+
+def check_padding(layer: str, padding: Any) -> None:
+    """Require that z has the pixels of the hidden units."""
+    _checks.member(f"padding of {layer}", padding, ("SAME", "CIRCULAR"))
+
+
+def check_solver(layer: str, solver: Any, regularizer: Any) -> None:
+    """Refuse what is no solver that samples nothing, and no prior of the equilibrium, at construction."""
+    if solver is not None and (not isinstance(solver, Solver) or solver.stochastic):
+        wanted = "a Solver that does not sample, such as Anderson(50)"
+        _checks.fail(f"solver of {layer}", wanted, repr(solver))
+    if regularizer is not None and not isinstance(regularizer, Regularized):
+        _checks.fail(f"regularizer of {layer}", "a Regularized or None", repr(regularizer))
+
+
+def composed(
+    layers: list[EquilibriumProblem], alpha: Scalar, regularizer: Regularized | None
+) -> DeepProblem | EquilibriumProblem:
+    """The layers one after the other, and the prior of the equilibrium; one plain layer as it is."""
+    if regularizer is None and len(layers) == 1 and isinstance(alpha, int | float) and alpha == 1:
+        return layers[0]
+    maps = [*layers] if regularizer is None else [*layers, regularizer]
+    return DeepProblem(maps, alpha)  # pyright: ignore[reportArgumentType]
+
+
+def starting_point(problem: FixedPointProblem, init: Array | None, kept: Array | None) -> Any:
+    """z_0: the caller's, else the kept one where it is of this batch's shape, else None."""
+    if init is not None or kept is None or kept.shape != problem.shape:
+        return init
+    return lax.stop_gradient(kept)
+
+
+def next_start(value: Array, kept: Array) -> Array:
+    """What is kept of a solution for the next call; zero where it is not finite."""
+    if value.shape != kept.shape:
+        return kept
+    value = lax.stop_gradient(value).astype(kept.dtype)
+    return jnp.where(jnp.isfinite(value), value, 0)
+
+
+def run(
+    solver: Solver | None,
+    derivative: Any,
+    problem: FixedPointProblem | Any,
+    *,
+    init: Array | None,
+    precision: Any,
+    dtype: Any,
+    certify: bool = False,
+    record: Callable[[Any], object] | None = None,
+) -> Solution:
+    """Solve, and give the value the dtype that a plain layer's output would have.
+
+    Args:
+      solver: of the layer; None for the default.
+      derivative: of the layer.
+      problem: of the layer at its inputs.
+      init: z_0, or None for zero.
+      precision: of the layer's matrix products.
+      dtype: of the value.
+      certify: fill in the certificate, of the value as returned.
+      record: takes the measurements of the solve; None measures nothing.
+    """
+    resolved = with_derivative(solver, derivative, problem.dtype)
+    with _layers.precision_context(precision):
+        solution = resolved.solve(None, problem, init=init)
+    certify = certify or solution.certificate is not None
+    solution = dataclasses.replace(solution, value=jnp.asarray(solution.value, dtype))
+    observe = _layers.observer() if record is not None else None
+    if observe is None and not certify:
+        return solution
+    certifier = problem.certifier()
+    gap = certifier(solution.value) if has_objective(problem) or certify else None
+    if record is not None and observe is not None:
+        record(observe(resolved, problem, solution, gap, None, True))
+    return dataclasses.replace(solution, certificate=gap) if certify else solution
+
+
+def has_objective(problem: Any) -> bool:
+    """Whether equilibria minimise an objective that the problem knows."""
+    return not isinstance(problem, DeepProblem) or problem.has_objective
