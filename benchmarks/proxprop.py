@@ -61,7 +61,7 @@ class _InParameters(nnx.Linear):
 
     tau = 0.05
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         bias = self.bias
         assert bias is not None
         return _in_parameters(self.kernel[...], bias[...], inputs, self.tau)

@@ -170,6 +170,11 @@ layer = ss.nnx.SolverLinear(12, 6, solver=ss.ProxSG(4, 3), rngs=nnx.Rngs(0, drop
 graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
 
 
+def implicit_conv_loss(kernel, x, step):
+    conv = ss.Conv(kernel.reshape(3, 2, 2, 6), (2, 3))
+    return jnp.sum(ss.proxprop.apply(conv, x.reshape(16, 2, 3, 2), None, step) ** 2)
+
+
 def implicit_loss(kernel, x, step):
     return jnp.sum(ss.proxprop.apply(ss.Dense(kernel), x, None, step) ** 2)
 
@@ -179,6 +184,7 @@ def values(kernel, x):
     slope = jax.grad(lambda p: jnp.sum(nnx.merge(graph, p, rest, copy=True)(x) ** 2))
     steps = [ss.proxprop.Exact(), ss.proxprop.Exact(form="parameters"), ss.proxprop.ConjugateGradients()]
     implicit = jax.jit(lambda k, x, step: jax.grad(implicit_loss)(k, x, step))
+    implicit_conv = jax.jit(lambda k, x, step: jax.grad(implicit_conv_loss)(k, x, step))
     stopped = ss.prox_gd(problem, num_iters=200, tol=1e-5)
     return (
         ss.prox_sg(key, problem, tau=4, num_iters=3).value,
@@ -189,6 +195,7 @@ def values(kernel, x):
         problem.certificate(stopped.value),
         *jax.tree.leaves(jax.jit(slope)(parameters)),
         *(implicit(kernel, x, step) for step in steps),
+        *(implicit_conv(kernel, x, step) for step in (steps[0], steps[2])),
     )
 
 

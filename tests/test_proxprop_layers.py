@@ -165,6 +165,8 @@ def test_what_would_be_lost_is_refused():
         conv(3, 2, (3, 3), step=0.1, rngs=rngs)
     with pytest.raises(ValueError, match="conv_general_dilated of ProxPropConv: expected"):
         conv(3, 2, (3, 3), conv_general_dilated=lambda *a, **k: None, rngs=rngs)
+    with pytest.raises(ValueError, match="out_sharding of ProxPropLinear: expected the default"):
+        linear(3, 2, rngs=rngs)(jnp.ones((1, 3)), out_sharding=jax.sharding.PartitionSpec())
     masked = conv(3, 2, (3, 3), mask=jnp.ones((3, 3, 3, 2)), rngs=rngs)
     with pytest.raises(ValueError, match="mask of a solver convolution: expected None"):
         masked(jnp.ones((1, 4, 4, 3)))
@@ -186,3 +188,25 @@ def test_reports_of_a_model_with_such_layers():
     variables = linen[1].init(jax.random.key(0), jnp.ones((4, 5)))
     mine, theirs = (ss.lipschitz_report(layer, variables, (4, 5)) for layer in linen)
     assert float(mine.bound) == float(theirs.bound)
+
+
+def test_through_a_solver_layer_of_nnx(rng):
+    """Its random streams and kept constant are inputs; few iterations of conjugate gradients descend."""
+    layer = ss.nnx.SolverLinear(5, 3, solver=ss.ProxGD(3), ridge=0.1, rngs=nnx.Rngs(0, dropout=1))
+    layer.refresh_lipschitz()
+    graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
+    x = jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)
+
+    def block(parameters, rest, x):
+        return nnx.merge(graph, parameters, rest, copy=True)(x)
+
+    def loss(run, parameters):
+        return 0.5 * jnp.sum((run(parameters, rest, x) - 1.0) ** 2)
+
+    implicit = ss.proxprop.through(block, ConjugateGradients(0.5, 3))
+    d = jax.jit(jax.grad(lambda p: loss(implicit, p)))(parameters)
+    slope = jax.jit(jax.grad(lambda p: loss(block, p)))(parameters)
+    pairs = zip(jax.tree.leaves(d), jax.tree.leaves(slope), strict=True)
+    assert sum(float(jnp.sum(one * other)) for one, other in pairs) > 0
+    moved = jax.tree.map(lambda p, s: p - 0.1 * s, parameters, d)
+    assert loss(block, moved) < loss(block, parameters)

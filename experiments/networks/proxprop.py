@@ -84,7 +84,7 @@ class _Convolutional(nnx.Module):
 def _implicit(layer: Any, step: ss.proxprop.ImplicitStep | None) -> Any:
     if step is None:
         return layer
-    kind = ss.nnx.ProxPropLinear if isinstance(layer, nnx.Linear) else ss.nnx.ProxPropConv
+    kind: Any = ss.nnx.ProxPropLinear if isinstance(layer, nnx.Linear) else ss.nnx.ProxPropConv
     return kind.from_layer(layer, step=step)
 
 

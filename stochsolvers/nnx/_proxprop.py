@@ -74,8 +74,9 @@ class ProxPropLinear(nnx.Linear):
         )
         return _with_parameters_of(twin, layer)
 
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Array, out_sharding: None = None) -> Array:
         """x W + b, shape (*batch, n1) to (*batch, n2), at least one batch axis."""
+        _layers.refuse("ProxPropLinear", out_sharding=out_sharding)
         inputs, kernel, bias = _promoted(self, inputs)
         with _layers.precision_context(self.precision):
             return proxprop.apply(Dense(kernel), inputs, bias, self.step)
@@ -146,8 +147,9 @@ class ProxPropConv(nnx.Conv):
         )
         return _with_parameters_of(twin, layer)
 
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Array, out_sharding: None = None) -> Array:
         """A x + b, shape (*batch, *spatial, n1) to (*batch, *spatial, n2), at least one batch axis."""
+        _layers.refuse("ProxPropConv", out_sharding=out_sharding)
         inputs, kernel, bias = _promoted(self, inputs)
         linear_map = _layers.conv_map(self, kernel, inputs.shape[1 - kernel.ndim : -1])
         with _layers.precision_context(self.precision):

@@ -5,7 +5,6 @@ The forms of the system (AᵀA + I/τ) d = AᵀG, and the choice among them by o
 
 import abc
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -103,12 +102,12 @@ class Columns(abc.ABC):
             return _systems.conjugate_gradients_by_rows(
                 self.rows(), self.outputs(), tau, self.bias, T
             )
-        if by_gram <= 2 * T * N * m * n:
-            product = functools.partial(_systems.product, tau * self.gram())
-        else:
+        gram = tau * self.gram() if by_gram <= 2 * T * N * m * n else None
 
-            def product(columns: Array) -> Array:
-                return tau * self._joined(self.gram_product(self._split(columns)))
+        def product(columns: Array) -> Array:
+            if gram is not None:
+                return _systems.product(gram, columns)
+            return tau * self._joined(self.gram_product(self._split(columns)))
 
         right = tau * self._joined(self.adjoint())
         return self._split(_systems.conjugate_gradients(product, right, T))

@@ -12,7 +12,7 @@ from stochsolvers._shards import automatic, is_explicit, spec_of, varying_axes
 from stochsolvers._typing import Array, at_least_float32
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
 from stochsolvers.proxprop import _columns
-from stochsolvers.proxprop._steps import Exact, ImplicitStep, checked_step
+from stochsolvers.proxprop._steps import ConjugateGradients, Exact, ImplicitStep, checked_step
 from stochsolvers.proxprop._through import implicit_step
 from stochsolvers.proxprop._trees import Parameters
 
@@ -94,7 +94,7 @@ def apply(linear_map: LinearMap, inputs: Array, bias: Array | None, step: Implic
             "whole batch; leave it to jit on a mesh)",
             "ones that all devices share",
         )
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore
     return _apply(precision, linear_map, inputs, bias, step)
 
 
@@ -159,8 +159,9 @@ def _on_any_mesh(
     run = functools.partial(_implicit_gradient, bias_shape=shape)
     step = jax.tree.map(jnp.asarray, step)
     leaves, d_bias = automatic(run, (specs, of_bias), linear_map, inputs, cotangent, step)
-    leaves = [d.astype(leaf.dtype) for d, leaf in zip(leaves, parameters.leaves, strict=True)]
-    return leaves, None if d_bias is None else d_bias.astype(bias.dtype)
+    if d_bias is not None and bias is not None:
+        d_bias = d_bias.astype(bias.dtype)
+    return parameters.like(leaves), d_bias
 
 
 def _implicit_gradient(
@@ -187,4 +188,5 @@ def _implicit_gradient(
         value = parameters.rebuilt(leaves)(inputs)
         return value if bias is None else value + _expanded(bias, value.ndim)
 
+    assert isinstance(step, ConjugateGradients)  # `_check_inputs`
     return implicit_step(outputs, (parameters.leaves, bias), cotangent, tau, step.num_iters)
