@@ -12,7 +12,7 @@ from stochsolvers._typing import Array, Scalar
 from stochsolvers.equilibrium import DeepProblem, EquilibriumProblem, Regularized
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz import LipschitzState, lipschitz_state
-from stochsolvers.nnx._solver_layer import KeepsConstant, SolverRecord, SolverState, _attribute
+from stochsolvers.nnx._solver_layer import KeepsConstant, SolverRecord, SolverState, attribute
 from stochsolvers.problems import FixedPointProblem
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solution, Solver
@@ -48,9 +48,9 @@ class Equilibrium(KeepsConstant):
     ) -> None:
         """Set the options that all equilibrium layers have; see `EquilibriumLinear`."""
         _equilibria.check_solver(type(self).__name__, solver, regularizer)
-        self.solver = None if solver is None else _attribute(solver)
-        self.derivative = _attribute(derivative)
-        self.regularizer = None if regularizer is None else _attribute(regularizer)
+        self.solver = None if solver is None else attribute(solver)
+        self.derivative = attribute(derivative)
+        self.regularizer = None if regularizer is None else attribute(regularizer)
         self.deterministic = deterministic
         self.start = nnx.data(None)
         if warm_start is not None:
@@ -155,7 +155,7 @@ class EquilibriumUnit(Equilibrium):
         self.bias = nnx.data(None)
         if use_bias:
             self.bias = nnx.Param(bias_init(rngs.params(), shape[-1:], param_dtype))
-        self.prior, self.bound = _attribute(prior), bound
+        self.prior, self.bound = attribute(prior), bound
         self.dtype, self.precision, self.promote_dtype = dtype, precision, promote_dtype
         self.norm = nnx.data(None)
         state = self._norm_state()
