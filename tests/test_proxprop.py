@@ -467,7 +467,9 @@ def test_bfloat16_is_computed_in_float32(rng):
     A = ss.Dense(jnp.asarray(kernel, jnp.bfloat16))
     x, g = jnp.asarray(x, jnp.bfloat16), jnp.asarray(g, jnp.bfloat16)
     for step in STEPS.values():
-        d, d_bias = implicit_gradient(A, x, g, step)
+        with jax.numpy_dtype_promotion("strict"):
+            d, d_bias = implicit_gradient(A, x, g, step)
+            gradients(lambda k, b, step=step: apply(ss.Dense(k), x, b, step), A.kernel, d_bias)
         assert d.dtype == d_bias.dtype == jnp.bfloat16
         wide = [a.astype(jnp.float32) for a in (x, g)]
         expected = implicit_gradient(A.astype(jnp.float32), *wide, step)
@@ -479,6 +481,9 @@ def test_bfloat16_is_computed_in_float32(rng):
 
         for slope in gradients(layer, A.kernel, x):
             assert slope.dtype == jnp.bfloat16
+        # a wider bias widens the outputs, and nothing else
+        mixed = gradients(lambda x, b, step=step: apply(A, x, b, step), x, jnp.ones(3, jnp.float32))
+        assert [slope.dtype for slope in mixed] == [jnp.bfloat16, jnp.float32]
 
 
 def test_one_compilation_for_every_tau(rng):
