@@ -19,8 +19,14 @@ import stochsolvers as ss
 from benchmarks import measure
 from benchmarks.record import HERE, Figure, Goal, Options, main
 from experiments import results, steps
-from experiments.networks.proxprop import LABELS, Kind, ProxPropConfig, ProxPropNet
-from experiments.proxprop import BATCH_SIZE, DEFAULTS
+from experiments.networks.proxprop import (
+    BATCH_SIZE,
+    DEFAULTS,
+    LABELS,
+    Kind,
+    ProxPropConfig,
+    ProxPropNet,
+)
 
 STORED = HERE.parent / "experiments" / "results" / "proxprop_mlp_cifar10" / results.ROWS
 IN_PARAMETERS = "conjugate gradients of the parameters, 3 steps"

@@ -30,15 +30,16 @@ from threadpoolctl import threadpool_limits
 
 import stochsolvers as ss
 from experiments import data, options, results, steps, tables, training
-from experiments.networks.proxprop import LABELS, Kind, ProxPropConfig, ProxPropNet
+from experiments.networks.proxprop import (
+    BATCH_SIZE,
+    DEFAULTS,
+    LABELS,
+    Kind,
+    ProxPropConfig,
+    ProxPropNet,
+)
 
 Method = Literal["backpropagation", "exact", "cg3", "cg5", "cg10"]
-BATCH_SIZE = 500
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "mlp": {"optimizer": "nesterov", "momentum": 0.95, "rate": 1.0, "plain": 0.05, "tau": 0.05},
-    "convnet": {"optimizer": "adam", "momentum": 0.9, "rate": 1e-3, "plain": 1e-3, "tau": 1.0},
-}
-"""Of the paper, at its batch size: optimiser, rates of implicit steps and of backpropagation, τ."""
 EPOCHS = {"digits": 20}
 PAPER_EPOCHS = 50
 SMOKE_METHODS: tuple[Method, ...] = ("backpropagation", "exact", "cg3")

@@ -153,6 +153,26 @@ def test_a_kernel_split_over_its_outputs(kind, rng):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_implicit_steps_of_a_kernel_split_over_its_outputs(kind, rng):
+    kernel, bias, x = (jnp.asarray(rng.normal(size=s)) for s in ((6, 4), (4,), (3, 6)))
+
+    def slopes(kernel, bias, step):
+        def loss(kernel, bias):
+            return jnp.sum(ss.proxprop.apply(ss.Dense(kernel), x, bias, step) ** 2)
+
+        return jax.grad(loss, (0, 1))(kernel, bias)
+
+    mesh = jax.make_mesh((1,), ("model",), axis_types=KINDS[kind])
+    for step in (EXACT, COLUMNS, CG):
+        want = slopes(kernel, bias, step)
+        with jax.set_mesh(mesh):
+            split = jax.device_put(kernel, NamedSharding(mesh, P(None, "model")))
+            got = slopes(split, jax.device_put(bias, NamedSharding(mesh, P("model"))), step)
+        for one, other in zip(got, want, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
 EIGHT_DEVICES = """
 import jax
 import jax.numpy as jnp

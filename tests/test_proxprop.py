@@ -70,9 +70,16 @@ def test_dense_layers_in_closed_form(shape, rng):
     x, g, tau = rng.normal(size=(N, m)), rng.normal(size=(N, n)), 0.7
     d = oracles.implicit_step(with_ones(x), g, tau)
     without = oracles.implicit_step(x, g, tau)
-    for form in ("auto", "rows", "parameters"):
-        assert_same(implicit_gradient(A, x, g, Exact(tau, form)), d[:-1], d[-1])
-        kernel, bias = implicit_gradient(A, x, g, Exact(tau, form), bias=False)
+    forms = ("auto", "rows", "parameters")
+
+    @jax.jit
+    def every(x, g):
+        steps = [Exact(tau, form) for form in forms]
+        return [[implicit_gradient(A, x, g, s, bias=b) for s in steps] for b in (True, False)]
+
+    biased, unbiased = every(x, g)
+    for found, (kernel, bias) in zip(biased, unbiased, strict=True):
+        assert_same(found, d[:-1], d[-1])
         assert bias is None
         assert_same((kernel,), without, None)
 
@@ -85,10 +92,17 @@ def test_convolutions_in_closed_form(name, rng):
     kernel = np.concatenate([d[:-1] for d in solutions], 1).reshape(A.kernel.shape)
     bias = np.concatenate([d[-1] for d in solutions])
     bare = [oracles.implicit_step(rows, part, tau) for rows, part in systems]
-    for form in ("auto", "rows", "parameters", "patches"):
-        assert_same(jax.jit(implicit_gradient)(A, x, g, Exact(tau, form)), kernel, bias)
-    found, none = implicit_gradient(A, x, g, Exact(tau, "patches"), bias=False)
+    forms = ("auto", "rows", "parameters", "patches")
+
+    @jax.jit
+    def every(x, g):
+        without = implicit_gradient(A, x, g, Exact(tau, "patches"), bias=False)
+        return without, [implicit_gradient(A, x, g, Exact(tau, form)) for form in forms]
+
+    (found, none), each = every(x, g)
     assert none is None
+    for with_bias in each:
+        assert_same(with_bias, kernel, bias)
     assert_same((found,), np.concatenate(bare, 1).reshape(A.kernel.shape), None)
 
 
@@ -251,7 +265,7 @@ def gradients(function, *arguments):
     def loss(*arguments):
         return 0.5 * jnp.sum(function(*arguments) ** 2)
 
-    return jax.grad(loss, tuple(range(len(arguments))))(*arguments)
+    return jax.jit(jax.grad(loss, tuple(range(len(arguments)))))(*arguments)
 
 
 def test_a_layer_has_the_values_and_input_cotangents_of_the_plain_one(rng):
@@ -463,22 +477,35 @@ def test_through_a_solver_layer(rng):
 
 
 def test_bfloat16_is_computed_in_float32(rng):
-    kernel, x, g = (rng.normal(size=s) for s in ((6, 3), (9, 6), (9, 3)))
-    A = ss.Dense(jnp.asarray(kernel, jnp.bfloat16))
-    x, g = jnp.asarray(x, jnp.bfloat16), jnp.asarray(g, jnp.bfloat16)
-    for step in STEPS.values():
-        d, d_bias = implicit_gradient(A, x, g, step)
-        assert d.dtype == d_bias.dtype == jnp.bfloat16
-        wide = [a.astype(jnp.float32) for a in (x, g)]
-        expected = implicit_gradient(A.astype(jnp.float32), *wide, step)
-        assert expected[0].dtype == jnp.float32
-        np.testing.assert_array_equal(d, expected[0].astype(jnp.bfloat16))
+    kernel, x, g = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((6, 3), (9, 6), (9, 3)))
 
-        def layer(kernel, x, step=step):
-            return apply(ss.Dense(kernel), x, None, step)
+    @jax.jit
+    def both(kernel, x, g):
+        A, wide = ss.Dense(kernel), ss.Dense(kernel.astype(jnp.float32))
+        found = []
+        for step in STEPS.values():
+            found.append(implicit_gradient(A, x, g, step))
+            found.append(implicit_gradient(wide, x, g.astype(jnp.float32), step))
+        return found
 
-        for slope in gradients(layer, A.kernel, x):
-            assert slope.dtype == jnp.bfloat16
+    @jax.jit
+    def mixed(kernel, x, bias):
+        step = STEPS["conjugate gradients"]
+        return gradients(
+            lambda *args: apply(ss.Dense(args[0]), args[1], args[2], step), kernel, x, bias
+        )
+
+    with jax.numpy_dtype_promotion("strict"):
+        implicit_gradient(ss.Dense(kernel), x, g, STEPS["rows"])
+        mixed(kernel, x, jnp.ones(3, jnp.bfloat16))
+    found = both(kernel, x, g)
+    for low, wide in zip(found[::2], found[1::2], strict=True):
+        for one, other in zip(low, wide, strict=True):
+            assert one.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(one, other.astype(jnp.bfloat16))
+    # a wider bias widens the outputs, and nothing else
+    slopes = mixed(kernel, x, jnp.ones(3, jnp.float32))
+    assert [slope.dtype for slope in slopes] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
 
 
 def test_one_compilation_for_every_tau(rng):

@@ -13,6 +13,12 @@ Kind = Literal["mlp", "convnet"]
 LABELS: dict[str, str] = {"mlp": "MLP", "convnet": "ConvNet"}
 UNITS = (4000, 1000, 4000)
 CHANNELS = (16, 20, 20)
+BATCH_SIZE = 500
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mlp": {"optimizer": "nesterov", "momentum": 0.95, "rate": 1.0, "plain": 0.05, "tau": 0.05},
+    "convnet": {"optimizer": "adam", "momentum": 0.9, "rate": 1e-3, "plain": 1e-3, "tau": 1.0},
+}
+"""Of the paper, at its batch size: optimiser, rates of implicit steps and of backpropagation, τ."""
 
 
 @dataclasses.dataclass(frozen=True)

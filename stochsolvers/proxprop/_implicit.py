@@ -114,16 +114,23 @@ def _backward(precision: Any, arguments: Any, cotangent: Array) -> tuple[Any, ..
     linear_map, inputs, bias, step = arguments
     with jax.default_matmul_precision(precision):
         leaves, d_bias = _on_any_mesh(linear_map, inputs, cotangent, step, bias)
-        spec = PartitionSpec(*spec_of(inputs)) if is_explicit() else None
-        d_inputs = automatic(_of_inputs, spec, linear_map, inputs, cotangent)
+        d_inputs = automatic(_of_inputs, _spec(inputs), linear_map, inputs, cotangent)
     return Parameters.of(linear_map).cotangent(leaves), d_inputs, d_bias, None
 
 
 _apply.defvjp(_forward, _backward)
 
 
+def _spec(array: Any) -> PartitionSpec:
+    """How an array is split over an explicit mesh; a template is not."""
+    if not is_explicit() or isinstance(array, jax.ShapeDtypeStruct):
+        return PartitionSpec()
+    return PartitionSpec(*spec_of(array))
+
+
 def _of_inputs(linear_map: LinearMap, inputs: Array, cotangent: Array) -> Array:
-    return jax.vjp(linear_map.__call__, inputs)[1](cotangent)[0]
+    outputs, pull = jax.vjp(linear_map.__call__, inputs)
+    return pull(cotangent.astype(outputs.dtype))[0]
 
 
 def _expanded(bias: Array, ndim: int) -> Array:
@@ -153,12 +160,11 @@ def _on_any_mesh(
 ) -> tuple[list[Array], Array | None]:
     """The steps of the map's arrays and of the bias, of an array's or a template's shape, in their dtypes."""
     parameters = Parameters.of(linear_map)
-    specs = [PartitionSpec(*spec_of(leaf)) for leaf in parameters.leaves]
     shape = None if bias is None else bias.shape
-    of_bias = None if bias is None else PartitionSpec()
+    specs = [_spec(leaf) for leaf in parameters.leaves], None if bias is None else _spec(bias)
     run = functools.partial(_implicit_gradient, bias_shape=shape)
     step = jax.tree.map(jnp.asarray, step)
-    leaves, d_bias = automatic(run, (specs, of_bias), linear_map, inputs, cotangent, step)
+    leaves, d_bias = automatic(run, specs, linear_map, inputs, cotangent, step)
     if d_bias is not None and bias is not None:
         d_bias = d_bias.astype(bias.dtype)
     return parameters.like(leaves), d_bias
