@@ -178,7 +178,7 @@ def residuals(
     """How the equilibria of a network converge on the first validation images.
 
     Returns:
-      for each tier the median over the images and the quantiles 0.1 and 0.9 of ||z_k − z_{k−1}|| / ||z_K||, of
+      for each tier ||z_k − z_{k−1}|| / ||z_K||, its median over the images and its quantiles 0.1 and 0.9, of
       plain iterations (dashed in the picture) and Anderson's; and what the solves of the network end with:
       the largest number of iterations, the share that met the tolerance, the norms of W.
     """
