@@ -51,6 +51,8 @@ from stochsolvers.prox import Prior as Prior
 from stochsolvers.reports import certify as certify
 from stochsolvers.reports import lipschitz_report as lipschitz_report
 from stochsolvers.solvers import MS2GD as MS2GD
+from stochsolvers.solvers import Anderson as Anderson
+from stochsolvers.solvers import FixedPoint as FixedPoint
 from stochsolvers.solvers import Implicit as Implicit
 from stochsolvers.solvers import InverseExpectedSmoothness as InverseExpectedSmoothness
 from stochsolvers.solvers import InverseLipschitz as InverseLipschitz

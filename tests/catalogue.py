@@ -119,6 +119,9 @@ STEP_SIZES = {  # with the estimator that they are for
 SOLVERS = {
     "ProxGD": ss.ProxGD(4),
     "ProxGD with momentum": ss.ProxGD(4, momentum=True),
+    "ProxGD with restart": ss.ProxGD(4, momentum=True, restart=True),
+    "FixedPoint": ss.FixedPoint(4),
+    "Anderson": ss.Anderson(4, memory=3),
     "ProxSG": ss.ProxSG(0.5, 4, decay=0.9),
     "ProxSG with importance": ss.ProxSG(None, 4, 0.05, sampling=ss.estimators.Importance(2)),
     "MS2GD": ss.MS2GD(0.5, 2, 2),

@@ -21,13 +21,13 @@ from stochsolvers._typing import (
 )
 from stochsolvers.estimators import Estimator, Full
 from stochsolvers.estimators.forms import gradient_form
-from stochsolvers.problems import LayerProblem, Problem
+from stochsolvers.problems import FixedPointProblem, LayerProblem, Problem
 from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Diagnostics, Step
 from stochsolvers.solvers._run import LastPoint, Run
 from stochsolvers.solvers._solution import Solution
 from stochsolvers.solvers.derivatives import DerivativeLike, Implicit, canonical
-from stochsolvers.solvers.implicit import ProxGradientMap, fixed_point
+from stochsolvers.solvers.implicit import LayerMap, ProxGradientMap, fixed_point, halved, repeated
 from stochsolvers.step_sizes import InverseLipschitz, Schedule, StepSizeRule
 
 
@@ -179,7 +179,7 @@ class Solver(abc.ABC):
           trace_objective: also return P(z_k) for every iteration, which reads the input each time.
           certify: also return a bound on P(z_K) − min P.
           pre_activation: also return the w_K with prox_g(w_K) = z_K, from zero; with an implicit derivative
-            both are those of one proximal gradient step further.
+            both are those of one proximal gradient step further. z_K itself for a `FixedPointProblem`.
 
         Returns:
           `Solution`. A path of inputs, weights, steps, tolerances and options that are arrays compiles once.
@@ -213,7 +213,7 @@ class Solver(abc.ABC):
         else:
             solution = run(*operands)
         if certify and solution.certificate is None:
-            gap = problem.certificate(solution.value)
+            gap = lax.stop_gradient(problem.certificate(solution.value))
             solution = dataclasses.replace(solution, certificate=gap)
         return solution
 
@@ -236,6 +236,14 @@ class Solver(abc.ABC):
     def _opening(self, run: Run) -> Run | None:
         """A run for the first iteration from zero that computes the same more cheaply, or None."""
         return None
+
+    def _last_map(self, run: Run, iterations: Array | None) -> Any:
+        """T, whose fixed points the last iterates are taken for, after so many iterations of each example."""
+        if isinstance(run.problem, FixedPointProblem):
+            return LayerMap(run.problem)
+        schedule, last = run.step_size, self._option("num_iters") - 1
+        step = lax.stop_gradient(jnp.minimum(schedule(0), schedule(last)))
+        return ProxGradientMap(run.gradient, run.problem.proximal_term, step)
 
     def _iterate(
         self, run: Run, z: Array, *, derivative: Any, trace_objective: bool
@@ -304,34 +312,35 @@ def _solve(
     gradient = gradient_form(problem, solver._option("form", "auto"), num_calls=calls)
     derivative = canonical(solver.derivative, stops=solver.stops)
     implicit = isinstance(derivative, Implicit)
-    keeps_point = pre_activation and not implicit
+    keeps_point = pre_activation and not (implicit or solver.stops)
     run = Run(problem, gradient, estimator, schedule, key, from_zero, keeps_point)
-    if not implicit:
+    if not (implicit or solver.stops):
         value, last, diagnostics, ends = solver._iterate(
             run, z, derivative=derivative, trace_objective=trace_objective
         )
         solution = _solution(value, diagnostics, ends)
         if last is None:
             return solution
-        return dataclasses.replace(
-            solution, pre_activation=problem.proximal_term.pre_activation(*last)
-        )
+        w = problem.proximal_term.pre_activation(*last)
+        return dataclasses.replace(solution, pre_activation=w)
     _, frozen = build(lax.stop_gradient(traced))
     value, _, diagnostics, ends = frozen._iterate(
         *lax.stop_gradient((run, z)), derivative=None, trace_objective=trace_objective
     )
-    step = 0.5 * jnp.minimum(schedule(0), schedule(solver._option("num_iters") - 1))
-    step_map = ProxGradientMap(gradient, problem.proximal_term, lax.stop_gradient(step))
-    value = fixed_point(step_map, value, derivative, len(problem.batch_shape))
-    if not pre_activation:
-        return _solution(value, diagnostics, ends)
-    point = step_map.point(value)
-    value = problem.proximal_term.prox(point, step_map.step)
-    if "certificate" in ends:  # of the value before
-        ends["certificate"] = problem.certificate(value)
-    solution = _solution(value, diagnostics, ends)
-    w = problem.proximal_term.pre_activation(point, step_map.step)
-    return dataclasses.replace(solution, pre_activation=w)
+    step_map = solver._last_map(run, ends.get("iterations"))
+    if implicit:
+        step_map = halved(step_map)
+        value = fixed_point(step_map, value, derivative, len(problem.batch_shape))
+    else:
+        value = repeated(step_map, value, derivative.num_iters - pre_activation)
+    w = None
+    if pre_activation:
+        point = step_map.point(value)
+        value = problem.proximal_term.prox(point, step_map.step)
+        w = problem.proximal_term.pre_activation(point, step_map.step)
+    if (pre_activation or not implicit) and "certificate" in ends:  # of the value before
+        ends["certificate"] = lax.stop_gradient(problem.certificate(value))
+    return dataclasses.replace(_solution(value, diagnostics, ends), pre_activation=w)
 
 
 def _solution(value: Array, diagnostics: Diagnostics, ends: dict[str, Array]) -> Solution:

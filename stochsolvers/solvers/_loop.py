@@ -161,7 +161,7 @@ def iterate_until(
     that a gap of `gap_tol` is possible: the gap at y_k is at least the left side.
     """
     batch = problem.batch_shape
-    axes, unit = tuple(range(len(batch), init.ndim)), _unit(problem, None if from_zero else init)
+    axes, unit = tuple(range(len(batch), init.ndim)), unit_of(problem, None if from_zero else init)
     gaps = None if gap_tol is None else _Gaps.of(problem, gap_tol)
 
     def advance(update, k, state):
@@ -283,7 +283,7 @@ class _Gaps(NamedTuple):
         )
 
 
-def _unit(problem: Problem, init: Array | None) -> Array:
+def unit_of(problem: Problem, init: Array | None) -> Array:
     """A power of two of about the largest number that an example is made of, at least 1."""
     largest = lax.stop_gradient(problem.largest_entries())
     if init is not None:

@@ -1,6 +1,7 @@
 """What the steps of one solve are made from, and what they keep for a pre-activation."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ class Run:
     """
 
     problem: Problem
-    gradient: Gradient
+    gradient: Any
     estimator: Estimator
     step_size: Schedule
     key: Array | None
@@ -57,6 +58,12 @@ class Run:
             return (1 - step) * z + step * self.gradient.problem.layer(z)
         return z - step * self.gradient(z)
 
+    def at_zero(self) -> "Run | None":
+        """The run for an iteration from zero; None where the gradient is no cheaper there."""
+        if isinstance(self.gradient, ResidualGradient):
+            return None
+        return dataclasses.replace(self, gradient=_AtZero(self.gradient))
+
     def prox(self, point: Array, k: Array | int) -> Array:
         """prox_{η_k g}(point)."""
         return self.problem.proximal_term.prox(point, self.step_size(k))
@@ -77,6 +84,16 @@ class Run:
         now = LastPoint(step.point, jnp.broadcast_to(self.step_size(k), before.step.shape))
         moved = step.moved
         return now if moved is None else jax.tree.map(lambda *p: jnp.where(moved, *p), now, before)
+
+
+@value_object
+class _AtZero:
+    """∇F(0), whatever the argument."""
+
+    gradient: Gradient
+
+    def __call__(self, z: Array) -> Array:
+        return self.gradient.at_zero()
 
 
 class LastPoint(NamedTuple):

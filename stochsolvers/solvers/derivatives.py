@@ -5,6 +5,7 @@ r"""How derivatives pass through a solver: four ways, one argument.
 | "unrolled" | K iterates | every iteration's transpose |
 | "remat" | about 2 √K iterates | the same, and every iteration once more |
 | `Truncated(n)` | n iterates | the transpose of the last n iterations, the rest taken as constant |
+| the same, at a tolerance | n iterates | the transpose of n steps z ← T(z) more (phantom gradients) |
 | "implicit", `Implicit(...)` | one iterate | one linear solve at the fixed point, see `solvers.implicit` |
 
 The first two are exact for any K; the last two are exact in the limit of convergence.
@@ -37,11 +38,15 @@ class Remat:
 class Truncated:
     """Derivatives through the last `num_iters` iterations; what comes before is a constant.
 
+    With a tolerance the solver runs until it stops, and its value is then that of n steps z ← T(z) more, T as
+    in `FixedPoint`, through which derivatives pass.
+
     Args:
       num_iters: n ≥ 1; n ≥ K is unrolled.
 
     References:
-      Shaban, Cheng, Hatch and Boots 2019, Truncated back-propagation for bilevel optimization.
+      Shaban, Cheng, Hatch and Boots 2019, Truncated back-propagation for bilevel optimization; Geng et al.
+      2021, On training implicit models (phantom gradients).
     """
 
     num_iters: int = static_field()
@@ -59,16 +64,22 @@ class Implicit:
       max_iters: the most conjugate-gradient iterations, static.
       guess: warm start in reverse mode, shaped as the solution: the gradient of the same loss with
         respect to a bias of each example (`LayerProblem.bias`, given in the solution's shape) at a
-        nearby point. A constant to derivatives.
+        nearby point; of a problem z = h(z), with respect to what is added to h. A constant to derivatives.
+      unsolved: what becomes of an example whose system is not solved to the tolerance after `max_iters`
+        iterations, or has no solution: "nan", so that its derivatives, and those of all that it shares with
+        others, are NaN; or "keep", the last iterate. Residuals of the size of round-off count as
+        solved. None is "nan" for problems z = h(z) and "keep" for layers, see `solvers.implicit`.
     """
 
     tol: Scalar = 1e-5
     max_iters: int = static_field(default=200)
     guess: Array | None = None
+    unsolved: Literal["nan", "keep"] | None = static_field(default=None)
 
     def __post_init__(self):
         _checks.positive("tol of Implicit", self.tol)
         _checks.count("max_iters of Implicit", self.max_iters)
+        _checks.member("unsolved of Implicit", self.unsolved, ("nan", "keep", None))
 
 
 Unrolling: TypeAlias = Unrolled | Remat | Truncated
@@ -89,10 +100,9 @@ def canonical(derivative: DerivativeLike, *, stops: bool = False) -> Unrolling |
     else:
         _checks.member("derivative", derivative, _NAMES)
         resolved = _NAMES[derivative]()
-    if stops and not isinstance(resolved, Implicit):
-        _checks.fail(
-            "derivative where a tolerance is given", "'implicit' or Implicit(...)", derivative
-        )
+    if stops and not isinstance(resolved, Implicit | Truncated):
+        wanted = "'implicit', Implicit(...) or Truncated(n)"
+        _checks.fail("derivative where a tolerance is given", wanted, derivative)
     return resolved
 
 

@@ -1,13 +1,12 @@
 """Proximal gradient descent, with Nesterov momentum as an option."""
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
-from stochsolvers.estimators.forms import FORMS, Form, Gradient
+from stochsolvers.estimators.forms import FORMS, Form
 from stochsolvers.problems import LayerProblem
 from stochsolvers.solvers._base import Solver
 from stochsolvers.solvers._loop import Step
@@ -28,27 +27,33 @@ class ProxGD(Solver):
       num_iters: K ≥ 1, the cap where `tol` is given.
       step_size: a number, a schedule, a rule, or None for 1/L.
       momentum: FISTA.
+      restart: with momentum, begin again with t = 1 for an example at each iteration that turns back,
+        <y_k − z_{k+1}, z_{k+1} − z_k> > 0.
       form: which of the equal forms of ∇F to iterate, see `estimators.forms`.
       tol, gap_tol: where to stop, see `prox_gd`.
       derivative: "unrolled", "remat", `Truncated(n)`, "implicit" or `Implicit(...)`; None is unrolled,
         implicit where a tolerance is given.
 
     References:
-      Bibi et al. 2019, eq. 3; Beck and Teboulle 2009.
+      Bibi et al. 2019, eq. 3; Beck and Teboulle 2009; O'Donoghue and Candès 2015, section 3.2 (restart).
     """
 
     num_iters: int = static_field()
     step_size: StepSizeLike = None
     momentum: bool = static_field(default=False)
+    restart: bool = static_field(default=False, kw_only=True)
     form: Form = static_field(default="auto", kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
         _checks.member("form", self.form, FORMS)
+        if self.restart and not self.momentum:
+            _checks.fail("restart", "False without momentum", self.restart)
 
     def init(self, run: Run, z: Array) -> Any:
-        """(y_0, t_0) with momentum."""
-        return (z, jnp.ones((), z.dtype)) if self.momentum else None
+        """(y_0, t_0) with momentum; one t for each example where they restart by themselves."""
+        examples = run.problem.batch_shape if self.restart else ()
+        return (z, jnp.ones(examples, z.dtype)) if self.momentum else None
 
     def step(self, run: Run, k: Array, z: Array, memory: Any) -> Step:
         """One proximal gradient step, from z or the extrapolated point."""
@@ -56,8 +61,12 @@ class ProxGD(Solver):
         point = run.gradient_step(y, k)
         value = run.prox(point, k)
         if t is not None:
+            if self.restart:
+                turned = run.problem.sum((y - value) * (value - z)) > 0
+                t = jnp.where(turned, 1.0, t)
             t_next = 0.5 * (1.0 + jnp.sqrt(1.0 + 4.0 * t**2))
-            memory = value + (t - 1.0) / t_next * (value - z), t_next
+            weight = jnp.expand_dims((t - 1.0) / t_next, range(t.ndim, y.ndim))
+            memory = value + weight * (value - z), t_next
         return Step(value, memory, point, origin=y)
 
     def takes_gradient_steps(self) -> bool:
@@ -68,19 +77,7 @@ class ProxGD(Solver):
         return self.num_iters - from_zero
 
     def _opening(self, run: Run) -> Run | None:
-        if not isinstance(run.problem, LayerProblem):
-            return None
-        return dataclasses.replace(run, gradient=_AtZero(run.gradient))
-
-
-@value_object
-class _AtZero:
-    """∇F(0), whatever the argument."""
-
-    gradient: Gradient
-
-    def __call__(self, z: Array) -> Array:
-        return self.gradient.at_zero()
+        return run.at_zero()
 
 
 def prox_gd(
@@ -90,6 +87,7 @@ def prox_gd(
     num_iters: int,
     init: Array | None = None,
     momentum: bool = False,
+    restart: bool = False,
     form: Form = "auto",
     tol: Scalar | None = None,
     gap_tol: Scalar | None = None,
@@ -112,6 +110,7 @@ def prox_gd(
       num_iters: number of iterations, static, ≥ 1.
       init: z_0, zero by default.
       momentum: FISTA.
+      restart: with momentum, of each example by itself, see `ProxGD`.
       form: which of the equal forms of ∇F to iterate, see `estimators.forms`; "auto" is the one with
         the least work for the shapes at hand.
       tol: stop an example where ||T(y_k) − y_k|| ≤ tol max(1, ||z_{k+1}||), T the step's map and y_k
@@ -140,6 +139,7 @@ def prox_gd(
         num_iters,
         step_size,
         momentum,
+        restart=restart,
         form=form,
         tol=tol,
         gap_tol=gap_tol,

@@ -23,10 +23,19 @@ that are constant over the solution set; for other right-hand sides the iteratio
 directions without curvature, and leaves their part out. The step is half the solver's, so that M ⪰ 0
 for all steps with which prox-GD converges, η < 2/L; the derivative does not depend on it.
 
+Of a problem z = h(z) the map is h itself, and the systems are
+
+    (I − J) w = b,     (I − Jᵀ) u = v,     J = h′(z),
+
+solved by conjugate gradients where J is symmetric with 0 ⪯ J ⪯ I, and else as accelerated fixed points
+u = v + Jᵀ u, see `solvers._linear`. An example whose system is not solved has derivatives of NaN, unless
+`Implicit.unsolved` says otherwise.
+
 References:
   Bai, Kolter and Koltun 2019; Bolte et al. 2021, Nonsmooth implicit differentiation; Blondel et al. 2022.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -38,7 +47,9 @@ from stochsolvers import _checks
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array, value_object
 from stochsolvers.estimators.forms import Gradient
+from stochsolvers.problems import FixedPointProblem
 from stochsolvers.prox import Prior
+from stochsolvers.solvers import _linear
 from stochsolvers.solvers.derivatives import Implicit
 
 
@@ -59,26 +70,81 @@ class ProxGradientMap:
         return self.prior.prox(self.point(z), self.step)
 
 
-def fixed_point(step_map: ProxGradientMap, z: Array, options: Implicit, batch_ndim: int) -> Array:
+@value_object
+class LayerMap:
+    """T(z) = h(z) of a problem z = h(z)."""
+
+    problem: FixedPointProblem
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether 0 ⪯ T′ ⪯ I."""
+        return self.problem.symmetric
+
+    @property
+    def step(self) -> Array:
+        """1."""
+        return jnp.ones((), self.problem.dtype)
+
+    def point(self, z: Array) -> Array:
+        """T(z)."""
+        return self.problem.layer(z)
+
+    def __call__(self, z: Array) -> Array:
+        """T(z)."""
+        return self.problem.layer(z)
+
+
+def halved(step_map: Any) -> Any:
+    """The map of half the step, where it has the same fixed points, so that M ⪰ 0."""
+    if isinstance(step_map, ProxGradientMap):
+        return dataclasses.replace(step_map, step=0.5 * step_map.step)
+    return step_map
+
+
+def repeated(step_map: Any, z: Array, num_iters: int) -> Array:
+    """`num_iters` steps z ← T(z) from a constant."""
+    z = varying(lax.stop_gradient(z), step_map)
+    return lax.scan(lambda z, _: (step_map(z), None), z, length=num_iters)[0]
+
+
+def fixed_point(step_map: Any, z: Array, options: Implicit, batch_ndim: int) -> Array:
     """z, with the derivative of the fixed point of `step_map` that it is taken for.
 
     Forward and reverse mode, of every order. Examples, the first `batch_ndim` axes, are solved side
     by side, each until it meets the tolerance.
+
+    Args:
+      step_map: a `ProxGradientMap`, or any differentiable map of points as a value, with an attribute
+        `symmetric` that says whether its Jacobians J are symmetric with 0 ⪯ J ⪯ I.
+      z: the fixed point.
+      options: of the linear systems.
+      batch_ndim: number of batch axes.
     """
     tol, guess = jnp.asarray(options.tol, z.dtype), options.guess
     if guess is not None:
         if guess.shape != z.shape:
             _checks.fail("guess of Implicit", f"the solution's shape {z.shape}", guess.shape)
         guess = guess.astype(z.dtype)
-    settings = (options.max_iters, batch_ndim)
+    is_prox = isinstance(step_map, ProxGradientMap)
+    unsolved = options.unsolved or ("keep" if is_prox else "nan")
+    settings = _Settings(options.max_iters, batch_ndim, unsolved == "nan")
     step_map, z, tol, guess = varying((step_map, z, tol, guess), (step_map, z, guess))
     return _fixed_point(settings, step_map, *lax.stop_gradient((z, tol, guess)))
 
 
+class _Settings(NamedTuple):
+    """Static options of the linear systems."""
+
+    max_iters: int
+    batch_ndim: int
+    mark: bool
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _fixed_point(
-    settings: tuple[int, int],
-    step_map: ProxGradientMap,
+    settings: _Settings,
+    step_map: Any,
     z: Array,
     tol: Array,
     guess: Array | None,
@@ -87,12 +153,41 @@ def _fixed_point(
 
 
 @_fixed_point.defjvp
-def _fixed_point_jvp(settings: tuple[int, int], primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _fixed_point_jvp(settings: _Settings, primals: Any, tangents: Any) -> tuple[Array, Array]:
     step_map, z, tol, guess = primals
-    start = None if guess is None else guess / step_map.step
     # the solution itself, not z: derivatives of this derivative pass through it
     solution = _fixed_point(settings, step_map, z, tol, guess)
     _, moved = jax.jvp(lambda m: m(solution), (step_map,), (tangents[0],))
+    tangent_of = _prox_tangent if isinstance(step_map, ProxGradientMap) else _plain_tangent
+    return solution, tangent_of(settings, step_map, solution, moved, tol, guess)
+
+
+def _plain_tangent(
+    settings: _Settings, step_map: Any, solution: Array, moved: Array, tol: Array, guess: Any
+) -> Array:
+    """(I − J)⁻¹ ∂T, J = T′."""
+    _, jacobian = jax.linearize(step_map, solution)
+
+    def solve(operator, right_side, start=None):
+        options = {"symmetric": step_map.symmetric, "mark": settings.mark}
+        limits = (settings.max_iters, settings.batch_ndim)
+        return _linear.solve(operator, right_side, start, tol, *limits, **options)
+
+    return lax.custom_linear_solve(
+        lambda w: w - jacobian(w), moved, solve, functools.partial(solve, start=guess)
+    )
+
+
+def _prox_tangent(
+    settings: _Settings,
+    step_map: ProxGradientMap,
+    solution: Array,
+    moved: Array,
+    tol: Array,
+    guess: Any,
+) -> Array:
+    """(I − D M)⁻¹ ∂T."""
+    start = None if guess is None else guess / step_map.step
     _, D = jax.linearize(lambda v: step_map.prior.prox(v, step_map.step), step_map.point(solution))
 
     hessian = step_map.gradient.hessian_at(solution)
@@ -109,8 +204,7 @@ def _fixed_point_jvp(settings: tuple[int, int], primals: Any, tangents: Any) -> 
     def transpose_solve(_, v):
         return v + M(conjugate_gradients(D(v), start))
 
-    tangent = lax.custom_linear_solve(lambda w: w - D(M(w)), moved, solve, transpose_solve)
-    return solution, tangent
+    return lax.custom_linear_solve(lambda w: w - D(M(w)), moved, solve, transpose_solve)
 
 
 class _Iterate(NamedTuple):
@@ -132,6 +226,7 @@ def _conjugate_gradients(
     tol: Array,
     max_iters: int,
     batch_ndim: int,
+    mark: bool,
 ) -> Array:
     """(I − D M)⁻¹ r for each example, in the M semi-inner product, from `start` or zero."""
     axes = tuple(range(batch_ndim, right_side.ndim))
@@ -171,4 +266,9 @@ def _conjugate_gradients(
         return k + 1, _Iterate(p, r, d, Md, rho, running & (rho > target))
 
     first = _Iterate(start, residual, residual, M_residual, rho, rho > target)
-    return lax.while_loop(unfinished, step, (0, first))[1].p
+    last = lax.while_loop(unfinished, step, (0, first))[1]
+    if not mark:
+        return last.p
+    size = dot(right_side, M(right_side)) + dot(last.p, M(last.p))
+    solved = last.rho <= jnp.maximum(target, (_linear.ROUND_OFF * eps) ** 2 * size)
+    return jnp.where(spread(solved), last.p, jnp.nan)
