@@ -61,7 +61,7 @@ class EquilibriumNetConfig:
         """How the equilibria are solved."""
         if self.method == "unrolled":
             return ss.FixedPoint(UNROLLED, derivative="unrolled")
-        derivative = ss.Implicit(tol=max(0.1 * self.tol, 1e-6), max_iters=20)
+        derivative = ss.Implicit(tol=max(0.1 * self.tol, 1e-6), max_iters=50)
         return ss.Anderson(self.max_iters, tol=self.tol, derivative=derivative)
 
 

@@ -13,6 +13,7 @@ convergence.
 | `DeepProblem` | compositions, plain and averaged |
 | `Regularized` | a prior of z, composed into a `DeepProblem` |
 | `normalized`, `normalized_refresh` | a map with a certified bound on its norm; the same through training |
+| `SequentialAveraging` | of all equilibria at ω = 1, the one of least prior |
 | `solve` | the solution, by any solver, differentiated in any way |
 
 References:
@@ -28,3 +29,4 @@ from stochsolvers.equilibrium._norms import normalized as normalized
 from stochsolvers.equilibrium._norms import normalized_refresh as normalized_refresh
 from stochsolvers.equilibrium._problem import EquilibriumProblem as EquilibriumProblem
 from stochsolvers.equilibrium._solve import solve as solve
+from stochsolvers.solvers.sequential_averaging import SequentialAveraging as SequentialAveraging

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from stochsolvers import _checks
 from stochsolvers._typing import Array
 from stochsolvers.problems import Problem
-from stochsolvers.solvers import ProxGD as Anderson
-from stochsolvers.solvers import Solution, Solver
+from stochsolvers.solvers import Anderson, Solution, Solver
 from stochsolvers.solvers.derivatives import DerivativeLike, Remat, Unrolled
 
 

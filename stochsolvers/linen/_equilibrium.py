@@ -84,9 +84,22 @@ class EquilibriumUnit(Equilibrium):
         """The problem that the layer solves at these inputs, for objectives, certificates and distances."""
         return _equilibria.composed([self.unit_problem(inputs)[0]], 1.0, self.regularizer)
 
+    def assembled(self, inputs: Array) -> Any:
+        """x in the layer's dtype, U or None for the identity, W before it is normalised, b or None."""
+        raise TypeError("an equilibrium layer defines assembled")
+
+    def maps(self, inputs: Array) -> tuple[LinearMap | None, LinearMap]:
+        """U, None for the identity, and W before it is normalised, at inputs of this shape."""
+        return self.assembled(inputs)[1:3]
+
     def unit_problem(self, inputs: Array) -> tuple[EquilibriumProblem, Any]:
         """The problem without the regulariser, and the dtype of the result."""
-        raise TypeError("an equilibrium layer defines unit_problem")
+        layer: Any = self
+        inputs, input_map, linear_map, bias = self.assembled(inputs)
+        linear_map = self._within_bound(linear_map)
+        unit = _equilibria.Unit(layer.prior, layer.bound)
+        with _layers.precision_context(layer.precision):
+            return unit.problem(input_map, linear_map, inputs, bias), inputs.dtype
 
     def normalize(self, inputs: Array) -> None:
         """Compute the kept norm of W afresh: `apply(..., method="normalize", mutable=["solver_state"])`.
@@ -112,16 +125,6 @@ class EquilibriumUnit(Equilibrium):
         if layer.use_bias:
             bias = self.param("bias", layer.bias_init, shape[-1:], layer.param_dtype)
         return layer.promote_dtype(inputs, input_kernel, kernel, bias, dtype=layer.dtype)
-
-    def _problem_of(
-        self, maps: tuple[LinearMap | None, LinearMap], inputs: Array, bias: Array | None
-    ) -> tuple[EquilibriumProblem, Any]:
-        layer: Any = self
-        input_map, linear_map = maps
-        linear_map = self._within_bound(linear_map)
-        unit = _equilibria.Unit(layer.prior, layer.bound)
-        with _layers.precision_context(layer.precision):
-            return unit.problem(input_map, linear_map, inputs, bias), inputs.dtype
 
     def _within_bound(self, linear_map: LinearMap) -> LinearMap:
         layer: Any = self
@@ -164,13 +167,13 @@ class EquilibriumLinear(EquilibriumUnit):
     promote_dtype: Any = dtypes.promote_dtype
 
     @nn.compact
-    def unit_problem(self, inputs: Array) -> tuple[EquilibriumProblem, Any]:
-        """The problem without the regulariser, and the dtype of the result."""
+    def assembled(self, inputs: Array) -> Any:
+        """x in the layer's dtype, U or None for the identity, W before it is normalised, b or None."""
         hidden = self.features if self.hidden_features is None else self.hidden_features
         shapes = (jnp.shape(inputs)[-1], hidden), (self.features, hidden)
         inputs, input_kernel, kernel, bias = self._parameters(inputs, shapes)
         own = None if input_kernel is None else Dense(input_kernel)
-        return self._problem_of((own, Dense(kernel)), inputs, bias)
+        return inputs, own, Dense(kernel), bias
 
 
 class EquilibriumConv(EquilibriumUnit):
@@ -209,8 +212,8 @@ class EquilibriumConv(EquilibriumUnit):
         super().__post_init__()
 
     @nn.compact
-    def unit_problem(self, inputs: Array) -> tuple[EquilibriumProblem, Any]:
-        """The problem without the regulariser, and the dtype of the result."""
+    def assembled(self, inputs: Array) -> Any:
+        """x in the layer's dtype, U or None for the identity, W before it is normalised, b or None."""
         hidden = self.features if self.hidden_features is None else self.hidden_features
         size = tuple(self.kernel_size)
         own = size if self.input_kernel_size is None else tuple(self.input_kernel_size)
@@ -218,7 +221,7 @@ class EquilibriumConv(EquilibriumUnit):
         shapes = (*own, jnp.shape(inputs)[-1], hidden), (*size, self.features, hidden)
         inputs, input_kernel, kernel, bias = self._parameters(inputs, shapes)
         maps = _equilibria.conv_maps(inputs, input_kernel, kernel, strides, self.padding, None)
-        return self._problem_of(maps, inputs, bias)
+        return inputs, *maps, bias
 
 
 class DeepEquilibrium(Equilibrium):
@@ -254,3 +257,9 @@ class DeepEquilibrium(Equilibrium):
         pairs = [layer.unit_problem(inputs) for layer in self.layers]
         problems, kinds = zip(*pairs, strict=True)
         return _equilibria.composed([*problems], self.alpha, self.regularizer), kinds[0]
+
+
+def promotes_plainly(unit: EquilibriumUnit) -> bool:
+    """Whether a layer has Flax's own promotion of dtypes."""
+    layer: Any = unit
+    return layer.promote_dtype is dtypes.promote_dtype

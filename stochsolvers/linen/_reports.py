@@ -1,7 +1,7 @@
 """Reports on whole Linen networks."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -10,9 +10,16 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.core import DenyList, tracers
 
-from stochsolvers import _checks, _layers, reports
+from stochsolvers import _checks, _equilibria, _layers, reports
 from stochsolvers._typing import Array, join_static, split_static
 from stochsolvers.linear_maps import LinearMap
+from stochsolvers.linen._equilibrium import (
+    DeepEquilibrium,
+    Equilibrium,
+    EquilibriumConv,
+    EquilibriumLinear,
+    promotes_plainly,
+)
 from stochsolvers.linen._layers import (
     RECORDS,
     STATE,
@@ -36,7 +43,7 @@ def certify(
     rngs: Mapping[str, Array] | None = None,
     **options: Any,
 ) -> reports.CertificateReport:
-    r"""How well every solver layer of a network solves its problem at these inputs, as a table.
+    r"""How well every solver and equilibrium layer of a network solves its problem here, as a table.
 
     One `apply`, compiled once for each module and shape; no variable is updated.
 
@@ -79,7 +86,7 @@ def _observe(module, variables, rngs, traced, static):
 
     def note(call, args, kwargs, context):
         layer, scope = context.module, cast(Any, context.module.scope)
-        if isinstance(layer, SolverLayer) and context.method_name == "solve":
+        if isinstance(layer, SolverLayer | Equilibrium) and context.method_name == "solve":
             called.append(_label(layer.path))
             leaks = scope.trace_level != tracers.current_trace()  # a transform of JAX
             if leaks or not layer.is_mutable_collection(RECORDS):
@@ -146,6 +153,7 @@ def lipschitz_report(
     """
     _check_variables(variables)
     layers: dict[str, nn.Module] = {}
+    units: dict[str, list[tuple[str, Any]]] = {}
     variables = dict(nn.unbox(variables))
     parameters = variables.pop("params", {})
 
@@ -166,6 +174,9 @@ def lipschitz_report(
         if wrappers or context.method_name != "__call__" or not _is_known(layer, args, kwargs):
             return call(*args, **kwargs)
         layers[label] = layer.clone(parent=None)
+        if isinstance(layer, Equilibrium):  # those of a composition may be another module's
+            members = getattr(layer, "layers", (layer,))
+            units[label] = [("/".join(one.path), one.clone(parent=None)) for one in members]
         marked = _trace.mark_input(args[0], label)
         return _trace.mark_output(call(marked, *args[1:], **kwargs), label)
 
@@ -183,7 +194,10 @@ def lipschitz_report(
         for path, _ in jax.tree_util.tree_leaves_with_path(parameters)
     ]
     indices = {"/".join(("params", *path)): index for index, path in enumerate(paths)}
-    parts = [_part(layers[call.label], call, flat, indices) for call in trace.calls]
+    parts = [
+        _part(layers[call.label], units.get(call.label, []), call, flat, indices)
+        for call in trace.calls
+    ]
     strays = {
         _label(paths[index][:-1]): position for index, position in reversed(trace.strays.items())
     }
@@ -210,11 +224,16 @@ _LINEAR_MAPS: dict[type, Callable[[Any, Array, tuple[int, ...]], LinearMap]] = {
     ProxPropDense: linear_map_of,
     ProxPropConv: linear_map_of,
 }
+_EQUILIBRIA = (EquilibriumLinear, EquilibriumConv, DeepEquilibrium)
 _NORMALISATIONS = (nn.BatchNorm,)
 
 
 def _is_known(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call is that of a layer in the tables above."""
+    if args and inherits_unchanged(type(layer), _EQUILIBRIA) is not None:
+        units = getattr(layer, "layers", (layer,))
+        kinds = [inherits_unchanged(type(unit), _EQUILIBRIA) for unit in units]
+        return None not in kinds and all(map(promotes_plainly, units))
     known: Any = (*_LINEAR_MAPS, *_NORMALISATIONS)
     base: Any = inherits_unchanged(type(layer), known)
     if not args or base is None:
@@ -234,18 +253,25 @@ def _is_known(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> b
 
 
 def _part(
-    layer: Any, call: _trace.Call, flat: Mapping[str, Array], indices: Mapping[str, int]
+    layer: Any,
+    units: Sequence[tuple[str, Any]],
+    call: _trace.Call,
+    flat: Mapping[str, Array],
+    indices: Mapping[str, int],
 ) -> _lipschitz.Part:
     """What the report needs of a layer for one call.
 
     Args:
       layer: not bound to variables.
+      units: of an equilibrium layer, the paths of its layers and these, not bound to variables.
       call: of it.
       flat: the network's variables, by path.
       indices: of the parameters in the trace, by the same paths.
     """
     prefix = "" if call.label == "(model)" else f"{call.label}/"
     kind = type(layer).__name__
+    if isinstance(layer, Equilibrium):
+        return _equilibrium_part(layer, units, call, flat, indices)
     is_normalisation = isinstance(layer, _NORMALISATIONS)
     weight = f"params/{prefix}{'scale' if is_normalisation else 'kernel'}"
     if weight in indices and indices[weight] not in call.parameters:
@@ -272,3 +298,26 @@ def _part(
         kept=constant,
         reference=reference,
     )
+
+
+def _equilibrium_part(
+    layer: Any,
+    units: Sequence[tuple[str, Any]],
+    call: _trace.Call,
+    flat: Mapping[str, Array],
+    indices: Mapping[str, int],
+) -> _lipschitz.Part:
+    """What the report needs of an equilibrium layer for one call; arguments as of `_part`."""
+    kind, inputs = type(layer).__name__, jnp.zeros(call.input_shape)
+    problems, maps = [], []
+    for path, unit in units:
+        prefix = f"params/{path}/" if path else "params/"
+        own = {name.removeprefix(prefix): name for name in indices if name.startswith(prefix)}
+        read = {indices[name] for short, name in own.items() if short in ("kernel", "input_kernel")}
+        if not read.issubset(call.parameters):
+            return _lipschitz.Part(kind)  # called with another kernel
+        bound = unit.bind({"params": {short: flat[name] for short, name in own.items()}})
+        problems.append(bound.unit_problem(inputs)[0])
+        maps.append(bound.maps(inputs)[0])
+    problem = _equilibria.composed(problems, getattr(layer, "alpha", 1.0), layer.regularizer)
+    return _lipschitz.Part(kind, equilibrium=(problem, tuple(maps)))

@@ -197,6 +197,11 @@ class EquilibriumUnit(Equilibrium):
         """The problem that the layer solves at these inputs, for objectives, certificates and distances."""
         return _equilibria.composed([self.unit_problem(inputs)[0]], 1.0, self.regularizer)
 
+    def maps(self, inputs: Array) -> tuple[LinearMap | None, LinearMap]:
+        """U, None for the identity, and W before it is normalised, at inputs of this shape."""
+        inputs, input_kernel, kernel, _ = self._promoted(inputs)
+        return self._maps(inputs, input_kernel, kernel)
+
     def unit_problem(self, inputs: Array) -> tuple[EquilibriumProblem, LipschitzState | None]:
         """The problem without the regulariser, and the next state of the kept norm."""
         inputs, input_kernel, kernel, bias = self._promoted(inputs)
@@ -224,3 +229,8 @@ class EquilibriumUnit(Equilibrium):
         return _equilibria.composed([problem], 1.0, self.regularizer), self._promoted(inputs)[
             0
         ].dtype
+
+
+def promotes_plainly(unit: EquilibriumUnit) -> bool:
+    """Whether a layer has Flax's own promotion of dtypes."""
+    return unit.promote_dtype is dtypes.promote_dtype

@@ -13,6 +13,8 @@ from stochsolvers import _layers, reports
 from stochsolvers._typing import join_static, split_static
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.nnx._dropout import linear_map_of
+from stochsolvers.nnx._equilibrium import DeepEquilibrium, EquilibriumConv, EquilibriumLinear
+from stochsolvers.nnx._equilibrium_base import Equilibrium, promotes_plainly
 from stochsolvers.nnx._layers import SolverConv, SolverLinear
 from stochsolvers.nnx._proxprop import ProxPropConv, ProxPropLinear
 from stochsolvers.nnx._solver_layer import SolverLayer, SolverRecord
@@ -24,7 +26,7 @@ from stochsolvers.reports._known_layers import inherits_unchanged
 def certify(
     model: nnx.Module, *inputs: Any, deterministic: bool | None = None, **options: Any
 ) -> reports.CertificateReport:
-    r"""How well every solver layer of a network solves its problem at these inputs, as a table.
+    r"""How well every solver and equilibrium layer of a network solves its problem here, as a table.
 
     One forward pass of a copy of the model, compiled once for each structure and shape. The model
     itself is unchanged: parameters, statistics, random streams and modes.
@@ -98,7 +100,7 @@ def _listen(model: nnx.Module) -> list[str]:
         return type(cls.__name__, (cls,), {"solve": solve})
 
     for path, module in list(nnx.iter_modules(model)):
-        if isinstance(module, SolverLayer):
+        if isinstance(module, SolverLayer | Equilibrium):
             module.report_label = _name(path)  # pyright: ignore[reportAttributeAccessIssue]
             object.__setattr__(module, "__class__", listening(type(module), _name(path)))
     return called
@@ -118,12 +120,12 @@ def lipschitz_report(
     in which order and on which shapes. The model itself is unchanged.
 
     Layers with a certified norm: `nnx.Linear`, `LinearGeneral`, `Einsum`, `Conv` and `ConvTranspose`
-    with one to three spatial axes, the solver and ProxProp layers, and `nnx.BatchNorm`, whose norm is
-    its largest scale. The norm is exact for contractions and circular padding, and a bracket under zero
-    padding. Subclasses count if they override no method, and layers if they have Flax's own
-    `dot_general` and `promote_dtype` and are called with their own kernel. All other modules with
-    parameters are named as not bounded: `Embed`, layers within `nnx.SpectralNorm`, `nnx.WeightNorm` and
-    `nnx.scan`, …
+    with one to three spatial axes, the solver, equilibrium and ProxProp layers, and `nnx.BatchNorm`,
+    whose norm is its largest scale. The norm is exact for contractions and circular padding, and a
+    bracket under zero padding. Subclasses count if they override no method, and layers if they have
+    Flax's own `dot_general` and `promote_dtype` and are called with their own kernel. All other modules
+    with parameters are named as not bounded: `Embed`, layers within `nnx.SpectralNorm`,
+    `nnx.WeightNorm` and `nnx.scan`, …
 
     The bound includes the Lipschitz constants of the operations between the layers: 1 for ReLU, tanh,
     softplus and pools of disjoint windows, |c| for a scaling by c. An activation of `jax.nn` is
@@ -183,8 +185,9 @@ def _mark_layers(model: nnx.Module) -> None:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, _WRAPPERS):
             rewritten |= {id(inner) for _, inner in nnx.iter_modules(module)}
-    for path, module in list(nnx.iter_modules(model)):
-        if _is_known(module) and id(module) not in rewritten:
+    known = [pair for pair in nnx.iter_modules(model) if _is_known(pair[1])]
+    for path, module in known:
+        if id(module) not in rewritten:
             module.report_label = _name(path)  # pyright: ignore[reportAttributeAccessIssue]
             object.__setattr__(module, "__class__", _marking(type(module)))
 
@@ -202,6 +205,7 @@ _LINEAR_MAPS: dict[type, Callable[[Any, tuple[int, ...]], LinearMap]] = {
     ProxPropLinear: linear_map_of,
     ProxPropConv: linear_map_of,
 }
+_EQUILIBRIA = (EquilibriumLinear, EquilibriumConv, DeepEquilibrium)
 _NORMALISATIONS = (nnx.BatchNorm,)
 
 
@@ -212,6 +216,10 @@ _OPERATIONS = (
 
 def _is_known(module: Any) -> bool:
     """Whether a module computes what its class in the tables above does."""
+    if inherits_unchanged(type(module), _EQUILIBRIA) is not None:
+        units = getattr(module, "layers", [module])
+        kinds = [inherits_unchanged(type(unit), _EQUILIBRIA) for unit in units]
+        return None not in kinds and all(map(promotes_plainly, units))
     base = inherits_unchanged(type(module), (*_LINEAR_MAPS, *_NORMALISATIONS))
     return base is not None and all(
         getattr(module, name) is default for name, default in _operations(base).items()
@@ -251,6 +259,16 @@ def _marking(cls: Any) -> Any:
 def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschitz.Part:
     """What the report needs of a layer for one call, given all of the network's parameters."""
     kind = type(layer).__name__
+    if isinstance(layer, Equilibrium):
+        units = getattr(layer, "layers", [layer])
+        weights = [weight for unit in units for weight in (unit.input_kernel, unit.kernel)]
+        own = [weight.get_value() for weight in weights if weight is not None]
+        indices = {i for i, array in enumerate(parameters) if any(array is one for one in own)}
+        if not indices.issubset(call.parameters):
+            return _lipschitz.Part(kind)  # called with another kernel
+        inputs = jnp.zeros(call.input_shape)
+        maps = tuple(unit.maps(inputs)[0] for unit in units)
+        return _lipschitz.Part(kind, equilibrium=(layer.problem(inputs), maps))
     is_normalisation = isinstance(layer, _NORMALISATIONS)
     weight = layer.scale if is_normalisation else layer.kernel
     own = [] if weight is None else [weight.get_value()]

@@ -1,6 +1,8 @@
 """Bounds on one layer: its squared spectral norm, its step sizes, how far its solver can amplify."""
 
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from jax import lax
 
 from stochsolvers._layers import Settings
 from stochsolvers._typing import Array
+from stochsolvers.equilibrium import EquilibriumProblem, Regularized
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz import (
     Bracket,
@@ -100,6 +103,76 @@ def guarantee(
         convexity = convexity + modulus * strong_convexity(problem.linear_map, upper=upper)
     factor = _expansion(sizes[0], convexity, problem.smoothness(upper))
     return jnp.where(jnp.all(sizes == sizes[0]), factor, none)
+
+
+class EquilibriumNumbers(NamedTuple):
+    """Of a problem z = h(z): its squared norm between two numbers, and what residuals are multiplied by.
+
+    Attributes:
+      lower, upper: of ||W||², of a composition of the product of its ||W_i||²; 0 and +∞ where not known.
+      contraction: the guaranteed factor of the residuals; +∞ where there is none.
+    """
+
+    lower: Array
+    upper: Array
+    contraction: Array
+
+
+def equilibrium_numbers(solver: Solver, problem: Any) -> EquilibriumNumbers:
+    """The norms of a problem's layers, and κ for solvers whose every step is z ← h(z)."""
+    none = jnp.asarray(jnp.inf, problem.dtype)
+    layers = getattr(problem, "equilibria", (problem,))
+    if not all(isinstance(layer, EquilibriumProblem) for layer in layers):
+        return EquilibriumNumbers(jnp.zeros_like(none), none, none)
+    brackets = [operator_bracket(layer.linear_map) for layer in layers]
+    lower, upper = (
+        functools.reduce(jnp.multiply, [bracket[end] for bracket in brackets]) for end in (0, 1)
+    )
+    contraction = contraction_of(problem, tuple(bracket.upper for bracket in brackets))
+    unit_steps = solver.takes_gradient_steps() and getattr(solver, "step_size", None) is None
+    return EquilibriumNumbers(lower, upper, contraction if unit_steps else none)
+
+
+def contraction_of(problem: Any, squared_norms: Sequence[Array]) -> Array:
+    """κ with ||T(z) − T(y)|| ≤ κ ||z − y||: ω², or Π ((1 − α) + α ω_i²) times the regulariser's."""
+    if isinstance(problem, EquilibriumProblem):
+        return squared_norms[0]
+    alpha, factors = problem.alpha, list(squared_norms)
+    if problem.is_averaged:
+        factors = [1 - alpha + alpha * upper for upper in factors]
+    for layer in problem.layers:
+        if isinstance(layer, Regularized):
+            factors.append(layer.lipschitz_constant(problem.dtype))
+    return functools.reduce(jnp.multiply, factors)
+
+
+def equilibrium_bound(
+    problem: Any, squared_norms: Sequence[Array], input_norms: Sequence[Array]
+) -> Array:
+    r"""A Lipschitz constant of x ↦ z*, the drives c_i = U_i x + b_i.
+
+    Of one layer ||U|| ω / (1 − ω²), for dz = (I − WᵀD W)⁻¹ WᵀD dc, D = σ′ with 0 ⪯ D ⪯ I. A composition
+    moves by
+
+        e ← ((1 − α) + α ω_i²) e + α ω_i ||U_i||
+
+    from layer to layer, from e = 0 to e_n for a fixed z, and by e_n / (1 − κ) at the equilibrium.
+
+    Args:
+      problem: an `EquilibriumProblem` or a `DeepProblem`.
+      squared_norms: upper bounds on ω_i² for each equilibrium layer.
+      input_norms: upper bounds on ||U_i||.
+    """
+    alpha, moved = getattr(problem, "alpha", 1.0), jnp.zeros((), problem.dtype)
+    pairs = iter(zip(squared_norms, input_norms, strict=True))
+    for layer in getattr(problem, "layers", (problem,)):
+        if isinstance(layer, Regularized):
+            moved = moved * layer.lipschitz_constant(problem.dtype)
+            continue
+        squared, norm = next(pairs)
+        moved = (1 - alpha + alpha * squared) * moved + alpha * jnp.sqrt(squared) * norm
+    slack = 1 - contraction_of(problem, squared_norms)
+    return jnp.where(slack > 0, moved / jnp.where(slack > 0, slack, 1), jnp.inf)
 
 
 def _expansion(step: Array, convexity: Array, lipschitz: Array) -> Array:

@@ -12,40 +12,29 @@ points closer; with η = 1/L it is 1 − μ/L. Where all steps are that one map,
 momentum at a constant step, r_{k+1} is at most that factor times r_k. Momentum, sampled gradients,
 steps that change and steps that differ between outputs have no such guarantee: NaN, printed as –.
 
+Equilibrium layers, whose problem is z = h(z), have the same rows, with A = W, the step 1 and the gap of G,
+and show the certified distance ||z_K − z*|| as well (`EquilibriumProblem.distance`). A composition's A is
+the product of its W_i, and it has a gap only if it has an objective.
+
 A gap is infinite where nothing can be promised, and the report says why: iterates that are not finite, a
 point
 outside the domain of g, or a problem without curvature for which no dual point was found, as when it is
 unbounded below. A ridge λ > 0 removes the last cause.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array
-from stochsolvers.lipschitz import is_exact, lipschitz_constant
-from stochsolvers.problems import LayerProblem
 from stochsolvers.reports import _table
-from stochsolvers.reports._bounds import first_step, guarantee, squared_norm_bracket
-from stochsolvers.solvers import Solution, Solver, Status
-
-_ROUND_OFF = (
-    64.0  # residuals below this many eps of ||z_K|| are round-off of the step, with room to spare
-)
-
-_calls: contextvars.ContextVar[Iterator[int] | None] = contextvars.ContextVar(
-    "_calls", default=None
-)
+from stochsolvers.reports._observations import Observation as Observation
+from stochsolvers.reports._observations import numbered_calls as numbered_calls
+from stochsolvers.reports._observations import observe as observe
 
 
 @functools.singledispatch
@@ -64,16 +53,6 @@ def certify(model: Any, *args: Any, **options: Any) -> "CertificateReport":
     _checks.fail("model", "an nnx.Module or a linen.Module", type(model).__name__)
 
 
-@contextlib.contextmanager
-def numbered_calls() -> Iterator[None]:
-    """Within it, observations are numbered in the order in which they are traced."""
-    token = _calls.set(itertools.count())
-    try:
-        yield
-    finally:
-        _calls.reset(token)
-
-
 def fail_dropped_records(layer: str, wanted: str) -> NoReturn:
     """Refuse a transform that would drop the records of a layer's solves.
 
@@ -83,100 +62,6 @@ def fail_dropped_records(layer: str, wanted: str) -> NoReturn:
     """
     _checks.fail(
         f"transform around the solver layer {layer!r}", wanted, "one that drops its records"
-    )
-
-
-class Observation(NamedTuple):
-    """Measurements of one solve.
-
-    Attributes:
-      call: its index in the order of the trace.
-      lipschitz: L = λ_max(A A*), without the ridge: the middle of its bracket where lemma 2 is exact (dense,
-        circular), else `lipschitz_constant` on the layer's own grid.
-      lower: a lower bound on ||A||².
-      upper: an upper bound on ||A||².
-      step_size: the first step, the largest where outputs have their own.
-      contraction_bound: the guaranteed factor of the residuals; +∞ where there is no guarantee.
-      num_iters: the iterations taken, the maximum over the batch.
-      contraction: measured factor of the residuals, shape (*batch,); +∞ where there is none.
-      objective: P(z_K), shape (*batch,).
-      gap: its certified gap, shape (*batch,).
-      finite: whether every iterate was finite, shape (*batch,).
-      feasible: whether z_K is in the domain of g, shape (*batch,).
-      growing: whether the solver ended with `Status.UNBOUNDED`, shape (*batch,).
-
-    Fields without a shape are scalars. A transformation that stacks layers stacks all of them.
-    """
-
-    call: Array
-    lipschitz: Array
-    lower: Array
-    upper: Array
-    step_size: Array
-    contraction_bound: Array
-    num_iters: Array
-    contraction: Array
-    objective: Array
-    gap: Array
-    finite: Array
-    feasible: Array
-    growing: Array
-
-
-def observe(
-    solver: Solver,
-    problem: LayerProblem,
-    solution: Solution,
-    gap: Array,
-    step_constant: Array | None,
-    deterministic: bool,
-) -> Observation:
-    """Measure one solve, whose certificate is `gap`."""
-    problem, solution = lax.stop_gradient((problem, solution))
-    linear_map = problem.linear_map
-    bracket = squared_norm_bracket(linear_map)
-    constant = 0.5 * (bracket.lower + bracket.upper)
-    if not is_exact(linear_map):
-        constant = lipschitz_constant(linear_map)
-    step = first_step(solver, problem, step_constant, deterministic)
-    taken = len(solution.residuals) if solution.iterations is None else solution.iterations
-    eps = jnp.finfo(problem.dtype).eps
-    floor = _ROUND_OFF * eps * problem.norm(jnp.asarray(solution.value, problem.dtype))
-    return Observation(
-        call=jnp.asarray(next(_calls.get() or itertools.repeat(0))),
-        lipschitz=constant,
-        lower=bracket.lower,
-        upper=bracket.upper,
-        step_size=jnp.max(step),
-        contraction_bound=guarantee(solver, problem, bracket.upper, step_constant, deterministic),
-        num_iters=jnp.max(jnp.asarray(taken)),
-        contraction=contraction(solution.residuals, floor),
-        objective=problem.objective(solution.value),
-        gap=gap,
-        finite=solution.finite,
-        feasible=jnp.isfinite(problem.prior_value(solution.value)),
-        growing=_ended_growing(solution),
-    )
-
-
-def _ended_growing(solution: Solution) -> Array:
-    if solution.status is None:
-        return jnp.zeros_like(solution.finite)
-    return solution.status == Status.UNBOUNDED
-
-
-def contraction(residuals: Array, floor: Array) -> Array:
-    """(r_m / r_1)^(1/(m − 1)), m the largest with r_1, …, r_m all above the floor; +∞ for m < 2.
-
-    Args:
-      residuals: r_k, shape (K, *batch).
-      floor: what counts as round-off, shape (*batch,).
-    """
-    ratios = jnp.sum(jnp.cumprod(residuals > floor[None], axis=0), axis=0) - 1  # m − 1
-    last = jnp.take_along_axis(residuals, jnp.maximum(ratios, 0)[None], axis=0)[0]
-    total = last / jnp.where(ratios > 0, residuals[0], 1.0)
-    return jnp.where(
-        ratios > 0, total ** (1.0 / jnp.maximum(ratios, 1).astype(total.dtype)), jnp.inf
     )
 
 
@@ -201,6 +86,8 @@ class LayerCertificate:
         sampled gradients, steps that change or that differ between outputs).
       finite: whether every iterate of every example was finite.
       note: why a gap is infinite and what to do, or "".
+      distance_max: the certified distance of the batch's worst example from its equilibrium, in units of z;
+        NaN for layers that are no equilibrium layers.
     """
 
     name: str
@@ -216,6 +103,7 @@ class LayerCertificate:
     contraction_bound: float
     finite: bool
     note: str = ""
+    distance_max: float = float("nan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +124,18 @@ class CertificateReport:
         """The aligned table."""
         if not self.rows:
             return "No solver layer was called."
-        headers = (
+        headers = [
             "layer", "L", "||A||² in", "step", "iterations", "gap max", "gap mean", "relative",
             "contraction", "guaranteed",
-        )  # fmt: skip
-        lines = [_table.text(headers, [_cells(row) for row in self.rows])]
+        ]  # fmt: skip
+        cells = [_cells(row) for row in self.rows]
+        if not all(np.isnan(row.distance_max) for row in self.rows):
+            headers.append("distance")
+            cells = [
+                [*one, _number(row.distance_max, ".1e")]
+                for one, row in zip(cells, self.rows, strict=True)
+            ]
+        lines = [_table.text(headers, cells)]
         lines += [f"{row.name}: {row.note}" for row in self.rows if row.note]
         return "\n".join(lines)
 
@@ -268,7 +163,12 @@ def _row(name: str, seen: Observation) -> LayerCertificate:
     gap, objective = np.asarray(seen.gap), np.abs(seen.objective)
     if not gap.size:
         _checks.fail(f"batch of the solver layer {name!r}", "at least one example", "none")
-    relative = np.divide(gap, objective, out=np.full_like(gap, np.inf), where=objective > 0)
+    relative = np.divide(
+        gap,
+        objective,
+        out=np.full_like(gap, np.inf),
+        where=(objective > 0) & np.isfinite(objective),
+    )
     relative = np.where(gap == 0, 0.0, np.where(np.isinf(gap), np.inf, relative))
     rates = seen.contraction[np.isfinite(seen.contraction)]
     return LayerCertificate(
@@ -285,6 +185,7 @@ def _row(name: str, seen: Observation) -> LayerCertificate:
         contraction_bound=float(_or_nan(seen.contraction_bound)),
         finite=bool(np.all(seen.finite)),
         note=_note(seen),
+        distance_max=float(_or_nan(np.max(seen.distance))),
     )
 
 
@@ -304,6 +205,8 @@ def _note(seen: Observation) -> str:
         return f"{count}: the iterates are not finite; take a shorter step"
     if np.any(infinite & ~np.asarray(seen.feasible)):
         return f"{count}: the output is outside the prior's domain"
+    if np.all(np.isinf(np.asarray(seen.objective))):
+        return f"{count}: the layer has no objective; see its distance from the equilibrium"
     if np.any(growing):
         return f"{count}: the iterates grow at a constant rate; add a ridge to bound the problem"
     return f"{count}: no curvature and no dual point found; add a ridge"

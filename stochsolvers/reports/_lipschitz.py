@@ -6,10 +6,11 @@ with constants c_i, satisfies
     ||f(x) − f(y)|| ≤ c_0 ⋯ c_n ℓ_1 ⋯ ℓ_n ||x − y||.
 
 ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference, and
-`solver_bound` for a solver; the c_i are those of the operations between the layers. The product proves
-nothing where the output sees the input on a way around a layer, as with a residual connection, where
-there are parameters that no known layer accounts for, nor where an operation has no constant that is
-known: the bound is then infinite, and the report names the cause.
+`solver_bound` for a solver, `equilibrium_bound` for an equilibrium layer (of the map to the equilibrium,
+which its solver approximates to a tolerance); the c_i are those of the operations between the layers. The
+product proves nothing where the output sees the input on a way around a layer, as with a residual
+connection, where there are parameters that no known layer accounts for, nor where an operation has no
+constant that is known: the bound is then infinite, and the report names the cause.
 """
 
 import dataclasses
@@ -24,8 +25,14 @@ import jax.numpy as jnp
 from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import LinearMap
+from stochsolvers.lipschitz import operator_bracket
 from stochsolvers.reports import _table
-from stochsolvers.reports._bounds import has_bound, solver_bound, squared_norm_bracket
+from stochsolvers.reports._bounds import (
+    equilibrium_bound,
+    has_bound,
+    solver_bound,
+    squared_norm_bracket,
+)
 from stochsolvers.reports._trace import Call, Trace
 
 _BYPASSED = "on one of several paths"
@@ -60,8 +67,10 @@ class Part:
       settings: of a solver layer, or None.
       kept: the constant that a solver layer keeps, or None.
       reference: the fingerprint of what it is of, or None.
+      equilibrium: the problem of an equilibrium layer, and the map U of each of its layers, None for the
+        identity; or None.
 
-    A part that is neither a map nor a normalisation has no bound.
+    A part that is neither a map nor a normalisation nor an equilibrium has no bound.
     """
 
     kind: str
@@ -70,11 +79,13 @@ class Part:
     settings: _layers.Settings | None = None
     kept: Array | None = None
     reference: Array | None = None
+    equilibrium: tuple[Any, tuple[LinearMap | None, ...]] | None = None
 
     @property
     def bounded(self) -> bool:
         """Whether there is a norm to compute."""
-        return self.linear_map is not None or self.normalisation is not None
+        kinds = self.linear_map, self.normalisation, self.equilibrium
+        return any(kind is not None for kind in kinds)
 
     @property
     def has_solver_bound(self) -> bool:
@@ -91,7 +102,8 @@ class LayerNorm:
       name: the layer's path in the network.
       kind: name of its class.
       input_shape: what it is called on, batch axes included; () for parameters outside known layers.
-      lower: a lower bound on its spectral norm ||A||, of its scale for a normalisation.
+      lower: a lower bound on its spectral norm ||A||, of its scale for a normalisation, of the maps U from
+        its inputs to its drives, one above the other, for an equilibrium layer.
       upper: an upper bound, infinite where there is none.
       constant: a Lipschitz constant of the layer: `upper`, or what `solver_bound` gives for a solver.
       note: what keeps the product from being a bound, or "".
@@ -199,6 +211,7 @@ def norms_report(
             p.settings if p.has_solver_bound else None,
             p.kept,
             p.reference,
+            p.equilibrium,
         )
         for p in parts
         if p.bounded
@@ -237,7 +250,9 @@ def _measure(parts: list[Any]) -> list[tuple[Array, Array, Array]]:
     return [results[i] for i in range(len(parts))]
 
 
-def _measure_one(linear_map, normalisation, settings, kept, reference):
+def _measure_one(linear_map, normalisation, settings, kept, reference, equilibrium):
+    if equilibrium is not None:
+        return _measure_equilibrium(*equilibrium)
     if linear_map is None:
         scale, variance, epsilon = normalisation
         largest = jnp.max(
@@ -250,6 +265,21 @@ def _measure_one(linear_map, normalisation, settings, kept, reference):
         return lower, upper, upper
     constant = _layers.current_constant(settings, linear_map, kept, reference)
     return lower, upper, solver_bound(settings, linear_map, bracket.upper, constant)
+
+
+def _measure_equilibrium(
+    problem: Any, input_maps: Sequence[LinearMap | None]
+) -> tuple[Array, Array, Array]:
+    one = jnp.ones((), problem.dtype)
+    inputs = [
+        (one, one) if A is None else tuple(jnp.sqrt(end) for end in squared_norm_bracket(A))
+        for A in input_maps
+    ]
+    layers = getattr(problem, "equilibria", (problem,))
+    squared_norms = [operator_bracket(layer.linear_map).upper for layer in layers]
+    bound = equilibrium_bound(problem, squared_norms, [upper for _, upper in inputs])
+    lower = jnp.max(jnp.stack([lower for lower, _ in inputs]))
+    return lower, jnp.linalg.norm(jnp.stack([upper for _, upper in inputs])), bound
 
 
 def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:

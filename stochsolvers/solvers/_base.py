@@ -312,7 +312,10 @@ def _solve(
     derivative = canonical(solver.derivative, stops=solver.stops)
     implicit = isinstance(derivative, Implicit)
     gradient = gradient_form(
-        problem, solver._option("form", "auto"), num_calls=calls, differentiable=not (implicit or solver.stops)
+        problem,
+        solver._option("form", "auto"),
+        num_calls=calls,
+        differentiable=not (implicit or solver.stops),
     )
     keeps_point = pre_activation and not (implicit or solver.stops)
     run = Run(problem, gradient, estimator, schedule, key, from_zero, keeps_point)
