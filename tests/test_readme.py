@@ -9,7 +9,12 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = {"README.md": 4, "docs/bring_your_own.md": 8, "docs/proximal_backpropagation.md": 1}
+PAGES = {
+    "README.md": 4,
+    "docs/bring_your_own.md": 8,
+    "docs/proximal_backpropagation.md": 1,
+    "docs/equilibrium_networks.md": 3,
+}
 EXAMPLE = re.compile(r"```python\n(.*?)```\n```text\n(.*?)```", re.DOTALL)
 BLOCKS = {
     f"{page} {number}": block
