@@ -27,8 +27,8 @@ class Exact:
     "auto" takes the form with the smallest count; it does not take "parameters" for convolutions, "patches"
     being the same at a smaller count.
 
-    Where round-off makes the system, of order k, indefinite, k ε tr(AᵀA) is added to 1/τ: the step is finite
-    for every τ.
+    The relative round-off of d is at most of the order of ε (1 + τ λ_max(AᵀA)). Where it makes the system, of
+    order k, indefinite, k ε tr(AᵀA) is added to 1/τ: the step is finite for every τ.
 
     Args:
       tau: τ > 0, the step size; traced.
