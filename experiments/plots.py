@@ -69,10 +69,10 @@ def progress(path: Path, contents: Mapping[str, Panels], *, title: str) -> None:
         figure = Figure(figsize=(7.4, 6.4), layout="constrained")
         grid = figure.subplots(len(contents), 2, squeeze=False, sharex="col", sharey="row")
         for line, (ylabel, panels) in zip(grid, contents.items(), strict=True):
-            for axes, (xlabel, drawn) in zip(line, panels.items(), strict=True):
+            for axes, (xlabel, drawn), below in zip(line, panels.items(), grid[-1], strict=True):
                 _draw(axes, drawn)
-                axes.set(xlabel=xlabel if line is grid[-1] else "")
-            line[0].set_ylabel(ylabel)
+                below.set_xlabel(xlabel)
+            line[0].set(ylabel=ylabel, yscale="log" if "loss" in ylabel else "linear")
         figure.suptitle(_titled(title, curves, SEEDS))
         handles = {str(line.get_label()): line for line in grid[0, 0].lines}
         figure.legend(

@@ -34,6 +34,7 @@ from experiments.networks.proxprop import (
     BATCH_SIZE,
     DEFAULTS,
     LABELS,
+    Init,
     Kind,
     ProxPropConfig,
     ProxPropNet,
@@ -63,6 +64,8 @@ class Config(options.Options):
     """Learning rate of the optimiser for backpropagation."""
     width: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Factor on the numbers of channels and hidden units; by default 1."""
+    init: Init = "uniform"
+    """Of the kernels: uniform in ±1/√inputs, as in the paper's code, or lecun, Flax's, wider by 1.7."""
     learning_rate: tyro.conf.Suppress[float] = options.LEARNING_RATES[0]
     trials: tyro.conf.Suppress[int] = 1
     normalize: tyro.conf.Suppress[bool] = False
@@ -144,6 +147,7 @@ def networks(config: Config, dataset: data.Dataset) -> Iterator[tuple[Method, Pr
                 len(dataset.classes),
                 config.step(method),
                 config.width or 1.0,
+                config.init,
             ),
         )
 

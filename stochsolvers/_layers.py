@@ -33,7 +33,13 @@ from stochsolvers.solvers import Solution, Solver
 from stochsolvers.step_sizes import InverseLipschitz
 
 
-def conv_map(layer: Any, kernel: Array, spatial_shape: tuple[int, ...]) -> Conv:
+def conv_map(
+    layer: Any,
+    kernel: Array,
+    spatial_shape: tuple[int, ...],
+    *,
+    what: str = "a solver convolution",
+) -> Conv:
     """A `Conv` with the options of a Flax convolution, for inputs of these pixels.
 
     Raises:
@@ -42,10 +48,10 @@ def conv_map(layer: Any, kernel: Array, spatial_shape: tuple[int, ...]) -> Conv:
     rank = _spatial_rank(layer, kernel)
     input_dilation = 1 if layer.input_dilation is None else layer.input_dilation
     if any(d != 1 for d in np.broadcast_to(input_dilation, (rank,))):
-        _checks.fail("input_dilation of a solver convolution", "1", input_dilation)
+        _checks.fail(f"input_dilation of {what}", "1", input_dilation)
     if layer.mask is not None:
         got = f"an array of shape {layer.mask.shape}"
-        _checks.fail("mask of a solver convolution", "None", got)
+        _checks.fail(f"mask of {what}", "None", got)
     padding = layer.padding
     if isinstance(padding, int):
         padding = ((padding, padding),) * rank

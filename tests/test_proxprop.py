@@ -188,6 +188,21 @@ def test_many_conjugate_gradients_are_exact(rng):
         assert_same(found, *exact, rtol=1e-7)
 
 
+def test_an_empty_batch_has_no_step():
+    for step in (Exact(), ConjugateGradients()):
+        for d in implicit_gradient(
+            ss.Dense(jnp.ones((3, 2))), jnp.ones((0, 3)), jnp.ones((0, 2)), step
+        ):
+            np.testing.assert_array_equal(d, 0)
+
+
+def test_bad_values_are_seen_and_do_not_raise():
+    x = jnp.ones((4, 3)).at[1].set(jnp.nan)
+    for step in (Exact(form="rows"), Exact(form="parameters"), ConjugateGradients()):
+        d, _ = implicit_gradient(ss.Dense(jnp.ones((3, 2))), x, jnp.ones((4, 2)), step)
+        assert not np.any(np.isfinite(d))
+
+
 def test_small_steps_are_backpropagation(rng):
     kernel, x, g = (jnp.asarray(rng.normal(size=s)) for s in ((6, 3), (9, 6), (9, 3)))
     for step in (Exact(1e-9, "rows"), Exact(1e-9, "parameters"), ConjugateGradients(1e-9, 2)):

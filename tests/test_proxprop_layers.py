@@ -168,7 +168,7 @@ def test_what_would_be_lost_is_refused():
     with pytest.raises(ValueError, match="out_sharding of ProxPropLinear: expected the default"):
         linear(3, 2, rngs=rngs)(jnp.ones((1, 3)), out_sharding=jax.sharding.PartitionSpec())
     masked = conv(3, 2, (3, 3), mask=jnp.ones((3, 3, 3, 2)), rngs=rngs)
-    with pytest.raises(ValueError, match="mask of a solver convolution: expected None"):
+    with pytest.raises(ValueError, match="mask of ProxPropConv: expected None"):
         masked(jnp.ones((1, 4, 4, 3)))
 
 

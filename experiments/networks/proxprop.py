@@ -10,6 +10,11 @@ from flax import nnx
 import stochsolvers as ss
 
 Kind = Literal["mlp", "convnet"]
+Init = Literal["uniform", "lecun"]
+INITIALISERS: dict[str, Any] = {
+    "uniform": nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+    "lecun": nnx.initializers.lecun_normal(),
+}
 LABELS: dict[str, str] = {"mlp": "MLP", "convnet": "ConvNet"}
 UNITS = (4000, 1000, 4000)
 CHANNELS = (16, 20, 20)
@@ -32,6 +37,8 @@ class ProxPropConfig:
       num_classes: outputs of the last layer, a dense one that is trained by ordinary gradients.
       step: of the hidden layers; None for ordinary gradients.
       width: factor on the numbers of units and channels.
+      init: of the kernels, "uniform" in ±1/√inputs, as in the paper's code, or "lecun", Flax's normal one of
+        1.7 times its deviation; biases are zero.
     """
 
     kind: Kind = "mlp"
@@ -39,6 +46,7 @@ class ProxPropConfig:
     num_classes: int = 10
     step: ss.proxprop.ImplicitStep | None = None
     width: float = 1.0
+    init: Init = "uniform"
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
@@ -57,8 +65,13 @@ class _Dense(nnx.Module):
     def __init__(self, config: ProxPropConfig, *, rngs: nnx.Rngs):
         height, width, channels = config.image_shape
         sizes = [height * width * channels, *config.sizes(UNITS)]
-        pairs = itertools.pairwise(sizes)
-        self.layers = nnx.List([_implicit(nnx.Linear(*p, rngs=rngs), config.step) for p in pairs])
+        options: dict[str, Any] = {"kernel_init": INITIALISERS[config.init], "rngs": rngs}
+        self.layers = nnx.List(
+            [
+                _implicit(nnx.Linear(*pair, **options), config.step)
+                for pair in itertools.pairwise(sizes)
+            ]
+        )
         self.size = sizes[-1]
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -73,9 +86,12 @@ class _Convolutional(nnx.Module):
         height, width, channels = config.image_shape
         sizes = [channels, *config.sizes(CHANNELS)]
         options: dict[str, Any] = {"padding": ((2, 2), (2, 2)), "rngs": rngs}
-        pairs = itertools.pairwise(sizes)
+        options["kernel_init"] = INITIALISERS[config.init]
         self.layers = nnx.List(
-            [_implicit(nnx.Conv(*pair, (5, 5), **options), config.step) for pair in pairs]
+            [
+                _implicit(nnx.Conv(*pair, (5, 5), **options), config.step)
+                for pair in itertools.pairwise(sizes)
+            ]
         )
         self.size = (height // 4) * (width // 4) * sizes[-1]
 
@@ -102,7 +118,10 @@ class ProxPropNet(nnx.Module):
     def __init__(self, config: ProxPropConfig, *, rngs: nnx.Rngs):
         kind = _Dense if config.kind == "mlp" else _Convolutional
         self.features = kind(config, rngs=rngs)
-        self.classifier = nnx.Linear(self.features.size, config.num_classes, rngs=rngs)
+        init = INITIALISERS[config.init]
+        self.classifier = nnx.Linear(
+            self.features.size, config.num_classes, kernel_init=init, rngs=rngs
+        )
 
     def head(self, features: jax.Array) -> jax.Array:
         """Logits (batch, classes)."""

@@ -58,7 +58,8 @@ class ProxPropConv(nn.Conv, kw_only=True):
         size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         shape = (*size, jnp.shape(inputs)[-1] // self.feature_group_count, self.features)
         inputs, kernel, bias = _parameters(self, inputs, shape)
-        linear_map = _layers.conv_map(self, kernel, jnp.shape(inputs)[1 - kernel.ndim : -1])
+        pixels = jnp.shape(inputs)[1 - kernel.ndim : -1]
+        linear_map = _layers.conv_map(self, kernel, pixels, what="ProxPropConv")
         with _layers.precision_context(self.precision):
             return proxprop.apply(linear_map, inputs, bias, self.step)
 

@@ -151,7 +151,8 @@ class ProxPropConv(nnx.Conv):
         """A x + b, shape (*batch, *spatial, n1) to (*batch, *spatial, n2), at least one batch axis."""
         _layers.refuse("ProxPropConv", out_sharding=out_sharding)
         inputs, kernel, bias = _promoted(self, inputs)
-        linear_map = _layers.conv_map(self, kernel, inputs.shape[1 - kernel.ndim : -1])
+        pixels = inputs.shape[1 - kernel.ndim : -1]
+        linear_map = _layers.conv_map(self, kernel, pixels, what="ProxPropConv")
         with _layers.precision_context(self.precision):
             return proxprop.apply(linear_map, inputs, bias, self.step)
 

@@ -182,12 +182,13 @@ def _implicit_gradient(
     dtype = at_least_float32(linear_map.dtype, inputs.dtype, cotangent.dtype)
     linear_map = linear_map.astype(dtype)
     inputs, cotangent = inputs.astype(dtype), cotangent.astype(dtype)
-    tau = jnp.asarray(step.tau, dtype)
+    tau, parameters = jnp.asarray(step.tau, dtype), Parameters.of(linear_map)
+    bias = None if bias_shape is None else jnp.zeros(bias_shape, dtype)
+    if not cotangent.size:
+        return [jnp.zeros_like(leaf) for leaf in parameters.leaves], bias
     if isinstance(linear_map, Dense | Conv):
         rows = _columns.of(linear_map, inputs, cotangent, bias=bias_shape is not None)
         return rows.kernel_and_bias(rows.step(step, tau))
-    parameters = Parameters.of(linear_map)
-    bias = None if bias_shape is None else jnp.zeros(bias_shape, dtype)
 
     def outputs(both: Any) -> Array:
         leaves, bias = both

@@ -23,11 +23,12 @@ class Exact:
 
     beside the N m n of backpropagation's own AᵀG. c ≤ N m² is that of the Gram matrix of patches: of two taps
     along the first spatial axis only the distance matters but at the borders, so that of k² pairs about k
-    are multiplied. "auto" takes the form with the smallest count; it does not take "parameters" for
-    convolutions, "patches" being the same at a smaller count.
+    are multiplied, and of a k × k filter k times the inputs are held in memory in the place of k² times.
+    "auto" takes the form with the smallest count; it does not take "parameters" for convolutions, "patches"
+    being the same at a smaller count.
 
-    Where round-off makes the system, of order k, indefinite, k ε tr(AᵀA) is added to 1/τ: the step is finite
-    for every τ.
+    The relative round-off of d is at most of the order of ε (1 + τ λ_max(AᵀA)). Where it makes the system, of
+    order k, indefinite, k ε tr(AᵀA) is added to 1/τ: the step is finite for every τ.
 
     Args:
       tau: τ > 0, the step size; traced.
