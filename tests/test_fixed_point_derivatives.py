@@ -139,7 +139,7 @@ def test_a_warm_start_is_the_gradient_of_what_is_added_to_the_layer(make, rng):
         shift: jax.Array = dataclasses.field(kw_only=True)
 
         def layer(self, z):
-            return super(Shifted, self).layer(z) + self.shift
+            return super().layer(z) + self.shift
 
     fields = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
     shifted = Shifted(**fields, shift=jnp.zeros(problem.shape))
