@@ -255,9 +255,9 @@ def test_options_of_solve(rng):
     assert unrolled.residuals.shape == (30, 3)
     assert unrolled.status is None
     own = dataclasses.replace(EXACT, derivative=ss.Truncated(2))
-    with pytest.raises(ValueError, match="derivative of equilibrium.solve"):
+    with pytest.raises(ValueError, match=r"derivative of equilibrium\.solve"):
         solve(problem, solver=own, derivative=ss.Truncated(3))
-    with pytest.raises(ValueError, match="solver of equilibrium.solve"):
+    with pytest.raises(ValueError, match=r"solver of equilibrium\.solve"):
         solve(problem, solver="anderson")
     single = dataclasses.replace(problem, drive=problem.drive.astype(jnp.bfloat16))
     assert solve(single).value.dtype == jnp.float64  # the map's
