@@ -13,8 +13,6 @@ import stochsolvers as ss
 from stochsolvers.solvers import Status
 from stochsolvers.solvers.sequential_averaging import SequentialAveraging
 
-pytestmark = pytest.mark.optimized
-
 KEY = jax.random.key(0)
 SOLVERS = {
     "FixedPoint": ss.FixedPoint(1500, tol=1e-10),
@@ -38,6 +36,7 @@ def test_the_equilibrium_is_found_and_its_gap_certified(solver, rng):
     assert len(set(solution.iterations.tolist())) > 1  # each example stops by itself
 
 
+@pytest.mark.optimized
 def test_one_iteration_is_the_layer_to_the_last_bit(rng):
     problem = shallow(rng)
     start = jnp.asarray(rng.normal(size=problem.shape))
@@ -140,13 +139,14 @@ def test_many_steps_after_convergence_stay_finite(dtype, rng):
             np.testing.assert_array_equal(solution.value[0], 0.0)
             again = solver.solve(None, still, init=solution.value)
             np.testing.assert_allclose(again.value, solution.value, rtol=1e-4, atol=1e-6)
-            gradient = jax.grad(lambda d, s=solver, p=still: s_of(s, p, d))(still.drive)
-            assert np.all(np.isfinite(gradient))
+    assert np.all(np.isfinite(unrolled_gradient(ss.Anderson(800), still)))
 
 
-def s_of(solver, problem, drive):
-    """A loss of the unrolled iteration."""
-    return jnp.sum(solver.solve(None, dataclasses.replace(problem, drive=drive)).value ** 2)
+def unrolled_gradient(solver, problem):
+    def loss(drive):
+        return jnp.sum(solver.solve(None, dataclasses.replace(problem, drive=drive)).value ** 2)
+
+    return jax.jit(jax.grad(loss))(problem.drive)
 
 
 @every_solver
@@ -240,9 +240,10 @@ def test_sequential_averaging_selects_the_solution_of_least_prior():
             errors.append(np.linalg.norm(value - np.array([2.0, 0.0, 0.0])))
         np.testing.assert_allclose(errors[1:], np.array(errors[:-1]) / 10, rtol=0.1)
         assert errors[0] < 0.2
-        stopped = solver(10000, tol=1e-5).solve(None, problem, init=start)
+        stopped = solver(10000, tol=1e-2).solve(None, problem, init=start)
         assert stopped.status == Status.CONVERGED
-        np.testing.assert_allclose(stopped.value, [2.0, 0.0, 0.0], atol=0.02)
+        assert 100 < stopped.iterations < 2000
+        np.testing.assert_allclose(stopped.value, [2.0, 0.0, 0.0], atol=0.05)
 
 
 def test_what_is_refused(rng):

@@ -1,4 +1,4 @@
-"""Derivatives of solutions of z = h(z): implicit, truncated and unrolled, against differences and each other."""
+"""Derivatives of solutions of z = h(z): implicit, truncated and unrolled, against differences."""
 
 import dataclasses
 import functools
@@ -139,7 +139,7 @@ def test_a_warm_start_is_the_gradient_of_what_is_added_to_the_layer(make, rng):
         shift: jax.Array = dataclasses.field(kw_only=True)
 
         def layer(self, z):
-            return super().layer(z) + self.shift
+            return type(problem).layer(self, z) + self.shift
 
     fields = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
     shifted = Shifted(**fields, shift=jnp.zeros(problem.shape))
@@ -181,7 +181,8 @@ def test_phantom_gradients_of_a_layer(rng):
 
     def slope(derivative):
         def value(kernel):
-            problem = ss.LayerProblem(ss.Dense(kernel), x, ridge=0.1)
+            prior = ss.prox.SymmetricLogBarrier(0.5)
+            problem = ss.LayerProblem(ss.Dense(kernel), x, prior=prior, ridge=0.1)
             solver = ss.ProxGD(2000, tol=1e-11, derivative=derivative)
             solution = solver.solve(None, problem, pre_activation=True)
             return jnp.sum(jnp.sin(solution.value) + jnp.cos(solution.pre_activation))
@@ -209,7 +210,7 @@ def test_examples_side_by_side_alone_and_under_vmap(rng):
 def test_averaged_fixed_points(rng):
     """∂/∂a of the solution nearest to a, selected among (a, b, 0) with a, b ≥ 0."""
     problem = Shallow(jnp.diag(jnp.array([1.0, 1.0, 0.5])), jnp.zeros((1, 3)))
-    weights = jnp.array([1.0, 2.0, 3.0])
+    weights = jnp.array([[1.0, 2.0, 3.0]])
 
     def value(nearest, derivative, **options):
         pull = jax.tree_util.Partial(lambda a, z: z - a, nearest)
@@ -249,7 +250,8 @@ def test_memory_of_the_reverse_pass_does_not_grow_with_the_iterations(symmetric,
     short, long = (bytes_of(count, "implicit") for count in (10, 1000))
     diagnostics = 1000 * batch * 5  # the residual and whether it is finite, for each iteration
     assert long <= short + diagnostics
-    assert bytes_of(1000, "unrolled") >= short + 900 * 4 * batch * n
+    if solver is ss.FixedPoint:
+        assert bytes_of(1000, "unrolled") >= short + 900 * 4 * batch * n
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

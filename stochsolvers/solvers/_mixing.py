@@ -9,10 +9,10 @@ by α ∝ (H/tr(H) + δ I)⁻¹ 1. Divided by its trace, H is of one size at eve
 by side.
 
 A mixed point whose residual is larger than the last one's is refused. The next point is then T of the last
-point that was not, the pairs before that are forgotten, and some plain steps y⁺ = T(y) follow: one, and twice as
-many after every further refusal, half as many after every mixed point that was not refused. Where
-||T(a) − T(b)|| ≤ ||a − b|| no plain step has a larger residual, and refusals in a row cost an example
-about log₂ of the iterations that the plain one takes.
+point that was not, the pairs before that are forgotten, and some plain steps y⁺ = T(y) follow: one, and twice
+as many after every further refusal, half as many after every mixed point that was not refused. Where
+||T(a) − T(b)|| ≤ ||a − b|| no plain step has a larger residual, and refusals in a row cost an example about
+log₂ of the iterations that the plain one takes.
 
 References:
   Anderson 1965; Walker and Ni 2011, Anderson acceleration for fixed-point iterations.

@@ -20,7 +20,8 @@ class Anderson(Solver):
 
     over the last `memory` points i, with T as in `FixedPoint`. An iteration evaluates T once. A mixed point
     whose residual ||T(y) − y|| is larger than the last one's is refused: the example goes on from T of the
-    last, by some plain steps, and the points before are forgotten. See `solvers._mixing` for the linear systems and for round-off.
+    last, by some plain steps, and the points before are forgotten. See `solvers._mixing` for the linear
+    systems and for round-off.
 
     Args:
       num_iters: K ≥ 1, the cap where a tolerance is given.

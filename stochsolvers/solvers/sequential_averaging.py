@@ -36,8 +36,8 @@ class SequentialAveraging(Solver):
       prior_step: s > 0.
       contraction: c, in [0, 1).
       num_iters: K ≥ 1, the cap where a tolerance is given.
-      tol: stop an example where ||z_{k+1} − z_k|| ≤ tol max(1, ||z_{k+1}||). The steps shrink as β_k does:
-        the distance to the solution is about k times as long.
+      tol: stop an example where β_k ||S(z_k) − T(z_k)|| ≤ tol max(1, ||z_{k+1}||), which takes about 1/tol
+        iterations: the left side, ||z_{k+1} − T(z_k)||, goes to zero as β_k does.
       step_size: that of T: a number, a schedule, a rule, or None for 1/L, which is 1 for problems z = h(z).
       derivative: as for every solver.
 
@@ -65,9 +65,8 @@ class SequentialAveraging(Solver):
         """The average of S(z) and T(z)."""
         value = run.prox(run.gradient_step(z, k), k)
         weight = self._weight(k + 1, z.dtype)
-        return Step(
-            weight * _descend(z, self.gradient, self.prior_step) + (1 - weight) * value, memory
-        )
+        chosen = _descend(z, self.gradient, self.prior_step)
+        return Step(weight * chosen + (1 - weight) * value, memory, origin=value)
 
     def _weight(self, count: Array | int, dtype: Any) -> Array:
         """β after `count` iterations."""
