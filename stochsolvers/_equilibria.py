@@ -1,7 +1,7 @@
 """What the Flax equilibrium layers share: from a layer's arrays and options to a problem and its solution."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -137,6 +137,12 @@ def check_solver(layer: str, solver: Any, regularizer: Any) -> None:
         _checks.fail(f"solver of {layer}", wanted, repr(solver))
     if regularizer is not None and not isinstance(regularizer, Regularized):
         _checks.fail(f"regularizer of {layer}", "a Regularized or None", repr(regularizer))
+
+
+def result_type(dtype: Any, inputs: Array, parameters: Sequence[Array]) -> Any:
+    """The dtype of a layer's output: its own, or the widest of its inputs and parameters."""
+    kinds = [leaf.dtype for leaf in parameters if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.result_type(inputs.dtype, *kinds) if dtype is None else dtype
 
 
 def composed(

@@ -189,7 +189,7 @@ class DecayLayer(ss.nnx.Equilibrium):
     """A layer of a user's own."""
 
     def __init__(self):
-        self.scale = nnx.Param(jnp.ones(4))
+        self.scale = nnx.Param(jnp.ones(4, jnp.float32))
         self.init_equilibrium()
 
     def problem(self, inputs):
@@ -202,7 +202,7 @@ class LinenDecayLayer(ss.linen.Equilibrium):
 
     @nn.compact
     def problem(self, inputs):
-        scale = self.param("scale", nn.initializers.ones_init(), (4,))
+        scale = self.param("scale", nn.initializers.ones_init(), (4,), jnp.float32)
         scale = jnp.expand_dims(scale, range(inputs.ndim - 1))
         return Decay((scale * inputs).astype(jnp.promote_types(inputs.dtype, jnp.float32)))
 

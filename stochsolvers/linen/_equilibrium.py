@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import dtypes
@@ -45,7 +46,9 @@ class Equilibrium(nn.Module):
 
     def _prepared(self, inputs: Array, follows: bool) -> tuple[FixedPointProblem, Any]:
         """The problem of a call, which may update what is kept, and the dtype of the result."""
-        return self.problem(inputs), inputs.dtype
+        problem = self.problem(inputs)
+        parameters = jax.tree.leaves(self.variables.get("params", {}))
+        return problem, _equilibria.result_type(self.dtype, inputs, parameters)
 
     def solve(
         self,

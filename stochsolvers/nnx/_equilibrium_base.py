@@ -78,7 +78,8 @@ class Equilibrium(KeepsConstant):
 
     def _prepared(self, inputs: Array, deterministic: bool) -> tuple[FixedPointProblem, Any]:
         """The problem of a call, which may update what is kept, and the dtype of the result."""
-        return self.problem(inputs), inputs.dtype
+        parameters = jax.tree.leaves(nnx.state(self, nnx.Param))
+        return self.problem(inputs), _equilibria.result_type(self.dtype, inputs, parameters)
 
     def solve(
         self,
