@@ -44,9 +44,20 @@ class Equilibrium(ss.FixedPointProblem):
     activation: str = ss.static_field()
     symmetric = True
 
-    batch_shape = property(lambda self: self.drive.shape[:-1])
-    shape = property(lambda self: (*self.batch_shape, self.weights.shape[1]))
-    dtype = property(lambda self: self.drive.dtype)
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """(batch,)."""
+        return self.drive.shape[:-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(batch, n)."""
+        return self.drive.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of z."""
+        return self.drive.dtype
 
     def layer(self, z: jax.Array) -> jax.Array:
         """Wᵀσ(W z + c)."""
