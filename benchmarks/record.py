@@ -25,6 +25,7 @@ NAMES = (
     "sampling",
     "masks",
     "certificates",
+    "equilibrium",
     "training",
     "proxprop",
 )

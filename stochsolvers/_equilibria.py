@@ -1,14 +1,14 @@
 """What the Flax equilibrium layers share: from a layer's arrays and options to a problem and its solution."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers import _checks, _layers
-from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers._typing import Array, Scalar, at_least_float32, value_object
 from stochsolvers.equilibrium import (
     DeepProblem,
     EquilibriumProblem,
@@ -18,7 +18,8 @@ from stochsolvers.equilibrium import (
 )
 from stochsolvers.equilibrium._solve import with_derivative
 from stochsolvers.linear_maps import Conv, LinearMap
-from stochsolvers.lipschitz import LipschitzState
+from stochsolvers.lipschitz import LipschitzState, lipschitz_state
+from stochsolvers.lipschitz.machinery.search import Found
 from stochsolvers.problems import FixedPointProblem
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solution, Solver
@@ -65,14 +66,31 @@ class Unit:
         return EquilibriumProblem(linear_map, drive, prior=self.prior)
 
 
+Kept: TypeAlias = dict[str, Array]
+"""The state of a norm as a layer's variable holds it, in arrays by name."""
+
+
+def norm_of(linear_map: LinearMap) -> Kept | None:
+    """The state of the norm of W, from the full computation; None if its singular values are not known."""
+    state = lipschitz_state(linear_map, grid="padded")
+    return None if state.anchor is None else _kept(state)
+
+
 def within_bound(
-    linear_map: LinearMap, bound: Scalar, state: LipschitzState | None
-) -> tuple[LinearMap, LipschitzState | None]:
+    linear_map: LinearMap, bound: Scalar, kept: Kept | None
+) -> tuple[LinearMap, Kept | None]:
     """W with ||W|| ≤ bound, from the kept state of its norm where there is one, and the next state."""
-    anchor = None if state is None else state.anchor
-    if anchor is None or state is None or anchor.dtype != linear_map.dtype:
-        return normalized(linear_map, bound), state
-    return normalized_refresh(linear_map, state, bound, tolerance=TOLERANCE)
+    if kept is None or kept["anchor"].dtype != at_least_float32(linear_map.dtype):
+        return normalized(linear_map, bound), kept
+    best = Found(**{name: kept[f"top_{name}"] for name in Found._fields})
+    state = LipschitzState(kept["anchor"], kept["scale"], kept["ceiling"], best, grid="padded")
+    linear_map, state = normalized_refresh(linear_map, state, bound, tolerance=TOLERANCE)
+    return linear_map, _kept(state)
+
+
+def _kept(state: Any) -> Kept:
+    best = {f"top_{name}": array for name, array in state.best._asdict().items()}
+    return {"anchor": state.anchor, "scale": state.scale, "ceiling": state.ceiling, **best}
 
 
 def conv_maps(
@@ -119,6 +137,12 @@ def check_solver(layer: str, solver: Any, regularizer: Any) -> None:
         _checks.fail(f"solver of {layer}", wanted, repr(solver))
     if regularizer is not None and not isinstance(regularizer, Regularized):
         _checks.fail(f"regularizer of {layer}", "a Regularized or None", repr(regularizer))
+
+
+def result_type(dtype: Any, inputs: Array, parameters: Sequence[Array]) -> Any:
+    """The dtype of a layer's output: its own, or the widest of its inputs and parameters."""
+    kinds = [leaf.dtype for leaf in parameters if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.result_type(inputs.dtype, *kinds) if dtype is None else dtype
 
 
 def composed(

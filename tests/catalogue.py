@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import stochsolvers as ss
@@ -164,6 +165,75 @@ LAYERS = {
     ),
     "linen.SolverDense": lambda: linen(ss.linen.SolverDense(3, solver=ss.ProxSG(0.5, 3)), VECTORS),
     "linen.SolverConv": lambda: linen(ss.linen.SolverConv(3, (2, 2), solver=ss.ProxGD(2)), IMAGES),
+}
+
+
+@ss.value_object
+class Decay(ss.FixedPointProblem):
+    """z = tanh(z / 2 + x), as a problem of a user's own."""
+
+    drive: jax.Array
+
+    batch_shape = property(lambda self: self.drive.shape[:-1])
+    shape = property(lambda self: self.drive.shape)
+    dtype = property(lambda self: self.drive.dtype)
+
+    def layer(self, z):
+        return jnp.tanh(0.5 * z + self.drive)
+
+    def certificate(self, z):
+        return 2 * self.norm(z - self.layer(z))
+
+
+class DecayLayer(ss.nnx.Equilibrium):
+    """A layer of a user's own."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(4, jnp.float32))
+        self.init_equilibrium()
+
+    def problem(self, inputs):
+        scale = jnp.expand_dims(self.scale[...], range(inputs.ndim - 1))
+        return Decay((scale * inputs).astype(jnp.promote_types(inputs.dtype, jnp.float32)))
+
+
+class LinenDecayLayer(ss.linen.Equilibrium):
+    """The same in Linen."""
+
+    @nn.compact
+    def problem(self, inputs):
+        scale = self.param("scale", nn.initializers.ones_init(), (4,), jnp.float32)
+        scale = jnp.expand_dims(scale, range(inputs.ndim - 1))
+        return Decay((scale * inputs).astype(jnp.promote_types(inputs.dtype, jnp.float32)))
+
+
+def members(room, count=2):
+    """Layers of a composition, as the constructors of a room make them."""
+    if room is ss.linen:
+        return [room.EquilibriumLinear(features=3, hidden_features=5) for _ in range(count)]
+    return [room.EquilibriumLinear(4, 3, 5, rngs=nnx.Rngs(k)) for k in range(count)]
+
+
+EQUILIBRIA = {
+    "nnx.Equilibrium": lambda: Layer(DecayLayer(), VECTORS),
+    "nnx.EquilibriumLinear": lambda: Layer(
+        ss.nnx.EquilibriumLinear(4, 3, 5, prior=ss.prox.Tanh(), rngs=streams()), VECTORS
+    ),
+    "nnx.EquilibriumConv": lambda: Layer(
+        ss.nnx.EquilibriumConv(2, 3, (2, 2), spatial_shape=(3, 3), strides=2, rngs=streams()),
+        IMAGES,
+    ),
+    "nnx.DeepEquilibrium": lambda: Layer(ss.nnx.DeepEquilibrium(members(ss.nnx)), VECTORS),
+    "linen.Equilibrium": lambda: linen(LinenDecayLayer(), VECTORS),
+    "linen.EquilibriumLinear": lambda: linen(
+        ss.linen.EquilibriumLinear(features=3, hidden_features=5, prior=ss.prox.Tanh()), VECTORS
+    ),
+    "linen.EquilibriumConv": lambda: linen(
+        ss.linen.EquilibriumConv(features=3, kernel_size=(2, 2), strides=2), IMAGES
+    ),
+    "linen.DeepEquilibrium": lambda: linen(
+        ss.linen.DeepEquilibrium(layers=members(ss.linen), warm_start=True), VECTORS
+    ),
 }
 
 

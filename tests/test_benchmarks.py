@@ -12,6 +12,7 @@ from benchmarks import (
     convolution,
     dense,
     derivatives,
+    equilibrium,
     forms,
     masks,
     measure,
@@ -92,7 +93,7 @@ def test_the_stored_page_is_the_one_of_the_stored_results():
 
 @pytest.mark.parametrize(
     "module",
-    [certificates, convolution, derivatives, forms, masks, proxprop, sampling],
+    [certificates, convolution, derivatives, equilibrium, forms, masks, proxprop, sampling],
     ids=lambda m: m.__name__,
 )
 def test_commands_run(module):

@@ -56,9 +56,9 @@ def test_solvers(name):
     testing.check_solver(catalogue.SOLVERS[name], catalogue.PROBLEM)
 
 
-@each(catalogue.LAYERS)
+@each(catalogue.LAYERS | catalogue.EQUILIBRIA)
 def test_layers(name):
-    layer, inputs, variables = catalogue.LAYERS[name]()
+    layer, inputs, variables = (catalogue.LAYERS | catalogue.EQUILIBRIA)[name]()
     testing.check_layer(layer, inputs, variables=variables)
 
 
@@ -75,8 +75,8 @@ MEMBERS = {
     "estimators": (ss.Estimator, catalogue.ESTIMATORS),
     "step_sizes": (ss.StepSizeRule, catalogue.STEP_SIZES),
     "solvers": (ss.Solver, catalogue.SOLVERS),
-    "nnx": (nnx.Module, catalogue.LAYERS | catalogue.EQUIVALENCES),
-    "linen": (nn.Module, catalogue.LAYERS),
+    "nnx": (nnx.Module, catalogue.LAYERS | catalogue.EQUIVALENCES | catalogue.EQUILIBRIA),
+    "linen": (nn.Module, catalogue.LAYERS | catalogue.EQUILIBRIA),
 }
 
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import dtypes
@@ -13,7 +14,6 @@ from stochsolvers._typing import Array, Scalar
 from stochsolvers.equilibrium import DeepProblem, EquilibriumProblem, Regularized
 from stochsolvers.linear_maps import Dense, LinearMap
 from stochsolvers.linen._layers import RECORDS, STATE
-from stochsolvers.lipschitz import LipschitzState, lipschitz_state
 from stochsolvers.problems import FixedPointProblem
 from stochsolvers.prox import NonNegative, Prior
 from stochsolvers.solvers import Solution, Solver
@@ -27,12 +27,14 @@ class Equilibrium(nn.Module):
       solver, derivative, regularizer: as in `stochsolvers.nnx.EquilibriumLinear`.
       warm_start: start each call in which "solver_state" is mutable from where the last one ended, if the
         batch has its shape.
+      dtype: of the computation; by default that of the inputs and the parameters.
     """
 
     solver: Solver | None = None
     derivative: DerivativeLike = "implicit"
     regularizer: Regularized | None = None
     warm_start: bool = False
+    dtype: Any = None
 
     def __post_init__(self) -> None:
         _equilibria.check_solver(type(self).__name__, self.solver, self.regularizer)
@@ -42,14 +44,27 @@ class Equilibrium(nn.Module):
         """The problem that the layer solves at these inputs."""
         raise TypeError("an equilibrium layer defines problem")
 
-    def _prepared(self, inputs: Array) -> tuple[FixedPointProblem, Any]:
-        """The problem of a call, and the dtype of the result."""
-        return self.problem(inputs), inputs.dtype
+    def _prepared(self, inputs: Array, follows: bool) -> tuple[FixedPointProblem, Any]:
+        """The problem of a call, which may update what is kept, and the dtype of the result."""
+        problem = self.problem(inputs)
+        parameters = jax.tree.leaves(self.variables.get("params", {}))
+        return problem, _equilibria.result_type(self.dtype, inputs, parameters)
 
-    def solve(self, inputs: Array, *, init: Array | None = None, certify: bool = False) -> Solution:
-        """The layer's equilibrium as a `Solution`; see `stochsolvers.nnx.Equilibrium.solve`."""
-        problem, dtype = self._prepared(inputs)
-        follows = self.warm_start and self.is_mutable_collection(STATE)
+    def solve(
+        self,
+        inputs: Array,
+        *,
+        init: Array | None = None,
+        deterministic: bool | None = None,
+        certify: bool = False,
+    ) -> Solution:
+        """The layer's equilibrium as a `Solution`; see `stochsolvers.nnx.Equilibrium.solve`.
+
+        With `deterministic` "solver_state" is not written, even if it is mutable.
+        """
+        follows = self.is_mutable_collection(STATE) and not deterministic
+        problem, dtype = self._prepared(inputs, follows)
+        follows = follows and self.warm_start
         kept = self.get_variable(STATE, "start") if follows else None
         records = self.is_mutable_collection(RECORDS) and not self.is_initializing()
         solution = _equilibria.run(
@@ -92,11 +107,16 @@ class EquilibriumUnit(Equilibrium):
         """U, None for the identity, and W before it is normalised, at inputs of this shape."""
         return self.assembled(inputs)[1:3]
 
-    def unit_problem(self, inputs: Array) -> tuple[EquilibriumProblem, Any]:
-        """The problem without the regulariser, and the dtype of the result."""
+    def unit_problem(self, inputs: Array, follows: bool = False) -> tuple[EquilibriumProblem, Any]:
+        """The problem without the regulariser, and the dtype of the result.
+
+        Args:
+          inputs: x.
+          follows: write the state of the norm.
+        """
         layer: Any = self
         inputs, input_map, linear_map, bias = self.assembled(inputs)
-        linear_map = self._within_bound(linear_map)
+        linear_map = self._within_bound(linear_map, follows)
         unit = _equilibria.Unit(layer.prior, layer.bound)
         with _layers.precision_context(layer.precision):
             return unit.problem(input_map, linear_map, inputs, bias), inputs.dtype
@@ -107,11 +127,12 @@ class EquilibriumUnit(Equilibrium):
         Args:
           inputs: of the layer, for their shape.
         """
-        self.put_variable(STATE, "norm", None)
-        self.unit_problem(inputs)
+        kept = _equilibria.norm_of(self.maps(inputs)[1])
+        if kept is not None:
+            self.put_variable(STATE, "norm", kept)
 
-    def _prepared(self, inputs: Array) -> tuple[FixedPointProblem, Any]:
-        problem, dtype = self.unit_problem(inputs)
+    def _prepared(self, inputs: Array, follows: bool) -> tuple[FixedPointProblem, Any]:
+        problem, dtype = self.unit_problem(inputs, follows)
         return _equilibria.composed([problem], 1.0, self.regularizer), dtype
 
     def _parameters(self, inputs: Array, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> Any:
@@ -126,15 +147,14 @@ class EquilibriumUnit(Equilibrium):
             bias = self.param("bias", layer.bias_init, shape[-1:], layer.param_dtype)
         return layer.promote_dtype(inputs, input_kernel, kernel, bias, dtype=layer.dtype)
 
-    def _within_bound(self, linear_map: LinearMap) -> LinearMap:
+    def _within_bound(self, linear_map: LinearMap, follows: bool) -> LinearMap:
         layer: Any = self
-        kept: LipschitzState | None = self.get_variable(STATE, "norm")
-        follows = self.is_mutable_collection(STATE)
+        kept = self.get_variable(STATE, "norm")
         if kept is None and follows:
-            kept = lipschitz_state(linear_map, grid="padded")
-        linear_map, state = _equilibria.within_bound(linear_map, layer.bound, kept)
-        if follows and state is not None and state.anchor is not None:
-            self.put_variable(STATE, "norm", state)
+            kept = _equilibria.norm_of(linear_map)
+        linear_map, kept = _equilibria.within_bound(linear_map, layer.bound, kept)
+        if follows and kept is not None:
+            self.put_variable(STATE, "norm", kept)
         return linear_map
 
 
@@ -158,7 +178,6 @@ class EquilibriumLinear(EquilibriumUnit):
     bound: Scalar = 0.95
     use_input_kernel: bool = True
     use_bias: bool = True
-    dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
     kernel_init: Any = nn.initializers.lecun_normal()
@@ -199,7 +218,6 @@ class EquilibriumConv(EquilibriumUnit):
     bound: Scalar = 0.95
     use_input_kernel: bool = True
     use_bias: bool = True
-    dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
     kernel_init: Any = nn.initializers.lecun_normal()
@@ -246,15 +264,15 @@ class DeepEquilibrium(Equilibrium):
 
     def problem(self, inputs: Array) -> EquilibriumProblem | DeepProblem:
         """The problem that the layer solves at these inputs, for objectives, certificates and distances."""
-        return self._prepared(inputs)[0]  # pyright: ignore[reportReturnType]
+        return self._prepared(inputs, False)[0]  # pyright: ignore[reportReturnType]
 
     def normalize(self, inputs: Array) -> None:
         """Compute the kept norms of all layers afresh, as `EquilibriumLinear.normalize` does."""
         for layer in self.layers:
             layer.normalize(inputs)
 
-    def _prepared(self, inputs: Array) -> tuple[FixedPointProblem, Any]:
-        pairs = [layer.unit_problem(inputs) for layer in self.layers]
+    def _prepared(self, inputs: Array, follows: bool) -> tuple[FixedPointProblem, Any]:
+        pairs = [layer.unit_problem(inputs, follows) for layer in self.layers]
         problems, kinds = zip(*pairs, strict=True)
         return _equilibria.composed([*problems], self.alpha, self.regularizer), kinds[0]
 

@@ -199,7 +199,7 @@ class DeepEquilibrium(Equilibrium):
         if not layers:
             _checks.fail("layers of DeepEquilibrium", "at least one layer", "none")
         self.layers, self.alpha = nnx.List(list(layers)), alpha
-        self.precision = layers[0].precision
+        self.dtype, self.precision = layers[0].dtype, layers[0].precision
         self.init_equilibrium(
             solver=solver,
             derivative=derivative,
@@ -218,11 +218,12 @@ class DeepEquilibrium(Equilibrium):
         for layer in self.layers:
             layer.normalize()
 
-    def _prepared(self, inputs: Array) -> tuple[FixedPointProblem, Any]:
+    def _prepared(self, inputs: Array, deterministic: bool) -> tuple[FixedPointProblem, Any]:
         problems = []
         for layer in self.layers:
             problem, state = layer.unit_problem(inputs)
-            layer.keep_norm(state)
+            if not deterministic:
+                layer.keep_norm(state)
             problems.append(problem)
         dtype = self.layers[0]._promoted(inputs)[0].dtype
         return _equilibria.composed(problems, self.alpha, self.regularizer), dtype

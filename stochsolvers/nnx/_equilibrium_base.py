@@ -11,7 +11,6 @@ from stochsolvers import _equilibria, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.equilibrium import DeepProblem, EquilibriumProblem, Regularized
 from stochsolvers.linear_maps import LinearMap
-from stochsolvers.lipschitz import LipschitzState, lipschitz_state
 from stochsolvers.nnx._solver_layer import KeepsConstant, SolverRecord, SolverState, attribute
 from stochsolvers.problems import FixedPointProblem
 from stochsolvers.prox import Prior
@@ -35,6 +34,7 @@ class Equilibrium(KeepsConstant):
     regularizer: Regularized | None
     start: SolverState | None
     deterministic: bool
+    dtype: Any = None
     precision: Any = None
 
     def init_equilibrium(
@@ -76,20 +76,30 @@ class Equilibrium(KeepsConstant):
         """`normalize`, by the name that `refresh_lipschitz` of a model calls."""
         self.normalize()
 
-    def _prepared(self, inputs: Array) -> tuple[FixedPointProblem, Any]:
+    def _prepared(self, inputs: Array, deterministic: bool) -> tuple[FixedPointProblem, Any]:
         """The problem of a call, which may update what is kept, and the dtype of the result."""
-        return self.problem(inputs), inputs.dtype
+        parameters = jax.tree.leaves(nnx.state(self, nnx.Param))
+        return self.problem(inputs), _equilibria.result_type(self.dtype, inputs, parameters)
 
-    def solve(self, inputs: Array, *, init: Array | None = None, certify: bool = False) -> Solution:
+    def solve(
+        self,
+        inputs: Array,
+        *,
+        init: Array | None = None,
+        deterministic: bool | None = None,
+        certify: bool = False,
+    ) -> Solution:
         """The layer's equilibrium with the solver's residuals, iterations and status, as a `Solution`.
 
         Args:
           inputs: x, features last.
           init: z_0; by default the kept one of a layer with `warm_start`, else zero.
+          deterministic: keep norms and starting points as they are; default, the attribute's value.
           certify: fill in `Solution.certificate`, a bound on the gap of each example.
         """
-        problem, dtype = self._prepared(inputs)
-        follows = self.start is not None and not self.deterministic
+        deterministic = self.deterministic if deterministic is None else deterministic
+        problem, dtype = self._prepared(inputs, deterministic)
+        follows = self.start is not None and not deterministic
         kept = self.start[...] if follows else None
         solution = _equilibria.run(
             self.solver,
@@ -126,7 +136,6 @@ class EquilibriumUnit(Equilibrium):
     prior: Prior
     bound: Scalar
     norm: SolverState | None
-    dtype: Any
     promote_dtype: Any
 
     def _init_unit(
@@ -175,13 +184,10 @@ class EquilibriumUnit(Equilibrium):
     def _kernel_ndim(self) -> int:
         return 2
 
-    def _norm_state(self) -> LipschitzState | None:
+    def _norm_state(self) -> _equilibria.Kept | None:
         def state_of(kernel):
             linear_map = self._kept_map(kernel)
-            if linear_map is None:
-                return None
-            state = lipschitz_state(linear_map, grid="padded")
-            return None if state.anchor is None else state
+            return None if linear_map is None else _equilibria.norm_of(linear_map)
 
         kernel = self.kernel[...]
         if kernel.ndim > self._kernel_ndim():  # a stack of layers made by `nnx.vmap`
@@ -202,7 +208,7 @@ class EquilibriumUnit(Equilibrium):
         inputs, input_kernel, kernel, _ = self._promoted(inputs)
         return self._maps(inputs, input_kernel, kernel)
 
-    def unit_problem(self, inputs: Array) -> tuple[EquilibriumProblem, LipschitzState | None]:
+    def unit_problem(self, inputs: Array) -> tuple[EquilibriumProblem, _equilibria.Kept | None]:
         """The problem without the regulariser, and the next state of the kept norm."""
         inputs, input_kernel, kernel, bias = self._promoted(inputs)
         input_map, linear_map = self._maps(inputs, input_kernel, kernel)
@@ -212,9 +218,9 @@ class EquilibriumUnit(Equilibrium):
             unit = _equilibria.Unit(self.prior, self.bound)
             return unit.problem(input_map, linear_map, inputs, bias), state
 
-    def keep_norm(self, state: LipschitzState | None) -> None:
-        """In training, follow the kernel."""
-        if self.norm is not None and state is not None and not self.deterministic:
+    def keep_norm(self, state: _equilibria.Kept | None) -> None:
+        """Follow the kernel."""
+        if self.norm is not None and state is not None:
             self.norm.set_value(state)
 
     def _promoted(self, inputs: Array) -> Any:
@@ -223,12 +229,12 @@ class EquilibriumUnit(Equilibrium):
         arrays = inputs, own, self.kernel[...], bias
         return self.promote_dtype(arrays, dtype=self.dtype)
 
-    def _prepared(self, inputs: Array) -> tuple[FixedPointProblem, Any]:
+    def _prepared(self, inputs: Array, deterministic: bool) -> tuple[FixedPointProblem, Any]:
         problem, state = self.unit_problem(inputs)
-        self.keep_norm(state)
-        return _equilibria.composed([problem], 1.0, self.regularizer), self._promoted(inputs)[
-            0
-        ].dtype
+        if not deterministic:
+            self.keep_norm(state)
+        dtype = self._promoted(inputs)[0].dtype
+        return _equilibria.composed([problem], 1.0, self.regularizer), dtype
 
 
 def promotes_plainly(unit: EquilibriumUnit) -> bool:

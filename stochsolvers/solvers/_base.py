@@ -26,7 +26,7 @@ from stochsolvers.solvers import _loop
 from stochsolvers.solvers._loop import Diagnostics, Step
 from stochsolvers.solvers._run import LastPoint, Run
 from stochsolvers.solvers._solution import Solution
-from stochsolvers.solvers.derivatives import DerivativeLike, Implicit, canonical
+from stochsolvers.solvers.derivatives import DerivativeLike, Implicit, Truncated, canonical
 from stochsolvers.solvers.implicit import LayerMap, ProxGradientMap, fixed_point, halved, repeated
 from stochsolvers.step_sizes import InverseLipschitz, Schedule, StepSizeRule
 
@@ -120,7 +120,7 @@ class Solver(abc.ABC):
         """
         return self
 
-    def check(self, problem: Problem) -> None:  # noqa: B027 - nothing to refuse by default
+    def check(self, problem: Any) -> None:  # noqa: B027 - nothing to refuse by default
         """Refuse problems that the algorithm is not for; called at trace time."""
 
     # what it has for free
@@ -192,7 +192,8 @@ class Solver(abc.ABC):
         if key is None and not deterministic:
             _checks.fail("key", "a random key for a stochastic solver", None)
         self.check(problem)
-        self.estimator().check(problem)
+        if isinstance(problem, LayerProblem):
+            self.estimator().check(problem)
         traced, static = split_static(self)
         run = functools.partial(
             _solve,
@@ -307,7 +308,9 @@ def _solve(
 
     given, solver = build(traced)
     schedule = given.schedule(problem, step_constant, deterministic=deterministic)
-    estimator = Full() if deterministic else given.estimator().prepare(problem)
+    estimator = Full()
+    if not deterministic and isinstance(problem, LayerProblem):
+        estimator = given.estimator().prepare(problem)
     calls = solver._num_gradients(from_zero)
     derivative = canonical(solver.derivative, stops=solver.stops)
     implicit = isinstance(derivative, Implicit)
@@ -337,6 +340,7 @@ def _solve(
         step_map = halved(step_map)
         value = fixed_point(step_map, value, derivative, len(problem.batch_shape))
     else:
+        assert isinstance(derivative, Truncated)  # nothing else where a solver stops
         value = repeated(step_map, value, derivative.num_iters - pre_activation)
     w = None
     if pre_activation:

@@ -10,7 +10,6 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, static_field, value_object
 from stochsolvers.estimators import Estimator, Full
 from stochsolvers.estimators.forms import Gradient, ResidualGradient
-from stochsolvers.problems import Problem
 from stochsolvers.solvers._loop import Step
 from stochsolvers.step_sizes import Schedule
 
@@ -20,7 +19,7 @@ class Run:
     """What the steps of one solve are made from; derivatives pass through all of it.
 
     Attributes:
-      problem: what is solved: a layer's problem, or one of the form z = h(z).
+      problem: what is solved, a `LayerProblem` or a `FixedPointProblem`.
       gradient: z ↦ ∇F(z), in the form that the solver asks for.
       estimator: of ∇F; the full gradient where nothing is sampled.
       step_size: k ↦ η_k.
@@ -29,7 +28,7 @@ class Run:
       keeps_point: whether the last point before the prox is kept, for a pre-activation.
     """
 
-    problem: Problem
+    problem: Any
     gradient: Any
     estimator: Estimator
     step_size: Schedule

@@ -9,8 +9,10 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx, serialization
 
-from stochsolvers import _checks
+from stochsolvers import _checks, equilibrium
 from stochsolvers._typing import Array
+from stochsolvers.linen import Equilibrium as LinenEquilibrium
+from stochsolvers.nnx import Equilibrium
 from stochsolvers.testing import _common as common
 
 
@@ -29,7 +31,7 @@ class _View(NamedTuple):
 
 
 def check_layer(layer: Any, inputs: Any, *, variables: Any = None) -> None:
-    r"""Hold a solver layer to its contract.
+    r"""Hold a solver layer or an equilibrium layer to its contract.
 
     - the output has the dtype of the plain layer (of inputs and parameters, or the layer's `dtype`); leading
       axes are a batch;
@@ -77,12 +79,16 @@ def _view(layer: Any, variables: Any) -> _View:
 
 def _nnx_view(layer: Any) -> _View:
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    samples_nothing = isinstance(layer, Equilibrium)
 
     def merged(params):
         return nnx.merge(graph, params, rest, copy=True)
 
+    def options(key, deterministic):
+        return {"deterministic": deterministic} | ({} if samples_nothing else {"rngs": key})
+
     def call(params, x, key, deterministic):
-        return merged(params)(x, deterministic=deterministic, rngs=key)
+        return merged(params)(x, **options(key, deterministic))
 
     def solve(params, x):
         return merged(params).solve(x, deterministic=True, certify=True)
@@ -91,16 +97,17 @@ def _nnx_view(layer: Any) -> _View:
         leaves, structure = jax.tree.flatten(nnx.state(layer))
         copy = nnx.clone(layer)
         nnx.update(copy, jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in leaves]))
-        return lambda params, x, key, det: copy(x, deterministic=det, rngs=key)
+        return lambda params, x, key, det: copy(x, **options(key, det))
 
-    return _View(
-        type(layer).__name__, params, call, solve, restored, layer.solver.stochastic, layer.dtype
-    )
+    stochastic = not samples_nothing and layer.solver.stochastic
+    return _View(type(layer).__name__, params, call, solve, restored, stochastic, layer.dtype)
 
 
 def _linen_view(layer: Any, variables: Any) -> _View:
+    samples_nothing = isinstance(layer, LinenEquilibrium)
+
     def apply(variables, params, x, key, **options):
-        rngs = {} if key is None else {layer.rng_collection: key}
+        rngs = {} if key is None or samples_nothing else {layer.rng_collection: key}
         return layer.apply({**variables, "params": params}, x, rngs=rngs, **options)
 
     def call(params, x, key, deterministic):
@@ -113,9 +120,9 @@ def _linen_view(layer: Any, variables: Any) -> _View:
         saved = serialization.from_bytes(variables, serialization.to_bytes(variables))
         return lambda params, x, key, det: apply(saved, saved["params"], x, key, deterministic=det)
 
-    solver, name = layer.solver, type(layer).__name__
-    params = variables["params"]
-    return _View(name, params, call, solve, restored, solver.stochastic, layer.dtype)
+    stochastic = not samples_nothing and layer.solver.stochastic
+    name, params = type(layer).__name__, variables["params"]
+    return _View(name, params, call, solve, restored, stochastic, layer.dtype)
 
 
 def _check_outputs(view: _View, x: Array) -> None:
@@ -207,10 +214,12 @@ def _check_problem(layer: Any, x: Array) -> None:
     def compare(layer, how):
         what = f"{name}(x) {how}"
         problem = common.attempt(f"{name}.problem(x)", layer.problem, x)
-        solver = layer.solver
-        part = "value" if layer.output == "activation" else layer.output
-        options = {"deterministic": True, "pre_activation": part != "value"}
-        expected = getattr(solver.solve(None, problem, **options), part)
+        if isinstance(layer, Equilibrium):
+            expected = equilibrium.solve(problem, solver=layer.solver).value
+        else:
+            part = "value" if layer.output == "activation" else layer.output
+            options = {"deterministic": True, "pre_activation": part != "value"}
+            expected = getattr(layer.solver.solve(None, problem, **options), part)
         words = "the solution of its problem by its solver"
         got = layer(x, deterministic=True)
         rtol = 1e-4 if got.dtype.itemsize >= 4 else 2e-2
