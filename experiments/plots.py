@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 STYLE: Any = {
     "font.size": 10,
@@ -72,13 +72,23 @@ def progress(path: Path, contents: Mapping[str, Panels], *, title: str) -> None:
             for axes, (xlabel, drawn), below in zip(line, panels.items(), grid[-1], strict=True):
                 _draw(axes, drawn)
                 below.set_xlabel(xlabel)
-            line[0].set(ylabel=ylabel, yscale="log" if "loss" in ylabel else "linear")
+            line[0].set_ylabel(ylabel)
+            if "loss" in ylabel:
+                _logarithmic(line[0])
         figure.suptitle(_titled(title, curves, SEEDS))
         handles = {str(line.get_label()): line for line in grid[0, 0].lines}
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
         )
         figure.savefig(path, metadata={"Software": None})
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic scale with numbers at 1, 2 and 5 times powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _titled(title: str, curves: Sequence[Curve], note: str) -> str:

@@ -219,6 +219,9 @@ def _schedule(row: Mapping[str, Any]) -> str:
     epochs = f"{row.get('epochs')}" + f" + {row.get('finetune_epochs')}" * bool(swapped)
     parts = [f"{epochs} epochs", f"batches of {row.get('batch_size')}"]
     parts += [", ".join(f"{rate:g}" for rate in rates)] if rates else []
+    parts += [training["optimizer"]] if training.get("optimizer") else []
+    step = row.get("config", {}).get("network", {}).get("step")
+    parts += [step] if step else []
     parts += ["crop and flip"] if training.get("augment") else []
     parts += ["bfloat16"] if training.get("precision") == "bf16" else []
     return "; ".join(parts)
