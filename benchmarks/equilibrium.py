@@ -19,6 +19,7 @@ import numpy as np
 
 import stochsolvers as ss
 from benchmarks import measure
+from benchmarks._equilibrium_steps import training_figures
 from benchmarks.record import Figure, Goal, Options, main
 
 SIZE, INPUTS, BATCH, OMEGA, TOL, CAP = 200, 50, 16, 0.95, 1e-6, 5000
@@ -73,7 +74,8 @@ def benchmark(options: Options) -> Sequence[Figure]:
             for activation in ACTIVATIONS:
                 problem = equilibrium(kind, activation, size, BATCH, jnp.float64)
                 figures += _counts(f"{kind} W, {activation}, n = {size}, ω = {OMEGA}", problem)
-    return [*figures, _memory(size), *_against_torchdeq(options, size)]
+    steps = training_figures(options)
+    return [*figures, _memory(size), *steps, *_against_torchdeq(options, size)]
 
 
 def equilibrium(kind: str, activation: str, size: int, batch: int, dtype: Any) -> Equilibrium:

@@ -203,7 +203,8 @@ def residuals(
                 taken.append(int(jnp.max(solution.iterations)))
                 converged.append(float(jnp.mean(solution.status == ss.Status.CONVERGED)))
             layers = getattr(problem, "equilibria", (problem,))
-            norms += [float(ss.operator_bracket(layer.linear_map).upper) ** 0.5 for layer in layers]
+            bounds = [ss.lipschitz_bracket(one.linear_map, grid="padded") for one in layers]
+            norms += [float(bound.upper) ** 0.5 for bound in bounds]
         x = tier(x)
     if not norms:
         return curves, {}
