@@ -46,6 +46,7 @@ class Unit:
             wanted = "a Prior such as prox.NonNegative()"
             _checks.fail(f"prior of {layer}", wanted, repr(self.prior))
         _checks.positive(f"bound of {layer}", self.bound)
+        _checks.at_most(f"bound of {layer}", self.bound, 1.0, "ω of a layer with an equilibrium")
         _checks.rank(f"bound of {layer}", self.bound, 0)
         return self
 
@@ -80,7 +81,9 @@ def within_bound(
     linear_map: LinearMap, bound: Scalar, kept: Kept | None
 ) -> tuple[LinearMap, Kept | None]:
     """W with ||W|| ≤ bound, from the kept state of its norm where there is one, and the next state."""
-    if kept is None or kept["anchor"].dtype != at_least_float32(linear_map.dtype):
+    # not below float32, where the division would round the norm up again
+    linear_map = linear_map.astype(at_least_float32(linear_map.dtype))
+    if kept is None or kept["anchor"].dtype != linear_map.dtype:
         return normalized(linear_map, bound), kept
     best = Found(**{name: kept[f"top_{name}"] for name in Found._fields})
     state = LipschitzState(kept["anchor"], kept["scale"], kept["ceiling"], best, grid="padded")
@@ -123,6 +126,14 @@ def conv_maps(
         return None, Conv(kernel, pixels, padding=padding)
     input_map = Conv(input_kernel, pixels, strides=strides, padding=padding)
     return input_map, Conv(kernel, input_map.out_shape[:-1], padding=padding)
+
+
+def kernel_sizes(size: Any, input_size: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the kernels of W and U, the second like the first by default; a number of W is for one axis."""
+    size = (size,) if isinstance(size, int) else tuple(size)
+    if input_size is None:
+        return size, size
+    return size, (input_size,) * len(size) if isinstance(input_size, int) else tuple(input_size)
 
 
 def check_padding(layer: str, padding: Any) -> None:
@@ -201,13 +212,7 @@ def run(
     observe = _layers.observer() if record is not None else None
     if observe is None and not certify:
         return solution
-    certifier = problem.certifier()
-    gap = certifier(solution.value) if has_objective(problem) or certify else None
+    gap = problem.certifier()(solution.value) if problem.has_objective or certify else None
     if record is not None and observe is not None:
         record(observe(resolved, problem, solution, gap, None, True))
     return dataclasses.replace(solution, certificate=gap) if certify else solution
-
-
-def has_objective(problem: Any) -> bool:
-    """Whether equilibria minimise an objective that the problem knows."""
-    return not isinstance(problem, DeepProblem) or problem.has_objective

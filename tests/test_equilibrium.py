@@ -307,3 +307,30 @@ def test_mistakes_are_named(rng):
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_only_problems_with_an_objective_are_certified(rng):
+    """A tolerance of the gap and a layer's certificate too."""
+    one, two = (dense_problem(rng, prior=ss.prox.Tanh()) for _ in range(2))
+    averaged = DeepProblem([one, two], alpha=0.5)
+    prior = DeepProblem([one, Regularized(ss.prox.L1(0.1), 1.0)])
+    for problem in (averaged, DeepProblem([one] * 3), prior):
+        assert not problem.has_objective
+        with pytest.raises(ValueError, match="certificate of DeepProblem: expected two plain"):
+            ss.Anderson(20, gap_tol=1e-3).solve(None, problem)
+        with pytest.raises(ValueError, match="certificate of DeepProblem: expected two plain"):
+            problem.certifier()(jnp.zeros(problem.shape))
+    assert one.has_objective
+    assert DeepProblem([one, two]).has_objective
+
+
+def test_distances_of_tiny_and_huge_drives(rng):
+    kernel = jnp.asarray(kernel_of(rng, 6, 8), jnp.float32)
+    drive = rng.normal(size=(3, 8))
+    for scale in (1e-24, 1e25):
+        problem = EquilibriumProblem(ss.Dense(kernel), jnp.asarray(scale * drive, jnp.float32))
+        W = np.asarray(kernel, np.float64).T
+        truth = scale * np.stack([relu_equilibrium([W], [c]) for c in drive])
+        bound = np.asarray(problem.distance(jnp.zeros(problem.shape, jnp.float32)), np.float64)
+        size = np.linalg.norm(truth, axis=-1)
+        assert np.all((bound >= size) & (bound <= 30 * size))

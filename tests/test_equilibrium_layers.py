@@ -1,6 +1,7 @@
 """Equilibrium layers of NNX and Linen: norms that follow training, warm starts, reports, meshes."""
 
 import catalogue
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -245,3 +246,79 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_the_bound_holds_in_bfloat16():
+    init = nnx.initializers.normal(3.0)
+    for seed in range(3):
+        layer = ss.nnx.EquilibriumLinear(
+            4, 60, 80, dtype=jnp.bfloat16, kernel_init=init, rngs=nnx.Rngs(seed)
+        )
+        assert norm_of(layer) <= 0.95
+        assert layer(X).dtype == jnp.bfloat16
+
+
+def test_within_transformations_that_do_not_see_the_layer():
+    """Its norm is not followed, and the values are the same."""
+    layer = linear()
+    chex.assert_trees_all_close(jax.vmap(lambda x: layer(x))(X), layer(X), atol=1e-5)
+    assert jax.jacobian(lambda x: layer(x))(X[0]).shape == (3, 4)
+
+
+def test_a_warm_start_follows_the_batch_in_linen():
+    module = ss.linen.EquilibriumLinear(features=6, warm_start=True)
+    variables = module.init(jax.random.key(0), X[:1])
+    for most in (200, 1, 1):
+        solution, state = module.apply(variables, X, mutable=["solver_state"], method="solve")
+        variables = {**variables, **state}
+        assert np.all(solution.iterations <= most)
+
+
+class TanhLayer(ss.nnx.Equilibrium):
+    """An equilibrium layer of a user's own, without an objective."""
+
+    def __init__(self, rngs):
+        self.kernel = nnx.Param(0.1 * jax.random.normal(rngs.params(), (4, 4)))
+        self.init_equilibrium()
+
+    def problem(self, inputs):
+        return TanhProblem(self.kernel[...], inputs)
+
+
+@ss.value_object
+class TanhProblem(ss.FixedPointProblem):
+    weights: jax.Array
+    drive: jax.Array
+
+    batch_shape = property(lambda self: self.drive.shape[:-1])
+    shape = property(lambda self: self.drive.shape)
+    dtype = property(lambda self: self.drive.dtype)
+
+    def layer(self, z):
+        return jnp.tanh(z @ self.weights.T + self.drive)
+
+
+def test_a_layer_of_ones_own_is_recorded():
+    report = str(ss.certify(TanhLayer(nnx.Rngs(0)), X))
+    assert "the layer has no objective" in report
+
+
+@ss.value_object
+class Wrong(TanhProblem):
+    def layer(self, z):
+        return super().layer(z)[..., :1]
+
+
+def test_a_layer_function_of_another_shape_is_named():
+    problem = Wrong(jnp.zeros((4, 4)), jnp.zeros((2, 4)))
+    with pytest.raises(ValueError, match=r"Wrong.layer returns: expected \(2, 4\), got \(2, 1\)"):
+        ss.FixedPoint(3).solve(None, problem)
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="bound of EquilibriumLinear: expected a number <= 1"):
+        linear(bound=1.5)
+    layer = ss.nnx.EquilibriumConv(3, 4, 3, input_kernel_size=5, rngs=nnx.Rngs(0))
+    assert layer(jnp.ones((2, 8, 3))).shape == (2, 8, 4)
+    module = ss.linen.EquilibriumConv(features=4, kernel_size=3)
+    assert module.init_with_output(jax.random.key(0), jnp.ones((2, 8, 3)))[0].shape == (2, 8, 4)

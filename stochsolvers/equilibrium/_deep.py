@@ -100,7 +100,7 @@ class DeepProblem(FixedPointProblem):
     - Π_i ((1 − α) + α ω_i²) is a Lipschitz constant of the composition; below 1 the equilibrium is unique.
 
     Args:
-      layers: two or more `EquilibriumProblem`s (or one and a `Regularized`), applied in this order, whose
+      layers: `EquilibriumProblem`s and `Regularized` maps, applied in this order, whose
         variables z have one shape.
       alpha: α in (0, 1]; traced, but for the number 1.
 
@@ -244,7 +244,7 @@ class DeepProblem(FixedPointProblem):
     def _two(self, what: str) -> tuple[EquilibriumProblem, EquilibriumProblem]:
         if not self.has_objective:
             kinds = ", ".join(type(layer).__name__ for layer in self.layers)
-            got = f"alpha={self.alpha} and {kinds}"
+            got = f"{'averaged ' * self.is_averaged}{kinds}"
             _checks.fail(f"{what} of DeepProblem", "two plain EquilibriumProblems", got)
         first, second = self.equilibria
         return first, second
@@ -283,6 +283,7 @@ class DeepProblem(FixedPointProblem):
         return product
 
     def _gap(self, constants: Any, step: Array) -> Array:
+        self._two("certificate")
         first, second = (products.constant for products in constants)
         few = 1 + 16 * float(jnp.finfo(step.dtype).eps)
         return over(0.5 * few * first * step**2, 1 - few * jnp.sqrt(first * second))

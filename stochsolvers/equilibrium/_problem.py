@@ -1,5 +1,6 @@
 """The problem of one equilibrium layer."""
 
+import dataclasses
 from typing import ClassVar
 
 import jax
@@ -55,6 +56,7 @@ class EquilibriumProblem(FixedPointProblem):
 
     linear_map: LinearMap
     drive: Array
+    _: dataclasses.KW_ONLY
     prior: Prior = NonNegative()
 
     symmetric: ClassVar[bool] = True

@@ -54,5 +54,8 @@ def distance(z: Array, evaluation: Evaluation, batch_ndim: int) -> Array:
 
 
 def norm(array: Array, batch_ndim: int) -> Array:
-    """The Euclidean norm of each example."""
-    return jnp.sqrt(jnp.sum(array**2, axis=tuple(range(batch_ndim, array.ndim))))
+    """The Euclidean norm of each example, in units of its largest entry: no square over- or underflows."""
+    axes = tuple(range(batch_ndim, array.ndim))
+    largest = jnp.max(jnp.abs(array), axis=axes, initial=0)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return unit * jnp.sqrt(jnp.sum((array / jnp.expand_dims(unit, axes)) ** 2, axis=axes))

@@ -113,7 +113,7 @@ class ResidualGradient:
 
     def hessian_at(self, z: Array) -> Callable[[Array], Array]:
         """d ↦ d − h′(z) d."""
-        _, jacobian = jax.linearize(self.problem.layer, z)
+        _, jacobian = jax.linearize(self.problem.next_point, z)
         return lambda d: d - jacobian(d)
 
 

@@ -25,8 +25,8 @@ class Equilibrium(nn.Module):
 
     Attributes:
       solver, derivative, regularizer: as in `stochsolvers.nnx.EquilibriumLinear`.
-      warm_start: start each call in which "solver_state" is mutable from where the last one ended, if the
-        batch has its shape.
+      warm_start: start each call in which "solver_state" is mutable from where the last one of that shape
+        ended.
       dtype: of the computation; by default that of the inputs and the parameters.
     """
 
@@ -78,7 +78,8 @@ class Equilibrium(nn.Module):
             record=functools.partial(self.sow, RECORDS, "solves") if records else None,
         )
         if follows:
-            kept = jnp.zeros(problem.shape, problem.dtype) if kept is None else kept
+            if kept is None or kept.shape != problem.shape:
+                kept = jnp.zeros(problem.shape, problem.dtype)
             self.put_variable(STATE, "start", _equilibria.next_start(solution.value, kept))
         return solution
 
@@ -168,7 +169,7 @@ class EquilibriumLinear(EquilibriumUnit):
       features: of z.
       hidden_features: of W z; as many as of z by default.
       prior: g, whose prox at step 1 is the activation σ; ReLU by default.
-      bound: ω < 1, the most that ||W|| may be.
+      bound: ω, the most that ||W|| may be: below 1, or 1 for a bounded σ.
       use_input_kernel: False where x is the drive itself, U = I.
     """
 
@@ -209,11 +210,11 @@ class EquilibriumConv(EquilibriumUnit):
     """
 
     features: int = -1
-    kernel_size: Sequence[int] = (3, 3)
+    kernel_size: int | Sequence[int] = (3, 3)
     hidden_features: int | None = None
     strides: int | Sequence[int] = 1
     padding: str = "SAME"
-    input_kernel_size: Sequence[int] | None = None
+    input_kernel_size: int | Sequence[int] | None = None
     prior: Prior = NonNegative()
     bound: Scalar = 0.95
     use_input_kernel: bool = True
@@ -233,8 +234,7 @@ class EquilibriumConv(EquilibriumUnit):
     def assembled(self, inputs: Array) -> Any:
         """x in the layer's dtype, U or None for the identity, W before it is normalised, b or None."""
         hidden = self.features if self.hidden_features is None else self.hidden_features
-        size = tuple(self.kernel_size)
-        own = size if self.input_kernel_size is None else tuple(self.input_kernel_size)
+        size, own = _equilibria.kernel_sizes(self.kernel_size, self.input_kernel_size)
         strides = _checks.counts("strides", self.strides, len(size))
         shapes = (*own, jnp.shape(inputs)[-1], hidden), (*size, self.features, hidden)
         inputs, input_kernel, kernel, bias = self._parameters(inputs, shapes)

