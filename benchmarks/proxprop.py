@@ -82,8 +82,13 @@ def _model(kind: Kind, side: str, pixels: int, width: float, tau: float) -> Prox
     config = ProxPropConfig(kind, (pixels, pixels, 3), 10, step, width)
     model = ProxPropNet(config, rngs=nnx.Rngs(0))
     if side == IN_PARAMETERS:
-        for layer in model.features.layers:
-            object.__setattr__(layer, "__class__", _InParameters)
+        features: Any = model.features
+        features.layers = nnx.List(
+            [
+                _InParameters(layer.in_features, layer.out_features, rngs=nnx.Rngs(0))
+                for layer in features.layers
+            ]
+        )
     return model
 
 

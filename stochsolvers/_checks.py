@@ -40,6 +40,13 @@ def positive(what: str, value: Any, wanted: str = "a number > 0") -> None:
         fail(what, wanted, value)
 
 
+def finite(what: str, value: Any) -> None:
+    """Require a finite number wherever it is concrete."""
+    known = _concrete(value)
+    if known is not None and not np.all(np.isfinite(known)):
+        fail(what, "a finite number", value)
+
+
 def non_negative(what: str, value: Any) -> None:
     """Require value >= 0 wherever it is concrete."""
     known = _concrete(value)

@@ -139,6 +139,8 @@ def test_the_form_with_the_smallest_count(rng):
     assert largest_factor(Exact(form="parameters"), (20, 50, 4)) == 51
     # 30² (36 + 35) + 30³ < 36² (30 + 35) + 36³ although the counts of N and m are near
     assert largest_factor(Exact(), (30, 35, 35)) == 30
+    # by rows 60³ + … would be less for so many outputs, but G cancels there
+    assert largest_factor(Exact(), (60, 50, 400)) == 51
 
 
 CG_DENSE = {
@@ -541,6 +543,7 @@ BAD = {
     "form of Exact for a Dense: expected": lambda: apply(
         ss.Dense(jnp.ones((2, 2))), jnp.ones((3, 2)), None, Exact(form="patches")
     ),
+    "tau of Exact: expected a finite number": lambda: Exact(np.inf),
     "step of proximal backpropagation: expected": lambda: apply(
         ss.Dense(jnp.ones((2, 2))), jnp.ones((3, 2)), None, 0.1
     ),

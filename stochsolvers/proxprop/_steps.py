@@ -24,11 +24,13 @@ class Exact:
     beside the N m n of backpropagation's own AᵀG. c ≤ N m² is that of the Gram matrix of patches: of two taps
     along the first spatial axis only the distance matters but at the borders, so that of k² pairs about k
     are multiplied, and of a k × k filter k times the inputs are held in memory in the place of k² times.
-    "auto" takes the form with the smallest count; it does not take "parameters" for convolutions, "patches"
-    being the same at a smaller count.
+    "auto" takes the form with the smallest count; "rows" only for N ≤ m, because with more rows than
+    parameters most of G cancels in Aᵀ(A Aᵀ + I/τ)⁻¹G where τ is large; and not "parameters" for convolutions,
+    "patches" being the same at a smaller count.
 
     The relative round-off of d is at most of the order of ε (1 + τ λ_max(AᵀA)). Where it makes the system, of
-    order k, indefinite, k ε tr(AᵀA) is added to 1/τ: the step is finite for every τ.
+    order k, indefinite, k ε tr(AᵀA) is added to 1/τ: the step is finite as long as τ tr(AᵀA)² does not
+    overflow.
 
     Args:
       tau: τ > 0, the step size; traced.
@@ -89,4 +91,5 @@ def _checked_tau(name: str, tau: Any) -> Scalar:
         _checks.fail(f"tau of {name}", "a number > 0", repr(tau))
     _checks.rank(f"tau of {name}", tau, 0)
     _checks.positive(f"tau of {name}", tau)
+    _checks.finite(f"tau of {name}", tau)
     return real(tau)

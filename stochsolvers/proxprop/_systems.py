@@ -108,7 +108,7 @@ def conjugate_gradients(
       num_iters: the number of steps, at one product with H each.
       weight: W v from v and H v, for the inner product <v, w> = (W v)ᵀ w.
     """
-    scale = jnp.max(jnp.abs(right), -2, keepdims=True)
+    scale = jnp.max(jnp.abs(right), -2, keepdims=True, initial=0)
     r = right / jnp.where(scale > 0, scale, 1)
 
     def dot(v, image, w):
