@@ -89,7 +89,7 @@ class Columns(abc.ABC):
         if form == "auto":
             by_rows = N**2 * (m + min(m, n)) + N**3
             by_gram = self.gram_count + m**2 * n + m**3
-            form = "rows" if by_rows <= by_gram and N <= m else "patches"
+            form = "rows" if by_rows <= by_gram and m >= N else "patches"
         if form == "rows":
             return _systems.exact_by_rows(self.rows(), self.outputs(), tau, self.bias)
         gram = self._plain_gram() if form == "parameters" else self.gram()
