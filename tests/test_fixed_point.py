@@ -221,6 +221,28 @@ def test_under_vmap_and_traced_once(rng):
     np.testing.assert_allclose(mapped.value, together.value, rtol=1e-9, atol=1e-12)
 
 
+def test_without_batch_axes_and_with_two(rng):
+    problem = shallow(rng)
+    solver = ss.Anderson(300, tol=1e-8)
+    want = solver.solve(None, problem)
+    two = dataclasses.replace(problem, drive=problem.drive.reshape(2, 2, 20))
+    solution = solver.solve(None, two)
+    np.testing.assert_array_equal(solution.iterations, want.iterations.reshape(2, 2))
+    np.testing.assert_allclose(solution.value.reshape(4, 20), want.value, rtol=1e-9, atol=1e-12)
+    one = solver.solve(None, dataclasses.replace(problem, drive=problem.drive[2]))
+    np.testing.assert_array_equal(one.iterations, want.iterations[2])
+    np.testing.assert_allclose(one.value, want.value[2], rtol=1e-9, atol=1e-12)
+
+
+def test_entries_whose_squares_overflow(rng):
+    kernel, x = (rng.normal(size=s).astype(np.float32) for s in ((16, 8), (3, 16)))
+    for solver in (ss.Anderson(3000, tol=1e-6), ss.FixedPoint(3000, tol=1e-6)):
+        huge, unit = (ss.LayerProblem(ss.Dense(kernel), scale * x) for scale in (1e20, 1.0))
+        solution, best = (solver.solve(None, problem) for problem in (huge, unit))
+        np.testing.assert_array_equal(solution.status, Status.CONVERGED)
+        np.testing.assert_allclose(solution.value / 1e20, best.value, rtol=1e-3, atol=1e-4)
+
+
 def test_sequential_averaging_selects_the_solution_of_least_prior():
     """W = diag(1, 1, ½) has the fixed points (a, b, 0), a, b ≥ 0; the nearest to (2, −3, 1) is (2, 0, 0)."""
     problem = Shallow(jnp.diag(jnp.array([1.0, 1.0, 0.5])), jnp.zeros(3))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixed_points import Shallow, deep, matrix, shallow
+from jax.sharding import PartitionSpec
 from test_meshes import KINDS, on_mesh
+from test_shards import MESH
 
 import stochsolvers as ss
 from stochsolvers.solvers import Implicit, Truncated, _linear
@@ -250,7 +252,7 @@ def test_memory_of_the_reverse_pass_does_not_grow_with_the_iterations(symmetric,
     short, long = (bytes_of(count, "implicit", tol=1e-5) for count in (10, 1000))
     assert long == short
     fixed = [bytes_of(count, "implicit") for count in (10, 1000)]
-    assert fixed[1] - fixed[0] <= 4 * 1000  # the counter of the iterations
+    assert fixed[1] - fixed[0] <= 8 * 1000  # the counter of the iterations
     if solver is ss.FixedPoint:
         assert bytes_of(1000, "unrolled") >= short + 900 * 4 * batch * n
 
@@ -283,6 +285,24 @@ def test_implicit_on_a_mesh(kind, rng):
         return jax.grad(lambda p: loss(p, Implicit(1e-6), tol=1e-6))(problem)
 
     on_mesh(kind, slopes, jnp.asarray(rng.normal(size=(2, 5))))
+
+
+@pytest.mark.parametrize("make", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_within_shard_map(make, rng):
+    problem = make(rng)
+    whole, data = PartitionSpec(), PartitionSpec("data")
+
+    def slope(problem, derivative, tol):
+        solver = ss.Anderson(60, tol=tol, derivative=derivative)
+        return jax.grad(lambda p: jnp.sum(solver.solve(None, p).value ** 2))(problem)
+
+    def slopes(problem):
+        return [slope(problem, d, tol) for d, tol in ((None, 1e-8), ("unrolled", None))]
+
+    specs = jax.tree.map(lambda leaf: whole, problem)
+    specs = dataclasses.replace(specs, drive=data)
+    mapped = jax.shard_map(slopes, mesh=MESH, in_specs=(specs,), out_specs=[specs, specs])
+    close(jax.jit(mapped)(problem), slopes(problem), rtol=1e-8, atol=1e-10)
 
 
 def test_what_is_refused():

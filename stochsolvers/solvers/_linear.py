@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from stochsolvers._shards import varying
 from stochsolvers._typing import Array
 from stochsolvers.solvers._mixing import History, mix, no_history
 
@@ -107,7 +108,7 @@ def _conjugate_gradients(operator, right_side, start, tol, max_iters, dot, sprea
         d = r + spread(beta) * s.d
         return k + 1, _Iterate(u, r, d, rho, running & (rho > target))
 
-    first = _Iterate(start, residual, residual, rho, rho > target)
+    first = varying(_Iterate(start, residual, residual, rho, rho > target), rho)
     last = lax.while_loop(unfinished, step, (0, first))[1]
     return last.u, last.rho
 
@@ -142,6 +143,8 @@ def _accelerated(operator, right_side, start, tol, max_iters, dot, spread):
         return k + 1, _Mixed(y, history, u, jnp.where(s.running, rho, s.rho), running)
 
     start, unit = right_side if start is None else start, jnp.ones_like(size)
-    first = _Mixed(start, no_history(start, unit, _MEMORY), start, size, jnp.full(size.shape, True))
+    running = jnp.ones(size.shape, bool)
+    first = _Mixed(start, no_history(start, unit, _MEMORY), start, size, running)
+    first = varying(first, (start, size))
     last = lax.while_loop(unfinished, step, (0, first))[1]
     return last.u, last.rho

@@ -37,7 +37,7 @@ class Solution:
       pre_activation: w_K with prox_g(w_K) = z_K, where asked for (`pre_activation=True`), shaped as
         the value and differentiable; see `Prior.pre_activation`.
       certificate: a bound on P(z_K) − min P for each example, shape (*batch,), where asked for
-        (`certify=True`); see `LayerProblem.certificate`.
+        (`certify=True`) or a `gap_tol` given; see `LayerProblem.certificate`.
     """
 
     value: Array

@@ -65,7 +65,9 @@ class ProxGD(Solver):
                 turned = run.problem.sum((y - value) * (value - z)) > 0
                 t = jnp.where(turned, 1.0, t)
             t_next = 0.5 * (1.0 + jnp.sqrt(1.0 + 4.0 * t**2))
-            weight = jnp.expand_dims((t - 1.0) / t_next, range(t.ndim, y.ndim))
+            weight = (t - 1.0) / t_next
+            if self.restart:
+                weight = jnp.expand_dims(weight, range(weight.ndim, y.ndim))
             memory = value + weight * (value - z), t_next
         return Step(value, memory, point, origin=y)
 
