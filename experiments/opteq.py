@@ -202,7 +202,7 @@ def residuals(
             if solution.iterations is not None:
                 taken.append(int(jnp.max(solution.iterations)))
                 converged.append(float(jnp.mean(solution.status == ss.Status.CONVERGED)))
-            layers = getattr(problem, "equilibria", (problem,))
+            layers: Any = getattr(problem, "equilibria", (problem,))
             bounds = [ss.lipschitz_bracket(one.linear_map, grid="padded") for one in layers]
             norms += [float(bound.upper) ** 0.5 for bound in bounds]
         x = tier(x)
