@@ -196,7 +196,8 @@ def residuals(
             for plain in (True, False):
                 solver = (ss.FixedPoint if plain else ss.Anderson)(iterations)
                 limits = _relative(problem, solver)
-                about = {"layer": f"tier {number + 1}", "deterministic": plain}
+                how = "plain iteration" if plain else "Anderson"
+                about = {"layer": f"tier {number + 1}", "deterministic": plain, "how": how}
                 curves.append({**about, **limits})
             solution = tier.inner.solve(tier.drive(x))
             if solution.iterations is not None:
