@@ -35,7 +35,7 @@ PUBLISHED = (
 RATES = (1.0, 1 / 3, 0.1)
 WIDTHS = {"digits": (8,)}
 CIFAR_WIDTHS = (32, 49)
-DIGIT_EPOCHS, CIFAR_EPOCHS = 6, 10
+DIGIT_EPOCHS, CIFAR_EPOCHS = 4, 10
 SMOKE_METHODS: tuple[EquilibriumMethod, ...] = ("plain", "equilibrium")
 
 
