@@ -35,7 +35,7 @@ PUBLISHED = (
 RATES = (1.0, 1 / 3, 0.1)
 WIDTHS = {"digits": (8,)}
 CIFAR_WIDTHS = (32, 49)
-DIGIT_EPOCHS, CIFAR_EPOCHS = 6, 10
+DIGIT_EPOCHS, CIFAR_EPOCHS = 4, 10
 SMOKE_METHODS: tuple[EquilibriumMethod, ...] = ("plain", "equilibrium")
 
 
@@ -196,13 +196,14 @@ def residuals(
             for plain in (True, False):
                 solver = (ss.FixedPoint if plain else ss.Anderson)(iterations)
                 limits = _relative(problem, solver)
-                about = {"layer": f"tier {number + 1}", "deterministic": plain}
+                how = "plain iteration" if plain else "Anderson"
+                about = {"layer": f"tier {number + 1}", "deterministic": plain, "how": how}
                 curves.append({**about, **limits})
             solution = tier.inner.solve(tier.drive(x))
             if solution.iterations is not None:
                 taken.append(int(jnp.max(solution.iterations)))
                 converged.append(float(jnp.mean(solution.status == ss.Status.CONVERGED)))
-            layers = getattr(problem, "equilibria", (problem,))
+            layers: Any = getattr(problem, "equilibria", (problem,))
             bounds = [ss.lipschitz_bracket(one.linear_map, grid="padded") for one in layers]
             norms += [float(bound.upper) ** 0.5 for bound in bounds]
         x = tier(x)

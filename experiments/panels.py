@@ -105,7 +105,7 @@ def residuals(rows: Rows) -> Panels:
     )
     for (name, layer, deterministic), (row, *_) in curves.items():
         title, label = labels[name]
-        how = "full gradient" if deterministic else "sampled"
+        how = row.get("how") or ("full gradient" if deterministic else "sampled")
         low, middle, high = (np.array(row[key]) for key in ("low", "middle", "high"))
         x, band = 1 + np.arange(len(middle)), None if deterministic else (low, high)
         curve = Curve(f"{label}, {how}", x, middle, colors[label], deterministic, band)

@@ -82,9 +82,9 @@ class EquilibriumTier(nnx.Module):
         self.norm = nnx.BatchNorm(width, momentum=0.95, rngs=rngs)
         self.is_plain = config.method == "plain"
         if self.is_plain:
-            inner = [nnx.Conv(width, width, (3, 3), **options) for _ in range(config.depth)]
-            norms = [nnx.BatchNorm(width, momentum=0.95, rngs=rngs) for _ in inner]
-            self.inner, self.norms = nnx.List(inner), nnx.List(norms)
+            plain = [nnx.Conv(width, width, (3, 3), **options) for _ in range(config.depth)]
+            norms = [nnx.BatchNorm(width, momentum=0.95, rngs=rngs) for _ in plain]
+            self.plain, self.norms = nnx.List(plain), nnx.List(norms)
             return
         layers = [
             ss.nnx.EquilibriumConv(
@@ -104,7 +104,7 @@ class EquilibriumTier(nnx.Module):
         x = self.drive(images)
         if not self.is_plain:
             return self.norms[0](self.inner(x))
-        for layer, norm in zip(self.inner, self.norms, strict=True):
+        for layer, norm in zip(self.plain, self.norms, strict=True):
             x = norm(layer(nnx.relu(x)))
         return nnx.relu(x)
 

@@ -17,7 +17,6 @@ from jax import lax
 from stochsolvers._shards import automatic, is_explicit
 from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.equilibrium import _round_off
-from stochsolvers.problems import FixedPointProblem
 
 
 @value_object
@@ -65,7 +64,7 @@ def _gap(problem: Any, constants: Any, z: Array) -> Array:
     return problem._gap(constants, _step(problem, constants, z))
 
 
-def _step(problem: FixedPointProblem | Any, constants: Any, z: Array) -> Array:
+def _step(problem: Any, constants: Any, z: Array) -> Array:
     """A bound on ||z − T(z)||, round-off included."""
     with jax.default_matmul_precision("highest"):
         evaluation = problem._evaluate(constants, z)

@@ -105,12 +105,12 @@ class HiddenProblem(LayerProblem):
         known = self.certifier(squared_norm=squared_norm, strong_convexity=strong_convexity)
         return known(z)
 
-    def certifier(
+    def certifier(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         *,
         squared_norm: Scalar | None = None,
         strong_convexity: Scalar | None = None,
-    ) -> "HiddenCertifier":  # pyright: ignore[reportIncompatibleMethodOverride]
+    ) -> "HiddenCertifier":
         """s ↦ certificate(s), with ||W||² computed once."""
         known = (as_known(number, self.dtype) for number in (squared_norm, strong_convexity))
         return HiddenCertifier(lax.stop_gradient(self), *constants_of(_constants, self, *known))

@@ -134,7 +134,9 @@ class EquilibriumProblem(FixedPointProblem):
         """
         return self.certifier(squared_norm=squared_norm).distance(z)
 
-    def certifier(self, *, squared_norm: Scalar | None = None) -> EquilibriumCertifier:
+    def certifier(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *, squared_norm: Scalar | None = None
+    ) -> EquilibriumCertifier:
         """z ↦ certificate(z) and, as its `distance`, distance(z), with ||W||² computed once."""
         known = as_known(squared_norm, self.dtype)
         return EquilibriumCertifier(lax.stop_gradient(self), constants_of(_constants, self, known))

@@ -113,7 +113,7 @@ def remembered_constant(linear_map: LinearMap, state: LipschitzState) -> Array:
     Derivatives are those of L where v is its singular vector, as in `lipschitz_constant`, which it is of maps
     without a kernel that are too large to be written out.
     """
-    if state.anchor is None:
+    if state.best is None or state.scale is None:
         return lipschitz_constant(linear_map, grid=state.grid)
     scale, best = lax.stop_gradient((state.scale, state.best))
     taps, phases = taps_and_phases(linear_map, state.grid)

@@ -100,8 +100,8 @@ class Equilibrium(KeepsConstant):
         """
         deterministic = self.deterministic if deterministic is None else deterministic
         problem, dtype = self._prepared(inputs, deterministic)
-        follows = self.start is not None and not deterministic
-        kept = self.start[...] if follows else None
+        start = None if deterministic else self.start
+        kept = None if start is None else start[...]
         solution = _equilibria.run(
             self.solver,
             self.derivative,
@@ -112,8 +112,8 @@ class Equilibrium(KeepsConstant):
             certify=certify,
             record=self._record if self._is_captured() else None,
         )
-        if kept is not None:
-            self.start[...] = _equilibria.next_start(solution.value, kept)
+        if start is not None and kept is not None:
+            start[...] = _equilibria.next_start(solution.value, kept)
         return solution
 
     def __call__(self, inputs: Array, **options: Any) -> Array:
