@@ -58,7 +58,7 @@ SOLVE = Rates(
 """Of a solve that nothing differentiates."""
 
 GRADIENT = Rates(
-    call=2.2e5, product_call=1.6e5, gram_call=2.7e6, entry=40.0, patch=9.6, dense=0.86, gram=0.59,
+    call=2.2e5, product_call=1.6e5, gram_call=1.0e6, entry=40.0, patch=9.6, dense=0.86, gram=0.59,
     gram_taps=2.3, symbol=7.8, fft=6.2, complex=18.0, symbol_entry=27.0, rim_call=1.0e6, rim=1.2,
     rim_entry=33.0,
 )  # fmt: skip
