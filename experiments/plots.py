@@ -73,7 +73,8 @@ def progress(path: Path, contents: Mapping[str, Panels], *, title: str) -> None:
                 _draw(axes, drawn)
                 below.set_xlabel(xlabel)
             line[0].set_ylabel(ylabel)
-            if "loss" in ylabel:
+            values = np.concatenate([c.y for drawn in panels.values() for c in drawn])
+            if values.min() > 0 and values.max() > 5 * values.min():
                 _logarithmic(line[0])
         figure.suptitle(_titled(title, curves, SEEDS))
         handles = {str(line.get_label()): line for line in grid[0, 0].lines}
