@@ -12,8 +12,8 @@ lr · τ is the rate of backpropagation. Any optimiser takes d in the place of t
 - The system is that of the whole batch: of the global batch on a mesh, Auto or Explicit. AᵀA is a sum over
   the batch, while G of a mean loss falls with its size: a batch k times as large needs τ/k and k · lr. Steps
   of parts of a batch do not add up to that of the batch, so gradients are not to be accumulated.
-- `vmap` over models works. Over examples it is refused, every example having a system of its own: inputs need an
-  axis of a batch that is not mapped over.
+- `vmap` over models works. Over examples it is refused, every example having a system of its own: inputs need
+  an axis of a batch that is not mapped over.
 - Forward mode, `jax.jvp` and `jax.jacfwd`, is refused by JAX, with a TypeError that names `custom_vjp`: d is
   no derivative of a function.
 - A layer that is used twice in a model gets the sum of two steps.
