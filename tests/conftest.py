@@ -38,11 +38,6 @@ settings.register_profile(
 settings.load_profile("project")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of optimised programs run last: every change of the setting empties JAX's caches."""
-    items.sort(key=lambda item: item.get_closest_marker("optimized") is not None)
-
-
 @pytest.hookimpl(tryfirst=True)  # before the fixtures
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compile a test's programs as its mark says."""

@@ -101,7 +101,12 @@ def test_the_catalogue_is_complete(room):
         if not name.startswith("_") and makes(member, base)
     }
     helpers = {"written_out", "fold_batch_norm", "StepSizeRule"}  # they return what they are given
-    missing = exported - listed - helpers
+    trained = {
+        "ProxPropLinear",
+        "ProxPropConv",
+        "ProxPropDense",
+    }  # plain layers; test_proxprop_layers
+    missing = exported - listed - helpers - trained
     assert not missing, f"add {sorted(missing)} to tests/catalogue.py"
 
 

@@ -24,6 +24,7 @@ unbounded below. A ridge λ > 0 removes the last cause.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -103,7 +104,7 @@ class LayerCertificate:
     contraction_bound: float
     finite: bool
     note: str = ""
-    distance_max: float = float("nan")
+    distance_max: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,17 +182,20 @@ def _row(name: str, seen: Observation) -> LayerCertificate:
         gap_max=float(np.max(gap)),
         gap_mean=float(np.mean(gap)),
         relative_gap=float(np.max(relative)),
-        contraction=float(np.max(rates)) if rates.size else float("nan"),
-        contraction_bound=float(_or_nan(seen.contraction_bound)),
+        contraction=float(np.max(rates)) if rates.size else math.nan,
+        contraction_bound=_or_nan(seen.contraction_bound),
         finite=bool(np.all(seen.finite)),
         note=_note(seen),
-        distance_max=float(_or_nan(np.max(seen.distance))),
+        distance_max=_or_nan(np.max(seen.distance)),
     )
 
 
-def _or_nan(value: Any) -> Any:
-    """NaN, "none", in a record; within JAX it is +∞, which `jax_debug_nans` lets pass."""
-    return np.where(np.isinf(value), np.nan, value)
+def _or_nan(value: Any) -> float:
+    """NaN, "none", in a record; within JAX it is +∞, which `jax_debug_nans` lets pass.
+
+    One NaN for all, so that equal rows compare as equal.
+    """
+    return math.nan if np.isinf(value) else float(value)
 
 
 def _note(seen: Observation) -> str:
