@@ -18,6 +18,7 @@ References:
   Anderson 1965; Walker and Ni 2011, Anderson acceleration for fixed-point iterations.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -88,7 +89,8 @@ def mix(history: History, k: Array | int, y: Array, value: Array) -> tuple[Histo
         patience=jnp.where(refused, 2 * history.patience, easier),
     )
     # one pair after the other: XLA's CPU backend takes several times as long over the stack
-    return history, sum(w * v for w, v in zip(weights, history.values, strict=True))
+    terms = [w * v for w, v in zip(weights, history.values, strict=True)]
+    return history, functools.reduce(jnp.add, terms)
 
 
 def _put(history: History, k: Array | int, y: Array, value: Array) -> tuple[History, Array, Array]:
