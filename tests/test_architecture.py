@@ -17,7 +17,7 @@ FLOORS = [
     {"estimators"},
     {"step_sizes"},
     {"dropout", "solvers"},
-    {"equilibrium"},
+    {"equilibrium", "convex"},
     {"_layers"},
     {"_equilibria"},
     {"reports"},

@@ -1,0 +1,21 @@
+r"""Convex programs for two-layer networks: a trained network, and how far from optimal it is.
+
+The weights of a gated network are the variable of a `LayerProblem` whose map is its gated data,
+
+    minimise_V  Σ_j ℓ((Σ_i D_i X v_i)_j, y_j) + β Σ_i ||v_i||₂,       D_i = diag(1[X g_i ≥ 0]).
+
+| | |
+|---|---|
+| `Patterns`, `sample_patterns` | gates and the activation patterns that they make of data |
+| `GatedMap` | the map A*(V) = Σ_i D_i X v_i |
+| `GatedProblem` | the program of a network with fixed gates |
+
+References:
+  Pilanci and Ergen 2020, Neural networks are convex regularizers; Mishkin, Sahiner and Pilanci 2022, Fast
+  convex optimization for two-layer ReLU networks.
+"""
+
+from stochsolvers.convex._gated_map import GatedMap as GatedMap
+from stochsolvers.convex._patterns import Patterns as Patterns
+from stochsolvers.convex._patterns import sample_patterns as sample_patterns
+from stochsolvers.convex._problems import GatedProblem as GatedProblem
