@@ -105,7 +105,7 @@ def _search(key: Array, X: Array, theta: Array, starts: Array, num: int, num_ite
 
 
 def _ascend(X: Array, theta: Array, units: Array, num_iters: Array) -> Responses:
-    """u ← (u + s g/||g||)/||·||, g a subgradient, s = ½/√(1 + k/5); the best point of each start."""
+    """u ← (u + s g/||g||)/||·||, g a subgradient, s = ½ · 10^(−3k/K); the best point of each start."""
 
     def step(k, state):
         units, best = state
@@ -116,7 +116,7 @@ def _ascend(X: Array, theta: Array, units: Array, num_iters: Array) -> Responses
             jnp.where(better, values, best.values),
             jnp.where(better[None, :], outputs, best.outputs),
         )
-        size = 0.5 * lax.rsqrt(1 + 0.2 * k.astype(X.dtype))
+        size = 0.5 * 10 ** (-3 * k.astype(X.dtype) / num_iters)
         return _unit(units + size * _unit(gradient)), best
 
     values, outputs, _ = _respond(X, theta, units)
