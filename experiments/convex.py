@@ -15,10 +15,10 @@ with P neurons for each of C outputs: one output ±1 for two classes, else one o
 | relu | max(u, 0) | `stochsolvers.convex.train_network`: gated start, polish, separation of new neurons |
 | adam, sgd | max(u, 0) | minibatches, see `experiments.descent` |
 
-The gates are normal. The gated program chooses β on the validation images, along a path of fractions of β_max
-(of several best, the largest); it is the same for all methods. The learning rate is chosen likewise from a grid
-(of several best, the one of the least objective). The test images are read once, after that. Seconds are those
-of compilation and of training with the rate that was chosen, without the choices of β and rates and the scores.
+The gates are normal. The gated program chooses β on the validation images, along a path of fractions of
+β_max (of several best, the largest); it is the same for all methods. The learning rate is chosen likewise
+from a grid (of several best, that of the least objective). The test images are read once, after that. Seconds
+are those of compilation and of training with the rate that was chosen, without the choices and the scores.
 
 References:
   Pilanci and Ergen, Neural networks are convex regularizers, 2020; Mishkin, Sahiner and Pilanci, Fast convex

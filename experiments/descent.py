@@ -2,10 +2,10 @@ r"""Two-layer networks trained by minibatches, on the objective of the convex pr
 
     minimise  Σ_c ( Σ_j ½(f_c(x_j) − y_cj)² + (β/2) Σ_i (||w_ci||² + a_ci²) ),   f_c(x) = Σ_i a_ci φ_i(w_ci·x)
 
-with φ(u) = max(u, 0), or φ_i(u) = 1[x·g_i ≥ 0] u for fixed gates g_i: P neurons for each of C outputs. A step is
-of Adam, or of SGD with Nesterov's momentum of 0.9, on the n-th part of this objective, its sum over j taken over
-a minibatch of B data times n/B. The rate falls to zero along a cosine. Initial weights are normal, of variance
-2/d and 1/P, and then balanced: ||w_ci|| = |a_ci|, the same function with the least weight decay.
+with φ(u) = max(u, 0), or φ_i(u) = 1[x·g_i ≥ 0] u for fixed gates g_i: P neurons for each of C outputs. A
+step is of Adam, or of SGD with Nesterov's momentum of 0.9, on the n-th part of this objective, its sum over j
+taken over a minibatch of B data times n/B. The rate falls to zero along a cosine. Initial weights are normal,
+of variance 2/d and 1/P, and then balanced: ||w_ci|| = |a_ci|, the same function with the least weight decay.
 """
 
 import functools

@@ -86,14 +86,16 @@ def progress(path: Path, contents: Mapping[str, Panels], *, title: str) -> None:
 
 def descent(path: Path, contents: Panels, *, title: str) -> None:
     """Axes side by side over seconds, logarithmic but for percentages, with one legend."""
+    ends = [curve.x[-1] for curves in contents.values() for curve in curves]
+    xscale = "log" if max(ends) > 20 * min(ends) else "linear"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.2, 4.0), layout="constrained")
         grid = figure.subplots(1, len(contents), squeeze=False)[0]
         for axes, (ylabel, curves) in zip(grid, contents.items(), strict=True):
             _draw(axes, curves, markers=False)
-            axes.set(xlabel="seconds", ylabel=ylabel, xscale="log")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set(xlabel="seconds", ylabel=ylabel, xscale=xscale)
+            if xscale == "linear":
+                axes.set_xlim(left=0)
             if "%" not in ylabel:
                 _logarithmic(axes)
         figure.suptitle(title)
@@ -113,6 +115,8 @@ def path(path: Path, contents: Panels, *, title: str) -> None:
         for axes, (ylabel, drawn) in zip(grid, contents.items(), strict=True):
             _draw(axes, drawn)
             axes.set(xlabel="β/β$_{max}$", ylabel=ylabel, xscale="log")
+            axes.set_xticks(drawn[0].x, [f"{value:g}" for value in drawn[0].x])
+            axes.xaxis.set_minor_formatter(NullFormatter())
         figure.suptitle(_titled(title, curves, SEEDS))
         figure.savefig(path, metadata={"Software": None})
 
