@@ -83,7 +83,7 @@ def from_network(network: Any, X: Any) -> tuple[Array, Patterns]:
 
     Args:
       network: what `as_network` takes. With a hidden bias the program is that of X with a last column of
-        ones, and so are the gates. An output bias is no part of it: the program's targets are y less the bias.
+        ones, and so are the gates. An output bias is no part of it: the program's targets are y less it.
       X: data, shape (n, d).
 
     Returns:
@@ -119,7 +119,7 @@ def from_network(network: Any, X: Any) -> tuple[Array, Patterns]:
 def _attributes(linear: Any) -> dict[str, Any]:
     """Kernel and bias of an nnx.Linear."""
     found = {name: getattr(linear, name, None) for name in ("kernel", "bias")}
-    arrays = {name: None if v is None else getattr(v, "value", v) for name, v in found.items()}
+    arrays = {name: None if v is None else jnp.asarray(v[...]) for name, v in found.items()}
     if arrays["kernel"] is None or getattr(linear, "gates", None) is not None:
         raise AttributeError("kernel")
     return given(arrays)
