@@ -16,9 +16,24 @@ References:
   convex optimization for two-layer ReLU networks.
 """
 
+from stochsolvers.convex._decompose import Decomposition as Decomposition
+from stochsolvers.convex._decompose import decompose as decompose
 from stochsolvers.convex._enumeration import enumerate_patterns as enumerate_patterns
+from stochsolvers.convex._flax import to_linen as to_linen
+from stochsolvers.convex._flax import to_nnx as to_nnx
+from stochsolvers.convex._gap import NetworkGap as NetworkGap
+from stochsolvers.convex._gap import network_gap as network_gap
 from stochsolvers.convex._gated_map import GatedMap as GatedMap
+from stochsolvers.convex._network import GatedNetwork as GatedNetwork
+from stochsolvers.convex._network import Network as Network
 from stochsolvers.convex._patterns import Patterns as Patterns
 from stochsolvers.convex._patterns import sample_patterns as sample_patterns
 from stochsolvers.convex._problems import GatedProblem as GatedProblem
+from stochsolvers.convex._prune import prune as prune
+from stochsolvers.convex._recover import as_network as as_network
+from stochsolvers.convex._recover import from_network as from_network
+from stochsolvers.convex._recover import recover as recover
 from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
+from stochsolvers.convex._separate import separate as separate
+from stochsolvers.convex._training import Training as Training
+from stochsolvers.convex._training import train_network as train_network
