@@ -88,7 +88,9 @@ def objective_of(problem: Any, u: Array, penalty: Array) -> Array:
     return problem.sum(problem.loss.value(u, problem.inputs)) + penalty
 
 
-def advanced(problem: Any, before: Iterate, V: Array, u: Array, penalty: Array, dual: Dual, tol: Array) -> Iterate:
+def advanced(
+    problem: Any, before: Iterate, V: Array, u: Array, penalty: Array, dual: Dual, tol: Array
+) -> Iterate:
     """The next iterate; programs that had stopped stay as they were."""
     objective = objective_of(problem, u, penalty)
     dual = _duality.better(problem, before.dual, dual)

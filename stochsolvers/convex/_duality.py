@@ -121,7 +121,9 @@ def _shrunk_matrices(prior: NuclearNorm, point: Array, step: Array) -> tuple[Arr
     eigenvalues, U = _linalg.eigh(gram(matrices))
     sigma = jnp.sqrt(jnp.maximum(eigenvalues, 0.0))
     gamma = jnp.broadcast_to(prior._gamma(point), _reduced(point, prior.axes))
-    threshold = jnp.moveaxis(jnp.broadcast_to(step * gamma, gamma.shape), prior.axes, (-2, -1))[..., 0]
+    threshold = jnp.moveaxis(jnp.broadcast_to(step * gamma, gamma.shape), prior.axes, (-2, -1))[
+        ..., 0
+    ]
     left = jnp.maximum(sigma - threshold, 0.0)
     keep = left / jnp.where(left > 0, sigma, 1.0)
     inner = jnp.matmul(jnp.swapaxes(U, -2, -1), matrices, precision="highest")

@@ -10,7 +10,15 @@ from stochsolvers import _checks
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array, value_object
 from stochsolvers.convex import _duality
-from stochsolvers.convex._algorithm import Algorithm, Iterate, Progress, advanced, kept, report, start
+from stochsolvers.convex._algorithm import (
+    Algorithm,
+    Iterate,
+    Progress,
+    advanced,
+    kept,
+    report,
+    start,
+)
 from stochsolvers.convex._duality import expanded
 from stochsolvers.convex._problems import GatedProblem
 

@@ -10,7 +10,15 @@ from stochsolvers import _checks
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array, value_object
 from stochsolvers.convex import _duality, _factor, _fista
-from stochsolvers.convex._algorithm import Algorithm, Iterate, Progress, advanced, kept, report, start
+from stochsolvers.convex._algorithm import (
+    Algorithm,
+    Iterate,
+    Progress,
+    advanced,
+    kept,
+    report,
+    start,
+)
 from stochsolvers.convex._duality import expanded
 from stochsolvers.convex._factor import Factor
 from stochsolvers.convex._problems import GatedProblem
@@ -75,7 +83,11 @@ class KernelADMM(Algorithm):
 def _warm_up(problem: Any) -> int:
     """FISTA iterations that cost as much as K and its factor, at least 10 and at most 100."""
     X, mask = problem.linear_map._rows()
-    (n, d), P, programs = X.shape, mask.shape[1], max(1, problem.inputs.size // problem.inputs.shape[-1])
+    (n, d), P, programs = (
+        X.shape,
+        mask.shape[1],
+        max(1, problem.inputs.size // problem.inputs.shape[-1]),
+    )
     setup = n**2 * (d + P) + n**3 // 3
     return max(10, min(100, setup // (4 * n * d * P * programs)))
 

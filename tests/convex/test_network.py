@@ -35,7 +35,10 @@ def in_cones(rng, X, patterns, *batch):
 
 def test_a_network_is_its_formula(rng, X):
     W, b = rng.standard_normal((D, 5)), rng.standard_normal(5)
-    for a, c in ((rng.standard_normal(5), 0.3), (rng.standard_normal((5, C)), rng.standard_normal(C))):
+    for a, c in (
+        (rng.standard_normal(5), 0.3),
+        (rng.standard_normal((5, C)), rng.standard_normal(C)),
+    ):
         network = convex.Network(W, a, b, c)
         expected = (relu(X @ W + b) @ a + c).T
         np.testing.assert_allclose(network(X), expected, rtol=1e-12)
@@ -46,7 +49,9 @@ def test_a_network_is_its_formula(rng, X):
         np.testing.assert_allclose(network.objective(X, y, 0.7), objective + decay, rtol=1e-12)
         balanced = network.balanced()
         np.testing.assert_allclose(balanced(X), expected, rtol=1e-12)
-        norms = np.linalg.norm(np.vstack([W, b]), axis=0) * np.linalg.norm(np.atleast_2d(a.T), axis=0)
+        norms = np.linalg.norm(np.vstack([W, b]), axis=0) * np.linalg.norm(
+            np.atleast_2d(a.T), axis=0
+        )
         np.testing.assert_allclose(balanced.penalty(), norms.sum(), rtol=1e-12)
 
 
@@ -191,7 +196,10 @@ def test_decompose_finds_the_cheapest_pair(rng, X, patterns):
             lambda b, v=v: np.linalg.norm(b + v) + np.linalg.norm(b),
             start,
             method="SLSQP",
-            constraints={"type": "ineq", "fun": lambda b, G=G, v=v: np.concatenate([G @ b, G @ (b + v)])},
+            constraints={
+                "type": "ineq",
+                "fun": lambda b, G=G, v=v: np.concatenate([G @ b, G @ (b + v)]),
+            },
             options={"maxiter": 500, "ftol": 1e-12},
         )
         V = jnp.zeros(problem.shape).at[i].set(v)
