@@ -60,13 +60,11 @@ class Trained(NamedTuple):
       predict: of data (n, d), values (n,) or (C, n).
       final: the objective, a lower bound of it and how it is known, the number of neurons that are not zero,
         and what was chosen.
-      path: validation accuracy and neurons for each β.
     """
 
     curve: list[Row]
     predict: Callable[[jax.Array], jax.Array]
     final: Row
-    path: Sequence[Row] = ()
 
 
 class DivergenceError(RuntimeError):
@@ -131,8 +129,9 @@ def train_gated(task: Task, fractions: Sequence[float], tol: float, max_iters: i
         "iterations": curve[-1]["epoch"],
         "compilation_seconds": compilation,
         "path_seconds": path_seconds,
+        "path": path,
     }
-    return Trained(curve, functools.partial(program.predict, V), final, path)
+    return Trained(curve, functools.partial(program.predict, V), final)
 
 
 def _compiled(task: Task, tol: float) -> tuple[Callable[..., ss.Solution], float]:

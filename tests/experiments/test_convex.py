@@ -159,7 +159,7 @@ def test_the_gated_program_bounds_gated_networks(run_of_both):
     assert gated["accuracy"] >= 80
     assert (sgd["learning_rate"], sgd["diverged_rates"]) == (0.03, [1e9])
     assert {row["beta"] for row in by_method.values()} == {gated["beta"]}
-    path = [row for row in rows if row["kind"] == "path"]
+    path = gated["path"]
     assert [row["fraction"] for row in path] == [0.1, 0.01]
     assert gated["fraction"] == max(path, key=lambda row: row["validation_accuracy"])["fraction"]
     # a curve does not rise above its start, ends at the objective, and takes time
