@@ -16,6 +16,8 @@ References:
   convex optimization for two-layer ReLU networks.
 """
 
+from typing import Any
+
 from stochsolvers.convex._decompose import Decomposition as Decomposition
 from stochsolvers.convex._decompose import decompose as decompose
 from stochsolvers.convex._enumeration import enumerate_patterns as enumerate_patterns
@@ -37,3 +39,12 @@ from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
 from stochsolvers.convex._separate import separate as separate
 from stochsolvers.convex._training import Training as Training
 from stochsolvers.convex._training import train_network as train_network
+
+
+def __getattr__(name: str) -> Any:
+    """The estimators, which need scikit-learn."""
+    if name not in ("ConvexReLUClassifier", "ConvexReLURegressor"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from stochsolvers.convex import _sklearn
+
+    return getattr(_sklearn, name)
