@@ -71,8 +71,10 @@ class Config(options.Options):
     """First learning rates of Adam among which one is chosen."""
     sgd_rates: tuple[float, ...] = (1e-1, 3e-2, 1e-2)
     """First learning rates of SGD among which one is chosen."""
-    rounds: int = 4
-    """The most rounds of the method relu."""
+    rounds: int = 3
+    """Rounds of the method relu: a start and a polish, then separations, each with a polish."""
+    polish_iters: int = 300
+    """The most L-BFGS iterations of a polish."""
     learning_rate: tyro.conf.Suppress[float] = options.LEARNING_RATES[0]
     trials: tyro.conf.Suppress[int] = 1
     normalize: tyro.conf.Suppress[bool] = False
@@ -81,7 +83,7 @@ class Config(options.Options):
     tensorboard: tyro.conf.Suppress[bool] = False
 
     counts: ClassVar[tuple[str, ...]] = (
-        *(*options.Options.counts, "width", "components", "max_iters", "rounds"),
+        *(*options.Options.counts, "width", "components", "max_iters", "rounds", "polish_iters"),
     )
     smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {
         "fractions": (0.1, 0.03),
@@ -211,7 +213,7 @@ def _trained(
     if method in GATED:
         shared |= {name: gated[name] for name in ("lower_bound", "bound")}
     if method == "relu":
-        trained = programs.train_relu(task, gated["beta"], config.rounds)
+        trained = programs.train_relu(task, gated["beta"], config.rounds, config.polish_iters)
     else:
         assert config.epochs is not None
         assert config.batch_size is not None
@@ -225,7 +227,7 @@ def _schedule(method: programs.Method, config: Config) -> str:
     if method == "gated":
         return f"relative gap {config.tol:g}"
     if method == "relu":
-        return f"at most {config.rounds} rounds"
+        return f"{config.rounds} rounds, polished by at most {config.polish_iters} iterations"
     return f"{config.epochs} epochs; batches of {config.batch_size}"
 
 

@@ -130,14 +130,15 @@ def _family(row: Row) -> tuple[Any, ...]:
 def descent(rows: Rows) -> Panels:
     """Objective, its relative distance from the best lower bound, and accuracy over seconds.
 
-    One line for each seed. Seconds are since the start, compilation and training.
+    Of the first seed: another one may have another β. Seconds are of compilation and training.
     """
     panels: Panels = {}
     if not is_descent(rows):
         return panels
     labels, colors, best = _labels(rows), _colors(rows), bounds(rows)
-    epochs = [row for row in rows if row["kind"] == "epoch"]
-    for (name, _), group in grouped(epochs, lambda row: (name_of(row), row["seed"])).items():
+    seed = rows[0]["seed"]
+    epochs = [row for row in rows if row["kind"] == "epoch" and row["seed"] == seed]
+    for name, group in grouped(epochs, name_of).items():
         label = labels[name][1]
         x = np.array([row["seconds"] for row in group])
         gaps = [relative_gap(row, best) for row in group]

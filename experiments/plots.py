@@ -85,7 +85,7 @@ def progress(path: Path, contents: Mapping[str, Panels], *, title: str) -> None:
 
 
 def descent(path: Path, contents: Panels, *, title: str) -> None:
-    """Axes side by side over seconds, logarithmic but for percentages, with one legend."""
+    """Axes side by side over seconds, of one seed, logarithmic but for percentages, with one legend."""
     ends = [curve.x[-1] for curves in contents.values() for curve in curves]
     xscale = "log" if max(ends) > 20 * min(ends) else "linear"
     with mpl.rc_context(STYLE):

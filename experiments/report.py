@@ -32,7 +32,7 @@ PICTURES = {
     "progress.png": "loss and accuracy over epochs and over seconds, compilation and scoring included, mean "
     "over the seeds, band from least to greatest",
     "descent.png": "objective, its relative distance from the best lower bound, and validation accuracy over "
-    "seconds of compilation and training, one line for each seed",
+    "seconds of compilation and training, of the first seed",
     "path.png": "validation accuracy and neurons of the gated program over β/β_max, mean over the seeds, "
     "band from least to greatest",
 }
