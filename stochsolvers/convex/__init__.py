@@ -6,16 +6,19 @@ The weights of a gated network are the variable of a `LayerProblem` whose map is
 
 | | |
 |---|---|
-| `Patterns`, `sample_patterns` | gates and the activation patterns that they make of data |
+| `Patterns`, `sample_patterns`, `enumerate_patterns` | gates and the activation patterns they make of data |
 | `GatedMap` | the map A*(V) = Σ_i D_i X v_i |
 | `GatedProblem` | the program of a network with fixed gates |
+| `ReLUProblem` | the program of a ReLU network: the same with cones |
 
 References:
   Pilanci and Ergen 2020, Neural networks are convex regularizers; Mishkin, Sahiner and Pilanci 2022, Fast
   convex optimization for two-layer ReLU networks.
 """
 
+from stochsolvers.convex._enumeration import enumerate_patterns as enumerate_patterns
 from stochsolvers.convex._gated_map import GatedMap as GatedMap
 from stochsolvers.convex._patterns import Patterns as Patterns
 from stochsolvers.convex._patterns import sample_patterns as sample_patterns
 from stochsolvers.convex._problems import GatedProblem as GatedProblem
+from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem

@@ -19,7 +19,8 @@ class GatedMap(LinearMap):
     With data of patches X_k, one gate and one v_i for all of them, A*(V) = Σ_i Σ_k D_ik X_k v_i. With
     several outputs each has its own row of r and its own weights, with the same patterns.
 
-    Cost: one product of X with a d × P matrix for each output; the n × P × d array of all D_i X is not formed.
+    The cost is one product of X with a d × P matrix for each output: the n × P × d array of all D_i X is
+    not formed.
 
     Args:
       X: data, shape (n, d), or (n, K, d) for K patches each.

@@ -32,7 +32,7 @@ class Patterns:
         _checks.rank("gates of Patterns", self.gates, 2)
         _inputs.finite("gates of Patterns", self.gates)
         kind = getattr(self.mask, "dtype", type(self.mask).__name__)
-        if kind != bool:
+        if str(kind) != "bool":
             _checks.fail("dtype of mask of Patterns", "bool", kind)
         num = jnp.shape(self.gates)[1]
         if num == 0 or jnp.ndim(self.mask) not in (2, 3) or jnp.shape(self.mask)[-1] != num:

@@ -103,7 +103,7 @@ class GatedProblem(LayerProblem):
         object.__setattr__(self, "beta", jnp.asarray(beta, self.dtype))
 
     @property
-    def X(self) -> Array:
+    def X(self) -> Array:  # noqa: N802 - as in the formula
         """The data, shape (n, d) or (n, K, d)."""
         return self.gated_map.X
 

@@ -1,0 +1,120 @@
+"""What the solvers of gated programs share: their options, what they return, and the stopping test."""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers.convex import _duality
+from stochsolvers.convex._duality import Dual
+from stochsolvers.problems import Problem
+
+Progress = Callable[[Any, Any, Any], Any]
+"""Called with the iteration, the objective and the gap of each program, as arrays."""
+
+
+class Iterate(NamedTuple):
+    """A point of every program, and how far it is known to be from optimal.
+
+    Attributes:
+      value: V, shaped as the variable.
+      prediction: A* V, shaped as the targets.
+      objective: P(V), shape (*batch,).
+      dual: the best dual point so far.
+      done: whether P(V) − D ≤ tol P(V), shape (*batch,).
+      iterations: that each program took, shape (*batch,).
+      moved: ||V_{k+1} − V_k|| of its last one, shape (*batch,).
+    """
+
+    value: Array
+    prediction: Array
+    objective: Array
+    dual: Dual
+    done: Array
+    iterations: Array
+    moved: Array
+
+
+@value_object
+class Algorithm(abc.ABC):
+    """A solver of convex programs with its options, as a value.
+
+    Args:
+      max_iters: the most iterations, traced.
+    """
+
+    max_iters: Scalar = 10_000
+
+    def __post_init__(self):
+        _checks.non_negative("max_iters", self.max_iters)
+        _checks.rank("max_iters", self.max_iters, 0)
+
+    @abc.abstractmethod
+    def check(self, problem: Any) -> None:
+        """Refuse programs that the algorithm is not for; called at trace time."""
+
+    @abc.abstractmethod
+    def minimise(
+        self, problem: Any, init: Array | None, tol: Array, progress: Progress | None
+    ) -> Any:
+        """Iterate from V_0 until the gap is at most tol times the objective."""
+
+
+def start(problem: Any, init: Array | None) -> Iterate:
+    """V_0 with its objective and the dual point that it gives."""
+    V = jnp.zeros(problem.shape, problem.dtype) if init is None else init
+    u = problem.linear_map.adjoint(V)
+    residual = problem.loss.derivative(u, problem.inputs)
+    objective = objective_of(problem, u, _duality.regularizer(problem, V))
+    none = jnp.zeros(problem.batch_shape, problem.dtype)
+    return Iterate(
+        value=V,
+        prediction=u,
+        objective=objective,
+        dual=Dual(none - jnp.inf, jnp.zeros_like(residual)),
+        done=jnp.zeros(problem.batch_shape, bool),
+        iterations=jnp.zeros(problem.batch_shape, int),
+        moved=none,
+    )
+
+
+def objective_of(problem: Any, u: Array, penalty: Array) -> Array:
+    """Σ ℓ(u, y) + R."""
+    return problem.sum(problem.loss.value(u, problem.inputs)) + penalty
+
+
+def advanced(problem: Any, before: Iterate, V: Array, u: Array, penalty: Array, dual: Dual, tol: Array) -> Iterate:
+    """The next iterate; programs that had stopped stay as they were."""
+    objective = objective_of(problem, u, penalty)
+    dual = _duality.better(problem, before.dual, dual)
+    after = Iterate(
+        value=V,
+        prediction=u,
+        objective=objective,
+        dual=dual,
+        done=objective - dual.value <= tol * objective,
+        iterations=before.iterations + 1,
+        moved=problem.norm(V - before.value),
+    )
+    return kept(before.done, before, after)
+
+
+def kept(done: Array, before: Any, after: Any) -> Any:
+    """For each program `before` where it is done, else `after`."""
+
+    def choose(old, new):
+        return jnp.where(_duality.expanded(done, new), old, new)
+
+    return jax.tree.map(choose, before, after)
+
+
+def report(progress: Progress | None, k: Array, iterate: Iterate) -> None:
+    """Tell the caller, where asked to."""
+    if progress is not None:
+        gap = iterate.objective - iterate.dual.value
+        jax.debug.callback(progress, k, iterate.objective, gap, ordered=True)

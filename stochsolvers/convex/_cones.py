@@ -1,0 +1,146 @@
+r"""The cones of activation patterns, K_i = {u : (2 D_i − I) X u ≥ 0}, and the group norm on them."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers.prox import Prior
+
+_MAX_ITERS = 20_000  # of a projection; some tens are the rule
+
+
+@value_object
+class Cones:
+    r"""K_i = {u : G_i u ≥ 0}, G_i = (2 D_i − I) X̂, X̂ the rows of X divided by their norms.
+
+    Args:
+      rows: X̂, shape (n, d), rows of X that are zero left zero; all patches of convolutional data.
+      mask: booleans (n, P).
+    """
+
+    rows: Array
+    mask: Array
+
+    @classmethod
+    def of(cls, X: Array, mask: Array) -> "Cones":
+        """The cones of data (n, d) or (n, K, d)."""
+        X, mask = X.reshape(-1, X.shape[-1]), mask.reshape(-1, mask.shape[-1])
+        scale = jnp.max(jnp.abs(X), axis=-1, keepdims=True)
+        unit = X / jnp.where(scale > 0, scale, 1)
+        norms = jnp.sqrt(jnp.sum(unit * unit, axis=-1, keepdims=True))
+        return cls(unit / jnp.where(norms > 0, norms, 1), mask)
+
+    def products(self, V: Array) -> Array:
+        """G_i v_i, shape (..., P, d) to (..., P, n)."""
+        products = jnp.matmul(V, self.rows.T, precision="highest")
+        return jnp.where(self._lifted(V.ndim), products, -products)
+
+    def combined(self, a: Array) -> Array:
+        """G_iᵀ a_i, shape (..., P, n) to (..., P, d)."""
+        signed = jnp.where(self._lifted(a.ndim), a, -a)
+        return jnp.matmul(signed, self.rows, precision="highest")
+
+    def _lifted(self, ndim: int) -> Array:
+        return jnp.expand_dims(self.mask.T, range(ndim - 2))
+
+    def violation(self, V: Array) -> Array:
+        """max_j (−G_i v_i)_j, or 0: the distance to the farthest half-space, shape (..., P)."""
+        return jnp.maximum(jnp.max(-self.products(V), axis=-1), 0)
+
+    def project(
+        self, V: Array, *, tol: Scalar | None = None, max_iters: Any = _MAX_ITERS
+    ) -> tuple[Array, Array]:
+        r"""Π_K(V) and multipliers a ≥ 0 with Π_K(V)_i = v_i + G_iᵀ a_i.
+
+        min_{a ≥ 0} ½||v_i + G_iᵀ a_i||² by accelerated projected gradient steps that restart where the step
+        turns back, until max |min(a, G_i u_i)| ≤ tol ||v_i||. A projection that is zero up to round-off is
+        zero. For any a ≥ 0, ||Π_K(v_i)|| ≤ ||v_i + G_iᵀ a_i||.
+
+        Args:
+          V: shape (..., P, d).
+          tol: 16 units of round-off by default.
+          max_iters: of steps, traced.
+        """
+        eps = float(jnp.finfo(V.dtype).eps)
+        accuracy = jnp.asarray(16 * eps if tol is None else tol, V.dtype)
+        size = jnp.sqrt(jnp.sum(V * V, axis=-1, keepdims=True))
+        unit = V / jnp.where(size > 0, size, 1)
+        gram = jnp.matmul(self.rows.T, self.rows, precision="highest")
+        constant = jnp.maximum(jnp.linalg.eigvalsh(gram)[-1] * (1 + 8 * eps), 1)
+
+        def unfinished(carry):
+            return (carry[0] < max_iters) & ~jnp.all(carry[-1])
+
+        def step(carry):
+            k, a, ahead, t, done = carry
+            slope = self.products(unit + self.combined(ahead))
+            moved = jax.nn.relu(ahead - slope / constant)
+            done |= jnp.max(jnp.abs(jnp.minimum(ahead, slope)), -1, keepdims=True) <= accuracy
+            back = jnp.sum((ahead - moved) * (moved - a), axis=-1, keepdims=True) > 0
+            following = 0.5 * (1 + jnp.sqrt(1 + 4 * t * t))
+            momentum = jnp.where(back, 0, (t - 1) / following)
+            further = jax.nn.relu(moved + momentum * (moved - a))
+            a, ahead = jnp.where(done, ahead, moved), jnp.where(done, ahead, further)
+            return k + 1, a, ahead, jnp.where(back, 1, following), done
+
+        start = jnp.zeros((*V.shape[:-1], self.rows.shape[0]), V.dtype)
+        ones = jnp.ones_like(size)
+        carry = (0, start, start, ones, ones < 0)
+        a = lax.while_loop(unfinished, step, carry)[2]
+        u = unit + self.combined(a)
+        small = jnp.sqrt(jnp.sum(u * u, axis=-1, keepdims=True)) <= 4 * accuracy
+        return jnp.where(small, 0, u) * size, a * size
+
+
+@value_object
+class ConeGroupL2(Prior):
+    r"""g(U) = γ Σ_i ||u_i||₂ if u_i ∈ K_i for all i, else ∞: prox(V)_i = shrink(Π_{K_i}(v_i), ηγ).
+
+    g* is the indicator of ||Π_{K_i}(w_i)|| ≤ γ. Points are inside the cones up to 256 units of round-off of
+    the largest ||u_i||. The projection is iterative (see `Cones.project`), and not differentiable in reverse.
+
+    Args:
+      cones: K_1, …, K_P of variables (..., P, d).
+      gamma: γ ≥ 0, a number, traced.
+    """
+
+    cones: Cones
+    gamma: ArrayLike = 1.0
+    separable: ClassVar[bool] = False
+
+    def _times(self, factor):
+        return ConeGroupL2(self.cones, self.gamma * factor)
+
+    def _gamma(self, like):
+        return jnp.asarray(self.gamma, like.dtype)
+
+    def _weight_shape(self, like):
+        return (*like.shape[:-1], 1)
+
+    def _value(self, u):
+        tolerance = 256 * float(jnp.finfo(u.dtype).eps)
+        norms = jnp.sqrt(jnp.sum(u * u, axis=-1))
+        inside = jnp.max(self.cones.violation(u)) <= tolerance * jnp.max(norms)
+        return jnp.where(inside, self._gamma(u) * jnp.sum(norms), jnp.inf)
+
+    def _prox(self, v, step):
+        u, _ = self.cones.project(v)
+        norms = jnp.sqrt(jnp.sum(u * u, axis=-1, keepdims=True))
+        kept = jax.nn.relu(norms - step * self._gamma(v))
+        return u * (kept / jnp.where(norms > 0, norms, 1))
+
+    def _conjugate(self, w):
+        slack = 1 + 256 * float(jnp.finfo(w.dtype).eps)
+        u, _ = self.cones.project(w)
+        norms = jnp.sqrt(jnp.sum(u * u, axis=-1))
+        return jnp.where(jnp.all(norms <= slack * self._gamma(w)), 0.0, jnp.inf).astype(w.dtype)
+
+    def _dual_projection(self, w, margin):
+        u, _ = self.cones.project(w)
+        norms = jnp.sqrt(jnp.sum(u * u, axis=-1, keepdims=True))
+        excess = jax.nn.relu(norms - jax.nn.relu(self._gamma(w) - margin))
+        return w - u * (excess / jnp.where(norms > 0, norms, 1))

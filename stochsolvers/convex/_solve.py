@@ -1,0 +1,107 @@
+"""One call from a convex program to its certified optimum."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, Scalar, join_static, split_static
+from stochsolvers.convex import _duality
+from stochsolvers.convex._algorithm import Algorithm, Progress
+from stochsolvers.convex._fista import FISTA
+from stochsolvers.convex._kernel_admm import KernelADMM
+from stochsolvers.convex._problems import GatedProblem
+from stochsolvers.losses import Squares
+from stochsolvers.solvers import Solution, Status
+
+_MOST_DATA = 8000
+"""Beyond, the n × n kernel is not factored."""
+
+
+def solve(
+    problem: Any,
+    *,
+    solver: Algorithm | None = None,
+    init: Array | None = None,
+    tol: Scalar = 1e-4,
+    certify: bool = True,
+    progress: Progress | None = None,
+) -> Solution:
+    r"""The optimum of a convex program, to a certified relative gap: P(V) − min P ≤ tol P(V).
+
+    Args:
+      problem: a `GatedProblem` or a `ReLUProblem`.
+      solver: `KernelADMM()`, `FISTA()`, `LandmarkADMM()` for gated programs, `ConeADMM()` and `InteriorPoint()`
+        for cone programs. None takes, of gated programs, `KernelADMM` for squares on up to 8000 data and else
+        `FISTA`; of cone programs, `ConeADMM`.
+      init: V_0, zero by default; the optimum for a nearby β as a warm start.
+      tol: the relative gap, traced. In float32 gaps below about 1e-5 may be out of reach where β is small.
+      certify: also return a bound on P(V) − min P that allows for round-off; see `Solution.certificate`.
+      progress: called with the iteration, the objectives and the gaps, each time, from within the compiled
+        program.
+
+    Returns:
+      `Solution` with a `status`, `iterations` and a `certificate` for each program of a batch; `residuals` and
+      `objectives` are those of the last iteration, shape (1, *batch). A path of β, tolerances, caps and warm
+      starts compiles once.
+
+    Raises:
+      ValueError: at trace time, for what is no convex program, an algorithm that is not for it, and shapes that
+        do not fit.
+    """
+    if solver is None:
+        solver = _default(problem)
+    if not isinstance(solver, Algorithm):
+        _checks.fail("solver of convex.solve", "an algorithm such as KernelADMM()", repr(solver))
+    solver.check(problem)
+    _checks.non_negative("tol", tol)
+    _checks.rank("tol", tol, 0)
+    if init is not None and jnp.shape(init) != problem.shape:
+        _checks.fail("shape of init of convex.solve", f"{problem.shape}", jnp.shape(init))
+    start = None if init is None else jnp.asarray(init, problem.dtype)
+    traced, static = split_static(solver)
+    tol = jnp.asarray(tol, problem.dtype)
+    return _solve(problem, traced, start, tol, static=static, certify=certify, progress=progress)
+
+
+def _default(problem: Any) -> Algorithm:
+    if not isinstance(problem, GatedProblem):
+        wanted = "a GatedProblem or a ReLUProblem"
+        _checks.fail("problem of convex.solve", wanted, type(problem).__name__)
+    if isinstance(problem.loss, Squares) and problem.inputs.shape[-1] <= _MOST_DATA:
+        return KernelADMM()
+    return FISTA()
+
+
+@functools.partial(jax.jit, static_argnames=("static", "certify", "progress"))
+def _solve(
+    problem: Any,
+    traced: list[Any],
+    init: Array | None,
+    tol: Array,
+    *,
+    static: Any,
+    certify: bool,
+    progress: Progress | None,
+) -> Solution:
+    problem, init = lax.stop_gradient((problem, init))
+    solver: Algorithm = join_static(traced, static)
+    last = solver.minimise(problem, init, tol, progress)
+    finite = jnp.isfinite(last.objective)
+    status = jnp.where(last.done, Status.CONVERGED, Status.MAX_ITERS)
+    status = jnp.where(finite, status, Status.DIVERGED)
+    gap = None
+    if certify:
+        gap = _duality.certificate(problem, last.value, last.dual.point)
+    return Solution(
+        value=last.value,
+        residuals=last.moved[None],
+        objectives=last.objective[None],
+        finite=finite,
+        status=status,
+        iterations=last.iterations,
+        certificate=gap,
+    )
