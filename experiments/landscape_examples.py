@@ -172,7 +172,7 @@ def stochastic(config: Any) -> tuple[Numbers, Drawing]:
     """SGD on the convex program with sampled gates, which is Prox-SG of the library, beside SGD on the network."""
     images = _images(config)
     classes, epochs, batch = len(images.classes), 2 if config.smoke else config.epochs, 64
-    X, y = jnp.asarray(images.train[0]), vectors.one_hot(images.train[1], classes)
+    X, y = jnp.asarray(images.train[0]), vectors.targets(images.train[1], classes)
     fraction, per_epoch = 0.01, -(-len(X) // batch)
     patterns = ss.convex.sample_patterns(jax.random.key(config.seed), X, config.gates)
     problem = ss.convex.GatedProblem(X, y, patterns, 1.0, joint=True, loss=ss.losses.CrossEntropy())
@@ -263,10 +263,14 @@ def gan(config: Any) -> tuple[Numbers, Drawing]:
     ones, ||XᵀX − GᵀG||₂ ≤ λ. The generator of two layers that makes G* of noise Z, (Z W₁)₊W₂ = G*, is then
     fitted by the convex program of its gates.
     """
-    images = _images(config)
-    X = images.train[0][:, :-1].astype(np.float64)
-    n = min(len(X), 300 if config.smoke else 1000)
-    X = X[:n]
+    source = data.read(config.dataset, config.data_dir)
+    pixels = source.dataset(config.seed).train.images[: 300 if config.smoke else 1000]
+    if config.dataset == "digits":
+        pixels = pixels[:, :: vectors.PATCH, :: vectors.PATCH]
+    n, shape = len(pixels), pixels.shape[1:]
+    X = pixels.reshape(n, -1) / float(pixels.max())
+    mean = X.mean(axis=0)
+    X = X - mean
     left, values, right = np.linalg.svd(X, full_matrices=False)
     lam = values[min(10, len(values) - 1)] ** 2
     G = (left * np.sqrt(np.maximum(values**2 - lam, 0))) @ right
@@ -293,7 +297,7 @@ def gan(config: Any) -> tuple[Numbers, Drawing]:
         grid = figure.subplots(len(shown), 10, squeeze=False)
         for line, (name, rows) in zip(grid, shown.items(), strict=True):
             for axes, row in zip(line, rows, strict=False):
-                axes.imshow(images.picture(row), cmap="gray")
+                axes.imshow((row + mean).reshape(shape).clip(0, 1), cmap="gray", vmin=0, vmax=1)
                 axes.set(xticks=[], yticks=[])
                 axes.grid(visible=False)
             line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
@@ -306,7 +310,7 @@ def layers(config: Any) -> tuple[Numbers, Drawing]:
     images = _images(config)
     splits = {name: getattr(images, name) for name in ("train", "validation")}
     classes, depth = len(images.classes), 2 if config.smoke else 4
-    y = 2 * vectors.one_hot(images.train[1], classes) - 1
+    y = vectors.targets(images.train[1], classes)
     features = {name: np.asarray(X) for name, (X, _) in splits.items()}
     accuracies: dict[str, list[float]] = {name: [] for name in splits}
     gaps = []
