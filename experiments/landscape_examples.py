@@ -94,7 +94,9 @@ def starts(config: Any) -> tuple[Numbers, Drawing]:
     }
 
     def draw(figure: Figure) -> None:
-        for axes, (width, values) in zip(figure.subplots(1, 2, sharey=True), curves.items(), strict=True):
+        for axes, (width, values) in zip(
+            figure.subplots(1, 2, sharey=True), curves.items(), strict=True
+        ):
             axes.loglog(np.arange(1, steps + 1), values.T, color="C0", lw=1, alpha=0.7)
             axes.axhline(optimum, color="k", ls="--", label="convex optimum")
             axes.set(title=f"{width} neurons, ten starts", xlabel="step")
@@ -155,7 +157,12 @@ def path(config: Any) -> tuple[Numbers, Drawing]:
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
         left.step(fractions, counts, where="mid", marker="o", ms=3)
-        left.set(xscale="log", xlabel="β / β$_{max}$", ylabel="neurons", title="fewest neurons of an optimum")
+        left.set(
+            xscale="log",
+            xlabel="β / β$_{max}$",
+            ylabel="neurons",
+            title="fewest neurons of an optimum",
+        )
         right.loglog(fractions, errors, "o-", ms=3, color="C1")
         right.set(xlabel="β / β$_{max}$", ylabel="mean squared error", title="training error")
 
@@ -169,27 +176,30 @@ def _images(config: Any) -> vectors.Vectors:
 
 
 def stochastic(config: Any) -> tuple[Numbers, Drawing]:
-    """SGD on the convex program with sampled gates, which is Prox-SG of the library, beside SGD on the network."""
+    """SGD on the convex program with sampled gates, `ss.ProxSG`, beside SGD on a ReLU network of as many neurons.
+
+    The two networks differ, and so do their least objectives; the lower bound is that of the convex program.
+    """
     images = _images(config)
     classes, epochs, batch = len(images.classes), 2 if config.smoke else config.epochs, 64
-    X, y = jnp.asarray(images.train[0]), vectors.targets(images.train[1], classes)
+    X, y = jnp.asarray(images.train[0]), jnp.asarray(vectors.targets(images.train[1], classes))
     fraction, per_epoch = 0.01, -(-len(X) // batch)
     patterns = ss.convex.sample_patterns(jax.random.key(config.seed), X, config.gates)
     problem = ss.convex.GatedProblem(X, y, patterns, 1.0, joint=True, loss=ss.losses.CrossEntropy())
     problem = problem.with_beta(fraction * problem.beta_max())
-    solver = ss.ProxSG(num_iters=per_epoch, rate=1 - batch / len(X))
+    solver = ss.ProxSG(batch, per_epoch)
     optimum = ss.convex.solve(problem, tol=1e-3)
     held, labels = (jnp.asarray(a) for a in images.validation)
 
     @jax.jit
-    def epoch(key, V):
+    def epoch(key, problem, V):
         V = solver.solve(key, problem, init=V).value
         hits = jnp.argmax(problem.predict(V, held), axis=0) == labels
         return V, problem.objective(V), 100 * jnp.mean(hits)
 
     V, convex = jnp.zeros(problem.shape), []
     for k in range(epochs):
-        V, *scores = epoch(jax.random.fold_in(jax.random.key(config.seed), k), V)
+        V, *scores = epoch(jax.random.fold_in(jax.random.key(config.seed), k), problem, V)
         convex.append([float(score) for score in scores])
     network = _sgd(config.seed, X, y, problem, (held, labels), epochs, batch)
     lower = float(problem.objective(optimum.value) - optimum.certificate)
@@ -206,7 +216,9 @@ def stochastic(config: Any) -> tuple[Numbers, Drawing]:
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        for color, (name, curve) in enumerate({"convex program": convex, "ReLU network": network}.items()):
+        for color, (name, curve) in enumerate(
+            {"convex program": convex, "ReLU network": network}.items()
+        ):
             values, accuracies = np.array(curve).T
             x = np.arange(1, epochs + 1)
             left.plot(x, values, f"C{color}o-", ms=3, label=f"SGD on the {name}")
@@ -278,17 +290,22 @@ def gan(config: Any) -> tuple[Numbers, Drawing]:
     rng = np.random.default_rng([config.seed, 11])
     Z = rng.normal(size=(n, 40)).astype(np.float32)
     patterns = ss.convex.sample_patterns(jax.random.key(config.seed), Z, config.gates)
-    target = G.T.astype(np.float32)
+    varies = G.std(axis=0) > 1e-6
+    target = G[:, varies].T.astype(np.float32)
     problem = ss.convex.GatedProblem(Z, target, patterns, 1.0, joint=True)
     problem = problem.with_beta(0.001 * problem.beta_max())
     solution = ss.convex.solve(problem, tol=1e-2)
-    made = np.asarray(problem.predict(solution.value, Z)).T
-    fresh = np.asarray(problem.predict(solution.value, rng.normal(size=Z.shape).astype(np.float32))).T
+    made, fresh = np.zeros((2, *G.shape))
+    made[:, varies] = np.asarray(problem.predict(solution.value, Z)).T
+    noise = rng.normal(size=Z.shape).astype(np.float32)
+    fresh[:, varies] = np.asarray(problem.predict(solution.value, noise)).T
     numbers = {
         "lambda": float(lam),
         "rank": int(np.sum(values**2 > lam)),
         "distance of the moments": float(distance),
-        "relative gap of the generator": float(solution.certificate / problem.objective(solution.value)),
+        "relative gap of the generator": float(
+            solution.certificate / problem.objective(solution.value)
+        ),
         "relative error of the generator": float(np.linalg.norm(made - G) / np.linalg.norm(G)),
     }
     shown = {"real": X, "closed form": G, "generator": made, "generator, fresh noise": fresh}
@@ -358,7 +375,11 @@ def sentence(name: str, numbers: Mapping[str, Any]) -> str:
         if isinstance(value, float):
             return f"{value:.4g}"
         if isinstance(value, list):
-            return f"{shown(value[0])} … {shown(value[-1])}" if len(value) > 4 else ", ".join(map(shown, value))
+            return (
+                f"{shown(value[0])} … {shown(value[-1])}"
+                if len(value) > 4
+                else ", ".join(map(shown, value))
+            )
         if isinstance(value, Mapping):
             return "(" + "; ".join(f"{k} {shown(v)}" for k, v in value.items()) + ")"
         return str(value)

@@ -22,3 +22,7 @@ from stochsolvers.convex._patterns import Patterns as Patterns
 from stochsolvers.convex._patterns import sample_patterns as sample_patterns
 from stochsolvers.convex._problems import GatedProblem as GatedProblem
 from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
+from stochsolvers.convex._solve import solve as solve
+from stochsolvers.convex._network import Network as Network
+from stochsolvers.convex._network import relu_network as relu_network
+from stochsolvers.convex._prune import prune as prune

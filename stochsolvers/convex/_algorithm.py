@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
-from stochsolvers.convex import _duality
-from stochsolvers.convex._duality import Dual
+from stochsolvers.convex import _gauge
+from stochsolvers.convex._gauge import Dual
 from stochsolvers.problems import Problem
 
 Progress = Callable[[Any, Any, Any], Any]
@@ -70,7 +70,7 @@ def start(problem: Any, init: Array | None) -> Iterate:
     V = jnp.zeros(problem.shape, problem.dtype) if init is None else init
     u = problem.linear_map.adjoint(V)
     residual = problem.loss.derivative(u, problem.inputs)
-    objective = objective_of(problem, u, _duality.regularizer(problem, V))
+    objective = objective_of(problem, u, _gauge.regularizer(problem, V))
     none = jnp.zeros(problem.batch_shape, problem.dtype)
     return Iterate(
         value=V,
@@ -91,7 +91,7 @@ def objective_of(problem: Any, u: Array, penalty: Array) -> Array:
 def advanced(problem: Any, before: Iterate, V: Array, u: Array, penalty: Array, dual: Dual, tol: Array) -> Iterate:
     """The next iterate; programs that had stopped stay as they were."""
     objective = objective_of(problem, u, penalty)
-    dual = _duality.better(problem, before.dual, dual)
+    dual = _gauge.better(problem, before.dual, dual)
     after = Iterate(
         value=V,
         prediction=u,
@@ -108,7 +108,7 @@ def kept(done: Array, before: Any, after: Any) -> Any:
     """For each program `before` where it is done, else `after`."""
 
     def choose(old, new):
-        return jnp.where(_duality.expanded(done, new), old, new)
+        return jnp.where(_gauge.expanded(done, new), old, new)
 
     return jax.tree.map(choose, before, after)
 

@@ -9,9 +9,9 @@ from jax import lax
 from stochsolvers import _checks
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array, value_object
-from stochsolvers.convex import _duality
+from stochsolvers.convex import _gauge
 from stochsolvers.convex._algorithm import Algorithm, Iterate, Progress, advanced, kept, report, start
-from stochsolvers.convex._duality import expanded
+from stochsolvers.convex._gauge import expanded
 from stochsolvers.convex._problems import GatedProblem
 
 _GROW, _SHRINK, _SLACK = 1.25, 0.8, 5.0
@@ -111,12 +111,12 @@ def _step(
     A = problem.linear_map
     residual = problem.loss.derivative(momentum.prediction, problem.inputs)
     gradient = A(residual)
-    dual = _duality.dual(problem, residual, gradient)
+    dual = _gauge.dual(problem, residual, gradient)
     slack = 1.0 + 8.0 * float(jnp.finfo(problem.dtype).eps) ** 0.5
 
     def attempt(constant):
         point = momentum.point - gradient / expanded(constant, gradient)
-        V, penalty = _duality.prox(problem, point, 1.0 / constant)
+        V, penalty = _gauge.prox(problem, point, 1.0 / constant)
         u = A.adjoint(V)
         length = problem.sum((V - momentum.point) ** 2)
         bend = smoothness * problem.sum((u - momentum.prediction) ** 2)

@@ -9,9 +9,9 @@ from jax import lax
 from stochsolvers import _checks
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array, value_object
-from stochsolvers.convex import _duality, _factor, _fista
+from stochsolvers.convex import _gauge, _factor, _fista
 from stochsolvers.convex._algorithm import Algorithm, Iterate, Progress, advanced, kept, report, start
-from stochsolvers.convex._duality import expanded
+from stochsolvers.convex._gauge import expanded
 from stochsolvers.convex._factor import Factor
 from stochsolvers.convex._problems import GatedProblem
 from stochsolvers.losses import Squares
@@ -92,7 +92,7 @@ class _Split(NamedTuple):
 
 def initial_penalty(problem: Any, largest: Array) -> Array:
     """ρ of all programs, from the geometric mean of their β/β_max."""
-    peak = _duality.gauge(problem, problem.gradient_at_zero())
+    peak = _gauge.gauge(problem, problem.gradient_at_zero())
     floor = 64.0 * float(jnp.finfo(problem.dtype).eps)
     share = jnp.exp(jnp.mean(jnp.log(jnp.clip(peak, 1.0, 1e6))))
     return jnp.maximum(PENALTY / share, floor) * largest
@@ -149,7 +149,7 @@ def _from_iterate(problem: Any, now: Iterate, rho: Array) -> _Split:
     image = problem.linear_map(residual)
     scaled = -image / rho
     programs = jnp.full(problem.batch_shape, 1.0 / rho, image.dtype)
-    scaled = scaled - _duality.prox(problem, scaled, programs)[0]
+    scaled = scaled - _gauge.prox(problem, scaled, programs)[0]
     none = jnp.ones((), image.dtype)
     return _Split(scaled, problem.linear_map.adjoint(scaled), rho, none, none)
 
@@ -161,10 +161,10 @@ def _step(
     V, scaled = now.value, split.scaled
     residual = rho * factored.solve(now.prediction - split.prediction - y)
     image = A(residual)
-    dual = _duality.dual(problem, residual, image)
+    dual = _gauge.dual(problem, residual, image)
     point = V - a / rho * image + (1.0 - a) * scaled
     programs = jnp.full(problem.batch_shape, 1.0 / rho, image.dtype)
-    following, penalty = _duality.prox(problem, point, programs)
+    following, penalty = _gauge.prox(problem, point, programs)
     u = A.adjoint(following)
     prediction = split.prediction + a * (residual + y) + (1.0 - a) * now.prediction - u
     after = advanced(problem, now, following, u, penalty, dual, tol)

@@ -1,8 +1,5 @@
 """The convex program of a ReLU network: a gated one with the weights of each pattern in its cone."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -10,12 +7,12 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.convex import _inputs
 from stochsolvers.convex._cones import ConeGroupL2, Cones
+from stochsolvers.convex._duality import DualNorm, product_round_off
 from stochsolvers.convex._gated_map import GatedMap
 from stochsolvers.convex._patterns import Patterns
+from stochsolvers.convex._program import Program
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.losses import Loss, Squares
-from stochsolvers.problems import LayerProblem
-from stochsolvers.prox import Prior
 
 
 @value_object
@@ -62,7 +59,7 @@ class SignedMap(LinearMap):
 
 
 @value_object
-class ReLUProblem(LayerProblem):
+class ReLUProblem(Program):
     r"""The convex program of a two-layer ReLU network over patterns D_1, …, D_P.
 
         minimise_{V, W}  Σ_j ℓ((Σ_i D_i X (v_i − w_i))_j, y_j) + β Σ_i (||v_i||₂ + ||w_i||₂)
@@ -91,15 +88,6 @@ class ReLUProblem(LayerProblem):
       convex regularizers of CNN architectures, 2021 (patches).
     """
 
-    linear_map: LinearMap = dataclasses.field(init=False)
-    inputs: Array = dataclasses.field(init=False)
-    _: dataclasses.KW_ONLY
-    loss: Loss = dataclasses.field(init=False)
-    bias: Array | None = dataclasses.field(init=False)
-    prior: Prior = dataclasses.field(init=False)
-    ridge: Scalar = dataclasses.field(init=False)
-    beta: Array = dataclasses.field(init=False)
-
     def __init__(
         self,
         X: Array,
@@ -109,44 +97,17 @@ class ReLUProblem(LayerProblem):
         *,
         loss: Loss = Squares(),  # noqa: B008 - immutable
     ):
-        if not isinstance(loss, Loss):
-            _checks.fail("loss of ReLUProblem", "an instance of Loss", repr(loss))
+        _inputs.loss("loss of ReLUProblem", loss)
         if getattr(loss, "axis", -1) != -1:
             _checks.fail("loss of ReLUProblem", "one that couples no outputs", repr(loss))
         X = _inputs.data("X of ReLUProblem", X)
         y = _inputs.targets("y of ReLUProblem", y, X, loss, joint=False)
-        _checks.rank("beta", beta, 0)
-        _checks.positive("beta", beta)
-        fields = {
-            "linear_map": SignedMap(GatedMap(X, patterns)),
-            "inputs": y,
-            "loss": loss,
-            "bias": None,
-            "prior": ConeGroupL2(Cones.of(X, patterns.mask), beta),
-            "ridge": 0.0,
-            "beta": beta,
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-        self.__post_init__()
-        beta = jnp.asarray(beta, self.dtype)
-        object.__setattr__(self, "beta", beta)
-        object.__setattr__(self, "prior", ConeGroupL2(self.cones, beta))
+        linear_map = SignedMap(GatedMap(X, patterns))
+        prior = ConeGroupL2(Cones.of(X, patterns.mask), 1.0)
+        self._fill(linear_map, y, loss, beta, prior=prior)
 
-    @property
-    def X(self) -> Array:  # noqa: N802 - as in the formula
-        """The data, shape (n, d) or (n, K, d)."""
-        return self.gated_map.X
-
-    @property
-    def y(self) -> Array:
-        """The targets, shape (n,) or (C, n)."""
-        return self.inputs
-
-    @property
-    def patterns(self) -> Patterns:
-        """The patterns of the data and their gates."""
-        return self.gated_map.patterns
+    def _of_beta(self, beta):
+        return {"beta": beta, "prior": ConeGroupL2(self.cones, beta), "ridge": 0.0}
 
     @property
     def gated_map(self) -> GatedMap:
@@ -159,20 +120,6 @@ class ReLUProblem(LayerProblem):
         """K_1, …, K_P."""
         assert isinstance(self.prior, ConeGroupL2)
         return self.prior.cones
-
-    def with_beta(self, beta: Scalar) -> "ReLUProblem":
-        """The same with another β, of the same structure: nothing is compiled again."""
-        _checks.rank("beta", beta, 0)
-        _checks.positive("beta", beta)
-        beta = jnp.asarray(beta, self.dtype)
-        return self._with(beta=beta, prior=ConeGroupL2(self.cones, beta))
-
-    def _with(self, **fields: Any) -> "ReLUProblem":
-        """A copy with other values of some fields."""
-        copy = jax.tree.unflatten(jax.tree.structure(self), jax.tree.leaves(self))
-        for name, value in fields.items():
-            object.__setattr__(copy, name, value)
-        return copy
 
     def violation(self, U: Array) -> Array:
         r"""How far U is outside its cones, in units of its largest weight, shape (*batch,); 0 inside.
@@ -210,3 +157,47 @@ class ReLUProblem(LayerProblem):
     def num_active(self, U: Array) -> Array:
         """The number of neurons, those with v_i ≠ 0 and those with w_i ≠ 0, for each program of the batch."""
         return jnp.sum(jnp.any(self._variable(U) != 0, axis=-1), axis=(-2, -1))
+
+    def certificate(self, z, *, squared_norm=None, strong_convexity=None, multipliers=None):
+        r"""A certified gap of the program over these patterns, shape (*batch,), as of `GatedProblem`.
+
+            R°(A θ) = max_i ||Π_{K_i}(±Xᵀ D_i θ)|| ≤ max ||±Xᵀ D_i θ + G_iᵀ a_i||,   G_i = (2 D_i − I) X,
+
+        for any multipliers a ≥ 0. It says nothing of the network unless all patterns are there.
+
+        Args:
+          z: U, shaped as the variable; +∞ outside the cones.
+          squared_norm: not used.
+          strong_convexity: not used.
+          multipliers: a, shape (*batch, 2, P, n) for θ = −∂ℓ(A* U, y), with + first; (…, nK) for patches. By
+            default those of the projections.
+        """
+        return super().certificate(z, multipliers=multipliers)
+
+    def _dual_norm(self, r, error, multipliers):
+        A, cones = self.linear_map, self.cones
+        W = -A(r)
+        sizes = self.gated_map.magnitudes()(jnp.abs(r))
+        off = product_round_off(self, 2 * self.inputs.shape[-1]) * sizes
+        if error is not None:
+            off = off + self.gated_map.magnitudes()(error)
+        if multipliers is None:
+            _, a = cones.project(W)
+        else:
+            a = jnp.maximum(jnp.asarray(multipliers, self.dtype), 0)
+            _checks.trailing("multipliers", a, (2, self.patterns.num, cones.rows.shape[0]))
+            norms = jnp.sqrt(jnp.sum(jnp.square(self.X.reshape(-1, self.X.shape[-1])), axis=-1))
+            a = a * jnp.expand_dims(norms, range(a.ndim - 1))
+        residual = W + cones.combined(a)
+        spread = product_round_off(self, 2 * a.shape[-1]) * (a @ jnp.abs(cones.rows))
+        off = jnp.expand_dims(off, -3) + spread
+        return DualNorm(_largest(residual), _largest(off))
+
+    def _magnitudes(self, V):
+        positive, negative = jnp.moveaxis(jnp.abs(V), -3, 0)
+        return self.gated_map.magnitudes().adjoint(positive + negative)
+
+
+def _largest(W: Array) -> Array:
+    """The largest norm of a pattern, of each program."""
+    return jnp.max(jnp.sqrt(jnp.sum(W * W, axis=-1)), axis=(-2, -1))
