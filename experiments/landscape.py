@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib as mpl
-import numpy as np
 import tyro
 from matplotlib.figure import Figure
 

@@ -176,7 +176,7 @@ def _images(config: Any) -> vectors.Vectors:
 
 
 def stochastic(config: Any) -> tuple[Numbers, Drawing]:
-    """SGD on the convex program with sampled gates, `ss.ProxSG`, beside SGD on a ReLU network of as many neurons.
+    """SGD on the convex program, which is `ss.ProxSG`, beside SGD on a ReLU network of as many neurons.
 
     The two networks differ, and so do their least objectives; the lower bound is that of the convex program.
     """
