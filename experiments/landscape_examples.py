@@ -142,7 +142,8 @@ def path(config: Any) -> tuple[Numbers, Drawing]:
         for fraction in fractions:
             one = problem.with_beta(fraction * largest)
             solution = ss.convex.solve(one, solver=ss.convex.InteriorPoint(), tol=1e-7)
-            network = ss.convex.relu_network(ss.convex.prune(one, solution.value)).compact(1e-5)
+            network = ss.convex.relu_network(solution.value).compact(1e-5)
+            network = ss.convex.prune(network, X)
             counts.append(int(network.width))
             errors.append(float(np.mean((network(X) - y) ** 2)))
             gaps.append(float(solution.certificate / one.objective(solution.value)))
