@@ -10,6 +10,8 @@ The weights of a gated network are the variable of a `LayerProblem` whose map is
 | `GatedMap` | the map A*(V) = Σ_i D_i X v_i |
 | `GatedProblem` | the program of a network with fixed gates |
 | `ReLUProblem` | the program of a ReLU network: the same with cones |
+| `ThreeLayerProblem` | the program of parallel three-layer networks, on small data |
+| `whitened` | data on which a network is one with batch normalisation |
 
 References:
   Pilanci and Ergen 2020, Neural networks are convex regularizers; Mishkin, Sahiner and Pilanci 2022, Fast
@@ -22,7 +24,6 @@ from stochsolvers.convex._patterns import Patterns as Patterns
 from stochsolvers.convex._patterns import sample_patterns as sample_patterns
 from stochsolvers.convex._problems import GatedProblem as GatedProblem
 from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
-from stochsolvers.convex._solve import solve as solve
-from stochsolvers.convex._network import Network as Network
-from stochsolvers.convex._network import relu_network as relu_network
-from stochsolvers.convex._prune import prune as prune
+from stochsolvers.convex._three_layer import ThreeLayerProblem as ThreeLayerProblem
+from stochsolvers.convex._whitened import Whitened as Whitened
+from stochsolvers.convex._whitened import whitened as whitened

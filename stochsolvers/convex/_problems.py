@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.convex import _inputs
-from stochsolvers.convex._duality import DualNorm, product_round_off
+from stochsolvers.convex._duality import DualNorm
 from stochsolvers.convex._gated_map import GatedMap
 from stochsolvers.convex._patterns import Patterns
 from stochsolvers.convex._program import Program
@@ -106,6 +106,16 @@ class GatedProblem(Program):
         return self.linear_map
 
     @property
+    def X(self) -> Array:  # noqa: N802 - as in the formula
+        """The data, shape (n, d) or (n, K, d)."""
+        return self.gated_map.X
+
+    @property
+    def patterns(self) -> Patterns:
+        """The patterns of the data and their gates."""
+        return self.gated_map.patterns
+
+    @property
     def joint(self) -> bool:
         """Whether all outputs are of one program."""
         return self.gated_map.outputs is not None
@@ -163,13 +173,12 @@ class GatedProblem(Program):
         return LayerProblem.certifier(self, **known)
 
     def _dual_norm(self, r, error, multipliers):
-        A = self.gated_map
-        image, sizes = A(r), A.magnitudes()(jnp.abs(r))
-        off = product_round_off(self, 2 * self.inputs.shape[-1]) * sizes
-        if error is not None:
-            off = off + A.magnitudes()(error)
+        image, off = self.linear_map(r), self._image_error(r, error)
         value = self._norms(image)
         return DualNorm(value * (1 + self._decomposition_error(image)), self._norms(off))
+
+    def _magnitudes(self):
+        return self.gated_map.magnitudes()
 
     def _norms(self, W: Array) -> Array:
         """R° of each program."""

@@ -13,8 +13,6 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, at_least_float32, value_object
 from stochsolvers.convex import _inputs
 from stochsolvers.convex._duality import DualNorm, certified_gap, product_round_off, scaled_dual
-from stochsolvers.convex._gated_map import GatedMap
-from stochsolvers.convex._patterns import Patterns
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.losses import Loss
 from stochsolvers.problems import LayerProblem
@@ -55,24 +53,9 @@ class Program(LayerProblem):
         """The fields that depend on β: beta, prior and ridge."""
 
     @property
-    @abc.abstractmethod
-    def gated_map(self) -> GatedMap:
-        """A, with A*(V) = Σ_i D_i X v_i."""
-
-    @property
-    def X(self) -> Array:  # noqa: N802 - as in the formula
-        """The data, shape (n, d) or (n, K, d)."""
-        return self.gated_map.X
-
-    @property
     def y(self) -> Array:
         """The targets, shape (n,) or (C, n)."""
         return self.inputs
-
-    @property
-    def patterns(self) -> Patterns:
-        """The patterns of the data and their gates."""
-        return self.gated_map.patterns
 
     def with_beta(self, beta: Scalar) -> Self:
         """The same with another β, of the same structure: nothing is compiled again.
@@ -131,8 +114,8 @@ class Program(LayerProblem):
 
             P(V) − D(s θ),      θ = −∂ℓ(A* V, y),   0 ≤ s ≤ β / R°(A θ)
 
-        Round-off is included, where a sum of n products is taken to be within 4 log2(2 n) eps of that of their
-        absolute values. It costs two products with A and two with A*.
+        Round-off is included, where a sum of n products is taken to be within 4 log2(2 n) eps of that of
+        their absolute values. It costs two products with A and two with A*.
 
         Args:
           z: V, shaped as the variable.
@@ -157,13 +140,18 @@ class Program(LayerProblem):
     def _products(self, V: Array) -> tuple[Array, Array]:
         """A* V and an entrywise bound on its error."""
         image = self.linear_map.adjoint(V)
-        sizes = self._magnitudes(V)
+        sizes = self._magnitudes().adjoint(jnp.abs(V))
         terms = math.prod(self.linear_map.out_shape)
         return image, product_round_off(self, terms) * sizes
 
-    def _magnitudes(self, V: Array) -> Array:
-        """|A|* |V|, or more."""
-        return self.gated_map.magnitudes().adjoint(jnp.abs(V))
+    def _image_error(self, r: Array, error: Array | None) -> Array:
+        """An entrywise bound on the error of A r, for r up to an error."""
+        sizes = product_round_off(self, 2 * self.inputs.shape[-1]) * jnp.abs(r)
+        return self._magnitudes()(sizes if error is None else sizes + error)
+
+    @abc.abstractmethod
+    def _magnitudes(self) -> LinearMap:
+        """A map whose matrix has entries of at least the sizes of those of A."""
 
 
 @jax.jit
