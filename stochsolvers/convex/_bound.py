@@ -64,7 +64,7 @@ def _rows(X: np.ndarray, theta: np.ndarray, D: np.ndarray) -> float:
 
 
 def nnls(A: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float]:
-    """argmin_{a ≥ 0} ||A a − target|| and its residual; a ≥ 0 by gradient steps where the active set cycles."""
+    """argmin_{a ≥ 0} ||A a − target|| and its residual; by gradient steps where the active set cycles."""
     scale = np.linalg.norm(A, 2) if A.size else 0.0
     if scale == 0 or not np.any(target):
         return np.zeros(A.shape[1]), float(np.linalg.norm(target))

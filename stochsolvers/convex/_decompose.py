@@ -1,6 +1,6 @@
 r"""From a gated network to a ReLU network of the same predictions.
 
-On the cone K_i = {u : G_i u ≥ 0}, G_i = (2D_i − I)X, D_i X u = (X u)₊. So with v_i = a_i − b_i, a_i and b_i in K_i,
+On the cone K_i = {u : G_i u ≥ 0}, G_i = (2D_i − I)X, D_i X u = (X u)₊. So with v_i = a_i − b_i, both in K_i,
 
     Σ_i D_i X v_i = Σ_i (X a_i)₊ − (X b_i)₊,        which costs  β Σ_i (||a_i|| + ||b_i|| − ||v_i||) ≥ 0.
 
@@ -83,7 +83,9 @@ def decompose(problem: GatedProblem, V: Any, *, num_rounds: int = 4) -> Decompos
     cost = beta * float(np.sum(np.linalg.norm(parts, axis=-1)) - np.sum(norms))
     bound = 2 * beta * float(np.sum(factors * norms))
     shape = parts.shape if np.ndim(V) == 3 else parts.shape[1:]
-    return Decomposition(relu_network(jnp.asarray(parts.reshape(shape), problem.dtype)), cost, bound)
+    return Decomposition(
+        relu_network(jnp.asarray(parts.reshape(shape), problem.dtype)), cost, bound
+    )
 
 
 def _pair(G: np.ndarray, v: np.ndarray, num_rounds: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.convex._bound import bounded_response, exact_response
 from stochsolvers.convex._enumeration import enumerate_patterns
 from stochsolvers.convex._network import Network
+from stochsolvers.convex._recover import as_network
 from stochsolvers.convex._separate import search_responses
 from stochsolvers.losses import Loss, Squares
 
@@ -46,12 +47,12 @@ class NetworkGap:
 
 
 def network_gap(
-    network: Network,
+    network: Any,
     X: Any,
     y: Any,
     beta: Scalar,
     *,
-    loss: Loss = Squares(),
+    loss: Loss = Squares(),  # noqa: B008 - immutable
     method: Literal["enumerate", "bound", "search"] = "enumerate",
     key: Array | None = None,
     num_starts: int = 512,
@@ -60,11 +61,12 @@ def network_gap(
 
         Σ_k ℓ(f(x_k), y_k) + (β/2)(||W||² + ||b||² + ||a||²)  −  max_{t ≤ β/M(Θ)} −Σ_k ℓ*(−tΘ_k, y_k),
 
-    Θ = −∂ℓ(f(X), y) and M(Θ) = max_{||u|| ≤ 1} ||Θ (X u)₊||. The output bias is held fixed: the optimum is over
-    W, b and a. Without a hidden bias b, over W and a.
+    Θ = −∂ℓ(f(X), y) and M(Θ) = max_{||u|| ≤ 1} ||Θ (X u)₊||. The optimum is over W, a and, where the network
+    has one, the hidden bias b; the output bias is held fixed.
 
     Args:
-      network: any network, with one output or several that share its neurons.
+      network: a `Network` with one output or several that share its neurons, or a Flax network, see
+        `as_network`.
       X: data, shape (n, d).
       y: targets, shape (n,) or (C, n).
       beta: β > 0.
@@ -80,8 +82,7 @@ def network_gap(
     References:
       Pilanci and Ergen 2020, theorem 1 and its dual.
     """
-    if not isinstance(network, Network):
-        _checks.fail("network of network_gap", "a Network", type(network).__name__)
+    network = as_network(network)
     _checks.member("method", method, ("enumerate", "bound", "search"))
     _checks.positive("beta", beta)
     point = dual_point(network, X, y, float(beta), loss)
@@ -160,7 +161,9 @@ def _dual_values(loss: Loss, gradient: Array, y: Array, offset: Array, steps: Ar
     def value(t):
         terms = loss.conjugate(t * gradient, y)
         product = t * gradient * jnp.broadcast_to(offset, y.shape)
-        size = jnp.sum(jnp.where(jnp.isfinite(terms), jnp.abs(terms), 0)) + jnp.sum(jnp.abs(product))
+        size = jnp.sum(jnp.where(jnp.isfinite(terms), jnp.abs(terms), 0)) + jnp.sum(
+            jnp.abs(product)
+        )
         return -jnp.sum(terms) + jnp.sum(product) - (y.size + 16) * _EPS * size
 
     return jax.vmap(value)(steps)

@@ -5,7 +5,8 @@ r"""Two-layer networks as values, and the networks that convex programs encode.
 
 The weights are decayed, the output bias c is not, the hidden bias b is the weight of a feature 1:
 
-    Σ_k ℓ(f(x_k), y_k) + (β/2)(||W||² + ||b||² + ||a||²)   ≥   Σ_k ℓ(f(x_k), y_k) + β Σ_j ||(w_j, b_j)|| ||a_j||,
+    Σ_k ℓ(f(x_k), y_k) + (β/2)(||W||² + ||b||² + ||a||²)
+        ≥  Σ_k ℓ(f(x_k), y_k) + β Σ_j ||(w_j, b_j)|| ||a_j||,
 
 with equality where ||(w_j, b_j)|| = ||a_j|| for every neuron (`balanced`). Programs over v_j = w_j a_j are in
 the second form.
@@ -75,7 +76,9 @@ class TwoLayer(abc.ABC):
         """f(X), shape (n,) or (C, n): the data are on the last axis."""
         value = self.neurons(X) @ self.output
         if self.output_bias is not None:
-            value = value + jnp.expand_dims(self.output_bias, range(value.ndim - self.output.ndim + 1))
+            value = value + jnp.expand_dims(
+                self.output_bias, range(value.ndim - self.output.ndim + 1)
+            )
         return value if self.output.ndim == 1 else jnp.swapaxes(value, -1, -2)
 
     def _linear(self, X: Any, weights: Array, bias: Array | None) -> Array:
@@ -88,7 +91,7 @@ class TwoLayer(abc.ABC):
         decayed = (self.hidden, self.hidden_bias, self.output)
         return 0.5 * sum(jnp.sum(w**2) for w in decayed if w is not None)  # pyright: ignore
 
-    def objective(self, X: Any, y: Any, beta: Scalar, *, loss: Loss = Squares()) -> Array:
+    def objective(self, X: Any, y: Any, beta: Scalar, *, loss: Loss = Squares()) -> Array:  # noqa: B008 - immutable
         r"""Σ_k ℓ(f(x_k), y_k) + (β/2)(||W||² + ||b||² + ||a||²).
 
         Args:
@@ -107,7 +110,9 @@ class TwoLayer(abc.ABC):
         squares = jnp.sum(self.hidden**2, axis=0)
         if self.hidden_bias is not None:
             squares = squares + self.hidden_bias**2
-        output = jnp.abs(self.output) if self.output.ndim == 1 else jnp.linalg.norm(self.output, axis=1)
+        output = (
+            jnp.abs(self.output) if self.output.ndim == 1 else jnp.linalg.norm(self.output, axis=1)
+        )
         return jnp.sqrt(squares), output
 
     def balanced(self) -> Self:

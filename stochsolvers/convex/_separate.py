@@ -66,7 +66,9 @@ def separate(
     order = np.argsort(-values)
     order = order[values[order] > float(threshold)]
     mask = np.asarray(jnp.asarray(X, found.units.dtype) @ found.units >= 0)
-    known = set() if patterns is None else {m.tobytes() for m in np.packbits(patterns.mask, axis=0).T}
+    known = (
+        set() if patterns is None else {m.tobytes() for m in np.packbits(patterns.mask, axis=0).T}
+    )
     packed = np.packbits(mask, axis=0).T
     kept: list[int] = []
     for i in order:

@@ -1,14 +1,14 @@
 r"""Training of a two-layer ReLU network from its convex program, beyond the sampled one.
 
-    gated program → its neurons as ReLU neurons → polish → [separate → polish] until the searched gap stands still
+    gated program → its neurons as ReLU neurons → polish → separate → polish → … until the gap stands still
 
-The cone program over sampled patterns has an optimum far above that of the network, so nothing of it is solved.
+The cone program over sampled patterns has an optimum far above that of the network, so it is not solved.
 Polishing is L-BFGS on the network's own objective; separation (`separate`) adds unit neurons u with
 ||Θ(X u)₊|| > β, Θ = −∂ℓ, which lower the objective to first order: without them the network is optimal.
 
 References:
-  Pilanci and Ergen 2020; Mishkin, Sahiner and Pilanci 2022 (gated programs); Bach 2017 (conditional gradients);
-  Liu and Nocedal 1989 (L-BFGS).
+  Pilanci and Ergen 2020; Mishkin, Sahiner and Pilanci 2022 (gated programs); Bach 2017 (conditional
+  gradients); Liu and Nocedal 1989 (L-BFGS).
 """
 
 import dataclasses
@@ -22,13 +22,14 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, at_least_float32, value_object
+from stochsolvers.convex._fista import FISTA
 from stochsolvers.convex._gap import NetworkGap, dual_point, evaluated_response
 from stochsolvers.convex._network import Network, gated_network
 from stochsolvers.convex._patterns import sample_patterns
 from stochsolvers.convex._problems import GatedProblem
 from stochsolvers.convex._separate import Responses, search_responses
+from stochsolvers.convex._solve import solve
 from stochsolvers.losses import Loss, Squares
-from stochsolvers.solvers import ProxGD
 
 
 @value_object
@@ -56,7 +57,7 @@ def train_network(
     y: Any,
     beta: Scalar,
     *,
-    loss: Loss = Squares(),
+    loss: Loss = Squares(),  # noqa: B008 - immutable
     hidden_bias: bool = False,
     init: Network | None = None,
     width: int = 100,
@@ -105,7 +106,9 @@ def train_network(
         data = jnp.concatenate([data, jnp.ones((len(data), 1), dtype)], axis=1)
     args = data, jnp.asarray(y, dtype), jnp.asarray(beta, dtype), loss
     gates_key, key = jax.random.split(key)
-    network = _gated_start(gates_key, *args, num_gates) if init is None else _joined(init, hidden_bias)
+    network = (
+        _gated_start(gates_key, *args, num_gates) if init is None else _joined(init, hidden_bias)
+    )
     network = polish(_padded(network, width), *args, num_iters=num_iters)
     best, history = None, []
     for k in range(num_rounds):
@@ -135,7 +138,7 @@ def _gated_start(key: Array, X: Array, y: Array, beta: Array, loss: Loss, num: i
     """The neurons of the gated program, each with that half of its line that holds most of D_i X v_i."""
     patterns = sample_patterns(key, X, num)
     problem = GatedProblem(X, y, patterns, beta, loss=loss, joint=y.ndim == 2)
-    value = ProxGD(300, momentum=True, restart=True).solve(None, problem).value
+    value = solve(problem, solver=FISTA(max_iters=300), tol=1e-2, certify=False).value
     gated = gated_network(patterns.gates, value, joint=y.ndim == 2)
     linear = X @ gated.hidden
     energy = jnp.where(X @ gated.gates >= 0, jnp.sign(linear) * linear**2, 0)
