@@ -4,7 +4,7 @@ r"""Two-layer networks by convex programs, beside Adam and SGD on networks of th
     python -m experiments.convex --dataset cifar10 --data-dir DIR --classes 3 5
     python -m experiments.convex --dataset cifar10 --data-dir DIR --examples 5000 --components 256
 
-    minimise  Σ_c ( Σ_j ½(f_c(x_j) − y_cj)² + (β/2) Σ_i (||w_ci||² + a_ci²) ),     f_c(x) = Σ_i a_ci φ_i(w_ci·x)
+    minimise  Σ_c ( Σ_j ½(f_c(x_j) − y_cj)² + (β/2) Σ_i (||w_ci||² + a_ci²) ),   f_c(x) = Σ_i a_ci φ_i(w_ci·x)
 
 with P neurons for each of C outputs: one output ±1 for two classes, else one of 0 and 1 for each class.
 
@@ -15,10 +15,10 @@ with P neurons for each of C outputs: one output ±1 for two classes, else one o
 | relu | max(u, 0) | `stochsolvers.convex.train_network`: gated start, polish, separation of new neurons |
 | adam, sgd | max(u, 0) | minibatches, see `experiments.descent` |
 
-The gates are normal. β is chosen on the validation images by the gated program, along a path of fractions of
-β_max (of several best, the largest), and is the same for all methods; the learning rate is chosen likewise from
-a grid (of several best, the one of the least objective). The test images are read once, after that. Seconds are
-of compilation and training, of the rate that was chosen; choosing β and rates, and scoring, is not in them.
+The gates are normal. The gated program chooses β on the validation images, along a path of fractions of
+β_max (of several best, the largest); it is the same for all methods. The learning rate is chosen likewise
+from a grid (of several best, that of the least objective). The test images are read once, after that. Seconds
+are those of compilation and of training with the rate that was chosen, without the choices and the scores.
 
 References:
   Pilanci and Ergen, Neural networks are convex regularizers, 2020; Mishkin, Sahiner and Pilanci, Fast convex
@@ -27,33 +27,24 @@ References:
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Self
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
 
-import stochsolvers as ss
-from experiments import descent, options, results, tables, training, vectors
+from experiments import data, options, programs, results, steps, tables, training, vectors
 
-Method = Literal["gated", "gated-adam", "relu", "adam", "sgd"]
-NAMES: dict[Method, str] = {
+NAMES: dict[programs.Method, str] = {
     "gated": "gated program",
     "gated-adam": "gated Adam",
     "relu": "ReLU rounds",
     "adam": "Adam",
     "sgd": "SGD",
 }
-GATED: tuple[Method, ...] = ("gated", "gated-adam")
+GATED: tuple[programs.Method, ...] = ("gated", "gated-adam")
 EPOCHS, WIDTHS = {"digits": 60}, {"digits": 200}
 OTHER_EPOCHS, OTHER_WIDTH = 30, 100
-SMOKE = {"epochs": 3, "width": 20, "examples": 200}
-MOST_KERNEL_DATA = 8000
-"""Beyond, the n × n kernel of the data is not factored."""
+SMOKE = {"epochs": 3, "width": 20}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +53,7 @@ class Config(options.Options):
 
     out: Path = Path("runs/convex")
     """Folder of the results of one configuration; a stopped run goes on after the last finished method."""
-    methods: tuple[Method, ...] | None = None
+    methods: tuple[programs.Method, ...] | None = None
     """By default all, relu for two classes only: its networks are trained one after the other."""
     classes: tuple[int, ...] | None = None
     """Numbers of the classes; by default all."""
@@ -70,15 +61,15 @@ class Config(options.Options):
     """Neurons P for each output, and gates; by default 200 on digits, else 100."""
     components: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """So many principal components in the place of the pixels."""
-    fractions: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003)
+    fractions: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
     """β/β_max among which β is chosen, from the largest."""
     tol: float = 1e-4
     """Certified relative gap at which the convex program is solved."""
     max_iters: int = 4096
     """The most iterations for the convex program."""
-    adam_rates: tuple[float, ...] = (1e-2, 3e-3, 1e-3)
+    adam_rates: tuple[float, ...] = (3e-2, 1e-2, 3e-3)
     """First learning rates of Adam among which one is chosen."""
-    sgd_rates: tuple[float, ...] = (1e-2, 3e-3, 1e-3)
+    sgd_rates: tuple[float, ...] = (1e-1, 3e-2, 1e-2)
     """First learning rates of SGD among which one is chosen."""
     rounds: int = 4
     """The most rounds of the method relu."""
@@ -86,7 +77,7 @@ class Config(options.Options):
     trials: tyro.conf.Suppress[int] = 1
     normalize: tyro.conf.Suppress[bool] = False
     augment: tyro.conf.Suppress[bool] = False
-    precision: tyro.conf.Suppress[str] = "float32"
+    precision: tyro.conf.Suppress[steps.Precision] = "float32"
     tensorboard: tyro.conf.Suppress[bool] = False
 
     counts: ClassVar[tuple[str, ...]] = (
@@ -113,64 +104,24 @@ class Config(options.Options):
 
     def defaults(self) -> dict[str, Any]:
         """The defaults that depend on the data set, and those of a smoke run."""
+        is_pair = self.classes is not None and len(self.classes) == 2
         return {
             **super().defaults(),
             "epochs": EPOCHS.get(self.dataset, OTHER_EPOCHS),
             "width": WIDTHS.get(self.dataset, OTHER_WIDTH),
-            "methods": tuple(name for name in NAMES if name != "relu" or self.scalar),
-            **(SMOKE if self.smoke else {}),
+            "methods": tuple(name for name in NAMES if name != "relu" or is_pair),
         }
 
-    @property
-    def scalar(self) -> bool:
-        """Whether there are two classes, and one output."""
-        return self.classes is not None and len(self.classes) == 2
+    def filled(self) -> Self:
+        """The options, with defaults of the data set or of a smoke run in the place of None."""
+        small = {k: v for k, v in SMOKE.items() if self.smoke and getattr(self, k) is None}
+        return super(Config, dataclasses.replace(self, **small)).filled()
 
     def settings(self, table: str) -> dict[str, Any]:
         """Without the options of other commands."""
         unused = ("learning_rate", "trials", "normalize", "augment", "precision")
         every = super().settings(table).items()
         return {name: value for name, value in every if name not in unused}
-
-
-class Task(NamedTuple):
-    """The data of a seed, its gates, and the program at β_max.
-
-    Attributes:
-      data: the splits as matrices.
-      program: the gated program of the training data, with β = β_max.
-      seed: of the splits, gates, initial weights and orders.
-    """
-
-    data: vectors.Vectors
-    program: Any
-    seed: int
-
-    def key(self, purpose: int) -> jax.Array:
-        """A random key."""
-        return jax.random.fold_in(jax.random.key(self.seed), purpose)
-
-    def scored(self, predict: Callable[[jax.Array], jax.Array], rows: vectors.Rows) -> float:
-        """Accuracy in percent of a function of data (n, d) with values (n,) or (C, n)."""
-        X, labels = rows
-        scores = np.asarray(predict(jnp.asarray(X)))
-        return vectors.accuracy(scores, labels)
-
-
-class Trained(NamedTuple):
-    """What a method ends with.
-
-    Attributes:
-      curve: objective, validation accuracy and seconds after each epoch or number of iterations.
-      predict: the trained network.
-      final: further entries of the final row: objective, lower bound, neurons.
-      rows: further rows.
-    """
-
-    curve: list[tables.Row]
-    predict: Callable[[jax.Array], jax.Array]
-    final: tables.Row
-    rows: list[tables.Row]
 
 
 def run(config: Config) -> list[tables.Row]:
@@ -182,72 +133,106 @@ def run(config: Config) -> list[tables.Row]:
             source = vectors.of_classes(source, config.classes)
         for seed in config.seeds:
             missing = [m for m in wanted(config) if not job.stored.final(method=m, seed=seed)]
-            if not missing:
-                continue
-            task = prepared(source, config, seed)
-            for method in missing:
-                job.stored.add(_train_and_test(method, task, config, job))
+            if missing:
+                task = prepared(source, config, seed)
+                for method in missing:
+                    job.stored.add(_train_and_test(method, task, config, job.stored))
     return job.stored.rows
 
 
-def wanted(config: Config) -> list[Method]:
+def wanted(config: Config) -> list[programs.Method]:
     """The methods; the first is the gated program, which chooses β and bounds the others."""
     assert config.methods is not None
     return list(dict.fromkeys(("gated", *config.methods)))
 
 
-def prepared(source: Any, config: Config, seed: int) -> Task:
-    """The data and the program of a seed."""
-    data = vectors.vectors(source.dataset(seed, config.examples), config.components)
-    X, labels = data.train
-    if config.batch_size > len(X):
-        wanted = f"at most {len(X)}, the training images of {data.name}"
-        raise training.ConfigurationError(
-            f"batch_size: expected {wanted}, got {config.batch_size}"
-        )
-    y = jnp.asarray(vectors.targets(labels, len(data.classes)))
-    key = jax.random.fold_in(jax.random.key(seed), 0)
-    patterns = ss.convex.sample_patterns(key, jnp.asarray(X), config.width)
-    program = ss.convex.GatedProblem(jnp.asarray(X), y, patterns, 1.0)
-    largest = float(jnp.max(program.beta_max()))
-    return Task(data, program.with_beta(largest), seed)
+def prepared(source: data.Source, config: Config, seed: int) -> programs.Task:
+    """The data and the program of a seed.
+
+    Raises:
+      training.ConfigurationError: a batch is larger than the data.
+    """
+    assert config.width is not None
+    assert config.batch_size is not None
+    dataset = source.dataset(seed, config.examples)
+    count = len(dataset.train)
+    if config.batch_size > count:
+        most = f"at most {count}, the training images of {dataset.name}"
+        raise training.ConfigurationError(f"batch_size: expected {most}, got {config.batch_size}")
+    return programs.prepared(dataset, seed, config.width, config.components)
 
 
-def _train_and_test(method: Method, task: Task, config: Config, job: tables.Job) -> list[tables.Row]:
-    """The rows of one method from one seed, and a line on the screen."""
+def _train_and_test(
+    method: programs.Method, task: programs.Task, config: Config, stored: results.Run
+) -> list[tables.Row]:
+    """The rows of one method from one seed: of its path of β, its curve, and the final row."""
     study = f"TwoLayer{config.width}"
     tags = {"dataset": task.data.name, "name": f"{study} {NAMES[method]}", "study": study}
     tags |= {"method": method, "seed": task.seed}
-    if method == "gated":
-        trained = train_gated(task, config)
-    else:
-        gated = job.stored.final(method="gated", seed=task.seed)
-        assert gated is not None
-        train = {"relu": train_relu}.get(method, train_by_batches)
-        trained = train(method, task, config, float(gated["beta"]))
-        trained.final.update({"beta": gated["beta"], "fraction": gated["fraction"]})
-        if method == "gated-adam":
-            trained.final["lower_bound"] = gated["lower_bound"]
-    scores = {
-        "validation_accuracy": task.scored(trained.predict, task.data.validation),
-        "accuracy": task.scored(trained.predict, task.data.test),
-    }
+    count, features = task.program.X.shape
     final = {
-        **scores,
-        "train_seconds": trained.curve[-1]["seconds"],
-        "parameters": task.program.y.size // len(task.data.train[0]) * config.width * (task.data.num_features + 1),
-        "train_examples": len(task.data.train[0]),
-        "features": task.data.num_features,
         "family": "gated" if method in GATED else "relu",
-        **trained.final,
-        "config": {"network": {"width": config.width, "outputs": task.program.y.ndim}},
+        "paper_accuracy": None,
+        "paper_std": None,
+        "train_examples": count,
+        "parameters": task.outputs * task.width * (features + 1),
+        "schedule": _schedule(method, config),
+        "config": {"network": {"outputs": task.outputs, "width": task.width, "features": features}},
         **results.environment(),
     }
-    objective = f"objective {final['objective']:.5g}" if final.get("objective") else ""
+    try:
+        trained = _trained(method, task, config, stored)
+    except programs.DivergenceError as error:
+        tables.say(str(error))
+        return [{"kind": "final", **tags, "accuracy": None, **final, "error": str(error)}]
+    final |= trained.final | {
+        "train_seconds": trained.curve[-1]["seconds"],
+        "validation_accuracy": programs.accuracy(trained.predict, task.data.validation),
+        "accuracy": programs.accuracy(trained.predict, task.data.test),
+    }
     tables.say(
-        f"{tags['name']}, seed {task.seed}: {scores['accuracy']:.2f} %, {objective}, "
-        f"{final['train_seconds']:.1f} s"
+        f"{tags['name']}, seed {task.seed}: {final['accuracy']:.2f} %, objective "
+        f"{final['objective']:.5g} in {final['train_seconds']:.1f} s"
     )
-    epochs = [{"kind": "epoch", **tags, "family": final["family"], **row} for row in trained.curve]
-    more = [{**row, **tags} for row in trained.rows]
-    return [*more, *epochs, {"kind": "final", **tags, **final}]
+    rows = [{"kind": "path", **tags, **row} for row in trained.path]
+    rows += [{"kind": "epoch", **tags, "family": final["family"], **row} for row in trained.curve]
+    return [*rows, {"kind": "final", **tags, **final}]
+
+
+def _trained(
+    method: programs.Method, task: programs.Task, config: Config, stored: results.Run
+) -> programs.Trained:
+    """The network of a method, with the β and, of gated networks, the bound of the gated program."""
+    if method == "gated":
+        return programs.train_gated(task, config.fractions, config.tol, config.max_iters)
+    gated = stored.final(method="gated", seed=task.seed)
+    assert gated is not None
+    shared = {name: gated[name] for name in ("beta", "fraction")}
+    if method in GATED:
+        shared |= {name: gated[name] for name in ("lower_bound", "bound")}
+    if method == "relu":
+        trained = programs.train_relu(task, gated["beta"], config.rounds)
+    else:
+        assert config.epochs is not None
+        assert config.batch_size is not None
+        rates = config.sgd_rates if method == "sgd" else config.adam_rates
+        sizes = {"epochs": config.epochs, "batch_size": config.batch_size}
+        trained = programs.train_by_batches(task, gated["beta"], method, rates, **sizes)
+    return trained._replace(final=shared | trained.final)
+
+
+def _schedule(method: programs.Method, config: Config) -> str:
+    if method == "gated":
+        return f"relative gap {config.tol:g}"
+    if method == "relu":
+        return f"at most {config.rounds} rounds"
+    return f"{config.epochs} epochs; batches of {config.batch_size}"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command."""
+    tables.main("convex", Config, run, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,17 @@
 r"""Two-layer networks trained by minibatches, on the objective of the convex programs.
 
-    minimise_{W, a}  Σ_c ( Σ_j ½(f_c(x_j) − y_cj)² + (β/2) Σ_i (||w_ci||² + a_ci²) ),   f_c(x) = Σ_i a_ci φ_i(w_ci·x)
+    minimise  Σ_c ( Σ_j ½(f_c(x_j) − y_cj)² + (β/2) Σ_i (||w_ci||² + a_ci²) ),   f_c(x) = Σ_i a_ci φ_i(w_ci·x)
 
-with φ(u) = max(u, 0), or φ_i(u) = 1[x·g_i ≥ 0] u for fixed gates g_i: P neurons for each of C outputs. A step
-is of Adam, or of SGD with Nesterov's momentum of 0.9, on the n-th part of this objective, its sum over j taken
-over a minibatch of B data times n/B. The rate falls to zero along a cosine.
+with φ(u) = max(u, 0), or φ_i(u) = 1[x·g_i ≥ 0] u for fixed gates g_i: P neurons for each of C outputs. A
+step is of Adam, or of SGD with Nesterov's momentum of 0.9, on the n-th part of this objective, its sum over j
+taken over a minibatch of B data times n/B. The rate falls to zero along a cosine. Initial weights are normal,
+of variance 2/d and 1/P, and then balanced: ||w_ci|| = |a_ci|, the same function with the least weight decay.
 """
 
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -45,11 +46,12 @@ class Record(NamedTuple):
 
 
 def initial(key: jax.Array, outputs: int, width: int, features: int) -> Weights:
-    """Normal weights of variance 2/d and 1/P, so that predictions are of the size of a datum's mean square."""
+    """Normal weights of variance 2/d and 1/P, balanced."""
     first, second = jax.random.split(key)
     hidden = math.sqrt(2 / features) * jax.random.normal(first, (outputs, width, features))
     output = jax.random.normal(second, (outputs, width)) / math.sqrt(width)
-    return Weights(hidden, output)
+    ratio = jnp.sqrt(jnp.abs(output) / jnp.linalg.norm(hidden, axis=-1))
+    return Weights(ratio[..., None] * hidden, output / ratio)
 
 
 def predict(weights: Weights, X: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -57,10 +59,8 @@ def predict(weights: Weights, X: jax.Array, mask: jax.Array | None = None) -> ja
     outputs, width, features = weights.hidden.shape
     products = X @ weights.hidden.reshape(-1, features).T
     products = products.reshape(len(X), outputs, width)
-    if mask is None:
-        neurons = jnp.maximum(products, 0)
-    else:
-        neurons = jnp.where(mask[:, None, :], products, 0)
+    is_open = products > 0 if mask is None else mask[:, None, :]
+    neurons = jnp.where(is_open, products, 0)
     return jnp.einsum("ncp,cp->cn", neurons, weights.output)
 
 
@@ -76,43 +76,61 @@ def objective(weights: Weights, data: Data, beta: jax.Array) -> jax.Array:
     return 0.5 * jnp.sum(errors**2) + beta * penalty(weights)
 
 
-def train(
-    key: jax.Array,
-    data: Data,
-    beta: float,
-    *,
-    width: int,
-    optimizer: Optimizer,
-    rate: float,
-    epochs: int,
-    batch_size: int,
-) -> Iterator[Record]:
-    """Train a network; what is done between the records is not in their seconds.
+class Trainer:
+    """Training of networks on the same data with different rates: compiled once.
 
     Args:
-      key: of the initial weights and the order of the data.
-      data: what it is trained on.
+      data: what they are trained on.
       beta: β.
       width: P.
       optimizer: "adam" or "sgd".
-      rate: the first learning rate.
-      epochs: passes over all data but those that fill no batch, in a new order each.
-      batch_size: B.
+      batch_size: B; data that fill no batch are left out of an epoch, others each time.
     """
-    seconds, start = 0.0, time.perf_counter()
-    first, order = jax.random.split(key)
-    weights = initial(first, len(data.y), width, data.X.shape[1])
-    state = _transformation(optimizer).init(weights)
-    run = compiled_epoch(optimizer, batch_size)
-    beta, rate = jnp.asarray(beta, jnp.float32), jnp.asarray(rate, jnp.float32)
-    for epoch in range(1, epochs + 1):
-        progress = jnp.asarray([epoch - 1, epoch], jnp.float32) / epochs
-        weights, state = jax.block_until_ready(
-            run(jax.random.fold_in(order, epoch), weights, state, data, beta, rate, progress)
-        )
-        seconds += time.perf_counter() - start
-        yield Record(epoch, seconds, weights)
+
+    def __init__(
+        self, data: Data, beta: float, *, width: int, optimizer: Optimizer, batch_size: int
+    ):
+        self.data, self.width, self.optimizer = data, width, optimizer
+        self.beta = jnp.asarray(beta, jnp.float32)
         start = time.perf_counter()
+        weights, state = self._begun(jax.random.key(0))
+        epoch = jax.jit(functools.partial(_epoch, optimizer=optimizer, batch_size=batch_size))
+        rate, progress = jnp.zeros(()), jnp.zeros(2)
+        arguments = jax.random.key(0), weights, state, data, self.beta, rate, progress
+        self._epoch = epoch.lower(*arguments).compile()
+        self.compilation = time.perf_counter() - start
+
+    def __call__(self, key: jax.Array, rate: float, epochs: int) -> Iterator[Record]:
+        """Train a network; what is done between the records is not in their seconds.
+
+        Args:
+          key: of the initial weights and the order of the data.
+          rate: the first learning rate.
+          epochs: passes over the data, in a new order each.
+        """
+        seconds, start = self.compilation, time.perf_counter()
+        first, order = jax.random.split(key)
+        weights, state = self._begun(first)
+        for epoch in range(1, epochs + 1):
+            progress = jnp.asarray([epoch - 1, epoch], jnp.float32) / epochs
+            number = jax.random.fold_in(order, epoch)
+            first_rate = jnp.asarray(rate, jnp.float32)
+            weights, state = self._epoch(
+                number, weights, state, self.data, self.beta, first_rate, progress
+            )
+            jax.block_until_ready(weights)
+            seconds += time.perf_counter() - start
+            yield Record(epoch, seconds, weights)
+            start = time.perf_counter()
+
+    def objective(self, weights: Weights) -> float:
+        """The objective on all data."""
+        return float(objective(weights, self.data, self.beta))
+
+    def _begun(self, key: jax.Array) -> tuple[Weights, Any]:
+        features = self.data.X.shape[1]
+        weights = initial(key, len(self.data.y), self.width, features)
+        return weights, _transformation(self.optimizer).init(weights)
 
 
 def _transformation(optimizer: Optimizer) -> optax.GradientTransformation:
@@ -121,30 +139,26 @@ def _transformation(optimizer: Optimizer) -> optax.GradientTransformation:
     return optax.trace(MOMENTUM, nesterov=True)
 
 
-@functools.cache
-def compiled_epoch(optimizer: Optimizer, batch_size: int) -> Callable[..., Any]:
-    """(key, weights, state, data, β, first rate, progress before and after) -> weights and state after it."""
+def _epoch(key, weights, state, data, beta, rate, progress, *, optimizer, batch_size):
+    """Weights and state after an epoch, which begins and ends at `progress` of all epochs."""
+    count = len(data.X)
+    batches = count // batch_size
+    order = jax.random.permutation(key, count)[: batches * batch_size]
+    angles = jnp.pi * jnp.linspace(progress[0], progress[1], batches, endpoint=False)
+    rates = rate * 0.5 * (1 + jnp.cos(angles))
 
-    def loss(weights, X, y, mask, beta, count):
+    def loss(weights, X, y, mask):
         errors = predict(weights, X, mask) - y
         return 0.5 * jnp.sum(errors**2) / len(X) + beta / count * penalty(weights)
 
-    def epoch(key, weights, state, data, beta, rate, progress):
-        count = len(data.X)
-        batches = count // batch_size
-        order = jax.random.permutation(key, count)[: batches * batch_size]
-        rates = rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.linspace(*progress, batches, endpoint=False)))
+    def step(carry, batch):
+        weights, state = carry
+        rows, rate = batch
+        mask = None if data.mask is None else data.mask[rows]
+        gradient = jax.grad(loss)(weights, data.X[rows], data.y[:, rows], mask)
+        updates, state = _transformation(optimizer).update(gradient, state, weights)
+        weights = jax.tree.map(lambda w, update: w - rate * update, weights, updates)
+        return (weights, state), None
 
-        def step(carry, batch):
-            weights, state = carry
-            rows, rate = batch
-            mask = None if data.mask is None else data.mask[rows]
-            gradient = jax.grad(loss)(weights, data.X[rows], data.y[:, rows], mask, beta, count)
-            updates, state = _transformation(optimizer).update(gradient, state, weights)
-            weights = jax.tree.map(lambda w, update: w - rate * update, weights, updates)
-            return (weights, state), None
-
-        batches = order.reshape(batches, batch_size), rates
-        return jax.lax.scan(step, (weights, state), batches)[0]
-
-    return jax.jit(epoch)
+    steps = order.reshape(batches, batch_size), rates
+    return jax.lax.scan(step, (weights, state), steps)[0]

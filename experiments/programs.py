@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -64,7 +64,7 @@ class Trained(NamedTuple):
     curve: list[Row]
     predict: Callable[[jax.Array], jax.Array]
     final: Row
-    path: list[Row] = []
+    path: Sequence[Row] = ()
 
 
 class DivergenceError(RuntimeError):
@@ -94,71 +94,96 @@ def accuracy(predict: Callable[[jax.Array], jax.Array], rows: vectors.Rows) -> f
 def train_gated(task: Task, fractions: Sequence[float], tol: float, max_iters: int) -> Trained:
     """Choose β along a path with warm starts, then solve the program for it from zero.
 
-    The curve is of runs from zero that are stopped after 1, 2, 4, … iterations: each is timed as a whole, and
-    the seconds of compilation are added, those of the first call beyond a second one.
+    The curve is of runs from zero that are stopped after 1, 2, 4, … iterations, each timed as a whole, with
+    the seconds of compilation added.
     """
-    validation = task.data.validation
-    begun, largest = time.perf_counter(), float(task.program.beta)
-    path, best, V = [], None, None
+    solve, compilation = _compiled(task, tol)
+    begun, validation = time.perf_counter(), task.data.validation
+    path, best, V = [], None, jnp.zeros(task.program.shape)
     for fraction in sorted(fractions, reverse=True):
-        program = task.program.with_beta(fraction * largest)
-        solution = ss.convex.solve(program, solver=_solver(task, max_iters), init=V, tol=tol)
+        program = task.program.with_beta(fraction * task.program.beta)
+        solution = solve(program, V, jnp.asarray(max_iters))
         V = solution.value
         score = accuracy(functools.partial(program.predict, V), validation)
-        row = _measured(program, solution) | {"fraction": fraction, "validation_accuracy": score}
-        path.append(row)
+        path.append(
+            {
+                "fraction": fraction,
+                "beta": float(program.beta),
+                "objective": float(jnp.sum(program.objective(V))),
+                "neurons": int(jnp.sum(program.num_active(V))),
+                "iterations": int(jnp.max(solution.iterations)),
+                "validation_accuracy": score,
+            }
+        )
         if best is None or score > best[0]["validation_accuracy"]:
-            best = row, program
+            best = path[-1], program
     assert best is not None
     row, program = best
-    chosen = {"path_seconds": time.perf_counter() - begun}
-    curve, V = _timed(task, program, tol, max_iters)
-    return Trained(curve, functools.partial(program.predict, V), row | chosen, path)
+    path_seconds = time.perf_counter() - begun
+    curve, V = _timed(task, program, solve, max_iters)
+    curve = [{**each, "seconds": compilation + each["seconds"]} for each in curve]
+    final = {
+        "beta": row["beta"],
+        "fraction": row["fraction"],
+        **_certified(task, program, V, tol, max_iters),
+        "iterations": curve[-1]["epoch"],
+        "compilation_seconds": compilation,
+        "path_seconds": path_seconds,
+    }
+    return Trained(curve, functools.partial(program.predict, V), final, path)
 
 
-def _solver(task: Task, max_iters: int) -> Any:
+def _compiled(task: Task, tol: float) -> tuple[Callable[..., ss.Solution], float]:
+    """The solver of (program, V_0, most iterations), and the seconds in which it was compiled."""
+
+    def solve(program, V, max_iters):
+        solver = _solver(task, max_iters)
+        return ss.convex.solve(program, solver=solver, init=V, tol=tol, certify=False)
+
+    start = time.perf_counter()
+    V = jnp.zeros(task.program.shape)
+    compiled = jax.jit(solve).lower(task.program, V, jnp.asarray(1)).compile()
+    return compiled, time.perf_counter() - start
+
+
+def _solver(task: Task, max_iters: Any) -> Any:
     """The solver that `stochsolvers.convex.solve` takes by default, with a cap."""
     small = len(task.data.train[0]) <= MOST_KERNEL_DATA
     kind = ss.convex.KernelADMM if small else ss.convex.FISTA
-    return kind(max_iters=jnp.asarray(max_iters))
+    return kind(max_iters=max_iters)
 
 
-def _measured(program: Any, solution: ss.Solution) -> Row:
-    """Objective, lower bound, neurons and iterations, all outputs together."""
-    assert solution.certificate is not None
-    assert solution.iterations is not None
-    objective = float(jnp.sum(program.objective(solution.value)))
-    return {
-        "beta": float(program.beta),
-        "objective": objective,
-        "lower_bound": objective - float(jnp.sum(solution.certificate)),
-        "bound": "exact",
-        "neurons": int(jnp.sum(program.num_active(solution.value))),
-        "iterations": int(jnp.max(solution.iterations)),
-    }
-
-
-def _timed(task: Task, program: Any, tol: float, max_iters: int) -> tuple[list[Row], jax.Array]:
+def _timed(
+    task: Task, program: Any, solve: Callable[..., ss.Solution], max_iters: int
+) -> tuple[list[Row], jax.Array]:
     """Runs from zero stopped after 1, 2, 4, … iterations, up to the one that stops by itself."""
-
-    def solved(cap):
-        start = time.perf_counter()
-        solution = ss.convex.solve(program, solver=_solver(task, cap), tol=tol, certify=False)
-        jax.block_until_ready(solution.value)
-        return solution, time.perf_counter() - start
-
-    compilation = solved(1)[1] - solved(1)[1]
     curve, cap = [], 1
     while True:
-        solution, seconds = solved(cap)
-        assert solution.iterations is not None
-        score = accuracy(functools.partial(program.predict, solution.value), task.data.validation)
-        row = {"epoch": int(jnp.max(solution.iterations)), "seconds": compilation + seconds}
-        row["objective"] = float(jnp.sum(program.objective(solution.value)))
+        start = time.perf_counter()
+        solution = solve(program, jnp.zeros(program.shape), jnp.asarray(cap))
+        V = jax.block_until_ready(solution.value)
+        seconds = time.perf_counter() - start
+        score = accuracy(functools.partial(program.predict, V), task.data.validation)
+        row = {"epoch": int(jnp.max(solution.iterations)), "seconds": seconds}
+        row["objective"] = float(jnp.sum(program.objective(V)))
         curve.append({**row, "validation_accuracy": score})
         if cap >= max_iters or bool(jnp.all(solution.status == ss.Status.CONVERGED)):
-            return curve, solution.value
+            return curve, V
         cap = min(2 * cap, max_iters)
+
+
+def _certified(task: Task, program: Any, V: jax.Array, tol: float, max_iters: int) -> Row:
+    """Objective, its lower bound that allows for round-off, neurons; all outputs together."""
+    solver = _solver(task, jnp.asarray(max_iters))
+    solution = ss.convex.solve(program, solver=solver, init=V, tol=tol)
+    assert solution.certificate is not None
+    reached = float(jnp.sum(program.objective(solution.value)))
+    return {
+        "objective": float(jnp.sum(program.objective(V))),
+        "lower_bound": reached - float(jnp.sum(solution.certificate)),
+        "bound": "exact",
+        "neurons": int(jnp.sum(program.num_active(V))),
+    }
 
 
 # ---- minibatches ----
@@ -179,57 +204,49 @@ def train_by_batches(
       DivergenceError: there is no rate with finite objectives.
     """
     begun = time.perf_counter()
-    X, y = task.program.X, task.program.y.reshape(task.outputs, -1)
     mask = task.program.patterns.mask if method == "gated-adam" else None
-    data, runs = descent.Data(X, y, mask), {}
-    for rate in rates:
-        run = _one_rate(task, data, beta, method, rate, epochs, batch_size)
-        if run is not None:
-            runs[rate] = run
-    if not runs:
+    data = descent.Data(task.program.X, task.program.y.reshape(task.outputs, -1), mask)
+    optimizer: Any = "sgd" if method == "sgd" else "adam"
+    options = {"width": task.width, "optimizer": optimizer, "batch_size": batch_size}
+    trainer = descent.Trainer(data, beta, **options)
+    runs = {rate: _one_rate(task, trainer, method, rate, epochs) for rate in rates}
+    ends = {rate: curve[-1] for rate, (curve, _) in runs.items() if curve is not None}
+    if not ends:
         raise DivergenceError(f"{method}: every learning rate of {tuple(rates)} diverged")
-    scores = {rate: curve[-1]["validation_accuracy"] for rate, (curve, _) in runs.items()}
-    rate = max(runs, key=lambda rate: (scores[rate], -runs[rate][0][-1]["objective"]))
+    rate = max(ends, key=lambda rate: (ends[rate]["validation_accuracy"], -ends[rate]["objective"]))
     curve, weights = runs[rate]
-    predict = _predictor(task, weights, method)
-    objective = curve[-1]["objective"]
+    assert curve is not None
+    sizes = jnp.linalg.norm(weights.hidden, axis=-1) * jnp.abs(weights.output)
     final = {
-        "objective": objective,
-        "neurons": int(jnp.sum(_sizes(weights) > 1e-3 * jnp.max(_sizes(weights)))),
+        "objective": curve[-1]["objective"],
+        "neurons": int(jnp.sum(sizes > 1e-3 * jnp.max(sizes))),
         "learning_rate": rate,
-        "validation_of_rates": {f"{r:g}": scores.get(r) for r in rates},
+        "rates": [
+            {"learning_rate": r}
+            | {key: ends[r][key] for key in ("validation_accuracy", "objective")}
+            for r in ends
+        ],
+        "diverged_rates": [r for r in rates if r not in ends],
+        "compilation_seconds": trainer.compilation,
         "search_seconds": time.perf_counter() - begun,
     }
     if mask is None:
         final |= _bounded(task, beta, weights)
-    return Trained(curve, predict, final)
+    return Trained(curve, _predictor(task, weights, method), final)
 
 
 def _one_rate(
-    task: Task,
-    data: descent.Data,
-    beta: float,
-    method: Method,
-    rate: float,
-    epochs: int,
-    batch_size: int,
-) -> tuple[list[Row], descent.Weights] | None:
-    """The curve and the last weights; None if the objective is not finite any more."""
-    jax.clear_caches()  # so that the seconds of every rate have a compilation in them
-    descent.compiled_epoch.cache_clear()
-    curve: list[Row] = []
-    optimizer: Any = "sgd" if method == "sgd" else "adam"
-    options = {"width": task.width, "epochs": epochs, "batch_size": batch_size, "rate": rate}
-    records = descent.train(task.key(WEIGHTS), data, beta, optimizer=optimizer, **options)
-    weights = None
-    for epoch, seconds, weights in records:
-        objective = float(descent.objective(weights, data, jnp.asarray(beta, jnp.float32)))
+    task: Task, trainer: descent.Trainer, method: Method, rate: float, epochs: int
+) -> tuple[list[Row] | None, Any]:
+    """The curve and the last weights; no curve if the objective is not finite any more."""
+    curve, weights = [], None
+    for epoch, seconds, weights in trainer(task.key(WEIGHTS), rate, epochs):
+        objective = trainer.objective(weights)
         if not math.isfinite(objective):
-            return None
+            return None, None
         score = accuracy(_predictor(task, weights, method), task.data.validation)
         row = {"epoch": epoch, "seconds": seconds, "objective": objective}
         curve.append({**row, "validation_accuracy": score})
-    assert weights is not None
     return curve, weights
 
 
@@ -245,27 +262,29 @@ def _predictor(task: Task, weights: descent.Weights, method: Method) -> Any:
     return predict
 
 
-def _sizes(weights: descent.Weights) -> jax.Array:
-    return jnp.linalg.norm(weights.hidden, axis=-1) * jnp.abs(weights.output)
-
-
 # ---- ReLU networks: bounds, and training by rounds ----
 
 
 def _bounded(task: Task, beta: float, weights: descent.Weights) -> Row:
     """A lower bound on the objective of every ReLU network of the task, proved; one network an output."""
-    y = task.program.y.reshape(task.outputs, -1)
-    begun, bound = time.perf_counter(), 0.0
-    for hidden, output, target in zip(weights.hidden, weights.output, y, strict=True):
-        network = ss.convex.Network(hidden.T, output).balanced()
-        gap = ss.convex.network_gap(network, task.program.X, target, beta, method="bound")
-        bound += gap.lower_bound
-    seconds = time.perf_counter() - begun
-    return {"lower_bound": bound, "bound": "bound", "bound_seconds": seconds}
+    pairs = zip(weights.hidden, weights.output, strict=True)
+    return _bound(task, beta, [ss.convex.Network(W.T, a).balanced() for W, a in pairs])
+
+
+def _bound(task: Task, beta: float, networks: Sequence[Any]) -> Row:
+    y, start = task.program.y.reshape(task.outputs, -1), time.perf_counter()
+    gaps = [
+        ss.convex.network_gap(network, task.program.X, target, beta, method="bound")
+        for network, target in zip(networks, y, strict=True)
+    ]
+    lower = sum(gap.lower_bound for gap in gaps)
+    seconds = time.perf_counter() - start
+    return {"lower_bound": lower, "bound": "bound", "bound_seconds": seconds}
 
 
 def train_relu(task: Task, beta: float, rounds: int) -> Trained:
     """`stochsolvers.convex.train_network` for each output: one round after the other, each timed."""
+    jax.clear_caches()  # so that the seconds have the compilation in them
     y = task.program.y.reshape(task.outputs, -1)
     seconds, curve = 0.0, []
     networks: list[Any] = [None] * task.outputs
@@ -291,15 +310,10 @@ def train_relu(task: Task, beta: float, rounds: int) -> Trained:
         score = accuracy(_joined(task, networks), task.data.validation)
         row = {"epoch": count + 1, "seconds": seconds, "objective": objective}
         curve.append({**row, "validation_accuracy": score})
-    gaps = [
-        ss.convex.network_gap(net, task.program.X, target, beta, method="bound")
-        for net, target in zip(networks, y, strict=True)
-    ]
     final = {
         "objective": curve[-1]["objective"],
-        "lower_bound": sum(gap.lower_bound for gap in gaps),
-        "bound": "bound",
         "neurons": sum(net.width for net in networks),
+        **_bound(task, beta, networks),
     }
     return Trained(curve, _joined(task, networks), final)
 
