@@ -6,18 +6,24 @@ The weights of a gated network are the variable of a `LayerProblem` whose map is
 
 | | |
 |---|---|
-| `Patterns`, `sample_patterns` | gates and the activation patterns that they make of data |
+| `Patterns`, `sample_patterns`, `enumerate_patterns` | gates and the activation patterns they make of data |
 | `GatedMap` | the map A*(V) = Σ_i D_i X v_i |
 | `GatedProblem` | the program of a network with fixed gates |
 | `ReLUProblem` | the program of a ReLU network: the same with cones |
+| `ThreeLayerProblem` | the program of parallel three-layer networks, on small data |
+| `whitened` | data on which a network is one with batch normalisation |
 
 References:
   Pilanci and Ergen 2020, Neural networks are convex regularizers; Mishkin, Sahiner and Pilanci 2022, Fast
   convex optimization for two-layer ReLU networks.
 """
 
+from stochsolvers.convex._enumeration import enumerate_patterns as enumerate_patterns
 from stochsolvers.convex._gated_map import GatedMap as GatedMap
 from stochsolvers.convex._patterns import Patterns as Patterns
 from stochsolvers.convex._patterns import sample_patterns as sample_patterns
 from stochsolvers.convex._problems import GatedProblem as GatedProblem
 from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
+from stochsolvers.convex._three_layer import ThreeLayerProblem as ThreeLayerProblem
+from stochsolvers.convex._whitened import Whitened as Whitened
+from stochsolvers.convex._whitened import whitened as whitened

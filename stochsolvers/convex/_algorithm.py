@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
-from stochsolvers.convex import _duality
-from stochsolvers.convex._duality import Dual
+from stochsolvers.convex import _terms
+from stochsolvers.convex._terms import Dual
 from stochsolvers.problems import Problem
 
 Progress = Callable[[Any, Any, Any], Any]
@@ -76,7 +76,7 @@ def start(problem: Any, init: Array | None) -> Iterate:
         )
     else:
         V, u = init, problem.linear_map.adjoint(init)
-        penalty = _duality.regularizer(problem, V)
+        penalty = _terms.regularizer(problem, V)
     return Iterate(
         value=V,
         prediction=u,
@@ -105,7 +105,7 @@ def advanced(
 ) -> Iterate:
     """The next iterate; programs that had stopped stay as they were."""
     objective = objective_of(problem, u, penalty)
-    dual = _duality.better(problem, before.dual, dual)
+    dual = _terms.better(problem, before.dual, dual)
     after = Iterate(
         value=V,
         prediction=u,
@@ -124,7 +124,7 @@ def kept(done: Array, before: Any, after: Any) -> Any:
         return after
 
     def choose(old, new):
-        return jnp.where(_duality.expanded(done, new), old, new)
+        return jnp.where(_terms.expanded(done, new), old, new)
 
     return jax.tree.map(choose, before, after)
 

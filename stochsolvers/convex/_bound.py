@@ -84,7 +84,7 @@ def _products(problem: Any, V: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _gauge(problem: Any, images: np.ndarray, batch: int) -> np.ndarray:
-    """The least c with the image in c dom R*, see `_duality.gauge`."""
+    """The least c with the image in c dom R*, see `_terms.gauge`."""
     prior: Any = problem.prior
     flat = images.reshape(-1, *images.shape[batch:])
     if isinstance(prior, Zero):

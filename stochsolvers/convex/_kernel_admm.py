@@ -10,7 +10,7 @@ from stochsolvers import _checks
 from stochsolvers._shards import varying
 from stochsolvers._symmetric import symmetric_product
 from stochsolvers._typing import Array, value_object
-from stochsolvers.convex import _duality, _factor, _fista
+from stochsolvers.convex import _terms, _factor, _fista
 from stochsolvers.convex._algorithm import (
     Algorithm,
     Iterate,
@@ -20,7 +20,7 @@ from stochsolvers.convex._algorithm import (
     report,
     start,
 )
-from stochsolvers.convex._duality import expanded
+from stochsolvers.convex._terms import expanded
 from stochsolvers.convex._factor import Factor
 from stochsolvers.convex._gated_map import GatedMap
 from stochsolvers.convex._problems import GatedProblem
@@ -104,7 +104,7 @@ class _Split(NamedTuple):
 
 def penalty_of(problem: Any, K: Array) -> Array:
     """ρ of all programs, from the geometric mean of their β/β_max."""
-    peak = _duality.gauge(problem, problem.gradient_at_zero())
+    peak = _terms.gauge(problem, problem.gradient_at_zero())
     share = jnp.exp(jnp.mean(jnp.log(jnp.clip(peak, 1.0, 1e6))))
     trace = jnp.trace(K)
     mean = jnp.sum(K**2) / jnp.where(trace > 0, trace, 1.0)
@@ -154,7 +154,7 @@ def _from_zero(now: Iterate) -> _Split:
 def _from_iterate(problem: Any, now: Iterate, rho: Array) -> _Split:
     """Λ = −A (A* V − y)/ρ, what it is at an optimum, brought into the domain that V's prox has."""
     scaled = problem.linear_map(problem.inputs - now.prediction) / rho
-    scaled = scaled - _duality.prox(problem, scaled, _steps(problem, rho))[0]
+    scaled = scaled - _terms.prox(problem, scaled, _steps(problem, rho))[0]
     return _Split(scaled, problem.linear_map.adjoint(scaled))
 
 
@@ -168,9 +168,9 @@ def _step(
     A, y, a, V = problem.linear_map, problem.inputs, RELAXATION, now.value
     residual = rho * factor.solve(now.prediction - split.prediction - y)
     image = A(residual)
-    dual = _duality.dual(problem, residual, image)
+    dual = _terms.dual(problem, residual, image)
     point = V - (a / rho) * image + (1.0 - a) * split.scaled
-    following, penalty = _duality.prox(problem, point, _steps(problem, rho))
+    following, penalty = _terms.prox(problem, point, _steps(problem, rho))
     u = A.adjoint(following)
     prediction = split.prediction + a * (residual + y) + (1.0 - a) * now.prediction - u
     after = advanced(problem, now, following, u, penalty, dual, problem.norm(following - V), tol)

@@ -10,7 +10,7 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, join_static, split_static
-from stochsolvers.convex import _bound, _duality
+from stochsolvers.convex import _bound, _terms
 from stochsolvers.convex._algorithm import Algorithm, Progress
 from stochsolvers.convex._fista import FISTA
 from stochsolvers.convex._kernel_admm import KernelADMM
@@ -110,7 +110,7 @@ def _solve(
     status = jnp.where(finite, status, Status.DIVERGED)
     gap = None
     if certify:
-        gap = _duality.certificate(problem, last.value, last.dual.point)
+        gap = _terms.certificate(problem, last.value, last.dual.point)
     solution = Solution(
         value=last.value,
         residuals=last.moved[None],
