@@ -10,6 +10,8 @@ The weights of a gated network are the variable of a `LayerProblem` whose map is
 | `GatedMap` | the map A*(V) = Σ_i D_i X v_i |
 | `GatedProblem` | the program of a network with fixed gates |
 | `ReLUProblem` | the program of a ReLU network: the same with cones |
+| `ThreeLayerProblem` | the program of parallel three-layer networks, on small data |
+| `whitened` | data on which a network is one with batch normalisation |
 
 References:
   Pilanci and Ergen 2020, Neural networks are convex regularizers; Mishkin, Sahiner and Pilanci 2022, Fast
@@ -48,3 +50,6 @@ def __getattr__(name: str) -> Any:
     from stochsolvers.convex import _sklearn
 
     return getattr(_sklearn, name)
+from stochsolvers.convex._three_layer import ThreeLayerProblem as ThreeLayerProblem
+from stochsolvers.convex._whitened import Whitened as Whitened
+from stochsolvers.convex._whitened import whitened as whitened
