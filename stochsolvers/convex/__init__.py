@@ -27,6 +27,8 @@ References:
   convex optimization for two-layer ReLU networks.
 """
 
+from typing import Any
+
 from stochsolvers.convex._decompose import Decomposition as Decomposition
 from stochsolvers.convex._decompose import decompose as decompose
 from stochsolvers.convex._enumeration import enumerate_patterns as enumerate_patterns
@@ -46,6 +48,7 @@ from stochsolvers.convex._patterns import sample_patterns as sample_patterns
 from stochsolvers.convex._problems import GatedProblem as GatedProblem
 from stochsolvers.convex._prune import prune as prune
 from stochsolvers.convex._recover import from_network as from_network
+from stochsolvers.convex._recover import recover as recover
 from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
 from stochsolvers.convex._separate import separate as separate
 from stochsolvers.convex._solve import solve as solve
@@ -54,3 +57,12 @@ from stochsolvers.convex._training import Training as Training
 from stochsolvers.convex._training import train_network as train_network
 from stochsolvers.convex._whitened import Whitened as Whitened
 from stochsolvers.convex._whitened import whitened as whitened
+
+
+def __getattr__(name: str) -> Any:
+    """The estimators, which need scikit-learn."""
+    if name not in ("ConvexReLUClassifier", "ConvexReLURegressor"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from stochsolvers.convex import _sklearn
+
+    return getattr(_sklearn, name)

@@ -1,143 +1,104 @@
-r"""The largest response of a unit neuron to a dual point, and bounds on it, in float64 on the host.
+"""The duality gap of a gated program in float64 on the host, whatever precision it was solved in."""
 
-    M(Θ) = max_{||u|| ≤ 1} ||Θ (X u)₊||₂,      Θ of shape (C, n);   for one output max |θᵀ(X u)₊|
+import math
+from typing import Any
 
-A dual point Θ is feasible for networks of any width with weight decay β where M(Θ) ≤ β.
-
-- Over all arrangement patterns D_i, with cones K_i = {u: G_i u ≥ 0}, G_i = (2D_i − I)X, one output's maximum
-  is exact: max_{u ∈ K_i, ||u|| ≤ 1} pᵀu = min_{a ≥ 0} ||p + G_iᵀa|| for p = ±XᵀD_iθ, and any a ≥ 0 bounds it.
-- For any γ ∈ [0, 1], τ > 0 and μ > λ_max(Q), since t₊ ≤ t/2 + t²/(4τ) + τ/4 and −t₊ ≤ −γ t,
-
-      max_{||u|| ≤ 1} vᵀ(X u)₊ ≤ ¼ Σ_{v_k > 0} v_k τ_k + ½ μ + ½ bᵀ(μ I − Q)⁻¹ b,
-      b = ½ X₊ᵀv₊ − X₋ᵀ(γ ∘ |v₋|),      Q = ½ X₊ᵀ diag(v₊/τ) X₊,
-
-  convex in (γ, τ): minimised by L-BFGS. Every value of γ and τ is a bound, so its accuracy proves nothing.
-
-Upper bounds end with a slack of a few units of round-off of the numbers that they are made of.
-
-References:
-  Pilanci and Ergen 2020 (the dual); Boyd and Vandenberghe 2004, appendix B (the maximum over the ball).
-"""
-
+import jax
 import numpy as np
-from scipy import optimize
 
-_EPS = float(np.finfo(np.float64).eps)
+from stochsolvers.convex import _inputs
+from stochsolvers.losses import Squares
+from stochsolvers.prox import L1, GroupL2, Zero
 
-
-def exact_response(X: np.ndarray, theta: np.ndarray, mask: np.ndarray) -> float:
-    """M(Θ) from above over all patterns, mask of shape (n, P); exact for one output."""
-    if len(theta) == 1:
-        return max(_exact_of_sign(X, theta[0], mask), _exact_of_sign(X, -theta[0], mask))
-    bounds = [min(_spectral(X, theta, D), _rows(X, theta, D)) for D in mask.T]
-    return max(bounds, default=0.0)
+_ENTRIES = 2**21
 
 
-def _exact_of_sign(X: np.ndarray, v: np.ndarray, mask: np.ndarray) -> float:
-    """max_u vᵀ(X u)₊; cells whose ||XᵀD_iv|| is below the largest value so far need no cone."""
-    directions = X.T @ (mask * v[:, None])
-    sizes = np.linalg.norm(directions, axis=0) + _round_off(X, v)
-    best = 0.0
-    for i in np.argsort(-sizes):
-        if sizes[i] <= best:
-            break
-        best = max(best, _in_cone(X, v, mask[:, i], directions[:, i]))
-    return best
+def is_concrete(*tree: Any) -> bool:
+    """Whether all arrays are known numbers in this process."""
+    return all(_inputs.known(leaf) is not None for leaf in jax.tree.leaves(tree))
 
 
-def _in_cone(X: np.ndarray, v: np.ndarray, D: np.ndarray, direction: np.ndarray) -> float:
-    """Least of ||p + Gᵀa|| over a ≥ 0, p = XᵀDv, from above."""
-    G = np.where(D, 1.0, -1.0)[:, None] * X
-    multipliers, _ = nnls(G.T, -direction)
-    residual = direction + G.T @ multipliers
-    return float(np.linalg.norm(residual)) + _round_off(X, v) + _round_off(X, multipliers)
+def certificate(problem: Any, V: Any, s: Any) -> np.ndarray:
+    r"""P(V) − D(t s) ≥ P(V) − min P for each program, t ≤ 1 such that t s is feasible, plus its own round-off.
+
+    Args:
+      problem: a `GatedProblem` whose regulariser is a norm or a ridge.
+      V: weights, shaped as the variable.
+      s: any dual point, shaped as the targets.
+    """
+    V, s, y = (np.asarray(a, np.float64) for a in (V, s, problem.inputs))
+    with jax.enable_x64(True):
+        s = _loss(problem, "dual_projection", s, y)
+    inner = problem.linear_map.in_shape
+    batch = s.shape[: s.ndim - len(inner)]
+    images, u = _products(problem, V, s)
+    scale = np.ones(batch)
+    limit = np.broadcast_to(_gauge(problem, images, len(batch)), batch)
+    scale /= np.maximum(limit, 1.0) * (1.0 + 1e-12)
+    s = s * scale.reshape(*batch, *[1] * len(inner))
+    with jax.enable_x64(True):
+        primal, dual = _loss(problem, "value", u, y), _loss(problem, "conjugate", s, y)
+    ridge, penalty = float(problem.ridge), np.zeros(batch)
+    if isinstance(problem.prior, Zero):
+        squares = _sum(images**2, batch) * scale**2
+        penalty = 0.5 * ridge * _sum(V**2, batch) + squares / (2.0 * ridge)
+    else:
+        with jax.enable_x64(True):
+            each = [float(problem.prior.value(v)) for v in V.reshape(-1, *V.shape[len(batch) :])]
+        penalty = np.asarray(each).reshape(batch)
+    sizes = _sum(np.abs(primal), batch) + _sum(np.abs(dual), batch) + penalty
+    gap = _sum(primal, batch) + _sum(dual, batch) + penalty
+    bound = np.maximum(gap, 0.0) + 1e-13 * math.sqrt(s.size + V.size) * sizes
+    return np.where(np.isnan(bound), np.inf, bound)
 
 
-def _spectral(X: np.ndarray, theta: np.ndarray, D: np.ndarray) -> float:
-    return float(np.linalg.norm((theta * D) @ X, 2)) + _round_off(X, np.linalg.norm(theta, axis=0))
+def _loss(problem: Any, what: str, *arguments: np.ndarray) -> np.ndarray:
+    if isinstance(problem.loss, Squares):  # without compiling anything
+        first, y = arguments
+        if what == "value":
+            return 0.5 * (first - y) ** 2
+        return first if what == "dual_projection" else first * (y + 0.5 * first)
+    return np.asarray(getattr(problem.loss, what)(*map(jax.numpy.asarray, arguments)), np.float64)
 
 
-def _rows(X: np.ndarray, theta: np.ndarray, D: np.ndarray) -> float:
-    signed = np.stack([theta, -theta])
-    each = [max(_in_cone(X, v, D, X.T @ (D * v)) for v in pair) for pair in signed.swapaxes(0, 1)]
-    return float(np.linalg.norm(each))
+def _sum(array: np.ndarray, batch: tuple[int, ...]) -> np.ndarray:
+    return array.sum(tuple(range(len(batch), array.ndim)))
 
 
-def nnls(A: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float]:
-    """argmin_{a ≥ 0} ||A a − target|| and its residual; by gradient steps where the active set cycles."""
-    scale = np.linalg.norm(A, 2) if A.size else 0.0
-    if scale == 0 or not np.any(target):
-        return np.zeros(A.shape[1]), float(np.linalg.norm(target))
-    try:
-        return optimize.nnls(A, target)
-    except RuntimeError:
-        a = np.zeros(A.shape[1])
-        for _ in range(1000):
-            a = np.maximum(a - A.T @ (A @ a - target) / scale**2, 0)
-        return a, float(np.linalg.norm(A @ a - target))
+def _products(problem: Any, V: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A s and A* V, in blocks of data."""
+    X, mask = (np.asarray(a) for a in problem.linear_map._rows())
+    patches = problem.X.shape[1] if problem.X.ndim == 3 else 1
+    weights = V.reshape(-1, *V.shape[-2:])
+    duals = np.repeat(s.reshape(-1, s.shape[-1]), patches, -1)
+    images, u = np.zeros(weights.shape), np.zeros(duals.shape)
+    size = max(1, _ENTRIES // mask.shape[1])
+    for start in range(0, len(X), size):
+        rows = slice(start, start + size)
+        data, active = X[rows].astype(np.float64), mask[rows].T
+        for c, weight in enumerate(weights):
+            u[c, rows] = np.where(active, weight @ data.T, 0.0).sum(0)
+            images[c] += np.where(active, duals[c, rows], 0.0) @ data
+    u = u.reshape(*s.shape, patches).sum(-1)
+    return images.reshape(V.shape), u
 
 
-def bounded_response(X: np.ndarray, theta: np.ndarray, *, max_iters: int = 200) -> float:
-    """M(Θ) from above for any number of data: the root of the sum of squares over outputs for several."""
-    each = [max(_relaxed(X, v, max_iters), _relaxed(X, -v, max_iters)) for v in theta]
-    slack = _round_off(X, np.linalg.norm(theta, axis=0))
-    crude = float(np.linalg.norm(theta, 2) * np.linalg.norm(X, 2)) + slack
-    return min(float(np.linalg.norm(each)) * (1 + 8 * _EPS), crude)
-
-
-def _relaxed(X: np.ndarray, v: np.ndarray, max_iters: int) -> float:
-    """The bound of the module, minimised over γ = sigmoid(s) and τ = exp(t)."""
-    plus = v > 0
-    if not plus.any():
-        return 0.0
-    num = int(plus.sum())
-    args = X[plus], v[plus], X[~plus], -v[~plus]
-    tau = np.linalg.norm(args[0], axis=1) / np.sqrt(X.shape[1])
-    tau = np.maximum(tau, 1e-6 * max(float(tau.max()), 1e-30))
-    start = np.concatenate([np.log(tau), np.zeros(len(v) - num)])
-    bounds = [(float(t) - 20, float(t) + 20) for t in start[:num]] + [(-40, 40)] * (len(v) - num)
-    options = {"maxiter": max_iters, "ftol": 1e-9}
-    result = optimize.minimize(
-        _relaxation, start, args, "L-BFGS-B", jac=True, bounds=bounds, options=options
-    )
-    values = [_relaxation(point, *args) for point in (start, result.x)]
-    slack = (len(v) + 8 * X.shape[1]) * 4 * _EPS * X.shape[1] ** 0.5  # of Q and its eigenvalues
-    best = min(value for value, _ in values if np.isfinite(value))
-    return best * (1 + slack) + _round_off(X, v)
-
-
-def _relaxation(
-    point: np.ndarray, Xp: np.ndarray, vp: np.ndarray, Xm: np.ndarray, vm: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """The bound at (log τ, logit γ) and its gradient there."""
-    num = len(vp)
-    tau, gamma = np.exp(point[:num]), 1 / (1 + np.exp(-point[num:]))
-    b = 0.5 * Xp.T @ vp - Xm.T @ (vm * gamma)
-    Q = 0.5 * Xp.T @ ((vp / tau)[:, None] * Xp)
-    largest, u = _largest_in_ball(b, Q)
-    value = 0.25 * float(vp @ tau) + largest
-    slope_tau = 0.25 * vp * (tau - (Xp @ u) ** 2 / tau)
-    slope_gamma = -vm * (Xm @ u) * gamma * (1 - gamma)
-    return value, np.concatenate([slope_tau, slope_gamma])
-
-
-def _largest_in_ball(b: np.ndarray, Q: np.ndarray) -> tuple[float, np.ndarray]:
-    """min_μ ½ μ + ½ bᵀ(μ I − Q)⁻¹ b over μ > λ_max(Q), and u = (μ I − Q)⁻¹ b."""
-    values, vectors = np.linalg.eigh(Q)
-    c = vectors.T @ b
-    top, norm = float(values[-1]), float(np.linalg.norm(b))
-    lower = top + 1e-10 * (abs(top) + norm) + 1e-300
-    upper = lower + norm
-
-    def excess(mu):
-        return 1 - 1 / max(float(np.linalg.norm(c / (mu - values))), 1e-300)
-
-    mu = lower if excess(lower) <= 0 else float(optimize.brentq(excess, lower, upper, rtol=1e-12))
-    u = vectors @ (c / (mu - values))
-    return 0.5 * mu + 0.5 * float(c @ (c / (mu - values))), u
-
-
-def _round_off(X: np.ndarray, v: np.ndarray) -> float:
-    """A bound on the error of ||Xᵀv|| with X and v as they are, computed in any order."""
-    n, d = X.shape
-    return 2 * (n + d + 4) * _EPS * float(np.linalg.norm(np.abs(X).T @ np.abs(v)))
+def _gauge(problem: Any, images: np.ndarray, batch: int) -> np.ndarray:
+    """The least c with the image in c dom R*, see `_terms.gauge`."""
+    prior: Any = problem.prior
+    flat = images.reshape(-1, *images.shape[batch:])
+    if isinstance(prior, Zero):
+        return np.zeros(images.shape[:batch])
+    gamma = np.asarray(prior.gamma, np.float64)
+    if isinstance(prior, L1):
+        norms = np.abs(flat)
+    elif isinstance(prior, GroupL2):
+        axes = prior.axis if isinstance(prior.axis, tuple) else (prior.axis,)
+        norms = np.sqrt((flat**2).sum(axes, keepdims=True))
+    else:
+        matrices = np.moveaxis(flat, prior.axes, (-2, -1))
+        norms = np.linalg.norm(matrices, 2, axis=(-2, -1), keepdims=True)
+        norms = np.moveaxis(norms, (-2, -1), prior.axes)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(norms > 0, norms / np.broadcast_to(gamma, norms.shape), 0.0)
+    return ratios.max(tuple(range(1, ratios.ndim))).reshape(images.shape[:batch])

@@ -7,14 +7,13 @@ import pytest
 from flax import nnx
 from scipy import optimize
 
-import stochsolvers as ss
 from stochsolvers import convex
 
 N, D, P, C = 8, 3, 6, 2
 
 
 @pytest.fixture
-def X(rng):
+def X(rng):  # noqa: N802 - as in the formulas
     return rng.standard_normal((N, D))
 
 
@@ -35,7 +34,10 @@ def in_cones(rng, X, patterns, *batch):
 
 def test_a_network_is_its_formula(rng, X):
     W, b = rng.standard_normal((D, 5)), rng.standard_normal(5)
-    for a, c in ((rng.standard_normal(5), 0.3), (rng.standard_normal((5, C)), rng.standard_normal(C))):
+    for a, c in (
+        (rng.standard_normal(5), 0.3),
+        (rng.standard_normal((5, C)), rng.standard_normal(C)),
+    ):
         network = convex.Network(W, a, b, c)
         expected = (relu(X @ W + b) @ a + c).T
         np.testing.assert_allclose(network(X), expected, rtol=1e-12)
@@ -46,7 +48,9 @@ def test_a_network_is_its_formula(rng, X):
         np.testing.assert_allclose(network.objective(X, y, 0.7), objective + decay, rtol=1e-12)
         balanced = network.balanced()
         np.testing.assert_allclose(balanced(X), expected, rtol=1e-12)
-        norms = np.linalg.norm(np.vstack([W, b]), axis=0) * np.linalg.norm(np.atleast_2d(a.T), axis=0)
+        norms = np.linalg.norm(np.vstack([W, b]), axis=0) * np.linalg.norm(
+            np.atleast_2d(a.T), axis=0
+        )
         np.testing.assert_allclose(balanced.penalty(), norms.sum(), rtol=1e-12)
 
 
@@ -191,7 +195,10 @@ def test_decompose_finds_the_cheapest_pair(rng, X, patterns):
             lambda b, v=v: np.linalg.norm(b + v) + np.linalg.norm(b),
             start,
             method="SLSQP",
-            constraints={"type": "ineq", "fun": lambda b, G=G, v=v: np.concatenate([G @ b, G @ (b + v)])},
+            constraints={
+                "type": "ineq",
+                "fun": lambda b, G=G, v=v: np.concatenate([G @ b, G @ (b + v)]),
+            },
             options={"maxiter": 500, "ftol": 1e-12},
         )
         V = jnp.zeros(problem.shape).at[i].set(v)
@@ -211,7 +218,7 @@ def test_decompose_finds_the_cheapest_pair(rng, X, patterns):
         (lambda: convex.Network(np.ones((2, 3)), np.ones(3))(np.ones((4, 3))), "data of Network"),
         (lambda: convex.as_network(object()), "network"),
         (lambda: convex.to_nnx(3, 4), "problem"),
-        (lambda: convex.from_network(convex.Network(np.ones((2, 3)), np.zeros(3)), np.ones((4, 2))), "network"),
+        (lambda: convex.from_network(convex.Network(np.ones((2, 3)), np.zeros(3)), np.eye(2)), "network"),
         (lambda: convex.prune(convex.Network(np.ones((2, 1)), np.ones(1)), np.ones(2)), "X"),
     ],
 )  # fmt: skip

@@ -106,10 +106,25 @@ def prox(problem: LayerProblem, point: Array, step: Array) -> tuple[Array, Array
     shrunk = 1.0 + step * problem.ridge
     point, step, prior = point / shrunk, step / shrunk, problem.prior
     if isinstance(prior, NuclearNorm) and prior.weights is None:
-        V, each = _shrunk_matrices(prior, point, step)
-        return V, problem.sum(each) + 0.5 * problem.sum((problem.ridge * V) * V)
-    V = prior.prox(point, step)
-    return V, regularizer(problem, V)
+        V, terms = _shrunk_matrices(prior, point, step)
+    elif isinstance(prior, GroupL2):
+        V, terms = _shrunk_groups(prior, point, step)
+    elif isinstance(prior, Zero):
+        V, terms = point, 0.5 * problem.ridge * point**2
+    else:
+        V = prior.prox(point, step)
+        return V, regularizer(problem, V)
+    return V, problem.sum(terms)
+
+
+def _shrunk_groups(prior: GroupL2, point: Array, step: Array) -> tuple[Array, Array]:
+    """max(1 − ηγ/||W_G||, 0) W_G, and γ times the norms that are left."""
+    norms = jnp.sqrt(jnp.sum(point**2, prior._axes(point), keepdims=True))
+    gamma = jnp.broadcast_to(prior._gamma(point), norms.shape)
+    left = jnp.maximum(norms - step * gamma, 0.0)
+    unit = point / jnp.where(left > 0, norms, 1.0)
+    V = left * unit
+    return V, gamma * (V * unit)
 
 
 def _shrunk_matrices(prior: NuclearNorm, point: Array, step: Array) -> tuple[Array, Array]:
@@ -121,7 +136,9 @@ def _shrunk_matrices(prior: NuclearNorm, point: Array, step: Array) -> tuple[Arr
     eigenvalues, U = _linalg.eigh(gram(matrices))
     sigma = jnp.sqrt(jnp.maximum(eigenvalues, 0.0))
     gamma = jnp.broadcast_to(prior._gamma(point), _reduced(point, prior.axes))
-    threshold = jnp.moveaxis(jnp.broadcast_to(step * gamma, gamma.shape), prior.axes, (-2, -1))[..., 0]
+    threshold = jnp.moveaxis(jnp.broadcast_to(step * gamma, gamma.shape), prior.axes, (-2, -1))[
+        ..., 0
+    ]
     left = jnp.maximum(sigma - threshold, 0.0)
     keep = left / jnp.where(left > 0, sigma, 1.0)
     inner = jnp.matmul(jnp.swapaxes(U, -2, -1), matrices, precision="highest")
@@ -147,15 +164,14 @@ def dual(problem: LayerProblem, residual: Array, image: Array) -> Dual:
     """
     y = problem.inputs
     limit = gauge(problem, image)
-    longest = 1.0 / jnp.where(limit > 0, limit, 1.0)
-    longest = jnp.where(limit > 0, longest, jnp.inf)
+    longest = jnp.where(limit > 0, 1.0 / jnp.where(limit > 0, limit, 1.0), jnp.inf)
     pulled = _ridge_conjugate(problem, image)
     if isinstance(problem.loss, Squares):
-        curvature = problem.sum(residual**2) + 2.0 * pulled
-        best = -problem.sum(y * residual) / jnp.where(curvature > 0, curvature, 1.0)
-        t = jnp.clip(best, 0.0, longest)
-    else:
-        t = jnp.minimum(longest, 1.0)
+        slope, curve = jax.vmap(problem.sum)(jnp.stack([y * residual, residual**2]))
+        curve += 2.0 * pulled
+        t = jnp.clip(-slope / jnp.where(curve > 0, curve, 1.0), 0.0, longest)
+        return Dual(-t * (slope + 0.5 * t * curve), expanded(t, residual) * residual)
+    t = jnp.minimum(longest, 1.0)
     point = expanded(t, residual) * residual
     value = -problem.sum(problem.loss.conjugate(point, y)) - t**2 * pulled
     return Dual(jnp.where(jnp.isnan(value), -jnp.inf, value), point)
