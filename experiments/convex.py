@@ -165,7 +165,7 @@ def prepared(source: data.Source, config: Config, seed: int) -> programs.Task:
 def _train_and_test(
     method: programs.Method, task: programs.Task, config: Config, stored: results.Run
 ) -> list[tables.Row]:
-    """The rows of one method from one seed: of its path of β, its curve, and the final row."""
+    """The rows of one method from one seed: its curve, and the final row."""
     study = f"TwoLayer{config.width}"
     tags = {"dataset": task.data.name, "name": f"{study} {NAMES[method]}", "study": study}
     tags |= {"method": method, "seed": task.seed}
@@ -194,9 +194,9 @@ def _train_and_test(
         f"{tags['name']}, seed {task.seed}: {final['accuracy']:.2f} %, objective "
         f"{final['objective']:.5g} in {final['train_seconds']:.1f} s"
     )
-    rows = [{"kind": "path", **tags, **row} for row in trained.path]
-    rows += [{"kind": "epoch", **tags, "family": final["family"], **row} for row in trained.curve]
-    return [*rows, {"kind": "final", **tags, **final}]
+    family = {"family": final["family"]}
+    epochs = [{"kind": "epoch", **tags, **family, **row} for row in trained.curve]
+    return [*epochs, {"kind": "final", **tags, **final}]
 
 
 def _trained(

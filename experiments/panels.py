@@ -156,10 +156,11 @@ def descent(rows: Rows) -> Panels:
 def path(rows: Rows) -> Panels:
     """Validation accuracy and neurons over β/β_max, mean over the seeds, with a band."""
     panels: Panels = {}
-    groups = grouped((row for row in rows if row["kind"] == "path"), lambda row: row["fraction"])
+    points = [point for row in rows if row["kind"] == "final" for point in row.get("path", ())]
+    groups = grouped(points, lambda point: point["fraction"])
     x = sorted(groups)
     for number, (key, title) in enumerate(PATH.items()):
-        values = [[row[key] for row in groups[fraction]] for fraction in x]
+        values = [[point[key] for point in groups[fraction]] for fraction in x]
         if values:
             panels[title] = [_over_seeds(title, np.array(x), values, number, plain=False)]
     return panels

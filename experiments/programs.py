@@ -18,6 +18,8 @@ Method = Literal["gated", "gated-adam", "relu", "adam", "sgd"]
 Row = dict[str, Any]
 MOST_KERNEL_DATA = 8000
 """Beyond, the n × n kernel of the data is not factored."""
+MOST_BOUND_FEATURES = 300
+"""Beyond, ReLU networks have no lower bound: it takes eigenvalues of many d × d matrices."""
 GATES, WEIGHTS, ROUNDS = range(3)
 """What a seed's random keys are for."""
 
@@ -58,13 +60,11 @@ class Trained(NamedTuple):
       predict: of data (n, d), values (n,) or (C, n).
       final: the objective, a lower bound of it and how it is known, the number of neurons that are not zero,
         and what was chosen.
-      path: validation accuracy and neurons for each β.
     """
 
     curve: list[Row]
     predict: Callable[[jax.Array], jax.Array]
     final: Row
-    path: Sequence[Row] = ()
 
 
 class DivergenceError(RuntimeError):
@@ -129,8 +129,9 @@ def train_gated(task: Task, fractions: Sequence[float], tol: float, max_iters: i
         "iterations": curve[-1]["epoch"],
         "compilation_seconds": compilation,
         "path_seconds": path_seconds,
+        "path": path,
     }
-    return Trained(curve, functools.partial(program.predict, V), final, path)
+    return Trained(curve, functools.partial(program.predict, V), final)
 
 
 def _compiled(task: Task, tol: float) -> tuple[Callable[..., ss.Solution], float]:
@@ -231,7 +232,8 @@ def train_by_batches(
         "search_seconds": time.perf_counter() - begun,
     }
     if mask is None:
-        final |= _bounded(task, beta, weights)
+        pairs = zip(weights.hidden, weights.output, strict=True)
+        final |= _bound(task, beta, [ss.convex.Network(W.T, a) for W, a in pairs])
     return Trained(curve, _predictor(task, weights, method), final)
 
 
@@ -265,16 +267,13 @@ def _predictor(task: Task, weights: descent.Weights, method: Method) -> Any:
 # ---- ReLU networks: bounds, and training by rounds ----
 
 
-def _bounded(task: Task, beta: float, weights: descent.Weights) -> Row:
-    """A lower bound on the objective of every ReLU network of the task, proved; one network an output."""
-    pairs = zip(weights.hidden, weights.output, strict=True)
-    return _bound(task, beta, [ss.convex.Network(W.T, a).balanced() for W, a in pairs])
-
-
 def _bound(task: Task, beta: float, networks: Sequence[Any]) -> Row:
+    """A lower bound on the objective of every ReLU network of the task, proved; a network for each output."""
+    if task.data.num_features > MOST_BOUND_FEATURES:
+        return {"lower_bound": None}
     y, start = task.program.y.reshape(task.outputs, -1), time.perf_counter()
     gaps = [
-        ss.convex.network_gap(network, task.program.X, target, beta, method="bound")
+        ss.convex.network_gap(network.balanced(), task.program.X, target, beta, method="bound")
         for network, target in zip(networks, y, strict=True)
     ]
     lower = sum(gap.lower_bound for gap in gaps)

@@ -24,7 +24,6 @@ CHECKPOINTS, CURVES = "checkpoints", "tensorboard"
 KEYS = {
     "epoch": ("dataset", "epoch", "validation_accuracy"),
     "residuals": ("layer", "deterministic", "low", "middle", "high"),
-    "path": ("dataset", "seed", "fraction", "validation_accuracy", "neurons"),
     "final": ("dataset", "seed", "accuracy"),
 }
 """Kinds of rows, and the keys that each kind must have."""
