@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
-from stochsolvers.convex import _duality
-from stochsolvers.convex._duality import Dual
+from stochsolvers.convex import _terms
+from stochsolvers.convex._terms import Dual
 from stochsolvers.problems import Problem
 
 Progress = Callable[[Any, Any, Any], Any]
@@ -28,7 +28,7 @@ class Iterate(NamedTuple):
       dual: the best dual point so far.
       done: whether P(V) − D ≤ tol P(V), shape (*batch,).
       iterations: that each program took, shape (*batch,).
-      moved: ||V_{k+1} − V_k|| of its last one, shape (*batch,).
+      moved: the length of its last step, shape (*batch,).
     """
 
     value: Array
@@ -66,17 +66,22 @@ class Algorithm(abc.ABC):
 
 
 def start(problem: Any, init: Array | None) -> Iterate:
-    """V_0 with its objective and the dual point that it gives."""
-    V = jnp.zeros(problem.shape, problem.dtype) if init is None else init
-    u = problem.linear_map.adjoint(V)
-    residual = problem.loss.derivative(u, problem.inputs)
-    objective = objective_of(problem, u, _duality.regularizer(problem, V))
+    """V_0, zero by default, with its objective."""
     none = jnp.zeros(problem.batch_shape, problem.dtype)
+    if init is None:
+        V, u, penalty = (
+            jnp.zeros(problem.shape, problem.dtype),
+            jnp.zeros_like(problem.inputs),
+            none,
+        )
+    else:
+        V, u = init, problem.linear_map.adjoint(init)
+        penalty = _terms.regularizer(problem, V)
     return Iterate(
         value=V,
         prediction=u,
-        objective=objective,
-        dual=Dual(none - jnp.inf, jnp.zeros_like(residual)),
+        objective=objective_of(problem, u, penalty),
+        dual=Dual(none - jnp.inf, jnp.zeros_like(u)),
         done=jnp.zeros(problem.batch_shape, bool),
         iterations=jnp.zeros(problem.batch_shape, int),
         moved=none,
@@ -89,11 +94,18 @@ def objective_of(problem: Any, u: Array, penalty: Array) -> Array:
 
 
 def advanced(
-    problem: Any, before: Iterate, V: Array, u: Array, penalty: Array, dual: Dual, tol: Array
+    problem: Any,
+    before: Iterate,
+    V: Array,
+    u: Array,
+    penalty: Array,
+    dual: Dual,
+    moved: Array,
+    tol: Array,
 ) -> Iterate:
     """The next iterate; programs that had stopped stay as they were."""
     objective = objective_of(problem, u, penalty)
-    dual = _duality.better(problem, before.dual, dual)
+    dual = _terms.better(problem, before.dual, dual)
     after = Iterate(
         value=V,
         prediction=u,
@@ -101,16 +113,18 @@ def advanced(
         dual=dual,
         done=objective - dual.value <= tol * objective,
         iterations=before.iterations + 1,
-        moved=problem.norm(V - before.value),
+        moved=moved,
     )
     return kept(before.done, before, after)
 
 
 def kept(done: Array, before: Any, after: Any) -> Any:
-    """For each program `before` where it is done, else `after`."""
+    """For each program `before` where it is done, else `after`; a single one that is done takes no step."""
+    if not done.ndim:
+        return after
 
     def choose(old, new):
-        return jnp.where(_duality.expanded(done, new), old, new)
+        return jnp.where(_terms.expanded(done, new), old, new)
 
     return jax.tree.map(choose, before, after)
 
@@ -119,4 +133,4 @@ def report(progress: Progress | None, k: Array, iterate: Iterate) -> None:
     """Tell the caller, where asked to."""
     if progress is not None:
         gap = iterate.objective - iterate.dual.value
-        jax.debug.callback(progress, k, iterate.objective, gap, ordered=True)
+        jax.debug.callback(progress, k, iterate.objective, gap)

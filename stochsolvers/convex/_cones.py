@@ -1,5 +1,6 @@
 r"""The cones of activation patterns, K_i = {u : (2 D_i − I) X u ≥ 0}, and the group norm on them."""
 
+import abc
 from typing import Any, ClassVar
 
 import jax
@@ -13,39 +14,33 @@ from stochsolvers.prox import Prior
 _MAX_ITERS = 20_000  # of a projection; some tens are the rule
 
 
-@value_object
-class Cones:
-    r"""K_i = {u : G_i u ≥ 0}, G_i = (2 D_i − I) X̂, X̂ the rows of X divided by their norms.
+class Cones(abc.ABC):
+    r"""K_i = {u : G_i u ≥ 0} for i = 1, …, P, with unit rows of G_i, or rows of zeros."""
 
-    Args:
-      rows: X̂, shape (n, d), rows of X that are zero left zero; all patches of convolutional data.
-      mask: booleans (n, P).
-    """
+    @property
+    @abc.abstractmethod
+    def num_rows(self) -> int:
+        """The number of rows of each G_i."""
 
-    rows: Array
-    mask: Array
-
-    @classmethod
-    def of(cls, X: Array, mask: Array) -> "Cones":
-        """The cones of data (n, d) or (n, K, d)."""
-        X, mask = X.reshape(-1, X.shape[-1]), mask.reshape(-1, mask.shape[-1])
-        scale = jnp.max(jnp.abs(X), axis=-1, keepdims=True)
-        unit = X / jnp.where(scale > 0, scale, 1)
-        norms = jnp.sqrt(jnp.sum(unit * unit, axis=-1, keepdims=True))
-        return cls(unit / jnp.where(norms > 0, norms, 1), mask)
-
+    @abc.abstractmethod
     def products(self, V: Array) -> Array:
-        """G_i v_i, shape (..., P, d) to (..., P, n)."""
-        products = jnp.matmul(V, self.rows.T, precision="highest")
-        return jnp.where(self._lifted(V.ndim), products, -products)
+        """G_i v_i, shape (..., P, d) to (..., P, rows)."""
 
+    @abc.abstractmethod
     def combined(self, a: Array) -> Array:
-        """G_iᵀ a_i, shape (..., P, n) to (..., P, d)."""
-        signed = jnp.where(self._lifted(a.ndim), a, -a)
-        return jnp.matmul(signed, self.rows, precision="highest")
+        """G_iᵀ a_i, shape (..., P, rows) to (..., P, d)."""
 
-    def _lifted(self, ndim: int) -> Array:
-        return jnp.expand_dims(self.mask.T, range(ndim - 2))
+    @abc.abstractmethod
+    def magnitudes(self, a: Array) -> Array:
+        """|G_i|ᵀ a_i for a ≥ 0."""
+
+    @abc.abstractmethod
+    def squared_norm(self) -> Array:
+        """max_i ‖G_i‖²."""
+
+    @abc.abstractmethod
+    def row_norms(self) -> Array:
+        """The norms by which the rows were divided; they broadcast to (P, rows)."""
 
     def violation(self, V: Array) -> Array:
         """max_j (−G_i v_i)_j, or 0: the distance to the farthest half-space, shape (..., P)."""
@@ -69,8 +64,7 @@ class Cones:
         accuracy = jnp.asarray(16 * eps if tol is None else tol, V.dtype)
         size = jnp.sqrt(jnp.sum(V * V, axis=-1, keepdims=True))
         unit = V / jnp.where(size > 0, size, 1)
-        gram = jnp.matmul(self.rows.T, self.rows, precision="highest")
-        constant = jnp.maximum(jnp.linalg.eigvalsh(gram)[-1] * (1 + 8 * eps), 1)
+        constant = jnp.maximum(self.squared_norm() * (1 + 8 * eps), 1)
 
         def unfinished(carry):
             return (carry[0] < max_iters) & ~jnp.all(carry[-1])
@@ -87,13 +81,116 @@ class Cones:
             a, ahead = jnp.where(done, ahead, moved), jnp.where(done, ahead, further)
             return k + 1, a, ahead, jnp.where(back, 1, following), done
 
-        start = jnp.zeros((*V.shape[:-1], self.rows.shape[0]), V.dtype)
+        start = jnp.zeros((*V.shape[:-1], self.num_rows), V.dtype)
         ones = jnp.ones_like(size)
         carry = (0, start, start, ones, ones < 0)
         a = lax.while_loop(unfinished, step, carry)[2]
         u = unit + self.combined(a)
         small = jnp.sqrt(jnp.sum(u * u, axis=-1, keepdims=True)) <= 4 * accuracy
         return jnp.where(small, 0, u) * size, a * size
+
+
+def _unit_rows(rows: Array) -> tuple[Array, Array]:
+    """Rows divided by their norms, zeros left, and the norms (..., rows)."""
+    scale = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)
+    scaled = rows / jnp.where(scale > 0, scale, 1)
+    norms = jnp.sqrt(jnp.sum(scaled * scaled, axis=-1, keepdims=True))
+    return scaled / jnp.where(norms > 0, norms, 1), (scale * norms)[..., 0]
+
+
+@value_object
+class PatternCones(Cones):
+    r"""G_i = (2 D_i − I) X, the cones of activation patterns.
+
+    Args:
+      rows: X with unit rows, shape (n, d); all patches of convolutional data.
+      norms: of the rows of X, shape (n,).
+      mask: booleans (n, P).
+    """
+
+    rows: Array
+    norms: Array
+    mask: Array
+
+    @classmethod
+    def of(cls, X: Array, mask: Array) -> "PatternCones":
+        """The cones of data (n, d) or (n, K, d)."""
+        rows, norms = _unit_rows(X.reshape(-1, X.shape[-1]))
+        return cls(rows, norms, mask.reshape(-1, mask.shape[-1]))
+
+    @property
+    def num_rows(self) -> int:
+        """n, or n K for patches."""
+        return self.rows.shape[0]
+
+    def products(self, V: Array) -> Array:
+        """G_i v_i."""
+        products = jnp.matmul(V, self.rows.T, precision="highest")
+        return jnp.where(self._lifted(V.ndim), products, -products)
+
+    def combined(self, a: Array) -> Array:
+        """G_iᵀ a_i."""
+        signed = jnp.where(self._lifted(a.ndim), a, -a)
+        return jnp.matmul(signed, self.rows, precision="highest")
+
+    def magnitudes(self, a: Array) -> Array:
+        """|G_i|ᵀ a_i."""
+        return a @ jnp.abs(self.rows)
+
+    def squared_norm(self) -> Array:
+        """‖X‖², that of every G_i."""
+        gram = jnp.matmul(self.rows.T, self.rows, precision="highest")
+        return jnp.linalg.eigvalsh(gram)[-1]
+
+    def row_norms(self) -> Array:
+        """Those of X."""
+        return self.norms
+
+    def _lifted(self, ndim: int) -> Array:
+        return jnp.expand_dims(self.mask.T, range(ndim - 2))
+
+
+@value_object
+class PolyhedralCones(Cones):
+    """Cones of any matrices.
+
+    Args:
+      matrices: G_i with unit rows, shape (P, rows, d).
+      norms: by which the rows were divided, shape (P, rows).
+    """
+
+    matrices: Array
+    norms: Array
+
+    @classmethod
+    def of(cls, matrices: Array) -> "PolyhedralCones":
+        """The cones of matrices with rows of any norm."""
+        return cls(*_unit_rows(matrices))
+
+    @property
+    def num_rows(self) -> int:
+        """Of each matrix."""
+        return self.matrices.shape[1]
+
+    def products(self, V: Array) -> Array:
+        """G_i v_i."""
+        return jnp.einsum("pnd,...pd->...pn", self.matrices, V, precision="highest")
+
+    def combined(self, a: Array) -> Array:
+        """G_iᵀ a_i."""
+        return jnp.einsum("pnd,...pn->...pd", self.matrices, a, precision="highest")
+
+    def magnitudes(self, a: Array) -> Array:
+        """|G_i|ᵀ a_i."""
+        return jnp.einsum("pnd,...pn->...pd", jnp.abs(self.matrices), a)
+
+    def squared_norm(self) -> Array:
+        """max_i ‖G_i‖², or more: the largest number of rows, each a unit vector."""
+        return jnp.asarray(self.num_rows, self.matrices.dtype)
+
+    def row_norms(self) -> Array:
+        """Those that the rows had."""
+        return self.norms
 
 
 @value_object

@@ -26,9 +26,9 @@ import numpy as np
 
 from stochsolvers import _checks
 from stochsolvers._typing import value_object
-from stochsolvers.convex._responses import nnls
 from stochsolvers.convex._network import Network, relu_network
 from stochsolvers.convex._problems import GatedProblem
+from stochsolvers.convex._responses import nnls
 
 
 @value_object

@@ -1,227 +1,104 @@
-r"""The duality gap of a gated program from products that its solvers have anyway.
+r"""Lower bounds on convex programs with a norm, and certified gaps, all round-off included.
 
-    min_V Σ ℓ(A* V, y) + R(V)  ≥  D(s) = −Σ ℓ*(s, y) − R*(−A s)        for every s
+For minimise_V Σ_j ℓ((A* V)_j, y_j) + β R(V), R a norm on a cone, and r with r_j ∈ dom ℓ*(·, y_j),
 
-With r = ∂ℓ(u) at any u, g = A r and a norm R, every s = t r with t ≤ 1/gauge(g) is feasible, where gauge is the
-dual norm, for R = β Σ_i ||v_i|| the number max_i ||g_i|| / β. With a ridge, R* = ||·||²/(2 λ).
+    D(s r) = −Σ_j ℓ*(s r_j, y_j) ≤ min        for 0 ≤ s ≤ β / R°(−A r),
+
+R° the dual norm, R°(w) = sup {<w, V> : R(V) ≤ 1}. At r = ∂ℓ(A* V) this needs one product with A.
 """
 
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from stochsolvers import _linalg
 from stochsolvers._typing import Array
-from stochsolvers.losses import Squares
+from stochsolvers.losses import Loss, Squares
 from stochsolvers.problems import LayerProblem
-from stochsolvers.prox import L1, GroupL2, NuclearNorm, Zero
+
+_SHARES = (
+    1.0,
+    0.5,
+    0.25,
+    0.125,
+    0.0,
+)  # of the largest scale, tried for losses that are not squares
 
 
-class Dual(NamedTuple):
-    """A dual point s, shaped as the targets, and D(s) for each program, shape (*batch,)."""
+def _events(array: Array, like: Array) -> Array:
+    return jnp.expand_dims(array, range(array.ndim, like.ndim))
+
+
+def scaled_dual(problem: LayerProblem, r: Array, norm: Array, beta: Array) -> tuple[Array, Array]:
+    """The best D(s r) over the scales s that are tried, and s, each of shape (*batch,).
+
+    Args:
+      problem: for its loss, targets and batch axes.
+      r: a dual point, shaped as the targets.
+      norm: R°(−A r) or more.
+      beta: β.
+    """
+    largest = jnp.where(norm > 0, beta / jnp.where(norm > 0, norm, 1), jnp.inf)
+    loss, y = problem.loss, problem.inputs
+    if type(loss) is Squares:
+        energy, slope = problem.sum(r * r), problem.sum(r * y)
+        s = jnp.clip(-slope / jnp.where(energy > 0, energy, 1), 0, largest)
+        return -s * slope - 0.5 * s * s * energy, s
+    scales = [share * jnp.minimum(largest, 1.0) for share in _SHARES]
+    values = [-problem.sum(loss.conjugate(_events(s, r) * r, y)) for s in scales]
+    best = jnp.argmax(jnp.stack(values), axis=0)
+    chosen = jnp.take_along_axis(jnp.stack(scales), best[None], axis=0)[0]
+    return jnp.max(jnp.stack(values), axis=0), chosen
+
+
+def product_round_off(problem: LayerProblem, terms: int) -> float:
+    """ε with |error| ≤ ε Σ|t| for products that sum so many terms, as `LinearMap` says of large maps."""
+    return 4 * math.log2(2 * terms) * float(jnp.finfo(problem.dtype).eps)
+
+
+class DualNorm(NamedTuple):
+    """R°(−A r) with what it takes for a bound on its error.
+
+    Attributes:
+      value: R°(−A r), as computed.
+      error: |R°(−A r) − value| at most.
+    """
 
     value: Array
-    point: Array
+    error: Array
 
 
-def expanded(numbers: Array, like: Array) -> Array:
-    """A number for each program, with axes of size 1 for the others of an array with the batch axes first."""
-    return jnp.expand_dims(numbers, tuple(range(jnp.ndim(numbers), like.ndim)))
+def certified_gap(problem: Any, V: Array, u: Array, u_error: Array, dual_norm: Any) -> Array:
+    r"""P(V) − D(s r) ≥ P(V) − min P at r = ∂ℓ(u), shape (*batch,), as the sum of two gaps.
 
+        Σ_j [ℓ(u_j) + ℓ*(s r_j) − s u_j r_j] + [β R(V) + s <r, u>],
 
-def has_gauge(problem: LayerProblem) -> bool:
-    """Whether the regulariser is a norm or a ridge, whose D(s) costs nothing beside A s."""
-    prior = problem.prior
-    if isinstance(prior, NuclearNorm):
-        return prior.weights is None
-    return isinstance(prior, L1 | GroupL2 | Zero)
-
-
-def gauge(problem: LayerProblem, image: Array, error: Array | float = 0.0) -> Array:
-    """The least c ≥ 0 with image ∈ c dom R*, for each program; 0 for a ridge.
+    Each of them is ≥ 0. Errors of u = A* V, of R° and of sums are added.
 
     Args:
-      problem: the program.
-      image: shaped as the variable.
-      error: by how much the Euclidean norm of a group of the image may be off, shape (*batch,).
+      problem: with a loss, targets, β and `prior_value`, which is β R.
+      V: the variable.
+      u: A* V.
+      u_error: entrywise bound on its error.
+      dual_norm: (r, entrywise error of r or None) ↦ `DualNorm`.
     """
-    prior: Any = problem.prior
-    if isinstance(prior, Zero):
-        return jnp.zeros(problem.batch_shape, image.dtype)
-    norms, weights = jax.vmap(_norms, (None, 0))(prior, _flat(problem, image))
-    error = jnp.broadcast_to(jnp.asarray(error, image.dtype), problem.batch_shape).reshape(-1)
-    error = jnp.expand_dims(error, tuple(range(1, norms.ndim)))
-    ratios = (norms + error) / jnp.where(weights > 0, weights, 1.0)
-    worst = jnp.where(weights > 0, ratios, jnp.where(norms > 0, jnp.inf, 0.0))
-    return jnp.max(worst, axis=tuple(range(1, norms.ndim))).reshape(problem.batch_shape)
-
-
-def _flat(problem: LayerProblem, array: Array) -> Array:
-    return array.reshape(-1, *problem.linear_map.out_shape)
-
-
-def _norms(prior: Any, image: Array) -> tuple[Array, Array]:
-    """Norms of the groups of one program, and γ, of one shape."""
-    if isinstance(prior, L1):
-        norms, weights = jnp.abs(image), prior._gamma(image)
-    elif isinstance(prior, GroupL2):
-        norms = jnp.sqrt(jnp.sum(image**2, prior._axes(image), keepdims=True))
-        weights = prior._gamma(image)
+    loss, y, eps = problem.loss, problem.inputs, float(jnp.finfo(problem.dtype).eps)
+    rounding = 8 * eps * (1 + math.log2(V.size))
+    r = loss.derivative(u, y)
+    own_error = None if type(loss).dual_error is Loss.dual_error else loss.dual_error(r, y)
+    norm = dual_norm(r, own_error)
+    _, s = scaled_dual(problem, r, norm.value + norm.error, problem.beta * (1 - 4 * eps))
+    scaled = _events(s, r) * r
+    if type(loss) is Squares:
+        off = jnp.abs(r - scaled) + u_error
+        loss_gap = 0.5 * problem.sum(off * off) * (1 + rounding)
     else:
-        eigenvalues = jnp.maximum(_linalg.eigvalsh(gram(_matrices(prior, image)))[..., -1], 0.0)
-        norms, weights = jnp.sqrt(eigenvalues), prior._threshold(prior._gamma(image), image)[..., 0]
-    return norms, jnp.broadcast_to(weights, norms.shape)
-
-
-def _matrices(prior: NuclearNorm, array: Array) -> Array:
-    """Matrices (..., m, n) with m ≤ n."""
-    matrices = jnp.moveaxis(array, prior.axes, (-2, -1))
-    wide = matrices.shape[-2] <= matrices.shape[-1]
-    return matrices if wide else jnp.swapaxes(matrices, -2, -1)
-
-
-def gram(matrices: Array) -> Array:
-    """M Mᵀ of matrices (..., m, n)."""
-    return jnp.matmul(matrices, jnp.swapaxes(matrices, -2, -1), precision="highest")
-
-
-def regularizer(problem: LayerProblem, V: Array) -> Array:
-    """R(V) for each program, the ridge with it."""
-    return problem.prior_value(V) + 0.5 * problem.sum((problem.ridge * V) * V)
-
-
-def prox(problem: LayerProblem, point: Array, step: Array) -> tuple[Array, Array]:
-    r"""V = argmin_V ½||V − W||² + η R(V), and R(V) for each program.
-
-    With a ridge λ it is prox_{η'g}(W / (1 + ηλ)), η' = η/(1 + ηλ).
-
-    Args:
-      problem: the program.
-      point: W, shaped as the variable.
-      step: η > 0 for each program, shape (*batch,).
-    """
-    step = expanded(step, point)
-    shrunk = 1.0 + step * problem.ridge
-    point, step, prior = point / shrunk, step / shrunk, problem.prior
-    if isinstance(prior, NuclearNorm) and prior.weights is None:
-        V, each = _shrunk_matrices(prior, point, step)
-        return V, problem.sum(each) + 0.5 * problem.sum((problem.ridge * V) * V)
-    V = prior.prox(point, step)
-    return V, regularizer(problem, V)
-
-
-def _shrunk_matrices(prior: NuclearNorm, point: Array, step: Array) -> tuple[Array, Array]:
-    r"""U max(1 − ηγ/√Λ, 0) Uᵀ W of each W Wᵀ = U Λ Uᵀ, m × m; and γ times its nuclear norm.
-
-    The singular values above the threshold, which are all that is left, come with their accuracy.
-    """
-    matrices = _matrices(prior, point)
-    eigenvalues, U = _linalg.eigh(gram(matrices))
-    sigma = jnp.sqrt(jnp.maximum(eigenvalues, 0.0))
-    gamma = jnp.broadcast_to(prior._gamma(point), _reduced(point, prior.axes))
-    threshold = jnp.moveaxis(jnp.broadcast_to(step * gamma, gamma.shape), prior.axes, (-2, -1))[
-        ..., 0
-    ]
-    left = jnp.maximum(sigma - threshold, 0.0)
-    keep = left / jnp.where(left > 0, sigma, 1.0)
-    inner = jnp.matmul(jnp.swapaxes(U, -2, -1), matrices, precision="highest")
-    result = jnp.matmul(U * keep[..., None, :], inner, precision="highest")
-    if point.shape[prior.axes[0]] > point.shape[prior.axes[1]]:
-        result = jnp.swapaxes(result, -2, -1)
-    values = jnp.moveaxis(gamma, prior.axes, (-2, -1))[..., 0] * left
-    return jnp.moveaxis(result, (-2, -1), prior.axes), values
-
-
-def _reduced(like: Array, axes: tuple[int, int]) -> tuple[int, ...]:
-    axes = tuple(axis % like.ndim for axis in axes)
-    return tuple(1 if axis in axes else n for axis, n in enumerate(like.shape))
-
-
-def dual(problem: LayerProblem, residual: Array, image: Array) -> Dual:
-    """The best D(t r) over t where it is known in closed form, for squares; else that of the largest t ≤ 1.
-
-    Args:
-      problem: the program.
-      residual: r = ∂ℓ/∂u at any u, shaped as the targets.
-      image: A r.
-    """
-    y = problem.inputs
-    limit = gauge(problem, image)
-    longest = 1.0 / jnp.where(limit > 0, limit, 1.0)
-    longest = jnp.where(limit > 0, longest, jnp.inf)
-    pulled = _ridge_conjugate(problem, image)
-    if isinstance(problem.loss, Squares):
-        curvature = problem.sum(residual**2) + 2.0 * pulled
-        best = -problem.sum(y * residual) / jnp.where(curvature > 0, curvature, 1.0)
-        t = jnp.clip(best, 0.0, longest)
-    else:
-        t = jnp.minimum(longest, 1.0)
-    point = expanded(t, residual) * residual
-    value = -problem.sum(problem.loss.conjugate(point, y)) - t**2 * pulled
-    return Dual(jnp.where(jnp.isnan(value), -jnp.inf, value), point)
-
-
-def _ridge_conjugate(problem: LayerProblem, image: Array) -> Array:
-    """||w||²/(2λ) where the ridge is all of the regulariser, else 0."""
-    if not isinstance(problem.prior, Zero):
-        return jnp.zeros(problem.batch_shape, image.dtype)
-    ridge = problem.ridge
-    return problem.sum(image**2) / (2.0 * jnp.where(ridge > 0, ridge, 1.0))
-
-
-def better(problem: LayerProblem, one: Dual, other: Dual) -> Dual:
-    """For each program the dual point of the larger D."""
-    first = one.value >= other.value
-    point = jnp.where(expanded(first, one.point), one.point, other.point)
-    return Dual(jnp.maximum(one.value, other.value), point)
-
-
-def certificate(problem: LayerProblem, V: Array, s: Array) -> Array:
-    r"""A bound on P(V) − min P ≤ P(V) − D(t s), t ≤ 1 such that t s is feasible whatever the round-off.
-
-    Products with X are taken to be off by 8 log2(n) ε ‖A‖ ‖·‖, as for large maps elsewhere in this library, with
-    ‖D_i X‖ ≤ ‖X‖ and ‖A‖² ≤ ‖X‖² max_j (number of patterns active at x_j).
-
-    Args:
-      problem: the program, a `GatedProblem` whose regulariser is a norm or a ridge.
-      V: weights, shaped as the variable.
-      s: any dual point, shaped as the targets.
-    """
-    with jax.default_matmul_precision("highest"):
-        A, y, loss = problem.linear_map, problem.inputs, problem.loss
-        one, all_of_them = _norm_bounds(A)
-        unit = 8.0 * float(jnp.finfo(problem.dtype).eps)
-        depth = math.log2(2 + math.prod(A.in_shape) + math.prod(A.out_shape))
-        s = loss.dual_projection(s, y)
-        image, off = A(s), unit * depth * problem.norm(s)
-        limit = gauge(problem, image, off * one)
-        s = s / expanded(jnp.maximum(limit, 1.0) * (1 + unit), s)
-        pulled = _ridge_conjugate(problem, image)
-        pulled += problem.norm(image) * off * all_of_them / jnp.maximum(problem.ridge, _tiny(image))
-        terms = loss.conjugate(s, y)
-        u = A.adjoint(V)
-        off_u = unit * depth * all_of_them * problem.norm(V) + unit * problem.norm(u)
-        values, penalty = loss.value(u, y), regularizer(problem, V)
-        moved = problem.norm(loss.derivative(u, y)) * off_u + 0.5 * loss.smoothness * off_u**2
-        gap = problem.sum(values) + penalty + problem.sum(terms)
-        sizes = problem.sum(jnp.abs(values)) + penalty + problem.sum(jnp.abs(terms))
-        if isinstance(problem.prior, Zero):
-            gap, sizes = gap + pulled, sizes + pulled
-        bound = jnp.maximum(gap, 0.0) + moved + unit * depth * sizes
-    return jnp.where(jnp.isnan(bound), jnp.inf, bound)
-
-
-def _tiny(like: Array) -> float:
-    return float(jnp.finfo(like.dtype).tiny)
-
-
-def _norm_bounds(A: Any) -> tuple[Array, Array]:
-    """Upper bounds on max_i ‖D_i X‖ and on ‖A‖, of patches their sum over them."""
-    X, mask = A._rows()
-    patches = math.sqrt(A.X.shape[1]) if A.X.ndim == 3 else 1.0
-    eps = float(jnp.finfo(X.dtype).eps)
-    top = jnp.linalg.eigvalsh(X.T @ X)[-1] * (1 + 8 * len(X) * eps)
-    one = patches * jnp.sqrt(jnp.maximum(top, 0.0))
-    return one, one * jnp.sqrt(jnp.max(jnp.sum(mask.astype(X.dtype), -1)))
+        terms, sizes, own = loss.gap(u, scaled, y)
+        off = jnp.abs(r - scaled)
+        loss_gap = problem.sum(jnp.maximum(terms, 0) + own) + rounding * problem.sum(sizes)
+        loss_gap += problem.sum(off * u_error + 0.5 * loss.smoothness * u_error * u_error)
+    value, product = problem.prior_value(V), problem.sum(scaled * u)
+    slack = problem.sum(jnp.abs(scaled) * u_error)
+    slack += rounding * (jnp.abs(value) + problem.sum(jnp.abs(scaled * u)))
+    gap = loss_gap + jnp.maximum(value + product, 0) + slack
+    return jnp.where(jnp.isnan(gap), jnp.inf, gap)

@@ -1,4 +1,4 @@
-r"""All activation patterns of data: the cells of a central arrangement of hyperplanes, without linear programs.
+r"""All activation patterns of data: the cells of an arrangement of hyperplanes, without linear programs.
 
 In coordinates of the row space, of dimension r, every cell is a pointed cone. It is the hull of its
 extreme rays, on each of which r − 1 independent hyperplanes meet, and their sum lies strictly inside. So
@@ -72,7 +72,7 @@ def num_patterns(num: int, rank: int) -> int:
 
 
 def _hyperplanes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct unit normals (m, r) in a basis (d, r) of the row space, and which one each row is, and its sign.
+    """Distinct unit normals (m, r) in a basis (d, r) of the row space; which one each row is, and its sign.
 
     The sign is 0 for rows of zeros.
     """

@@ -9,7 +9,7 @@ from jax import lax
 from stochsolvers import _checks
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array, value_object
-from stochsolvers.convex import _duality
+from stochsolvers.convex import _terms
 from stochsolvers.convex._algorithm import (
     Algorithm,
     Iterate,
@@ -19,7 +19,7 @@ from stochsolvers.convex._algorithm import (
     report,
     start,
 )
-from stochsolvers.convex._duality import expanded
+from stochsolvers.convex._terms import expanded
 from stochsolvers.convex._problems import GatedProblem
 
 _GROW, _SHRINK, _SLACK = 1.25, 0.8, 5.0
@@ -119,12 +119,12 @@ def _step(
     A = problem.linear_map
     residual = problem.loss.derivative(momentum.prediction, problem.inputs)
     gradient = A(residual)
-    dual = _duality.dual(problem, residual, gradient)
+    dual = _terms.dual(problem, residual, gradient)
     slack = 1.0 + 8.0 * float(jnp.finfo(problem.dtype).eps) ** 0.5
 
     def attempt(constant):
         point = momentum.point - gradient / expanded(constant, gradient)
-        V, penalty = _duality.prox(problem, point, 1.0 / constant)
+        V, penalty = _terms.prox(problem, point, 1.0 / constant)
         u = A.adjoint(V)
         length = problem.sum((V - momentum.point) ** 2)
         bend = smoothness * problem.sum((u - momentum.prediction) ** 2)
@@ -135,11 +135,13 @@ def _step(
         constant = jnp.where(state[1][-1], state[0], _GROW * state[0])
         return constant, attempt(constant)
 
-    state = momentum.constant, attempt(momentum.constant)
+    none = jnp.zeros_like(momentum.constant)
+    nothing = now.value, now.prediction, none, none, none, jnp.zeros(none.shape, bool)
+    state = varying((momentum.constant / _GROW, nothing), problem)
     constant, (V, u, penalty, length, bend, _) = lax.while_loop(
         lambda state: ~jnp.all(state[1][-1]), again, state
     )
-    following = advanced(problem, now, V, u, penalty, dual, tol)
+    following = advanced(problem, now, V, u, penalty, dual, jnp.sqrt(length), tol)
     restart = problem.sum((momentum.point - V) * (V - now.value)) > 0
     t = jnp.where(restart, 1.0, 0.5 * (1.0 + jnp.sqrt(1.0 + 4.0 * momentum.t**2)))
     weight = jnp.where(restart, 0.0, (momentum.t - 1.0) / t)

@@ -9,10 +9,10 @@ import numpy as np
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
-from stochsolvers.convex._responses import bounded_response, exact_response
 from stochsolvers.convex._enumeration import enumerate_patterns
 from stochsolvers.convex._network import Network
 from stochsolvers.convex._recover import as_network
+from stochsolvers.convex._responses import bounded_response, exact_response
 from stochsolvers.convex._separate import search_responses
 from stochsolvers.losses import Loss, Squares
 

@@ -113,8 +113,10 @@ class GatedMap(LinearMap):
 
     def absolute(self) -> "GatedMap | None":
         """The map with the data |X|; not known for patches, of which an entry of A is a sum."""
-        if self.X.ndim == 3:
-            return None
+        return None if self.X.ndim == 3 else self.magnitudes()
+
+    def magnitudes(self) -> "GatedMap":
+        """The map with the data |X|, whose matrix has entries of at least the sizes of those of A."""
         return self._with(jnp.abs(self.X), self.patterns)
 
     def _with(self, X: Array, patterns: Patterns) -> "GatedMap":

@@ -38,6 +38,12 @@ def data(what: str, X: ArrayLike) -> Array:
     return X.astype(at_least_float32(X.dtype))
 
 
+def loss(what: str, value: Any) -> None:
+    """Require a loss."""
+    if not isinstance(value, Loss):
+        _checks.fail(what, "an instance of Loss", repr(value))
+
+
 def targets(what: str, y: ArrayLike, X: Array, loss: Loss, *, joint: bool) -> Array:
     """y of shape (n,) or (C, n), whose values the loss has a use for."""
     _checks.floating(what, y)

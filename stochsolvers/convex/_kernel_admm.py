@@ -8,8 +8,9 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._shards import varying
+from stochsolvers._symmetric import symmetric_product
 from stochsolvers._typing import Array, value_object
-from stochsolvers.convex import _duality, _factor, _fista
+from stochsolvers.convex import _terms, _factor, _fista
 from stochsolvers.convex._algorithm import (
     Algorithm,
     Iterate,
@@ -19,17 +20,17 @@ from stochsolvers.convex._algorithm import (
     report,
     start,
 )
-from stochsolvers.convex._duality import expanded
+from stochsolvers.convex._terms import expanded
 from stochsolvers.convex._factor import Factor
+from stochsolvers.convex._gated_map import GatedMap
 from stochsolvers.convex._problems import GatedProblem
 from stochsolvers.losses import Squares
 
 RELAXATION = 1.6
-PENALTY = 0.02
-"""ρ = 0.02 (β/β_max) λ_max(K) to begin with."""
-BALANCED = (8, 16, 24)
-"""Iterations after which ρ is balanced."""
-_WORTH_IT = 1.6
+PENALTY = 0.13
+"""ρ = 0.13 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, the mean of K's eigenvalues by their own weight."""
+_SMALL = 2048
+"""Up to so many data, no FISTA iterations first: compiling them takes longer than all else."""
 
 
 @value_object
@@ -43,10 +44,11 @@ class KernelADMM(Algorithm):
     an iteration takes one product with A, one with A* and two triangular solves of size n, and its r is a dual
     point: the duality gap costs nothing more. Round-off in K does not move the fixed point.
 
-    It begins with FISTA for as many iterations as cost what factoring costs, which suffice where β is large.
-    ρ = 0.02 (β/β_max) λ_max(K), multiplied after 8, 16 and 24 iterations by the square root of the relative primal
-    over the relative dual residual; K + ρI is factored again where that is off by more than 1.6. All programs of a
-    batch, and all outputs of a joint program, share the factor.
+    For more than 2048 data it begins with FISTA for as many iterations as cost a quarter of what factoring
+    costs, which suffice near β_max.
+    ρ = 0.13 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, about 0.04 (β/β_max) λ_max(K). It is not adapted: balancing its
+    residuals saved a third of the iterations on some data and took ten times as many on others. All programs of
+    a batch, and all outputs of a joint program, share ρ and the factor.
 
     Args:
       max_iters: the most iterations, those of FISTA with them, traced.
@@ -67,21 +69,22 @@ class KernelADMM(Algorithm):
         self, problem: Any, init: Array | None, tol: Array, progress: Progress | None
     ) -> Iterate:
         """See the class."""
+        first, cap = start(problem, init), jnp.asarray(self.max_iters)
+        if problem.inputs.shape[-1] <= _SMALL:
+            return _iterate(problem, first, init is None, cap, tol, progress)
         largest = _fista.power_estimate(problem)
-        first = start(problem, init)
-        count = jnp.minimum(jnp.asarray(self.max_iters), _warm_up(problem))
+        count = jnp.minimum(cap, _warm_up(problem))
         begun, _ = _fista.iterate(problem, first, largest, count, tol, progress)
-        arguments = problem, begun, largest, jnp.asarray(self.max_iters), tol
         return lax.cond(
-            jnp.all(begun.done) | (count >= self.max_iters),
+            jnp.all(begun.done) | (count >= cap),
             lambda *arguments: arguments[1],
-            lambda *arguments: _iterate(*arguments, progress),
-            *arguments,
-        )
+            lambda *arguments: _iterate(arguments[0], arguments[1], False, *arguments[2:], progress),
+            problem, begun, cap, tol,
+        )  # fmt: skip
 
 
 def _warm_up(problem: Any) -> int:
-    """FISTA iterations that cost as much as K and its factor, at least 10 and at most 100."""
+    """FISTA iterations that cost a quarter of K and its factor, at least 5 and at most 50."""
     X, mask = problem.linear_map._rows()
     (n, d), P, programs = (
         X.shape,
@@ -89,118 +92,86 @@ def _warm_up(problem: Any) -> int:
         max(1, problem.inputs.size // problem.inputs.shape[-1]),
     )
     setup = n**2 * (d + P) + n**3 // 3
-    return max(10, min(100, setup // (4 * n * d * P * programs)))
+    return max(5, min(50, setup // (16 * n * d * P * programs)))
 
 
 class _Split(NamedTuple):
-    """Λ and A* Λ, ρ, and the residuals on which it is balanced."""
+    """Λ and A* Λ."""
 
     scaled: Array
     prediction: Array
-    rho: Array
-    primal: Array
-    dual: Array
 
 
-def initial_penalty(problem: Any, largest: Array) -> Array:
+def penalty_of(problem: Any, K: Array) -> Array:
     """ρ of all programs, from the geometric mean of their β/β_max."""
-    peak = _duality.gauge(problem, problem.gradient_at_zero())
-    floor = 64.0 * float(jnp.finfo(problem.dtype).eps)
+    peak = _terms.gauge(problem, problem.gradient_at_zero())
     share = jnp.exp(jnp.mean(jnp.log(jnp.clip(peak, 1.0, 1e6))))
-    return jnp.maximum(PENALTY / share, floor) * largest
+    trace = jnp.trace(K)
+    mean = jnp.sum(K**2) / jnp.where(trace > 0, trace, 1.0)
+    floor = 64.0 * float(jnp.finfo(problem.dtype).eps)
+    rho = jnp.maximum(PENALTY / share, floor) * mean
+    return jnp.where(rho > 0, rho, 1.0)
 
 
 def _iterate(
     problem: Any,
     first: Iterate,
-    largest: Array,
+    from_zero: bool,
     max_iters: Array,
     tol: Array,
     progress: Progress | None,
 ) -> Iterate:
-    """Segments between balancing, each with its factor."""
-    K = problem.linear_map.kernel_matrix()
-    rho = initial_penalty(problem, largest)
-    begin = jnp.max(first.iterations)
+    K = kernel_matrix(problem.linear_map)
+    rho = penalty_of(problem, K)
+    factor = _factor.factor(K, rho)
 
-    def segment(carry):
-        k, now, split, factored = carry
-        factored = lax.cond(
-            split.rho == factored[0],
-            lambda: factored,
-            lambda: (split.rho, _factor.factor(K, split.rho)),
-        )
-        stages = jnp.asarray(BALANCED)
-        upcoming = jnp.where(stages > k - begin, stages, jnp.iinfo(stages.dtype).max)
-        end = jnp.minimum(jnp.min(upcoming), max_iters - begin) + begin
-
-        def step(carry):
-            k, now, split = carry
-            following, split = _step(problem, factored[1], now, split, tol)
-            report(progress, k, following)
-            return k + 1, following, split
-
-        def unfinished(carry):
-            return (carry[0] < end) & ~jnp.all(carry[1].done)
-
-        k, now, split = lax.while_loop(unfinished, step, (k, now, split))
-        return k, now, _balanced(split), factored
+    def step(carry):
+        k, now, split = carry
+        following, split = _step(problem, factor, rho, now, split, tol)
+        report(progress, k, following)
+        return k + 1, following, split
 
     def unfinished(carry):
         return (carry[0] < max_iters) & ~jnp.all(carry[1].done)
 
-    split = _from_iterate(problem, first, rho)
-    nothing = jnp.zeros_like(rho), _factor.empty(len(K), K.dtype)
-    carry = varying((begin, first, split, nothing), problem)
-    return lax.while_loop(unfinished, segment, carry)[1]
+    split = _from_zero(first) if from_zero else _from_iterate(problem, first, rho)
+    carry = varying((jnp.max(first.iterations), first, split), problem)
+    return lax.while_loop(unfinished, step, carry)[1]
+
+
+def kernel_matrix(A: GatedMap) -> Array:
+    """K = (X Xᵀ) ∘ (D Dᵀ), half of it computed; of patches summed over their pairs."""
+    if A.X.ndim == 3:
+        return A.kernel_matrix()
+    D = A.patterns.mask.astype(A.X.dtype)
+    return symmetric_product(A.X.T, "highest") * symmetric_product(D.T, "highest")
+
+
+def _from_zero(now: Iterate) -> _Split:
+    return _Split(jnp.zeros_like(now.value), jnp.zeros_like(now.prediction))
 
 
 def _from_iterate(problem: Any, now: Iterate, rho: Array) -> _Split:
     """Λ = −A (A* V − y)/ρ, what it is at an optimum, brought into the domain that V's prox has."""
-    residual = now.prediction - problem.inputs
-    image = problem.linear_map(residual)
-    scaled = -image / rho
-    programs = jnp.full(problem.batch_shape, 1.0 / rho, image.dtype)
-    scaled = scaled - _duality.prox(problem, scaled, programs)[0]
-    none = jnp.ones((), image.dtype)
-    return _Split(scaled, problem.linear_map.adjoint(scaled), rho, none, none)
+    scaled = problem.linear_map(problem.inputs - now.prediction) / rho
+    scaled = scaled - _terms.prox(problem, scaled, _steps(problem, rho))[0]
+    return _Split(scaled, problem.linear_map.adjoint(scaled))
+
+
+def _steps(problem: Any, rho: Array) -> Array:
+    return jnp.full(problem.batch_shape, 1.0 / rho, problem.dtype)
 
 
 def _step(
-    problem: Any, factored: Factor, now: Iterate, split: _Split, tol: Array
+    problem: Any, factor: Factor, rho: Array, now: Iterate, split: _Split, tol: Array
 ) -> tuple[Iterate, _Split]:
-    A, y, rho, a = problem.linear_map, problem.inputs, split.rho, RELAXATION
-    V, scaled = now.value, split.scaled
-    residual = rho * factored.solve(now.prediction - split.prediction - y)
+    A, y, a, V = problem.linear_map, problem.inputs, RELAXATION, now.value
+    residual = rho * factor.solve(now.prediction - split.prediction - y)
     image = A(residual)
-    dual = _duality.dual(problem, residual, image)
-    point = V - a / rho * image + (1.0 - a) * scaled
-    programs = jnp.full(problem.batch_shape, 1.0 / rho, image.dtype)
-    following, penalty = _duality.prox(problem, point, programs)
+    dual = _terms.dual(problem, residual, image)
+    point = V - (a / rho) * image + (1.0 - a) * split.scaled
+    following, penalty = _terms.prox(problem, point, _steps(problem, rho))
     u = A.adjoint(following)
     prediction = split.prediction + a * (residual + y) + (1.0 - a) * now.prediction - u
-    after = advanced(problem, now, following, u, penalty, dual, tol)
-    kept_scaled, kept_prediction = kept(
-        now.done, (scaled, split.prediction), (point - following, prediction)
-    )
-    smooth = V - scaled - image / rho
-    primal = jnp.sum((smooth - following) ** 2) / _positive(jnp.sum(following**2))
-    moved = jnp.sum((following - V) ** 2) / _positive(jnp.sum(scaled**2))
-    return after, _Split(kept_scaled, kept_prediction, rho, primal, moved)
-
-
-def _positive(number: Array) -> Array:
-    return jnp.where(number > 0, number, 1.0)
-
-
-def _balanced(split: _Split) -> _Split:
-    """ρ times the square root of the ratio of its relative residuals, if that is far from one."""
-    ratio = (split.primal / _positive(split.dual)) ** 0.25
-    ratio = jnp.clip(jnp.where(jnp.isfinite(ratio) & (ratio > 0), ratio, 1.0), 0.1, 10.0)
-    off = (ratio > _WORTH_IT) | (ratio < 1.0 / _WORTH_IT)
-    factor = jnp.where(off, ratio, 1.0)
-    return split._replace(
-        rho=split.rho * factor,
-        scaled=split.scaled / factor,
-        prediction=split.prediction / factor,
-    )
+    after = advanced(problem, now, following, u, penalty, dual, problem.norm(following - V), tol)
+    return after, kept(now.done, split, _Split(point - following, prediction))

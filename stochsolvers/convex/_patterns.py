@@ -147,7 +147,7 @@ def sample_patterns(
         gates = jnp.where(ranks < kept, gates, 0)
     elif kind == "convolutional":
         gates = jnp.where(_windows(support_key, num, features, image_shape, kernel_size), gates, 0)
-    return Patterns(gates, mask_of(X, gates)).unique()
+    return Patterns(gates, mask_of(X, gates)).unique()  # fails if no gate is active
 
 
 def _windows(key, num, features, image_shape, kernel_size) -> Array:

@@ -1,26 +1,26 @@
 """The convex program of a gated network, which is a layer's problem as it stands."""
 
 import dataclasses
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.convex import _inputs
+from stochsolvers.convex._duality import DualNorm
 from stochsolvers.convex._gated_map import GatedMap
 from stochsolvers.convex._patterns import Patterns
-from stochsolvers.linear_maps import LinearMap
+from stochsolvers.convex._program import Program
 from stochsolvers.losses import Loss, Squares
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import L1, GroupL2, NuclearNorm, Prior, Zero
+from stochsolvers.prox._spectra import singular_values
 
 REGULARIZERS = ("group", "feature", "l1", "l2", "nuclear")
 
 
 @value_object
-class GatedProblem(LayerProblem):
+class GatedProblem(Program):
     r"""The convex program of a two-layer network with fixed gates, over the weights v_i of its neurons.
 
         minimise_V  Σ_j ℓ((Σ_i D_i X v_i)_j, y_j) + β R(V),       D_i = diag(1[X g_i ≥ 0])
@@ -58,15 +58,9 @@ class GatedProblem(LayerProblem):
       Pilanci, Vector-output ReLU neural network problems are copositive programs, 2021 (nuclear norm).
     """
 
-    linear_map: LinearMap = dataclasses.field(init=False)
-    inputs: Array = dataclasses.field(init=False)
     _: dataclasses.KW_ONLY
-    loss: Loss = dataclasses.field(init=False)
-    bias: Array | None = dataclasses.field(init=False)
-    prior: Prior = dataclasses.field(init=False)
-    ridge: Scalar = dataclasses.field(init=False)
-    beta: Array = dataclasses.field(init=False)
-    regularizer: Any = static_field(init=False)  # a name; of a prior, the one for β = 1
+    regularizer: str | None = static_field(init=False)
+    penalty: Prior | None = dataclasses.field(init=False)  # R, where it is no name
 
     def __init__(
         self,
@@ -79,43 +73,31 @@ class GatedProblem(LayerProblem):
         regularizer: str | Prior = "group",
         joint: bool = False,
     ):
-        if not isinstance(loss, Loss):
-            _checks.fail("loss of GatedProblem", "an instance of Loss", repr(loss))
+        _inputs.loss("loss of GatedProblem", loss)
         X = _inputs.data("X of GatedProblem", X)
         y = _inputs.targets("y of GatedProblem", y, X, loss, joint=joint)
-        _checks.rank("beta", beta, 0)
-        _checks.positive("beta", beta)
         linear_map = GatedMap(X, patterns, outputs=len(y) if joint else None)
-        prior, ridge = _regularizer(regularizer, beta, joint=joint)
-        fields = {
-            "linear_map": linear_map,
-            "inputs": y,
-            "loss": loss,
-            "bias": None,
-            "prior": prior,
-            "ridge": ridge,
-            "beta": beta,
-            "regularizer": regularizer if isinstance(regularizer, str) else None,
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-        self.__post_init__()
-        object.__setattr__(self, "beta", jnp.asarray(beta, self.dtype))
+        if isinstance(regularizer, Prior):
+            own = {"regularizer": None, "penalty": regularizer}
+        else:
+            _checks.member("regularizer", regularizer, REGULARIZERS)
+            if regularizer == "nuclear" and not joint:
+                _checks.fail("joint", "True for the regularizer 'nuclear', of matrices", joint)
+            own = {"regularizer": regularizer, "penalty": None}
+        self._fill(linear_map, y, loss, beta, **own)
 
-    @property
-    def X(self) -> Array:  # noqa: N802 - as in the formula
-        """The data, shape (n, d) or (n, K, d)."""
-        return self.gated_map.X
-
-    @property
-    def y(self) -> Array:
-        """The targets, shape (n,) or (C, n)."""
-        return self.inputs
-
-    @property
-    def patterns(self) -> Patterns:
-        """The patterns of the data and their gates."""
-        return self.gated_map.patterns
+    def _of_beta(self, beta):
+        kind, own = self.regularizer, -2 if self.regularizer == "feature" else -1
+        if self.penalty is not None:
+            prior = beta * self.penalty
+        elif kind == "l1":
+            prior = L1(beta)
+        elif kind == "nuclear":
+            prior = NuclearNorm(beta, axes=(-3, -1))
+        else:
+            groups = GroupL2(beta, axis=(-3, own) if self.joint else own)
+            prior = Zero() if kind == "l2" else groups
+        return {"beta": beta, "prior": prior, "ridge": beta if kind == "l2" else 0.0}
 
     @property
     def gated_map(self) -> GatedMap:
@@ -124,27 +106,19 @@ class GatedProblem(LayerProblem):
         return self.linear_map
 
     @property
+    def X(self) -> Array:  # noqa: N802 - as in the formula
+        """The data, shape (n, d) or (n, K, d)."""
+        return self.gated_map.X
+
+    @property
+    def patterns(self) -> Patterns:
+        """The patterns of the data and their gates."""
+        return self.gated_map.patterns
+
+    @property
     def joint(self) -> bool:
         """Whether all outputs are of one program."""
         return self.gated_map.outputs is not None
-
-    def with_beta(self, beta: Scalar) -> "GatedProblem":
-        """The same with another β, of the same structure: nothing is compiled again."""
-        _checks.rank("beta", beta, 0)
-        _checks.positive("beta", beta)
-        beta = jnp.asarray(beta, self.dtype)
-        if self.regularizer is None:
-            prior, ridge = (beta / self.beta) * self.prior, self.ridge
-        else:
-            prior, ridge = _regularizer(self.regularizer, beta, joint=self.joint)
-        return self._with(beta=beta, prior=prior, ridge=jnp.asarray(ridge, self.dtype))
-
-    def _with(self, **fields: Any) -> "GatedProblem":
-        """A copy with other values of some fields."""
-        copy = jax.tree.unflatten(jax.tree.structure(self), jax.tree.leaves(self))
-        for name, value in fields.items():
-            object.__setattr__(copy, name, value)
-        return copy
 
     def predict(self, V: Array, X: Array) -> Array:
         """Σ_i 1[x·g_i ≥ 0] x·v_i for new data, shape (n',) or (C, n').
@@ -161,19 +135,62 @@ class GatedProblem(LayerProblem):
         axes = (-3, -1) if self.joint else -1
         return jnp.sum(jnp.any(self._variable(V) != 0, axis=axes), axis=-1)
 
+    def beta_max(self) -> Array:
+        """The least β for which zero is a solution, shape (*batch,); +∞ for "l2".
 
-def _regularizer(kind: Any, beta: Scalar, *, joint: bool) -> tuple[Prior, Scalar]:
-    """β R as a prior and a ridge."""
-    if isinstance(kind, Prior):
-        return beta * kind, 0.0
-    _checks.member("regularizer", kind, REGULARIZERS)
-    if kind == "nuclear":
-        if not joint:
-            _checks.fail("regularizer", "joint=True for 'nuclear', a norm of matrices", joint)
-        return NuclearNorm(beta, axes=(-3, -1)), 0.0
-    if kind == "l2":
-        return Zero(), beta
-    if kind == "l1":
-        return L1(beta), 0.0
-    own = -1 if kind == "group" else -2
-    return GroupL2(beta, axis=(-3, own) if joint else own), 0.0
+        The dual norm of A ∂ℓ(0, y); of "group" and squares max_i ||Xᵀ D_i y||.
+
+        Raises:
+          ValueError: for a regularizer that is a `Prior`.
+        """
+        if self.penalty is not None:
+            _checks.fail("regularizer of beta_max", "one of " + ", ".join(REGULARIZERS), "a Prior")
+        if self.regularizer == "l2":
+            return jnp.full(self.batch_shape, jnp.inf, self.dtype)
+        return super().beta_max()
+
+    @property
+    def _is_norm(self) -> bool:
+        return self.penalty is None and self.regularizer != "l2"
+
+    def dual_value(self, V=None, *, dual=None, multipliers=None):
+        if self._is_norm:
+            return super().dual_value(V, dual=dual, multipliers=multipliers)
+        if V is None:
+            _checks.fail("dual_value", "V, for a regularizer that is no norm", "none")
+        return self.objective(V) - self.certificate(V)
+
+    def certificate(self, z, *, squared_norm=None, strong_convexity=None, multipliers=None):
+        if self._is_norm:
+            return super().certificate(z)
+        known = {"squared_norm": squared_norm, "strong_convexity": strong_convexity}
+        return LayerProblem.certificate(self, z, **known)
+
+    def certifier(self, *, squared_norm=None, strong_convexity=None):
+        if self._is_norm:
+            return super().certifier(squared_norm=squared_norm)
+        known = {"squared_norm": squared_norm, "strong_convexity": strong_convexity}
+        return LayerProblem.certifier(self, **known)
+
+    def _dual_norm(self, r, error, multipliers):
+        image, off = self.linear_map(r), self._image_error(r, error)
+        value = self._norms(image)
+        return DualNorm(value * (1 + self._decomposition_error(image)), self._norms(off))
+
+    def _magnitudes(self):
+        return self.gated_map.magnitudes()
+
+    def _norms(self, W: Array) -> Array:
+        """R° of each program."""
+        if self.regularizer == "nuclear":
+            return jnp.max(singular_values(jnp.moveaxis(W, -3, -1))[..., 0], axis=-1)
+        if self.regularizer == "l1":
+            return jnp.max(jnp.abs(W), axis=(-3, -2, -1) if self.joint else (-2, -1))
+        own = -2 if self.regularizer == "feature" else -1
+        norms = jnp.sqrt(jnp.sum(W * W, axis=(-3, own) if self.joint else own))
+        return jnp.max(norms, axis=-1)
+
+    def _decomposition_error(self, W: Array) -> float:
+        if self.regularizer != "nuclear":
+            return 0.0
+        return 8 * max(W.shape[-3], W.shape[-1]) * float(jnp.finfo(W.dtype).eps)

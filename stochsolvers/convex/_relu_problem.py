@@ -1,68 +1,20 @@
 """The convex program of a ReLU network: a gated one with the weights of each pattern in its cone."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.convex import _inputs
-from stochsolvers.convex._cones import ConeGroupL2, Cones
+from stochsolvers.convex._cone_program import ConeProgram, SignedMap, UnsignedMap
+from stochsolvers.convex._cones import ConeGroupL2, PatternCones
 from stochsolvers.convex._gated_map import GatedMap
 from stochsolvers.convex._patterns import Patterns
-from stochsolvers.linear_maps import LinearMap
 from stochsolvers.losses import Loss, Squares
-from stochsolvers.problems import LayerProblem
-from stochsolvers.prox import Prior
 
 
 @value_object
-class SignedMap(LinearMap):
-    r"""r ↦ (A r, −A r), whose adjoint is (V, W) ↦ A*(V − W).
-
-    Args:
-      base: A.
-    """
-
-    base: GatedMap
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        """That of A."""
-        return self.base.in_shape
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """(2, P, d)."""
-        return (2, *self.base.out_shape)
-
-    def __call__(self, x: Array) -> Array:
-        """(A r, −A r)."""
-        image = self.base(x)
-        return jnp.stack([image, -image], axis=-1 - len(self.base.out_shape))
-
-    def adjoint(self, z: Array) -> Array:
-        """A*(V − W)."""
-        positive, negative = jnp.moveaxis(z, -1 - len(self.base.out_shape), 0)
-        return self.base.adjoint(positive - negative)
-
-    def restrict(self, indices: Array) -> "SignedMap":
-        """That of A on a subset of the data."""
-        return SignedMap(self.base.restrict(indices))
-
-    def squared_norm_bound(self) -> Array:
-        """2 ‖A‖²."""
-        return 2 * self.base.squared_norm_bound()
-
-    def scaled(self, factor: Scalar) -> "SignedMap":
-        """That of c A."""
-        return SignedMap(self.base.scaled(factor))
-
-
-@value_object
-class ReLUProblem(LayerProblem):
+class ReLUProblem(ConeProgram):
     r"""The convex program of a two-layer ReLU network over patterns D_1, …, D_P.
 
         minimise_{V, W}  Σ_j ℓ((Σ_i D_i X (v_i − w_i))_j, y_j) + β Σ_i (||v_i||₂ + ||w_i||₂)
@@ -91,15 +43,6 @@ class ReLUProblem(LayerProblem):
       convex regularizers of CNN architectures, 2021 (patches).
     """
 
-    linear_map: LinearMap = dataclasses.field(init=False)
-    inputs: Array = dataclasses.field(init=False)
-    _: dataclasses.KW_ONLY
-    loss: Loss = dataclasses.field(init=False)
-    bias: Array | None = dataclasses.field(init=False)
-    prior: Prior = dataclasses.field(init=False)
-    ridge: Scalar = dataclasses.field(init=False)
-    beta: Array = dataclasses.field(init=False)
-
     def __init__(
         self,
         X: Array,
@@ -109,29 +52,20 @@ class ReLUProblem(LayerProblem):
         *,
         loss: Loss = Squares(),  # noqa: B008 - immutable
     ):
-        if not isinstance(loss, Loss):
-            _checks.fail("loss of ReLUProblem", "an instance of Loss", repr(loss))
+        _inputs.loss("loss of ReLUProblem", loss)
         if getattr(loss, "axis", -1) != -1:
             _checks.fail("loss of ReLUProblem", "one that couples no outputs", repr(loss))
         X = _inputs.data("X of ReLUProblem", X)
         y = _inputs.targets("y of ReLUProblem", y, X, loss, joint=False)
-        _checks.rank("beta", beta, 0)
-        _checks.positive("beta", beta)
-        fields = {
-            "linear_map": SignedMap(GatedMap(X, patterns)),
-            "inputs": y,
-            "loss": loss,
-            "bias": None,
-            "prior": ConeGroupL2(Cones.of(X, patterns.mask), beta),
-            "ridge": 0.0,
-            "beta": beta,
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-        self.__post_init__()
-        beta = jnp.asarray(beta, self.dtype)
-        object.__setattr__(self, "beta", beta)
-        object.__setattr__(self, "prior", ConeGroupL2(self.cones, beta))
+        linear_map = SignedMap(GatedMap(X, patterns))
+        prior = ConeGroupL2(PatternCones.of(X, patterns.mask), 1.0)
+        self._fill(linear_map, y, loss, beta, prior=prior)
+
+    @property
+    def gated_map(self) -> GatedMap:
+        """A, of the program without signs and cones."""
+        assert isinstance(self.base_map, GatedMap)
+        return self.base_map
 
     @property
     def X(self) -> Array:  # noqa: N802 - as in the formula
@@ -139,56 +73,9 @@ class ReLUProblem(LayerProblem):
         return self.gated_map.X
 
     @property
-    def y(self) -> Array:
-        """The targets, shape (n,) or (C, n)."""
-        return self.inputs
-
-    @property
     def patterns(self) -> Patterns:
         """The patterns of the data and their gates."""
         return self.gated_map.patterns
-
-    @property
-    def gated_map(self) -> GatedMap:
-        """A, of the program without cones."""
-        assert isinstance(self.linear_map, SignedMap)
-        return self.linear_map.base
-
-    @property
-    def cones(self) -> Cones:
-        """K_1, …, K_P."""
-        assert isinstance(self.prior, ConeGroupL2)
-        return self.prior.cones
-
-    def with_beta(self, beta: Scalar) -> "ReLUProblem":
-        """The same with another β, of the same structure: nothing is compiled again."""
-        _checks.rank("beta", beta, 0)
-        _checks.positive("beta", beta)
-        beta = jnp.asarray(beta, self.dtype)
-        return self._with(beta=beta, prior=ConeGroupL2(self.cones, beta))
-
-    def _with(self, **fields: Any) -> "ReLUProblem":
-        """A copy with other values of some fields."""
-        copy = jax.tree.unflatten(jax.tree.structure(self), jax.tree.leaves(self))
-        for name, value in fields.items():
-            object.__setattr__(copy, name, value)
-        return copy
-
-    def violation(self, U: Array) -> Array:
-        r"""How far U is outside its cones, in units of its largest weight, shape (*batch,); 0 inside.
-
-            max_{i, j} −s_j x_jᵀ u_i / ||x_j|| / max_i ||u_i||,   s_j = ±1 as the pattern has it
-
-        `objective` is +∞ above 256 units of round-off.
-        """
-        U = self._variable(U)
-        size = jnp.max(jnp.sqrt(jnp.sum(U * U, axis=-1)), axis=(-2, -1))
-        worst = jnp.max(self.cones.violation(U), axis=(-2, -1))
-        return worst / jnp.where(size > 0, size, 1)
-
-    def project(self, U: Array) -> Array:
-        """The nearest point inside the cones, shaped as U."""
-        return self.cones.project(self._variable(U))[0]
 
     def predict(self, U: Array, X: Array) -> Array:
         r"""The network's function of new data, Σ_i (x·v_i)₊ − Σ_i (x·w_i)₊, shape (n',) or (C, n').
@@ -207,6 +94,5 @@ class ReLUProblem(LayerProblem):
             values = jnp.sum(values.reshape(*values.shape[:-1], *X.shape[:2]), axis=-1)
         return values
 
-    def num_active(self, U: Array) -> Array:
-        """The number of neurons, those with v_i ≠ 0 and those with w_i ≠ 0, for each program of the batch."""
-        return jnp.sum(jnp.any(self._variable(U) != 0, axis=-1), axis=(-2, -1))
+    def _magnitudes(self):
+        return UnsignedMap(self.gated_map.magnitudes())

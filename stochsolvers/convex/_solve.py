@@ -1,5 +1,6 @@
 """One call from a convex program to its certified optimum."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,7 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, join_static, split_static
-from stochsolvers.convex import _duality
+from stochsolvers.convex import _bound, _terms
 from stochsolvers.convex._algorithm import Algorithm, Progress
 from stochsolvers.convex._fista import FISTA
 from stochsolvers.convex._kernel_admm import KernelADMM
@@ -39,7 +40,8 @@ def solve(
         `FISTA`; of cone programs, `ConeADMM`.
       init: V_0, zero by default; the optimum for a nearby β as a warm start.
       tol: the relative gap, traced. In float32 gaps below about 1e-5 may be out of reach where β is small.
-      certify: also return a bound on P(V) − min P that allows for round-off; see `Solution.certificate`.
+      certify: also return a bound on P(V) − min P that allows for round-off; see `Solution.certificate`. It is
+        computed in float64 on the host where arrays are concrete; within `jit` in their precision, and looser.
       progress: called with the iteration, the objectives and the gaps, each time, from within the compiled
         program.
 
@@ -64,7 +66,20 @@ def solve(
     start = None if init is None else jnp.asarray(init, problem.dtype)
     traced, static = split_static(solver)
     tol = jnp.asarray(tol, problem.dtype)
-    return _solve(problem, traced, start, tol, static=static, certify=certify, progress=progress)
+    on_host = _bound.is_concrete(problem)
+    solution, point = _solve(
+        problem,
+        traced,
+        start,
+        tol,
+        static=static,
+        certify=certify and not on_host,
+        progress=progress,
+    )
+    if certify and on_host:
+        gap = _bound.certificate(problem, solution.value, point)
+        solution = dataclasses.replace(solution, certificate=jnp.asarray(gap, problem.dtype))
+    return solution
 
 
 def _default(problem: Any) -> Algorithm:
@@ -86,7 +101,7 @@ def _solve(
     static: Any,
     certify: bool,
     progress: Progress | None,
-) -> Solution:
+) -> tuple[Solution, Array]:
     problem, init = lax.stop_gradient((problem, init))
     solver: Algorithm = join_static(traced, static)
     last = solver.minimise(problem, init, tol, progress)
@@ -95,8 +110,8 @@ def _solve(
     status = jnp.where(finite, status, Status.DIVERGED)
     gap = None
     if certify:
-        gap = _duality.certificate(problem, last.value, last.dual.point)
-    return Solution(
+        gap = _terms.certificate(problem, last.value, last.dual.point)
+    solution = Solution(
         value=last.value,
         residuals=last.moved[None],
         objectives=last.objective[None],
@@ -105,3 +120,4 @@ def _solve(
         iterations=last.iterations,
         certificate=gap,
     )
+    return solution, last.dual.point

@@ -7,14 +7,13 @@ import pytest
 from flax import nnx
 from scipy import optimize
 
-import stochsolvers as ss
 from stochsolvers import convex
 
 N, D, P, C = 8, 3, 6, 2
 
 
 @pytest.fixture
-def X(rng):
+def X(rng):  # noqa: N802 - as in the formulas
     return rng.standard_normal((N, D))
 
 
@@ -219,7 +218,7 @@ def test_decompose_finds_the_cheapest_pair(rng, X, patterns):
         (lambda: convex.Network(np.ones((2, 3)), np.ones(3))(np.ones((4, 3))), "data of Network"),
         (lambda: convex.as_network(object()), "network"),
         (lambda: convex.to_nnx(3, 4), "problem"),
-        (lambda: convex.from_network(convex.Network(np.ones((2, 3)), np.zeros(3)), np.ones((4, 2))), "network"),
+        (lambda: convex.from_network(convex.Network(np.ones((2, 3)), np.zeros(3)), np.eye(2)), "network"),
         (lambda: convex.prune(convex.Network(np.ones((2, 1)), np.ones(1)), np.ones(2)), "X"),
     ],
 )  # fmt: skip

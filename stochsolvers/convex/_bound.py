@@ -1,0 +1,104 @@
+"""The duality gap of a gated program in float64 on the host, whatever precision it was solved in."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from stochsolvers.convex import _inputs
+from stochsolvers.losses import Squares
+from stochsolvers.prox import L1, GroupL2, Zero
+
+_ENTRIES = 2**21
+
+
+def is_concrete(*tree: Any) -> bool:
+    """Whether all arrays are known numbers in this process."""
+    return all(_inputs.known(leaf) is not None for leaf in jax.tree.leaves(tree))
+
+
+def certificate(problem: Any, V: Any, s: Any) -> np.ndarray:
+    r"""P(V) − D(t s) ≥ P(V) − min P for each program, t ≤ 1 such that t s is feasible, plus its own round-off.
+
+    Args:
+      problem: a `GatedProblem` whose regulariser is a norm or a ridge.
+      V: weights, shaped as the variable.
+      s: any dual point, shaped as the targets.
+    """
+    V, s, y = (np.asarray(a, np.float64) for a in (V, s, problem.inputs))
+    with jax.enable_x64(True):
+        s = _loss(problem, "dual_projection", s, y)
+    inner = problem.linear_map.in_shape
+    batch = s.shape[: s.ndim - len(inner)]
+    images, u = _products(problem, V, s)
+    scale = np.ones(batch)
+    limit = np.broadcast_to(_gauge(problem, images, len(batch)), batch)
+    scale /= np.maximum(limit, 1.0) * (1.0 + 1e-12)
+    s = s * scale.reshape(*batch, *[1] * len(inner))
+    with jax.enable_x64(True):
+        primal, dual = _loss(problem, "value", u, y), _loss(problem, "conjugate", s, y)
+    ridge, penalty = float(problem.ridge), np.zeros(batch)
+    if isinstance(problem.prior, Zero):
+        squares = _sum(images**2, batch) * scale**2
+        penalty = 0.5 * ridge * _sum(V**2, batch) + squares / (2.0 * ridge)
+    else:
+        with jax.enable_x64(True):
+            each = [float(problem.prior.value(v)) for v in V.reshape(-1, *V.shape[len(batch) :])]
+        penalty = np.asarray(each).reshape(batch)
+    sizes = _sum(np.abs(primal), batch) + _sum(np.abs(dual), batch) + penalty
+    gap = _sum(primal, batch) + _sum(dual, batch) + penalty
+    bound = np.maximum(gap, 0.0) + 1e-13 * math.sqrt(s.size + V.size) * sizes
+    return np.where(np.isnan(bound), np.inf, bound)
+
+
+def _loss(problem: Any, what: str, *arguments: np.ndarray) -> np.ndarray:
+    if isinstance(problem.loss, Squares):  # without compiling anything
+        first, y = arguments
+        if what == "value":
+            return 0.5 * (first - y) ** 2
+        return first if what == "dual_projection" else first * (y + 0.5 * first)
+    return np.asarray(getattr(problem.loss, what)(*map(jax.numpy.asarray, arguments)), np.float64)
+
+
+def _sum(array: np.ndarray, batch: tuple[int, ...]) -> np.ndarray:
+    return array.sum(tuple(range(len(batch), array.ndim)))
+
+
+def _products(problem: Any, V: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A s and A* V, in blocks of data."""
+    X, mask = (np.asarray(a) for a in problem.linear_map._rows())
+    patches = problem.X.shape[1] if problem.X.ndim == 3 else 1
+    weights = V.reshape(-1, *V.shape[-2:])
+    duals = np.repeat(s.reshape(-1, s.shape[-1]), patches, -1)
+    images, u = np.zeros(weights.shape), np.zeros(duals.shape)
+    size = max(1, _ENTRIES // mask.shape[1])
+    for start in range(0, len(X), size):
+        rows = slice(start, start + size)
+        data, active = X[rows].astype(np.float64), mask[rows].T
+        for c, weight in enumerate(weights):
+            u[c, rows] = np.where(active, weight @ data.T, 0.0).sum(0)
+            images[c] += np.where(active, duals[c, rows], 0.0) @ data
+    u = u.reshape(*s.shape, patches).sum(-1)
+    return images.reshape(V.shape), u
+
+
+def _gauge(problem: Any, images: np.ndarray, batch: int) -> np.ndarray:
+    """The least c with the image in c dom R*, see `_terms.gauge`."""
+    prior: Any = problem.prior
+    flat = images.reshape(-1, *images.shape[batch:])
+    if isinstance(prior, Zero):
+        return np.zeros(images.shape[:batch])
+    gamma = np.asarray(prior.gamma, np.float64)
+    if isinstance(prior, L1):
+        norms = np.abs(flat)
+    elif isinstance(prior, GroupL2):
+        axes = prior.axis if isinstance(prior.axis, tuple) else (prior.axis,)
+        norms = np.sqrt((flat**2).sum(axes, keepdims=True))
+    else:
+        matrices = np.moveaxis(flat, prior.axes, (-2, -1))
+        norms = np.linalg.norm(matrices, 2, axis=(-2, -1), keepdims=True)
+        norms = np.moveaxis(norms, (-2, -1), prior.axes)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(norms > 0, norms / np.broadcast_to(gamma, norms.shape), 0.0)
+    return ratios.max(tuple(range(1, ratios.ndim))).reshape(images.shape[:batch])
