@@ -32,7 +32,17 @@ from typing import Annotated, Any, ClassVar, Self
 
 import tyro
 
-from experiments import data, options, programs, results, steps, tables, training, vectors
+from experiments import (
+    data,
+    nonconvex,
+    options,
+    programs,
+    results,
+    steps,
+    tables,
+    training,
+    vectors,
+)
 
 NAMES: dict[programs.Method, str] = {
     "gated": "gated program",
@@ -145,7 +155,8 @@ def run(config: Config) -> list[tables.Row]:
 def wanted(config: Config) -> list[programs.Method]:
     """The methods; the first is the gated program, which chooses β and bounds the others."""
     assert config.methods is not None
-    return list(dict.fromkeys(("gated", *config.methods)))
+    methods: tuple[programs.Method, ...] = ("gated", *config.methods)
+    return list(dict.fromkeys(methods))
 
 
 def prepared(source: data.Source, config: Config, seed: int) -> programs.Task:
@@ -184,7 +195,7 @@ def _train_and_test(
     }
     try:
         trained = _trained(method, task, config, stored)
-    except programs.DivergenceError as error:
+    except nonconvex.DivergenceError as error:
         tables.say(str(error))
         return [{"kind": "final", **tags, "accuracy": None, **final, "error": str(error)}]
     final |= trained.final | {
@@ -213,13 +224,13 @@ def _trained(
     if method in GATED:
         shared |= {name: gated[name] for name in ("lower_bound", "bound")}
     if method == "relu":
-        trained = programs.train_relu(task, gated["beta"], config.rounds, config.polish_iters)
+        trained = nonconvex.train_relu(task, gated["beta"], config.rounds, config.polish_iters)
     else:
         assert config.epochs is not None
         assert config.batch_size is not None
         rates = config.sgd_rates if method == "sgd" else config.adam_rates
         sizes = {"epochs": config.epochs, "batch_size": config.batch_size}
-        trained = programs.train_by_batches(task, gated["beta"], method, rates, **sizes)
+        trained = nonconvex.train_by_batches(task, gated["beta"], method, rates, **sizes)
     return trained._replace(final=shared | trained.final)
 
 

@@ -90,7 +90,8 @@ class Trainer:
     def __init__(
         self, data: Data, beta: float, *, width: int, optimizer: Optimizer, batch_size: int
     ):
-        self.data, self.width, self.optimizer = data, width, optimizer
+        self.data, self.width = data, width
+        self.optimizer: Optimizer = optimizer
         self.beta = jnp.asarray(beta, jnp.float32)
         start = time.perf_counter()
         weights, state = self._begun(jax.random.key(0))

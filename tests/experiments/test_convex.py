@@ -107,7 +107,8 @@ def test_objective_of_both_networks(rng):
 def test_a_step_of_sgd_is_one_on_the_mean(rng):
     """One batch of all data: momentum 0.9 with Nesterov's step is 1.9 times the gradient at first."""
     *_, X, y, mask = weights_and_data(rng)
-    arrays = descent.Data(*(jnp.asarray(v, jnp.float32) for v in (X, y)), jnp.asarray(mask))
+    X, y = (jnp.asarray(value, jnp.float32) for value in (X, y))
+    arrays = descent.Data(X, y, jnp.asarray(mask))
     trainer = descent.Trainer(arrays, 0.3, width=3, optimizer="sgd", batch_size=7)
     first_key, _ = jax.random.split(jax.random.key(5))
     before = descent.initial(first_key, 2, 3, 4)
@@ -127,8 +128,13 @@ def run_of_both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convex")
     rng = np.random.default_rng(3)
     train, test = blobs(150, rng), blobs(60, rng)
-    arrays = {"images": train.images, "labels": train.labels}
-    np.savez(folder / "blobs.npz", test_images=test.images, test_labels=test.labels, **arrays)
+    np.savez(
+        folder / "blobs.npz",
+        images=train.images,
+        labels=train.labels,
+        test_images=test.images,
+        test_labels=test.labels,
+    )
 
     def run(name, *options):
         out = folder / name
