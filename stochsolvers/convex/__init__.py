@@ -9,6 +9,9 @@ The weights of a gated network are the variable of a `LayerProblem` whose map is
 | `Patterns`, `sample_patterns`, `enumerate_patterns` | gates and the activation patterns they make of data |
 | `GatedMap` | the map A*(V) = Σ_i D_i X v_i |
 | `GatedProblem` | the program of a network with fixed gates |
+| `solve`, `regularization_path` | the optimum with its duality gap; for several β |
+| `KernelADMM`, `FISTA` | solvers of gated programs |
+| `ConeADMM`, `InteriorPoint` | solvers of cone programs |
 | `ReLUProblem` | the program of a ReLU network: the same with cones |
 | `ThreeLayerProblem` | the program of parallel three-layer networks, on small data |
 | `whitened` | data on which a network is one with batch normalisation |
@@ -27,3 +30,9 @@ from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
 from stochsolvers.convex._three_layer import ThreeLayerProblem as ThreeLayerProblem
 from stochsolvers.convex._whitened import Whitened as Whitened
 from stochsolvers.convex._whitened import whitened as whitened
+from stochsolvers.convex._cone_admm import ConeADMM as ConeADMM
+from stochsolvers.convex._fista import FISTA as FISTA
+from stochsolvers.convex._interior_point import InteriorPoint as InteriorPoint
+from stochsolvers.convex._kernel_admm import KernelADMM as KernelADMM
+from stochsolvers.convex._solve import regularization_path as regularization_path
+from stochsolvers.convex._solve import solve as solve
