@@ -21,18 +21,18 @@ References:
   convex optimization for two-layer ReLU networks.
 """
 
+from stochsolvers.convex._cone_admm import ConeADMM as ConeADMM
 from stochsolvers.convex._enumeration import enumerate_patterns as enumerate_patterns
+from stochsolvers.convex._fista import FISTA as FISTA
 from stochsolvers.convex._gated_map import GatedMap as GatedMap
+from stochsolvers.convex._interior_point import InteriorPoint as InteriorPoint
+from stochsolvers.convex._kernel_admm import KernelADMM as KernelADMM
 from stochsolvers.convex._patterns import Patterns as Patterns
 from stochsolvers.convex._patterns import sample_patterns as sample_patterns
 from stochsolvers.convex._problems import GatedProblem as GatedProblem
 from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
+from stochsolvers.convex._solve import regularization_path as regularization_path
+from stochsolvers.convex._solve import solve as solve
 from stochsolvers.convex._three_layer import ThreeLayerProblem as ThreeLayerProblem
 from stochsolvers.convex._whitened import Whitened as Whitened
 from stochsolvers.convex._whitened import whitened as whitened
-from stochsolvers.convex._cone_admm import ConeADMM as ConeADMM
-from stochsolvers.convex._fista import FISTA as FISTA
-from stochsolvers.convex._interior_point import InteriorPoint as InteriorPoint
-from stochsolvers.convex._kernel_admm import KernelADMM as KernelADMM
-from stochsolvers.convex._solve import regularization_path as regularization_path
-from stochsolvers.convex._solve import solve as solve

@@ -1,8 +1,10 @@
 """An interior point for small cone programs, in float64 on the host."""
 
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.optimize
 
 from stochsolvers import _checks
 from stochsolvers._typing import value_object
@@ -11,20 +13,23 @@ from stochsolvers.convex._algorithm import Algorithm
 from stochsolvers.convex._relu_problem import ReLUProblem
 from stochsolvers.losses import Squares
 
-_GROW, _CENTRED = 8.0, 1e-3
+_GROW, _CENTRED, _EXACT, _LARGEST = 20.0, 1e-3, 1e-4, 1e13
 
 
 @value_object
 class InteriorPoint(Algorithm):
     r"""A barrier method for `ReLUProblem` with squares: gaps of 1e-8, for up to some hundred patterns.
 
-    With t_i ≥ ||u_i|| for each of the 2P weights u_i it minimises, for growing τ, by Newton's method
+    For growing τ it minimises, over the 2P weights u_i and by Newton's method,
 
         τ (½||F u − y||² + β Σ t_i) − Σ log(t_i² − ||u_i||²) − Σ log(G_i u_i)_j,
 
-    whose Hessian is τ FᵀF plus blocks of size d + 1: one n × n system a step. At the minimum the gap is
-    ν/τ, ν = 4P + 2Pn; the multipliers are a_ij = 1/(τ (G_i u_i)_j), and the gap that is reported is that of the
-    dual point which they and the residual give. It runs in float64 on the host, not within `jit`, and starts from
+    in which t_i = (1 + w_i)/(τβ), w_i = √(1 + (τβ ||u_i||)²), is known. The Hessian is τ FᵀF plus blocks of size d,
+
+        (τβ/t_i) (I − (τβ)² u_i u_iᵀ / (w_i (1 + w_i))) + G_iᵀ diag(G_i u_i)⁻² G_i:
+
+    one n × n system a step. At the minimum the gap is ν/τ, ν = 4P + 2Pn; the multipliers are 1/(τ (G_i u_i)_j), near the end those of projections onto the cones, and
+    the gap that is reported is that of the dual point which they and the residual give. It runs in float64 on the host, not within `jit`, and starts from
     the gates, which have to be strictly inside their cones.
 
     Args:
@@ -43,7 +48,9 @@ class InteriorPoint(Algorithm):
         if not _bound.is_concrete(problem):
             _checks.fail("problem of InteriorPoint", "arrays that are known", "traced ones")
         if problem.X.ndim == 3:
-            _checks.fail("X of InteriorPoint", "data of shape (n, d), without patches", problem.X.shape)
+            _checks.fail(
+                "X of InteriorPoint", "data of shape (n, d), without patches", problem.X.shape
+            )
 
     def minimise(self, problem: Any, init: Any, tol: Any, progress: Any) -> "Interior":
         """Of all programs of a batch, one after the other."""
@@ -57,7 +64,8 @@ class InteriorPoint(Algorithm):
             for y in targets.reshape(-1, targets.shape[-1])
         ]
         batch = targets.shape[:-1]
-        return Interior(*(np.stack(part).reshape(*batch, *part[0].shape) for part in zip(*each)))
+        stacked = [np.stack(part) for part in zip(*each, strict=True)]
+        return Interior(*(part.reshape((*batch, *part.shape[1:])) for part in stacked))
 
 
 class Interior(NamedTuple):
@@ -79,7 +87,7 @@ class _Program(NamedTuple):
     beta: float
 
 
-def _minimise(X, mask, gates, y, beta, tol, cap, progress):  # noqa: ANN001, ANN202
+def _minimise(X, mask, gates, y, beta, tol, cap, progress):
     P, d = gates.shape
     rows = np.any(X != 0, axis=1)
     signs = np.where(mask.T, 1.0, -1.0)[:, :, None]
@@ -91,87 +99,102 @@ def _minimise(X, mask, gates, y, beta, tol, cap, progress):  # noqa: ANN001, ANN
     if margins.size and margins.min() <= 0:
         _checks.fail("gates of InteriorPoint", "gates strictly inside their cones", margins.min())
     size = 1e-3 * np.linalg.norm(y) / max(np.linalg.norm(X), 1e-300) / P
-    u, t = size * np.concatenate([gates, gates]), np.full(2 * P, 2.0 * size)
+    u = size * np.concatenate([gates, gates])
     nu = 4 * P + program.G.shape[0] * program.G.shape[1]
     tau = nu / max(0.5 * y @ y, 1e-300)
-    best, done, k = None, False, 0
-    while k < cap and not done:
-        u, t, steps = _centre(program, u, t, tau, cap - k)
+    best, lower, done, k = (np.inf, u), (-np.inf, y, None), False, 0
+    while k < cap and not done and tau < _LARGEST * nu / (0.5 * y @ y):
+        u, steps = _centre(program, u, tau, cap - k)
         k += steps
-        s, a, lower = _dual(program, u, tau)
         residual = np.einsum("pnd,pd->n", program.F, u) - y
         primal = 0.5 * residual @ residual + beta * np.linalg.norm(u, axis=1).sum()
-        best = max(lower, -np.inf if best is None else best)
+        best = min(best, (primal, u), key=operator.itemgetter(0))
+        exact = best[0] - lower[0] <= _EXACT * best[0]
+        lower = max(lower, _dual(program, u, tau, exact), key=operator.itemgetter(0))
         if progress is not None:
-            progress(k, primal, primal - lower)
-        done = primal - lower <= tol * primal
-        if tau > 1e16 * nu / max(primal, 1e-300):
-            break
+            progress(k, best[0], best[0] - lower[0])
+        done = best[0] - lower[0] <= tol * best[0]
         tau *= _GROW
     multipliers = np.zeros((2 * P, len(X)))
-    multipliers[:, rows] = a
-    return u.reshape(2, P, d), s, multipliers.reshape(2, P, -1), np.asarray(done), np.asarray(k)
+    multipliers[:, rows] = lower[2]
+    value = best[1].reshape(2, P, d)
+    return value, lower[1], multipliers.reshape(2, P, -1), np.asarray(done), np.asarray(k)
 
 
-def _dual(program, u, tau):  # noqa: ANN001, ANN202
-    """s = F u − y and a = 1/(τ G u), scaled to ||−F_iᵀ s + G_iᵀ a_i|| ≤ β; and the bound."""
+def _dual(program, u, tau, exact):
+    """D(s), s = F u − y, and a, scaled to ||−F_iᵀ s + G_iᵀ a_i|| ≤ β.
+
+    a = 1/(τ G u), whose digits are those of G u; near the end those of the projections onto the cones.
+    """
     F, G, y, beta = program
     s = np.einsum("pnd,pd->n", F, u) - y
+    images = -np.einsum("pnd,n->pd", F, s)
     a = 1.0 / (tau * np.einsum("pnd,pd->pn", G, u))
-    sides = np.einsum("pnd,pn->pd", G, a) - np.einsum("pnd,n->pd", F, s)
+    if exact:
+        for i in np.flatnonzero(np.linalg.norm(images, axis=1) > beta):
+            a[i] = scipy.optimize.nnls(G[i].T, -images[i], maxiter=100 * sum(G[i].shape))[0]
+    sides = np.einsum("pnd,pn->pd", G, a) + images
     scale = min(1.0, beta / np.linalg.norm(sides, axis=1).max())
     s, a = scale * s, scale * a
-    return s, a, -(s @ y + 0.5 * s @ s)
+    return -(s @ y + 0.5 * s @ s), s, a
 
 
-def _centre(program, u, t, tau, cap):  # noqa: ANN001, ANN202
+def _centre(program, u, tau, cap):
     """Newton steps with a line search, until the decrement is small."""
-    value = _barrier(program, u, t, tau)
+    value = _barrier(program, u, tau)
     for k in range(1, cap + 1):
-        du, dt, decrement = _newton(program, u, t, tau)
+        step, decrement = _newton(program, u, tau)
         if not np.isfinite(decrement) or decrement <= _CENTRED:
-            return u, t, k
-        step = 1.0
-        while step > 1e-12:
-            following = _barrier(program, u + step * du, t + step * dt, tau)
-            if following <= value - 0.1 * step * decrement:
-                break
-            step *= 0.5
-        else:
-            return u, t, k
-        u, t, value = u + step * du, t + step * dt, following
-    return u, t, cap
+            return u, k
+        length = 1.0
+        while _barrier(program, u + length * step, tau) > value - 0.1 * length * decrement:
+            length *= 0.5
+            if length < 1e-10:
+                return u, k
+        u = u + length * step
+        value = _barrier(program, u, tau)
+    return u, cap
 
 
-def _barrier(program, u, t, tau):  # noqa: ANN001, ANN202
-    F, G, y, beta = program
-    inner, slack = t**2 - (u**2).sum(1), np.einsum("pnd,pd->pn", G, u)
-    if t.min() <= 0 or inner.min() <= 0 or (slack.size and slack.min() <= 0):
+def _heights(program, u, tau):
+    """τβ, t_i and w_i."""
+    b = tau * program.beta
+    w = np.sqrt(1.0 + b**2 * (u**2).sum(1))
+    return b, (1.0 + w) / b, w
+
+
+def _barrier(program, u, tau):
+    F, G, y, _ = program
+    slack = np.einsum("pnd,pd->pn", G, u)
+    if slack.size and slack.min() <= 0:
         return np.inf
+    b, t, _ = _heights(program, u, tau)
     residual = np.einsum("pnd,pd->n", F, u) - y
-    smooth = 0.5 * residual @ residual + beta * t.sum()
-    return tau * smooth - np.log(inner).sum() - np.log(slack).sum()
+    return (
+        0.5 * tau * residual @ residual + (b * t - np.log(2.0 * t / b)).sum() - np.log(slack).sum()
+    )
 
 
-def _newton(program, u, t, tau):  # noqa: ANN001, ANN202
-    """(H + τ FᵀF)⁻¹ of the gradient, H of blocks: one system of size n."""
-    F, G, y, beta = program
-    blocks, d = u.shape
-    inner, slack = t**2 - (u**2).sum(1), np.einsum("pnd,pd->pn", G, u)
+def _newton(program, u, tau):
+    """The step −(H + τ FᵀF)⁻¹ of the gradient, H of blocks, and its decrement."""
+    F, G, y, _ = program
+    b, t, w = _heights(program, u, tau)
+    slack = np.einsum("pnd,pd->pn", G, u)
     residual = np.einsum("pnd,pd->n", F, u) - y
-    gradient = np.zeros((blocks, d + 1))
-    gradient[:, :d] = tau * np.einsum("pnd,n->pd", F, residual) + 2 * u / inner[:, None]
-    gradient[:, :d] -= np.einsum("pnd,pn->pd", G, 1 / slack)
-    gradient[:, d] = tau * beta - 2 * t / inner
-    point = np.concatenate([-u, t[:, None]], 1)  # half the gradient of t² − ||u||²
-    H = 4 * np.einsum("pi,pj->pij", point, point) / inner[:, None, None] ** 2
-    H[:, np.arange(d), np.arange(d)] += 2 / inner[:, None]
-    H[:, d, d] -= 2 / inner
-    H[:, :d, :d] += np.einsum("pnd,pn,pne->pde", G, 1 / slack**2, G, optimize=True)
-    lifted = np.concatenate([F, np.zeros((*F.shape[:2], 1))], 2)
-    solved = np.linalg.solve(H, np.concatenate([gradient[:, :, None], lifted.transpose(0, 2, 1)], 2))
-    base, through = solved[:, :, 0], solved[:, :, 1:]
-    system = np.eye(len(y)) / tau + np.einsum("pni,pim->nm", lifted, through, optimize=True)
-    middle = np.linalg.solve(system, np.einsum("pni,pi->n", lifted, base))
-    step = -(base - np.einsum("pin,n->pi", through, middle))
-    return step[:, :d], step[:, d], -float((gradient * step).sum())
+    gradient = tau * np.einsum("pnd,n->pd", F, residual) + (b / t)[:, None] * u
+    gradient -= np.einsum("pnd,pn->pd", G, 1.0 / slack)
+    # R of H = RᵀR from a QR factorisation: H itself has twice the digits that float64 has
+    norms = np.linalg.norm(u, axis=1)
+    unit = u / np.where(norms > 0, norms, 1.0)[:, None]
+    outer = np.einsum("p,pi,pj->pij", 1.0 - 1.0 / np.sqrt(w), unit, unit)
+    root = np.sqrt(b / t)[:, None, None] * (np.eye(u.shape[1]) - outer)
+    R = np.linalg.qr(np.concatenate([G / slack[:, :, None], root], 1), mode="r")
+    half = np.linalg.solve(
+        R.transpose(0, 2, 1), np.concatenate([gradient[:, :, None], F.transpose(0, 2, 1)], 2)
+    )
+    base, through = half[:, :, 0], half[:, :, 1:]
+    system = np.eye(len(y)) / tau + np.einsum("pin,pim->nm", through, through, optimize=True)
+    middle = np.linalg.solve(system, np.einsum("pin,pi->n", through, base))
+    lifted = np.einsum("pin,n->pi", through, middle) - base
+    step = np.linalg.solve(R, lifted[:, :, None])[:, :, 0]
+    return step, -float((gradient * step).sum())
