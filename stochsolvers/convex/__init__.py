@@ -14,7 +14,9 @@ and those of a ReLU network are the same with cones, (2 D_i − I) X v_i ≥ 0.
 | `ReLUProblem` | the program of a ReLU network: the same with cones |
 | `ThreeLayerProblem` | the program of parallel three-layer networks, on small data |
 | `whitened` | data on which a network is one with batch normalisation |
-| `solve` | the optimum of a program, to a certified relative gap |
+| `solve`, `regularization_path` | the optimum to a certified relative gap; for several β |
+| `KernelADMM`, `FISTA` | solvers of gated programs |
+| `ConeADMM`, `InteriorPoint` | solvers of cone programs |
 | `Network`, `GatedNetwork` | two-layer networks as values; `relu_network` of a program's value |
 | `to_nnx`, `to_linen`, `from_network` | to Flax and back |
 | `decompose`, `prune` | a gated network as a ReLU network; fewest neurons |
@@ -29,6 +31,7 @@ References:
 
 from typing import Any
 
+from stochsolvers.convex._cone_admm import ConeADMM as ConeADMM
 from stochsolvers.convex._decompose import Decomposition as Decomposition
 from stochsolvers.convex._decompose import decompose as decompose
 from stochsolvers.convex._enumeration import enumerate_patterns as enumerate_patterns
@@ -38,6 +41,7 @@ from stochsolvers.convex._flax import to_nnx as to_nnx
 from stochsolvers.convex._gap import NetworkGap as NetworkGap
 from stochsolvers.convex._gap import network_gap as network_gap
 from stochsolvers.convex._gated_map import GatedMap as GatedMap
+from stochsolvers.convex._interior_point import InteriorPoint as InteriorPoint
 from stochsolvers.convex._kernel_admm import KernelADMM as KernelADMM
 from stochsolvers.convex._network import GatedNetwork as GatedNetwork
 from stochsolvers.convex._network import Network as Network
@@ -51,6 +55,7 @@ from stochsolvers.convex._recover import from_network as from_network
 from stochsolvers.convex._recover import recover as recover
 from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
 from stochsolvers.convex._separate import separate as separate
+from stochsolvers.convex._solve import regularization_path as regularization_path
 from stochsolvers.convex._solve import solve as solve
 from stochsolvers.convex._three_layer import ThreeLayerProblem as ThreeLayerProblem
 from stochsolvers.convex._training import Training as Training
