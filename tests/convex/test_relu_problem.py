@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import stochsolvers as ss
+from stochsolvers import testing
 from stochsolvers.convex import (
     Patterns,
     ReLUProblem,
@@ -146,6 +147,21 @@ def test_the_solvers_of_the_library_go_to_the_optimum(rng):
     problem = ReLUProblem(X, y, patterns, BETA)
     solution = ss.ProxGD(300, momentum=True, restart=True).solve(None, problem)
     np.testing.assert_allclose(problem.objective(solution.value), primal, rtol=1e-6)
+
+
+def test_the_norm_on_cones_is_a_prior(rng):
+    """The contract of priors: formulas, prox by brute force, derivatives, dtypes."""
+    X = jnp.asarray(rng.normal(size=(5, 2)))
+    problem = ReLUProblem(X, rng.normal(size=5), enumerate_patterns(X)[:3], 0.3)
+    testing.check_prior(problem.prior, problem.shape)
+
+
+def test_mixed_precision_is_that_of_the_wider(rng):
+    X, y = rng.normal(size=(6, 2)), rng.normal(size=6)
+    patterns = enumerate_patterns(X)
+    for a, b in ((np.float32(X), y), (X, np.float32(y))):
+        problem = ReLUProblem(a, b, patterns, BETA)
+        assert problem.dtype == problem.cones.rows.dtype == problem.beta.dtype == jnp.float64
 
 
 def test_patches_share_their_weights(rng):
