@@ -10,7 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from stochsolvers import _linalg
 from stochsolvers._typing import Array, Scalar, value_object
-from stochsolvers.prox import Prior
+from stochsolvers.prox import Prior, _balls
+from stochsolvers.prox._base import finite_where
 
 _MAX_ITERS = 20_000  # of a projection; some tens are the rule
 
@@ -78,7 +79,7 @@ class Cones(abc.ABC):
         """
         eps = float(jnp.finfo(V.dtype).eps)
         accuracy = jnp.asarray(16 * eps if tol is None else tol, V.dtype)
-        return _projection(self, V, accuracy, jnp.asarray(max_iters))
+        return _project(self, V, accuracy, jnp.asarray(max_iters))
 
 
 @jax.custom_jvp
@@ -136,12 +137,16 @@ def _projection_jvp(primals, tangents):
     return (u, a), (free - along(inverse, cones.combined(active * turned)), jnp.zeros_like(a))
 
 
+_project = jax.jit(_projection)
+
+
 def _unit_rows(rows: Array) -> tuple[Array, Array]:
     """Rows divided by their norms, zeros left, and the norms (..., rows)."""
-    scale = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)
+    scale = lax.stop_gradient(jnp.max(jnp.abs(rows), axis=-1, keepdims=True))
     scaled = rows / jnp.where(scale > 0, scale, 1)
-    norms = jnp.sqrt(jnp.sum(scaled * scaled, axis=-1, keepdims=True))
-    return scaled / jnp.where(norms > 0, norms, 1), (scale * norms)[..., 0]
+    squares = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
+    norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    return scaled / norms, jnp.where(squares > 0, scale * norms, 0)[..., 0]
 
 
 @value_object
@@ -275,24 +280,23 @@ class ConeGroupL2(Prior):
 
     def _value(self, u):
         tolerance = 256 * float(jnp.finfo(u.dtype).eps)
-        norms = jnp.sqrt(jnp.sum(u * u, axis=-1))
-        inside = jnp.max(self.cones.astype(u.dtype).violation(u)) <= tolerance * jnp.max(norms)
-        return jnp.where(inside, self._gamma(u) * jnp.sum(norms), jnp.inf)
+        gamma = jnp.broadcast_to(self._gamma(u), self._weight_shape(u))
+        norms = _balls.weighted_norm((u.ndim - 1,), u, jnp.ones_like(gamma))
+        worst = self.cones.astype(u.dtype).violation(u)
+        inside = jnp.max(worst) <= tolerance * jnp.max(norms)
+        return jnp.where(inside, jnp.sum(gamma * norms), jnp.inf)
 
     def _prox(self, v, step):
         u, _ = self.cones.astype(v.dtype).project(v)
-        norms = jnp.sqrt(jnp.sum(u * u, axis=-1, keepdims=True))
-        kept = jax.nn.relu(norms - step * self._gamma(v))
-        return u * (kept / jnp.where(norms > 0, norms, 1))
+        return _balls.shrink((v.ndim - 1,), u, step * self._gamma(v))
 
     def _conjugate(self, w):
         slack = 1 + 256 * float(jnp.finfo(w.dtype).eps)
         u, _ = self.cones.astype(w.dtype).project(w)
         norms = jnp.sqrt(jnp.sum(u * u, axis=-1))
-        return jnp.where(jnp.all(norms <= slack * self._gamma(w)), 0.0, jnp.inf).astype(w.dtype)
+        return finite_where(norms <= slack * self._gamma(w), 0, w)
 
     def _dual_projection(self, w, margin):
         u, _ = self.cones.astype(w.dtype).project(w)
-        norms = jnp.sqrt(jnp.sum(u * u, axis=-1, keepdims=True))
-        excess = jax.nn.relu(norms - jax.nn.relu(self._gamma(w) - margin))
-        return w - u * (excess / jnp.where(norms > 0, norms, 1))
+        radius = jax.nn.relu(self._gamma(w) - margin)
+        return (w - u) + _balls.project((w.ndim - 1,), u, radius)
