@@ -10,7 +10,7 @@ The weights of a gated network are the variable of a `LayerProblem` whose map is
 | `GatedMap` | the map A*(V) = Σ_i D_i X v_i |
 | `GatedProblem` | the program of a network with fixed gates |
 | `solve`, `regularization_path` | the optimum with its duality gap; for several β |
-| `KernelADMM`, `FISTA` | solvers of gated programs |
+| `KernelADMM`, `LandmarkADMM`, `FISTA` | solvers of gated programs |
 | `ConeADMM`, `InteriorPoint` | solvers of cone programs |
 | `ReLUProblem` | the program of a ReLU network: the same with cones |
 | `ThreeLayerProblem` | the program of parallel three-layer networks, on small data |
@@ -27,6 +27,7 @@ from stochsolvers.convex._fista import FISTA as FISTA
 from stochsolvers.convex._gated_map import GatedMap as GatedMap
 from stochsolvers.convex._interior_point import InteriorPoint as InteriorPoint
 from stochsolvers.convex._kernel_admm import KernelADMM as KernelADMM
+from stochsolvers.convex._landmark_admm import LandmarkADMM as LandmarkADMM
 from stochsolvers.convex._patterns import Patterns as Patterns
 from stochsolvers.convex._patterns import sample_patterns as sample_patterns
 from stochsolvers.convex._problems import GatedProblem as GatedProblem
