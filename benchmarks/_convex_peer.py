@@ -33,6 +33,7 @@ class PySCNN:
         logging.disable(logging.WARNING)
         self.data, self.cap = data, cap
         self.regularizer = NeuronGL1(float(data["beta"]) / len(data["y"]))
+        self._run(2)  # with its imports
         start = time.perf_counter()
         self._run(20)
         each = (time.perf_counter() - start) / 20

@@ -15,7 +15,7 @@ and those of a ReLU network are the same with cones, (2 D_i − I) X v_i ≥ 0.
 | `ThreeLayerProblem` | the program of parallel three-layer networks, on small data |
 | `whitened` | data on which a network is one with batch normalisation |
 | `solve`, `regularization_path` | the optimum to a certified relative gap; for several β |
-| `KernelADMM`, `FISTA` | solvers of gated programs |
+| `KernelADMM`, `LandmarkADMM`, `FISTA` | solvers of gated programs |
 | `ConeADMM`, `InteriorPoint` | solvers of cone programs |
 | `Network`, `GatedNetwork` | two-layer networks as values; `relu_network` of a program's value |
 | `to_nnx`, `to_linen`, `from_network` | to Flax and back |
@@ -43,6 +43,7 @@ from stochsolvers.convex._gap import network_gap as network_gap
 from stochsolvers.convex._gated_map import GatedMap as GatedMap
 from stochsolvers.convex._interior_point import InteriorPoint as InteriorPoint
 from stochsolvers.convex._kernel_admm import KernelADMM as KernelADMM
+from stochsolvers.convex._landmark_admm import LandmarkADMM as LandmarkADMM
 from stochsolvers.convex._network import GatedNetwork as GatedNetwork
 from stochsolvers.convex._network import Network as Network
 from stochsolvers.convex._network import gated_network as gated_network

@@ -94,7 +94,7 @@ def _minimise(X, mask, gates, y, beta, tol, cap, progress):
     G = (signs * X)[:, rows]
     D = np.where(mask.T[:, :, None], X, 0.0)
     program = _Program(np.concatenate([D, -D]), np.concatenate([G, G]), y, beta)
-    gates = gates / np.linalg.norm(gates, axis=1, keepdims=True)
+    gates = gates / np.maximum(np.linalg.norm(gates, axis=1, keepdims=True), 1e-300)
     margins = np.einsum("pnd,pd->pn", G, gates)
     if margins.size and margins.min() <= 0:
         _checks.fail("gates of InteriorPoint", "gates strictly inside their cones", margins.min())

@@ -47,7 +47,9 @@ def oracle(X, y, mask, beta, loss="squares", smoothing=1e-9):
     return value(A @ v, y) + beta * np.linalg.norm(V, axis=1).sum()
 
 
-@pytest.mark.parametrize("solver", [convex.KernelADMM(), convex.FISTA()])
+@pytest.mark.parametrize(
+    "solver", [convex.KernelADMM(), convex.FISTA(), convex.LandmarkADMM(landmarks=8)]
+)
 def test_reaches_the_optimum_of_every_output(rng, solver):
     X, y, patterns = instance(rng, outputs=3)
     problem = convex.GatedProblem(X, jnp.asarray(y), patterns, 0.8)
@@ -117,7 +119,7 @@ def test_zero_from_beta_max_on(rng):
     problem = problem.with_beta(problem.beta_max() * (1 + 1e-12))
     solution = convex.solve(problem, tol=1e-10)
     assert not np.any(solution.value)
-    assert solution.iterations == 1
+    assert solution.iterations <= 1
     assert solution.certificate <= 1e-10 * solution.objectives[-1]
 
 
