@@ -12,6 +12,13 @@ The weights of a gated network are the variable of a `LayerProblem` whose map is
 | `ReLUProblem` | the program of a ReLU network: the same with cones |
 | `ThreeLayerProblem` | the program of parallel three-layer networks, on small data |
 | `whitened` | data on which a network is one with batch normalisation |
+| `Network`, `GatedNetwork` | two-layer networks as values |
+| `recover`, `from_network`, `as_network` | from a program's value to its network, and back |
+| `to_nnx`, `to_linen` | Flax modules |
+| `decompose`, `prune` | a ReLU network from a gated one; fewest neurons |
+| `network_gap`, `separate` | how far a network is from its global optimum; neurons that would lower it |
+| `train_network` | a ReLU network, beyond its sampled program |
+| `ConvexReLURegressor`, `ConvexReLUClassifier` | estimators, with scikit-learn |
 
 References:
   Pilanci and Ergen 2020, Neural networks are convex regularizers; Mishkin, Sahiner and Pilanci 2022, Fast
@@ -39,8 +46,11 @@ from stochsolvers.convex._recover import from_network as from_network
 from stochsolvers.convex._recover import recover as recover
 from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
 from stochsolvers.convex._separate import separate as separate
+from stochsolvers.convex._three_layer import ThreeLayerProblem as ThreeLayerProblem
 from stochsolvers.convex._training import Training as Training
 from stochsolvers.convex._training import train_network as train_network
+from stochsolvers.convex._whitened import Whitened as Whitened
+from stochsolvers.convex._whitened import whitened as whitened
 
 
 def __getattr__(name: str) -> Any:
@@ -50,6 +60,3 @@ def __getattr__(name: str) -> Any:
     from stochsolvers.convex import _sklearn
 
     return getattr(_sklearn, name)
-from stochsolvers.convex._three_layer import ThreeLayerProblem as ThreeLayerProblem
-from stochsolvers.convex._whitened import Whitened as Whitened
-from stochsolvers.convex._whitened import whitened as whitened
