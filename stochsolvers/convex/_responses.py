@@ -138,10 +138,12 @@ def _largest_in_ball(b: np.ndarray, Q: np.ndarray) -> tuple[float, np.ndarray]:
     lower = top + 1e-10 * (abs(top) + norm) + 1e-300
     upper = lower + norm
 
-    def excess(mu):
+    def excess(mu: float) -> float:
         return 1 - 1 / max(float(np.linalg.norm(c / (mu - values))), 1e-300)
 
-    mu = lower if excess(lower) <= 0 else float(optimize.brentq(excess, lower, upper, rtol=1e-12))
+    mu = lower
+    if excess(lower) > 0:
+        mu = float(optimize.brentq(excess, lower, upper))  # pyright: ignore[reportArgumentType]
     u = vectors @ (c / (mu - values))
     return 0.5 * mu + 0.5 * float(c @ (c / (mu - values))), u
 

@@ -75,7 +75,7 @@ def separate(
         if packed[i].tobytes() not in known and (max_gates is None or len(kept) < max_gates):
             known.add(packed[i].tobytes())
             kept.append(int(i))
-    return Patterns(found.units[:, np.array(kept)], mask[:, kept]) if kept else None
+    return Patterns(found.units[:, np.array(kept)], jnp.asarray(mask[:, kept])) if kept else None
 
 
 def search_responses(

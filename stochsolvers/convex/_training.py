@@ -182,7 +182,7 @@ def _polish(
         return (carry[0] <= num_iters) & ~carry[-1]
 
     start = objective(network)
-    carry = jnp.zeros((), num_iters.dtype), network, optimiser.init(network), network
+    carry = jnp.zeros((), num_iters.dtype), network, optimiser.init(network), network  # pyright: ignore[reportArgumentType]
     carry = (*carry, start, jnp.full_like(start, jnp.inf), jnp.zeros((), bool))
     return lax.while_loop(goes_on, step, carry)[3]
 
