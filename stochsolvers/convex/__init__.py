@@ -9,6 +9,9 @@ The weights of a gated network are the variable of a `LayerProblem` whose map is
 | `Patterns`, `sample_patterns`, `enumerate_patterns` | gates and the activation patterns they make of data |
 | `GatedMap` | the map A*(V) = Σ_i D_i X v_i |
 | `GatedProblem` | the program of a network with fixed gates |
+| `solve`, `regularization_path` | the optimum with its duality gap; for several β |
+| `KernelADMM`, `FISTA` | solvers of gated programs |
+| `ConeADMM`, `InteriorPoint` | solvers of cone programs |
 | `ReLUProblem` | the program of a ReLU network: the same with cones |
 | `ThreeLayerProblem` | the program of parallel three-layer networks, on small data |
 | `whitened` | data on which a network is one with batch normalisation |
@@ -27,14 +30,18 @@ References:
 
 from typing import Any
 
+from stochsolvers.convex._cone_admm import ConeADMM as ConeADMM
 from stochsolvers.convex._decompose import Decomposition as Decomposition
 from stochsolvers.convex._decompose import decompose as decompose
 from stochsolvers.convex._enumeration import enumerate_patterns as enumerate_patterns
+from stochsolvers.convex._fista import FISTA as FISTA
 from stochsolvers.convex._flax import to_linen as to_linen
 from stochsolvers.convex._flax import to_nnx as to_nnx
 from stochsolvers.convex._gap import NetworkGap as NetworkGap
 from stochsolvers.convex._gap import network_gap as network_gap
 from stochsolvers.convex._gated_map import GatedMap as GatedMap
+from stochsolvers.convex._interior_point import InteriorPoint as InteriorPoint
+from stochsolvers.convex._kernel_admm import KernelADMM as KernelADMM
 from stochsolvers.convex._network import GatedNetwork as GatedNetwork
 from stochsolvers.convex._network import Network as Network
 from stochsolvers.convex._patterns import Patterns as Patterns
@@ -46,6 +53,8 @@ from stochsolvers.convex._recover import from_network as from_network
 from stochsolvers.convex._recover import recover as recover
 from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
 from stochsolvers.convex._separate import separate as separate
+from stochsolvers.convex._solve import regularization_path as regularization_path
+from stochsolvers.convex._solve import solve as solve
 from stochsolvers.convex._three_layer import ThreeLayerProblem as ThreeLayerProblem
 from stochsolvers.convex._training import Training as Training
 from stochsolvers.convex._training import train_network as train_network

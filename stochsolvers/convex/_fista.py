@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -19,8 +18,8 @@ from stochsolvers.convex._algorithm import (
     report,
     start,
 )
-from stochsolvers.convex._terms import expanded
 from stochsolvers.convex._problems import GatedProblem
+from stochsolvers.convex._terms import expanded
 
 _GROW, _SHRINK, _SLACK = 1.25, 0.8, 5.0
 _POWER_STEPS = 5

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -10,7 +9,7 @@ from stochsolvers import _checks
 from stochsolvers._shards import varying
 from stochsolvers._symmetric import symmetric_product
 from stochsolvers._typing import Array, value_object
-from stochsolvers.convex import _terms, _factor, _fista
+from stochsolvers.convex import _factor, _fista, _terms
 from stochsolvers.convex._algorithm import (
     Algorithm,
     Iterate,
@@ -20,7 +19,6 @@ from stochsolvers.convex._algorithm import (
     report,
     start,
 )
-from stochsolvers.convex._terms import expanded
 from stochsolvers.convex._factor import Factor
 from stochsolvers.convex._gated_map import GatedMap
 from stochsolvers.convex._problems import GatedProblem

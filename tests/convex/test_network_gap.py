@@ -119,7 +119,7 @@ def test_better_dual_points_prove_the_optimum():
     X, y = rng.standard_normal((N, D)), rng.standard_normal(N)
     beta = 0.1 * largest_response(X, y, 2001)
     problem = convex.ReLUProblem(X, y, convex.enumerate_patterns(X), beta)
-    U = ss.ProxGD(5000, momentum=True, restart=True, tol=1e-10).solve(None, problem).value
+    U = convex.solve(problem, solver=convex.InteriorPoint(), tol=1e-9, certify=False).value
     network = convex.recover(problem, U)
     least = float(problem.objective(U))
     off = dataclasses.replace(network, hidden=1.01 * network.hidden)
@@ -138,7 +138,7 @@ def test_no_descent_goes_below_the_proved_optimum(seed):
     X, y = rng.standard_normal((N, D)), rng.standard_normal(N)
     beta = 0.1 * largest_response(X, y, 2001)
     problem = convex.ReLUProblem(X, y, convex.enumerate_patterns(X), beta)
-    U = ss.ProxGD(5000, momentum=True, restart=True, tol=1e-10).solve(None, problem).value
+    U = convex.solve(problem, solver=convex.InteriorPoint(), tol=1e-9, certify=False).value
     network = convex.recover(problem, U)
     proof = convex.network_gap(network, X, y, beta)
     assert proof.word == "exact"
