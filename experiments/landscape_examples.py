@@ -32,7 +32,7 @@ def three(config: Any) -> tuple[Numbers, Drawing]:
     beta = 0.1
     with jax.enable_x64(True):
         problem, solution = exact_program(THREE, TARGETS, beta)
-        network = ss.convex.prune(ss.convex.relu_network(solution.value).compact(1e-4), THREE)
+        network = ss.convex.prune(ss.convex.recover(problem, solution.value).compact(1e-4), THREE)
         numbers = {
             "patterns": problem.patterns.num,
             "optimum": float(problem.objective(solution.value)),
@@ -146,7 +146,7 @@ def path(config: Any) -> tuple[Numbers, Drawing]:
         for fraction in fractions:
             one = problem.with_beta(fraction * largest)
             solution = ss.convex.solve(one, solver=ss.convex.InteriorPoint(), tol=1e-7)
-            network = ss.convex.relu_network(solution.value).compact(1e-3)
+            network = ss.convex.recover(one, solution.value).compact(1e-3)
             network = ss.convex.prune(network, X)
             counts.append(int(network.width))
             errors.append(float(np.mean((network(X) - y) ** 2)))

@@ -8,7 +8,7 @@ and those of a ReLU network are the same with cones, (2 D_i − I) X v_i ≥ 0.
 
 | | |
 |---|---|
-| `Patterns`, `sample_patterns`, `enumerate_patterns`, `separate` | gates and the patterns they make of data |
+| `Patterns`, `sample_patterns`, `enumerate_patterns` | gates and the patterns they make of data |
 | `GatedMap` | the map A*(V) = Σ_i D_i X v_i |
 | `GatedProblem` | the program of a network with fixed gates |
 | `ReLUProblem` | the program of a ReLU network: the same with cones |
@@ -17,12 +17,13 @@ and those of a ReLU network are the same with cones, (2 D_i − I) X v_i ≥ 0.
 | `solve`, `regularization_path` | the optimum to a certified relative gap; for several β |
 | `KernelADMM`, `LandmarkADMM`, `FISTA` | solvers of gated programs |
 | `ConeADMM`, `InteriorPoint` | solvers of cone programs |
-| `Network`, `GatedNetwork` | two-layer networks as values; `relu_network` of a program's value |
-| `to_nnx`, `to_linen`, `from_network` | to Flax and back |
-| `decompose`, `prune` | a gated network as a ReLU network; fewest neurons |
-| `network_gap` | how far any two-layer network is from its global optimum |
-| `train_network` | training from the gated program, with separation and polish |
-| `ConvexReLURegressor`, `ConvexReLUClassifier` | scikit-learn's interface (extra `sklearn`) |
+| `Network`, `GatedNetwork` | two-layer networks as values |
+| `recover`, `from_network`, `as_network` | from a program's value to its network, and back |
+| `to_nnx`, `to_linen` | Flax modules |
+| `decompose`, `prune` | a ReLU network from a gated one; fewest neurons |
+| `network_gap`, `separate` | how far a network is from its global optimum; neurons that would lower it |
+| `train_network` | a ReLU network, beyond its sampled program |
+| `ConvexReLURegressor`, `ConvexReLUClassifier` | estimators, with scikit-learn |
 
 References:
   Pilanci and Ergen 2020, Neural networks are convex regularizers; Mishkin, Sahiner and Pilanci 2022, Fast
@@ -46,8 +47,6 @@ from stochsolvers.convex._kernel_admm import KernelADMM as KernelADMM
 from stochsolvers.convex._landmark_admm import LandmarkADMM as LandmarkADMM
 from stochsolvers.convex._network import GatedNetwork as GatedNetwork
 from stochsolvers.convex._network import Network as Network
-from stochsolvers.convex._network import gated_network as gated_network
-from stochsolvers.convex._network import relu_network as relu_network
 from stochsolvers.convex._patterns import Patterns as Patterns
 from stochsolvers.convex._patterns import sample_patterns as sample_patterns
 from stochsolvers.convex._problems import GatedProblem as GatedProblem

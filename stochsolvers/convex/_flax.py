@@ -61,9 +61,7 @@ def to_linen(problem: Any, value: Any = None) -> tuple[Any, Any]:
 
 
 def _network(problem: Any, value: Any) -> TwoLayer:
-    if isinstance(problem, TwoLayer) and value is None:
-        return problem
-    return recover(problem, value)
+    return problem if isinstance(problem, TwoLayer) and value is None else recover(problem, value)
 
 
 def _as_bias(bias: Array | None) -> Array | None:

@@ -172,6 +172,7 @@ def test_one_class_is_refused():
 
 def test_the_estimators_alone_need_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.base", None)
     monkeypatch.delitem(sys.modules, "stochsolvers.convex._sklearn")
     monkeypatch.delattr(convex, "_sklearn")
     with pytest.raises(ImportError, match=r"stochsolvers\[sklearn\]"):
