@@ -155,8 +155,11 @@ def run(config: Config) -> list[tables.Row]:
 def wanted(config: Config) -> list[programs.Method]:
     """The methods; the first is the gated program, which chooses β and bounds the others."""
     assert config.methods is not None
-    others = dict.fromkeys(method for method in config.methods if method != "gated")
-    return ["gated", *others]
+    methods: list[programs.Method] = ["gated"]
+    for method in config.methods:
+        if method not in methods:
+            methods.append(method)
+    return methods
 
 
 def prepared(source: data.Source, config: Config, seed: int) -> programs.Task:
