@@ -155,8 +155,11 @@ def run(config: Config) -> list[tables.Row]:
 def wanted(config: Config) -> list[programs.Method]:
     """The methods; the first is the gated program, which chooses β and bounds the others."""
     assert config.methods is not None
-    methods: tuple[programs.Method, ...] = ("gated", *config.methods)
-    return list(dict.fromkeys(methods))
+    methods: list[programs.Method] = ["gated"]
+    for method in config.methods:
+        if method not in methods:
+            methods.append(method)
+    return methods
 
 
 def prepared(source: data.Source, config: Config, seed: int) -> programs.Task:

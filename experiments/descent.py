@@ -12,7 +12,7 @@ import functools
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +90,17 @@ class Trainer:
     def __init__(
         self, data: Data, beta: float, *, width: int, optimizer: Optimizer, batch_size: int
     ):
-        self.data, self.width = data, width
-        self.optimizer: Optimizer = optimizer
+        self.data = data
         self.beta = jnp.asarray(beta, jnp.float32)
         start = time.perf_counter()
-        weights, state = self._begun(jax.random.key(0))
+        features = data.X.shape[1]
+
+        def begin(key):
+            weights = initial(key, len(data.y), width, features)
+            return weights, _transformation(optimizer).init(weights)
+
+        self._begin = jax.jit(begin).lower(jax.random.key(0)).compile()
+        weights, state = self._begin(jax.random.key(0))
         epoch = jax.jit(functools.partial(_epoch, optimizer=optimizer, batch_size=batch_size))
         rate, progress = jnp.zeros(()), jnp.zeros(2)
         arguments = jax.random.key(0), weights, state, data, self.beta, rate, progress
@@ -111,7 +117,7 @@ class Trainer:
         """
         seconds, start = self.compilation, time.perf_counter()
         first, order = jax.random.split(key)
-        weights, state = self._begun(first)
+        weights, state = self._begin(first)
         for epoch in range(1, epochs + 1):
             progress = jnp.asarray([epoch - 1, epoch], jnp.float32) / epochs
             number = jax.random.fold_in(order, epoch)
@@ -127,11 +133,6 @@ class Trainer:
     def objective(self, weights: Weights) -> float:
         """The objective on all data."""
         return float(objective(weights, self.data, self.beta))
-
-    def _begun(self, key: jax.Array) -> tuple[Weights, Any]:
-        features = self.data.X.shape[1]
-        weights = initial(key, len(self.data.y), self.width, features)
-        return weights, _transformation(self.optimizer).init(weights)
 
 
 def _transformation(optimizer: Optimizer) -> optax.GradientTransformation:

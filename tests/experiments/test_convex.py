@@ -1,7 +1,6 @@
 """The command of the convex programs: data matrices, descent, one run from end to end, its pictures."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,12 @@ from experiments import (
     convex,
     data,
     descent,
+    nonconvex,
     objectives,
     panels,
     programs,
     report,
+    results,
     vectors,
 )
 
@@ -123,8 +124,8 @@ def test_a_step_of_sgd_is_one_on_the_mean(rng):
 
 
 @pytest.fixture(scope="module")
-def run_of_both(tmp_path_factory):
-    """Three classes by the gated program, gated Adam and SGD; then a pair by Adam and rounds."""
+def command(tmp_path_factory):
+    """A command with three classes, its folder and rows."""
     folder = tmp_path_factory.mktemp("convex")
     rng = np.random.default_rng(3)
     train, test = blobs(150, rng), blobs(60, rng)
@@ -136,71 +137,66 @@ def run_of_both(tmp_path_factory):
         test_labels=test.labels,
     )
 
-    def run(name, *options):
-        out = folder / name
+    def run(*options):
         common = f"--dataset {folder / 'blobs.npz'} --epochs 8 --batch-size 15 --width 8".split()
-        rates = ["--adam-rates", "0.03", "--fractions", "0.1", "0.01", "--rounds", "2"]
+        rates = ["--adam-rates", "0.03", "--sgd-rates", "0.5", "1e9"]
+        grids = ["--fractions", "0.1", "0.01", *rates, "--methods", "gated-adam", "sgd"]
+        arguments = [*common, *grids, "--out", str(folder / "out"), *options]
         with jax.enable_x64(False):
-            convex.main([*common, *rates, "--out", str(out), *options])
-        return out, [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+            convex.main(arguments)
+        return results.read_rows(folder / "out" / results.ROWS)
 
-    three = ["--methods", "gated-adam", "sgd", "--sgd-rates", "0.5", "1e9"]
-    pair = ["--methods", "adam", "relu", "--classes", "0", "2"]
-    return run, {"three": (three, run("three", *three)), "pair": (pair, run("pair", *pair))}
+    return run, folder / "out", run()
 
 
-def finals(rows):
-    return {row["method"]: row for row in rows if row["kind"] == "final"}
-
-
-def test_the_gated_program_bounds_gated_networks(run_of_both):
-    _, runs = run_of_both
-    _, (_, rows) = runs["three"]
-    by_method = finals(rows)
-    assert list(by_method) == ["gated", "gated-adam", "sgd"]
-    gated, adam, sgd = by_method.values()
+def test_the_gated_program_bounds_gated_networks(command):
+    *_, rows = command
+    finals = {row["method"]: row for row in rows if row["kind"] == "final"}
+    assert list(finals) == ["gated", "gated-adam", "sgd"]
+    gated, adam, sgd = finals.values()
     assert 0 <= gated["objective"] - gated["lower_bound"] <= 1e-3 * gated["objective"]
     assert adam["objective"] > gated["lower_bound"] == adam["lower_bound"]
     assert 0 <= sgd["lower_bound"] <= sgd["objective"]
     assert gated["accuracy"] >= 80
     assert sgd["diverged_rates"] == pytest.approx([sgd["learning_rate"] * 2e9])
-    assert {row["beta"] for row in by_method.values()} == {gated["beta"]}
+    assert {row["beta"] for row in finals.values()} == {gated["beta"]}
     path = gated["path"]
     assert [row["fraction"] for row in path] == [0.1, 0.01]
     assert gated["fraction"] == max(path, key=lambda row: row["validation_accuracy"])["fraction"]
-    # a curve does not rise above its start, ends at the objective, and takes time
-    for method, final in by_method.items():
+    # a curve ends below its start, at the objective, and takes time
+    for method, final in finals.items():
         curve = [row for row in rows if row["kind"] == "epoch" and row["method"] == method]
         assert curve[-1]["objective"] == final["objective"] < curve[0]["objective"]
         assert curve[-1]["seconds"] == final["train_seconds"] > 0
 
 
-def test_relu_networks_of_a_pair(run_of_both):
-    _, runs = run_of_both
-    _, (_, rows) = runs["pair"]
-    by_method = finals(rows)
-    assert list(by_method) == ["gated", "adam", "relu"]
-    assert by_method["relu"]["dataset"] == "blobs 0/2"
-    assert by_method["relu"]["objective"] <= by_method["adam"]["objective"] * 1.001
-    bound = max(by_method[m]["lower_bound"] for m in ("adam", "relu"))
-    assert 0 <= bound <= by_method["relu"]["objective"]
-    assert by_method["relu"]["neurons"] <= 8
-
-
-def test_a_run_is_resumed_and_drawn(run_of_both, monkeypatch, capsys):
-    run, runs = run_of_both
+def test_a_run_is_resumed_and_drawn(command, monkeypatch, capsys):
+    run, out, rows = command
     monkeypatch.setattr(programs, "prepared", lambda *_: pytest.fail("prepared again"))
-    for name, (options, (out, rows)) in runs.items():
-        assert run(name, *options)[1] == rows
-        for picture in ("descent.png", "path.png"):
-            assert (out / picture).read_bytes().startswith(b"\x89PNG")
-        assert not (out / "accuracy.png").exists()
-        page = (out / "README.md").read_text()
-        assert "TwoLayer8 on blobs" in page
-        assert "lower bound" in page
-        with pytest.raises(SystemExit, match="holds the results of another run"):
-            run(name, *options, "--width", "9")
+    assert run() == rows
+    for picture in ("descent.png", "path.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert not (out / "accuracy.png").exists()
+    page = (out / "README.md").read_text()
+    assert "TwoLayer8 on blobs" in page
+    assert "lower bound" in page
     assert "relative gap" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds the results of another run"):
+        run("--width", "9")
+
+
+def test_rounds_of_a_relu_network_of_a_pair(source):
+    pair = vectors.of_classes(source, (0, 2)).dataset(0)
+    task = programs.prepared(pair, 0, 8)
+    assert task.program.y.shape == (90,)
+    beta = 0.03 * float(task.program.beta)
+    trained = nonconvex.train_relu(task, beta, 2, 50)
+    first, last = trained.curve
+    assert first["seconds"] < last["seconds"]
+    assert last["objective"] <= first["objective"] * (1 + 1e-6)
+    assert 0 <= trained.final["lower_bound"] <= last["objective"] == trained.final["objective"]
+    assert 0 < trained.final["neurons"] <= 8
+    assert programs.accuracy(trained.predict, task.data.test) >= 80
 
 
 def test_gaps_are_from_the_best_bound_of_a_family():
