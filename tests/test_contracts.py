@@ -194,7 +194,7 @@ def test_solvers_say_what_they_expected(name):
 
 @functools.cache
 def with_first_entry(name):
-    """(key, value) -> the solution, its finite, for a kernel of that first entry: eager and jitted."""
+    """(key, value) -> z and where it is finite, for a kernel with this first entry: eager and jitted."""
     solver, problem = catalogue.SOLVERS[name], catalogue.PROBLEM
 
     def solve(key, value):
