@@ -57,6 +57,8 @@ class Patterns:
     def __getitem__(self, indices: Any) -> "Patterns":
         """Some of the pairs: a slice, or an array of integers or booleans."""
         if isinstance(indices, int | np.integer):
+            if not -self.num <= indices < self.num:
+                raise IndexError(f"index {indices} of {self.num} patterns")  # which ends iteration
             indices = slice(indices, indices + 1 or None)
         return self.replaced(self.gates[:, indices], self.mask[..., indices])
 

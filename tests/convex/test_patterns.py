@@ -145,6 +145,7 @@ def test_pairs_stay_together(rng):
     assert np.array_equal(patterns.apply(new).mask, new @ np.asarray(patterns.gates) >= 0)
     assert np.array_equal(patterns.apply(new).gates, patterns.gates)
     assert patterns.num_data == 7
+    assert [one.num for one in patterns] == [1] * patterns.num
     # one datum that no gate is active on is no error, and patterns pass through jit
     assert not np.any(jax.jit(lambda p, x: p.apply(x).mask)(part, -100 * part.gates[:, :1].T)[0, 0])
 
