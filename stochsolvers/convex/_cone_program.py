@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.convex._cones import ConeGroupL2, Cones
-from stochsolvers.convex._duality import DualNorm, product_round_off
+from stochsolvers.convex._duality import DualNorm, euclidean_norm, product_round_off
 from stochsolvers.convex._program import Program
 from stochsolvers.linear_maps import LinearMap
 
@@ -108,7 +108,7 @@ class ConeProgram(Program):
         `objective` is +∞ above 256 units of round-off.
         """
         U = self._variable(U)
-        size = jnp.max(jnp.sqrt(jnp.sum(U * U, axis=-1)), axis=(-2, -1))
+        size = _largest(U)
         worst = jnp.max(self.cones.violation(U), axis=(-2, -1))
         return worst / jnp.where(size > 0, size, 1)
 
@@ -152,4 +152,4 @@ class ConeProgram(Program):
 
 def _largest(W: Array) -> Array:
     """The largest norm of a pattern, of each program."""
-    return jnp.max(jnp.sqrt(jnp.sum(W * W, axis=-1)), axis=(-2, -1))
+    return jnp.max(euclidean_norm(W, (-1,)), axis=(-2, -1))

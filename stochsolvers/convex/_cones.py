@@ -85,7 +85,7 @@ class Cones(abc.ABC):
 @jax.custom_jvp
 def _projection(cones: Cones, V: Array, accuracy: Array, max_iters: Array) -> tuple[Array, Array]:
     eps = float(jnp.finfo(V.dtype).eps)
-    size = jnp.sqrt(jnp.sum(V * V, axis=-1, keepdims=True))
+    size = _balls.weighted_norm((V.ndim - 1,), V, jnp.ones((1,) * V.ndim, V.dtype))
     unit = V / jnp.where(size > 0, size, 1)
     constant = jnp.maximum(cones.squared_norm() * (1 + 8 * eps), 1)
 

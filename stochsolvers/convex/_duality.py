@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from stochsolvers._typing import Array
 from stochsolvers.losses import Loss, Squares
 from stochsolvers.problems import LayerProblem
+from stochsolvers.prox import _balls
 
 _SHARES = (
     1.0,
@@ -23,6 +24,11 @@ _SHARES = (
     0.125,
     0.0,
 )  # of the largest scale, tried for losses that are not squares
+
+
+def euclidean_norm(W: Array, axes: tuple[int, ...]) -> Array:
+    """||W||₂ over some axes, whose squares may leave the range of numbers."""
+    return jnp.squeeze(_balls.weighted_norm(axes, W, jnp.ones((1,) * W.ndim, W.dtype)), axes)
 
 
 def _events(array: Array, like: Array) -> Array:
@@ -38,7 +44,7 @@ def scaled_dual(problem: LayerProblem, r: Array, norm: Array, beta: Array) -> tu
       norm: R°(−A r) or more.
       beta: β.
     """
-    largest = jnp.where(norm > 0, beta / jnp.where(norm > 0, norm, 1), jnp.inf)
+    largest = jnp.where(norm == 0, jnp.inf, beta / jnp.where(norm == 0, 1, norm))  # NaN stays
     loss, y = problem.loss, problem.inputs
     if type(loss) is Squares:
         energy, slope = problem.sum(r * r), problem.sum(r * y)

@@ -38,6 +38,24 @@ def data(what: str, X: ArrayLike) -> Array:
     return X.astype(at_least_float32(X.dtype))
 
 
+def data_like(what: str, X: ArrayLike, known: Array) -> Array:
+    """X with the axes of other data but the first."""
+    X = data(what, X)
+    if X.shape[1:] != known.shape[1:]:
+        wanted = ", ".join(["n", *map(str, known.shape[1:])])
+        _checks.fail(f"shape of {what}", f"({wanted})", X.shape)
+    return X
+
+
+def positive_number(what: str, value: Any) -> None:
+    """Require a finite number above 0, traced or not."""
+    if not _checks.is_real(value):
+        _checks.fail(what, "a number > 0", repr(value))
+    _checks.rank(what, value, 0)
+    _checks.positive(what, value)
+    _checks.finite(what, value)
+
+
 def loss(what: str, value: Any) -> None:
     """Require a loss."""
     if not isinstance(value, Loss):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.convex import _inputs
-from stochsolvers.convex._duality import DualNorm
+from stochsolvers.convex._duality import DualNorm, euclidean_norm
 from stochsolvers.convex._gated_map import GatedMap
 from stochsolvers.convex._patterns import Patterns
 from stochsolvers.convex._program import Program
@@ -128,7 +128,7 @@ class GatedProblem(Program):
           V: weights, shaped as the variable.
           X: shape (n', d) or (n', K, d).
         """
-        X = _inputs.data("data of predict", X).astype(self.dtype)
+        X = _inputs.data_like("data of predict", X, self.X).astype(self.dtype)
         return self.gated_map._with(X, self.patterns.apply(X)).adjoint(self._variable(V))
 
     def num_active(self, V: Array) -> Array:
@@ -212,8 +212,7 @@ class GatedProblem(Program):
         if self.regularizer == "l1":
             return jnp.max(jnp.abs(W), axis=(-3, -2, -1) if self.joint else (-2, -1))
         own = -2 if self.regularizer == "feature" else -1
-        norms = jnp.sqrt(jnp.sum(W * W, axis=(-3, own) if self.joint else own))
-        return jnp.max(norms, axis=-1)
+        return jnp.max(euclidean_norm(W, (-3, own) if self.joint else (own,)), axis=-1)
 
     def _decomposition_error(self, W: Array) -> float:
         if self.regularizer != "nuclear":

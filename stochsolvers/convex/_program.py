@@ -37,9 +37,7 @@ class Program(LayerProblem):
 
     def _fill(self, linear_map: LinearMap, y: Array, loss: Loss, beta: Scalar, **own: Any) -> None:
         """Set the fields, derive prior and ridge from β, and check them all."""
-        _checks.rank("beta", beta, 0)
-        _checks.positive("beta", beta)
-        _inputs.finite("beta", beta)
+        _inputs.positive_number("beta", beta)
         fields = {"linear_map": linear_map, "inputs": y, "loss": loss, "bias": None, **own}
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -64,8 +62,7 @@ class Program(LayerProblem):
           beta: β > 0, traced.
         """
         copy = jax.tree.unflatten(jax.tree.structure(self), jax.tree.leaves(self))
-        _checks.rank("beta", beta, 0)
-        _checks.positive("beta", beta)
+        _inputs.positive_number("beta", beta)
         for name, value in self._of_beta(jnp.asarray(beta, self.dtype)).items():
             object.__setattr__(
                 copy, name, jnp.asarray(value, self.dtype) if name == "ridge" else value

@@ -84,9 +84,7 @@ class ReLUProblem(ConeProgram):
           U: shaped as the variable.
           X: shape (n', d) or (n', K, d), summed over patches.
         """
-        X = _inputs.data("data of predict", X).astype(self.dtype)
-        if X.ndim != self.X.ndim or X.shape[1:] != self.X.shape[1:]:
-            _checks.fail("shape of the data of predict", f"(n, {self.X.shape[1:]})", X.shape)
+        X = _inputs.data_like("data of predict", X, self.X).astype(self.dtype)
         U = self._variable(U)
         products = jnp.sum(jax.nn.relu(U @ X.reshape(-1, X.shape[-1]).T), axis=-2)
         values = products[..., 0, :] - products[..., 1, :]

@@ -16,7 +16,8 @@ from stochsolvers import _linalg
 from stochsolvers._typing import Array
 from stochsolvers.losses import Squares
 from stochsolvers.problems import LayerProblem
-from stochsolvers.prox import L1, GroupL2, NuclearNorm, Zero
+from stochsolvers.prox import L1, GroupL2, NuclearNorm, Zero, _balls
+from stochsolvers.prox._spectra import scaled
 
 
 class Dual(NamedTuple):
@@ -67,11 +68,15 @@ def _norms(prior: Any, image: Array) -> tuple[Array, Array]:
     if isinstance(prior, L1):
         norms, weights = jnp.abs(image), prior._gamma(image)
     elif isinstance(prior, GroupL2):
-        norms = jnp.sqrt(jnp.sum(image**2, prior._axes(image), keepdims=True))
+        norms = _balls.weighted_norm(
+            prior._axes(image), image, jnp.ones((1,) * image.ndim, image.dtype)
+        )
         weights = prior._gamma(image)
     else:
-        eigenvalues = jnp.maximum(_linalg.eigvalsh(gram(_matrices(prior, image)))[..., -1], 0.0)
-        norms, weights = jnp.sqrt(eigenvalues), prior._threshold(prior._gamma(image), image)[..., 0]
+        matrices, scale = scaled(_matrices(prior, image))
+        eigenvalues = jnp.maximum(_linalg.eigvalsh(gram(matrices))[..., -1], 0.0)
+        norms = jnp.sqrt(eigenvalues) * scale[..., 0]
+        weights = prior._threshold(prior._gamma(image), image)[..., 0]
     return norms, jnp.broadcast_to(weights, norms.shape)
 
 

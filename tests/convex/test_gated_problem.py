@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 
 import stochsolvers as ss
-from stochsolvers.convex import GatedProblem, Patterns, sample_patterns
+from stochsolvers.convex import GatedProblem, Patterns, sample_patterns, solve
 
 BETA, N, D, C = 0.6, 14, 3, 3
 
@@ -262,6 +262,37 @@ def test_single_precision_certificates_hold(rng):
     assert gaps[-1] <= 1e-4 * optimum
 
 
+@pytest.mark.parametrize("kind", ["group", "feature", "l1", "nuclear"])
+def test_gaps_do_not_depend_on_units(rng, kind):
+    """That of (sX, sy, s²β) is s² times that of (X, y, β), also where squares leave the range of float32."""
+    joint = kind == "nuclear"
+    X = np.float32(rng.normal(size=(6, 3)))
+    y = np.float32(rng.normal(size=(2, 6) if joint else 6))
+    patterns = sample_patterns(jax.random.key(0), X, 5)
+    V = np.float32(0.1 * rng.normal(size=(2, 5, 3) if joint else (5, 3)))[..., : patterns.num, :]
+
+    @jax.jit
+    def values(scale):
+        options = {"regularizer": kind, "joint": joint}
+        problem = GatedProblem(scale * X, scale * y, patterns, 0.3 * scale**2, **options)
+        solved = solve(problem, tol=1e-3)
+        known = (
+            problem.certificate(V),
+            problem.dual_value(V),
+            problem.beta_max(),
+            solved.certificate,
+        )
+        return jnp.stack(known) / scale**2, solved.status
+
+    expected, status = values(jnp.float32(1.0))
+    assert status == ss.Status.CONVERGED
+    for scale in (2.0**33, 2.0**-33):
+        found, status = values(jnp.float32(scale))
+        np.testing.assert_allclose(found[:3], expected[:3], rtol=1e-4)
+        if status == ss.Status.CONVERGED:  # never by a wrong gap
+            assert found[3] <= 2e-3 * expected[0]
+
+
 X, Y = np.random.default_rng(0).normal(size=(4, 2)), np.array([1.0, -1.0, 1.0, 2.0])
 PATTERNS = Patterns(np.ones((2, 1)), np.ones((4, 1), bool))
 ONE_HOT, LABELS = np.eye(2)[:, [0, 1, 1, 0]], np.sign(Y)
@@ -283,6 +314,7 @@ BAD = {
     "beta zero": ((X, Y, PATTERNS, 0.0), {}),
     "beta below zero": ((X, Y, PATTERNS, -1.0), {}),
     "beta not finite": ((X, Y, PATTERNS, np.inf), {}),
+    "a name for beta": ((X, Y, PATTERNS, "large"), {}),
     "several betas": ((X, Y, PATTERNS, np.ones(2)), {}),
     "a mask for patterns": ((X, Y, PATTERNS.mask, 1.0), {}),
     "an unknown regularizer": ((X, Y, PATTERNS, 1.0), {"regularizer": "l3"}),
@@ -302,3 +334,17 @@ def test_traced_values_are_not_checked():
     """Values that are not known do not raise."""
     value = jax.jit(lambda X, y, b: GatedProblem(X, y, PATTERNS, b).objective(jnp.ones((1, 2))))
     assert np.isnan(value(X * np.nan, Y, -1.0))
+
+
+BAD_METHODS = {
+    "beta not finite": lambda problem: problem.with_beta(np.inf),
+    "a name for beta": lambda problem: problem.with_beta("large"),
+    "patches of other data": lambda problem: problem.predict(np.zeros(problem.shape), X[None]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_METHODS)
+def test_bad_input_of_methods(case):
+    problem = GatedProblem(X, Y, PATTERNS, 1.0)
+    with pytest.raises(ValueError, match=r"(?s)^\S.*: expected .+, got .+\.$"):
+        BAD_METHODS[case](problem)

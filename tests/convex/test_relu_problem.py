@@ -99,6 +99,25 @@ def test_gaps_are_never_below_the_truth(rng):
     assert found[-1, 3] > 1e-2  # without multipliers that of the gated program's norm
 
 
+def test_gaps_do_not_depend_on_units(rng):
+    """That of (sX, sy, s²β) is s² times that of (X, y, β), also where squares leave the range of float32."""
+    X, y = np.float32(rng.normal(size=(6, 2))), np.float32(rng.normal(size=6))
+    patterns = enumerate_patterns(X)
+    U = np.float32(0.1 * rng.normal(size=(2, patterns.num, 2)))
+
+    @jax.jit
+    def values(scale):
+        problem = ReLUProblem(scale * X, scale * y, patterns, 0.3 * scale**2)
+        V = problem.project(U)
+        known = problem.certificate(V), problem.dual_value(V), problem.beta_max()
+        return jnp.stack(known) / scale**2
+
+    expected = values(jnp.float32(1.0))
+    assert np.all(np.isfinite(expected))
+    for scale in (2.0**33, 2.0**-33):
+        np.testing.assert_allclose(values(jnp.float32(scale)), expected, rtol=1e-4)
+
+
 def test_outside_the_cones_the_objective_is_infinite(rng):
     X, y = rng.normal(size=(6, 2)), rng.normal(size=6)
     problem = ReLUProblem(X, y, enumerate_patterns(X), BETA)
