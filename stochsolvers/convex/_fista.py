@@ -18,6 +18,7 @@ from stochsolvers.convex._algorithm import (
     report,
     start,
 )
+from stochsolvers.convex._duality import euclidean_norm
 from stochsolvers.convex._problems import GatedProblem
 from stochsolvers.convex._terms import expanded
 
@@ -74,7 +75,7 @@ def power_estimate(problem: Any, steps: int = _POWER_STEPS) -> Array:
     def step(_, state):
         r, _ = state
         image = A.adjoint(A(r))
-        size = jnp.sqrt(jnp.sum(image**2))
+        size = euclidean_norm(image, tuple(range(image.ndim)))
         return image / jnp.where(size > 0, size, 1.0), size
 
     ones = jnp.ones(A.in_shape, problem.dtype)

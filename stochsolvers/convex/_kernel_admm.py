@@ -119,7 +119,7 @@ def _iterate(
 ) -> Iterate:
     K = kernel_matrix(problem.linear_map)
     trace = jnp.trace(K)
-    mean = jnp.sum(K**2) / jnp.where(trace > 0, trace, 1.0)
+    mean = jnp.sum(K * (K / jnp.where(trace > 0, trace, 1.0)))
     rho = penalty_of(problem, mean)
     factor = _factor.factor(K, rho)
 

@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 
 import stochsolvers as ss
-from stochsolvers.convex import GatedProblem, Patterns, sample_patterns, solve
+from stochsolvers.convex import FISTA, GatedProblem, KernelADMM, Patterns, sample_patterns, solve
 
 BETA, N, D, C = 0.6, 14, 3, 3
 
@@ -260,6 +260,19 @@ def test_single_precision_certificates_hold(rng):
     truth = [float(problem.objective(np.float64(V))) - optimum for V in points]
     assert np.all(np.asarray(gaps, np.float64) >= truth)
     assert gaps[-1] <= 1e-4 * optimum
+
+
+@pytest.mark.parametrize("solver", [KernelADMM(), FISTA()], ids=["KernelADMM", "FISTA"])
+def test_solutions_do_not_depend_on_units(rng, solver):
+    X, y = np.float32(rng.normal(size=(6, 3))), np.float32(rng.normal(size=6))
+    patterns = sample_patterns(jax.random.key(0), X, 5)
+    solved = jax.jit(
+        lambda s: solve(GatedProblem(s * X, s * y, patterns, 0.3 * s**2), solver=solver, tol=1e-3)
+    )
+    for scale in (2.0**33, 2.0**-33):
+        solution = solved(jnp.float32(scale))
+        assert solution.status == ss.Status.CONVERGED
+        assert solution.certificate <= 2e-3 * solution.objectives[0]
 
 
 @pytest.mark.parametrize("kind", ["group", "feature", "l1", "nuclear"])
