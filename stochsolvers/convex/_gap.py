@@ -9,6 +9,7 @@ import numpy as np
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
+from stochsolvers.convex import _inputs
 from stochsolvers.convex._corrective import corrected_gradient
 from stochsolvers.convex._enumeration import enumerate_patterns
 from stochsolvers.convex._network import Network
@@ -94,7 +95,8 @@ def network_gap(
     """
     network = as_network(network)
     _checks.member("method", method, ("enumerate", "bound", "search"))
-    _checks.positive("beta", beta)
+    _inputs.positive_number("beta", beta)
+    _inputs.loss("loss", loss)
     num_rounds = _checks.count("num_rounds", num_rounds, minimum=0)
     point = dual_point(network, X, y, float(beta), loss)
     units = augmented_neurons(network)
@@ -235,6 +237,7 @@ def dual_point(network: Network, X: Any, y: Any, beta: float, loss: Loss) -> Dua
     shape = (*output.shape[1:], len(data))
     if targets.shape != shape:
         _checks.fail("shape of y", shape, targets.shape)
+    _inputs.labels("y", targets, loss)
     offset = np.zeros(())
     if network.output_bias is not None:
         offset = np.asarray(network.output_bias, np.float64)[..., None]

@@ -79,15 +79,25 @@ def targets(what: str, y: ArrayLike, X: Array, loss: Loss, *, joint: bool) -> Ar
     return y.astype(at_least_float32(y.dtype))
 
 
-def _check_values(what: str, y: np.ndarray, loss: Loss) -> None:
+def labels(what: str, y: np.ndarray, loss: Loss) -> None:
+    """Require targets that the loss is defined for."""
+    while isinstance(loss, Scaled):
+        loss = loss.loss
     if isinstance(loss, Logistic) and not np.all(np.abs(y) == 1):
         _checks.fail(what, "labels -1 and 1", f"other numbers, as {y[np.abs(y) != 1].flat[0]}")
     if isinstance(loss, CrossEntropy):
-        if len(y) < 2 or np.any(np.all(y == 1, axis=-1)):
+        if y.ndim < 2 or len(y) < 2:
             _checks.fail(what, "data of at least two classes", "one class")
         if np.any(y < 0) or not np.allclose(np.sum(y, -2), 1, atol=1e-3):
             _checks.fail(what, "the probabilities of the classes of each datum", "other columns")
+
+
+def _check_values(what: str, y: np.ndarray, loss: Loss) -> None:
+    labels(what, y, loss)
+    if isinstance(loss, CrossEntropy):
+        if np.any(np.all(y == 1, axis=-1)):
+            _checks.fail(what, "data of at least two classes", "one class")
     elif y.shape[-1] > 1 and np.any(np.all(y == y[..., :1], axis=-1)):
-        labels = isinstance(loss, Logistic)
-        wanted = "data of two classes" if labels else "targets that are not all equal"
-        _checks.fail(what, wanted, "one class" if labels else f"{y.shape[-1]} equal ones")
+        classes = isinstance(loss, Logistic)
+        wanted = "data of two classes" if classes else "targets that are not all equal"
+        _checks.fail(what, wanted, "one class" if classes else f"{y.shape[-1]} equal ones")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stochsolvers import _checks
+from stochsolvers.convex import _inputs
 from stochsolvers.convex._network import TwoLayer
 
 _Network = TypeVar("_Network", bound=TwoLayer)
@@ -37,7 +38,10 @@ def prune(network: _Network, X: Any, *, tol: float = 1e-9) -> _Network:
     Raises:
       ValueError: for data that do not fit.
     """
+    if not isinstance(network, TwoLayer):
+        _checks.fail("network to prune", "a Network or a GatedNetwork", type(network).__name__)
     _checks.rank("X", X, 2)
+    _inputs.finite("X", X)
     _checks.non_negative("tol", tol)
     network = network.balanced().compact()
     if network.width == 0:

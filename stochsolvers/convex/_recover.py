@@ -7,6 +7,7 @@ import numpy as np
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array
+from stochsolvers.convex import _inputs
 from stochsolvers.convex._network import GatedNetwork, Network, gated_network, relu_network
 from stochsolvers.convex._patterns import Patterns, mask_of
 from stochsolvers.convex._problems import GatedProblem
@@ -94,6 +95,8 @@ def from_network(network: Any, X: Any) -> tuple[Array, Patterns]:
       ValueError: for data that do not fit, and networks that are zero on X.
     """
     network = as_network(network)
+    _checks.rank("X", X, 2)
+    _inputs.finite("X", X)
     weights = network.hidden
     X = jnp.asarray(X, weights.dtype)
     if network.hidden_bias is not None:

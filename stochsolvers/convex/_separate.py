@@ -18,6 +18,7 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, at_least_float32, value_object
+from stochsolvers.convex import _inputs
 from stochsolvers.convex._patterns import Patterns
 
 
@@ -91,6 +92,8 @@ def search_responses(
     _checks.rank("X", X, 2)
     if jnp.ndim(v) not in (1, 2) or jnp.shape(v)[-1] != jnp.shape(X)[0]:
         _checks.fail("shape of the dual point", f"(..., {jnp.shape(X)[0]})", jnp.shape(v))
+    _inputs.finite("X", X)
+    _inputs.finite("dual point", v)
     _checks.count("num_starts", num_starts)
     dtype = at_least_float32(jnp.result_type(X))
     X, theta = jnp.asarray(X, dtype), jnp.asarray(v, dtype).reshape(-1, jnp.shape(v)[-1])

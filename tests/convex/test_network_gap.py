@@ -174,14 +174,19 @@ def test_no_descent_goes_below_the_proved_optimum(seed):
         ({"y": np.zeros(N - 1)}, "shape of y"),
         ({"X": np.zeros((N, D + 1))}, "shape of X"),
         ({"network": 3}, "network"),
+        ({"beta": np.inf}, "beta"),
+        ({"beta": np.ones(2)}, "beta"),
+        ({"y": np.zeros(N), "loss": ss.losses.Logistic()}, "y"),
+        ({"loss": ss.losses.CrossEntropy()}, "y"),
+        ({"loss": "squares"}, "loss"),
     ],
 )
 def test_errors_say_what_was_expected(rng, change, message):
     X, network = draw(rng)
     arguments = {"network": network, "X": X, "y": np.ones(N), "beta": 0.1} | change
-    method = arguments.pop("method", "enumerate")
+    options = {name: arguments.pop(name) for name in ("method", "loss") if name in arguments}
     with pytest.raises(ValueError, match=f"{message}.*expected"):
-        convex.network_gap(*arguments.values(), method=method)
+        convex.network_gap(*arguments.values(), **options)
 
 
 def test_separate_returns_violating_gates(rng):
