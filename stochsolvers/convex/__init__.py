@@ -51,6 +51,7 @@ from stochsolvers.convex._patterns import Patterns as Patterns
 from stochsolvers.convex._patterns import sample_patterns as sample_patterns
 from stochsolvers.convex._problems import GatedProblem as GatedProblem
 from stochsolvers.convex._prune import prune as prune
+from stochsolvers.convex._recover import as_network as as_network
 from stochsolvers.convex._recover import from_network as from_network
 from stochsolvers.convex._recover import recover as recover
 from stochsolvers.convex._relu_problem import ReLUProblem as ReLUProblem
