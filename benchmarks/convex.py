@@ -2,7 +2,8 @@
 
 python -m benchmarks.convex
 
-The peers need environments of their own, a Python with pyscnn and cvxpy, and one with adelie; without, they are
+The peers need environments of their own, a Python with pyscnn and cvxpy, and one with adelie; without, they
+are
 left out:
 
     SCNN_PYTHON=.../bin/python ADELIE_PYTHON=.../bin/python python -m benchmarks.convex --rounds 3
