@@ -68,7 +68,7 @@ class Process:
 
 
 def instance(n: int, d: int, num: int) -> dict[str, np.ndarray]:
-    """Gaussian data of condition number 10 with unit columns, labels of a network of 100 neurons; or the digits."""
+    """Gaussian data of condition number 10 with unit columns, labels of 100 neurons; or the digits."""
     rng = np.random.default_rng(0)
     if (n, d) == (1797, 61):
         from sklearn.datasets import load_digits

@@ -35,7 +35,7 @@ class ConeADMM(Algorithm):
     dual point: every iteration has a lower bound. Z is moved into the cones along the gates, which are
     inside them, and the best point so far is the result: every iteration has a feasible point as well.
 
-    Some thousand iterations reach gaps of 1e-4; for 1e-6 and below, on small programs, there is
+    Some thousand iterations reach gaps of some 1e-4; for 1e-6 and below, on small programs, there is
     `InteriorPoint`.
 
     Args:
@@ -113,7 +113,7 @@ def _penalties(problem: Any) -> tuple[Array, Array]:
 
 
 class _Split(NamedTuple):
-    """Z, Λ, shape (*batch, 2, P, d); S, N, shape (*batch, 2, P, n); the multipliers of the best dual point."""
+    """Z, Λ, shape (*batch, 2, P, d); S, N and the best dual multipliers, shape (*batch, 2, P, n)."""
 
     sparse: Array
     dual: Array

@@ -42,7 +42,7 @@ class InteriorPoint(Algorithm):
     """
 
     def check(self, problem: Any) -> None:
-        """Refuse what is no cone program with squares, traced arrays, and gates on the border of their cone."""
+        """Refuse what is no cone program with squares, traced arrays, and patches."""
         if not isinstance(problem, ReLUProblem):
             _checks.fail("problem of InteriorPoint", "a ReLUProblem", type(problem).__name__)
         if not isinstance(problem.loss, Squares):

@@ -52,8 +52,7 @@ class KernelADMM(Algorithm):
       max_iters: the most iterations, those of FISTA with them, traced.
 
     References:
-      Boyd et al., Distributed optimization and statistical learning via ADMM, 2011, section 3.4; MATH of this
-      library's documentation.
+      Boyd et al., Distributed optimization and statistical learning via ADMM, 2011, section 3.4.
     """
 
     def check(self, problem: Any) -> None:

@@ -18,7 +18,7 @@ _SHARE = 0.31
 
 @value_object
 class LandmarkADMM(KernelADMM):
-    r"""`KernelADMM` without the n × n matrix K: (K + ρI) r = ρ q by a few conjugate gradient steps from the last r.
+    r"""`KernelADMM` without the n × n matrix K: (K + ρI) r = ρ q by conjugate gradients from the last r.
 
     The preconditioner is μI + C W⁻¹ Cᵀ, μ = ρ + the mean of the diagonal that is left, C = K_{:, S} the
     columns of m landmarks S, evenly spaced data, and W = K_{S, S} (Nyström). A step of conjugate gradients

@@ -15,8 +15,7 @@ class Whitened:
 
     With X − 1 mᵀ = U Σ Qᵀ, Uᵀ U = I, and any weights w of a neuron,
 
-        γ (X − 1 mᵀ) w / ||(X − 1 mᵀ) w|| + α 1 = X̃ v,     v = (γ Σ Qᵀ w / ||Σ Qᵀ w||, α),   ||v||² = γ² +
-        α²:
+        γ (X − 1 mᵀ) w / ||(X − 1 mᵀ) w|| + α 1 = X̃ v,     v = (γ Σ Qᵀ w / ||Σ Qᵀ w||, α),   ||v||² = γ² + α²:
 
     the programs of X̃ are those of the network with weight decay on γ, α and the output weights.
 
