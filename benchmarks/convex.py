@@ -122,7 +122,7 @@ def benchmark(options: Options) -> Sequence[Figure]:
         file = pathlib.Path(folder) / "instance.npz"
         for size in ((200, 10, 20),) if options.quick else SIZES:
             figures += _gated(size, options, file)
-        size = (60, 4, 10) if options.quick else (1000, 20, 100)
+        size = (40, 3, 5) if options.quick else (1000, 20, 100)
         figures += _cones(size, options, file)
     return figures
 
