@@ -2,10 +2,10 @@
 
     PYTHON benchmarks/_convex_peer.py pyscnn | adelie | cvxpy
 
-Each question names an instance, a file of arrays made by the benchmark, and a reference optimum; the answer is the
-time that the peer takes to come within the relative accuracy, or null where it does not within the cap. Every peer
-is given what favours it: pyscnn the number of iterations after which it is there, adelie the loosest of its tolerances
-that is accurate enough; only the run with these is timed.
+Each question names an instance, a file of arrays made by the benchmark, and a reference optimum; the answer
+is the time that the peer takes to come within the relative accuracy, or null where it does not within the
+cap. Every peer is given what favours it: pyscnn the number of iterations after which it is there, adelie
+the loosest of its tolerances that is accurate enough; only the run with these is timed.
 """
 
 import json

@@ -2,7 +2,8 @@
 
 python -m benchmarks.convex
 
-The peers need environments of their own, a Python with pyscnn and cvxpy, and one with adelie; without, they are
+The peers need environments of their own, a Python with pyscnn and cvxpy, and one with adelie; without, they
+are
 left out:
 
     SCNN_PYTHON=.../bin/python ADELIE_PYTHON=.../bin/python python -m benchmarks.convex --rounds 3
@@ -67,7 +68,7 @@ class Process:
 
 
 def instance(n: int, d: int, num: int) -> dict[str, np.ndarray]:
-    """Gaussian data of condition number 10 with unit columns, labels of a network of 100 neurons; or the digits."""
+    """Gaussian data of condition number 10 with unit columns, labels of 100 neurons; or the digits."""
     rng = np.random.default_rng(0)
     if (n, d) == (1797, 61):
         from sklearn.datasets import load_digits
@@ -121,7 +122,7 @@ def benchmark(options: Options) -> Sequence[Figure]:
         file = pathlib.Path(folder) / "instance.npz"
         for size in ((200, 10, 20),) if options.quick else SIZES:
             figures += _gated(size, options, file)
-        size = (60, 4, 10) if options.quick else (1000, 20, 100)
+        size = (40, 3, 5) if options.quick else (1000, 20, 100)
         figures += _cones(size, options, file)
     return figures
 

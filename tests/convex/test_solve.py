@@ -1,5 +1,9 @@
 """Solvers of gated programs against an optimum found by scipy, and their certificates."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -219,3 +223,34 @@ def test_what_cannot_be_solved_is_refused(rng):
     }.items():
         with pytest.raises(ValueError, match=wrong):
             call()
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from stochsolvers import convex
+jax.config.update("jax_enable_x64", True)
+rng = np.random.default_rng(0)
+X, gates, y = rng.standard_normal((32, 3)), rng.standard_normal((3, 5)), rng.standard_normal(32)
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def put(array, *spec):
+    return jax.device_put(jnp.asarray(array), NamedSharding(mesh, P(*spec)))
+
+for solver in (convex.KernelADMM(), convex.FISTA()):
+    values = []
+    for split in (False, True):
+        one = "data" if split else None
+        patterns = convex.Patterns(put(gates), put(X @ gates >= 0, one))
+        problem = convex.GatedProblem(put(X, one), put(y, one), patterns, 0.4)
+        solution = convex.solve(problem, solver=solver, tol=1e-9)
+        assert solution.certificate <= 1.01e-9 * solution.objectives[-1]
+        values.append(np.asarray(solution.value))
+    np.testing.assert_allclose(*values, atol=1e-9)
+"""
+
+
+def test_data_over_eight_devices_gives_the_same():
+    flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    subprocess.run([sys.executable, "-c", SHARDED], env=environment, check=True)
