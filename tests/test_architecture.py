@@ -73,5 +73,7 @@ def test_files_stay_readable():
 
 
 def test_convex_programs_import_flax_in_one_file():
-    rooms = [path.name for path in modules() if room(path) == "convex" and "flax" in set(imported(path))]
+    rooms = [
+        path.name for path in modules() if room(path) == "convex" and "flax" in set(imported(path))
+    ]
     assert rooms == ["_flax.py"]

@@ -9,10 +9,10 @@ The weights of a gated network are the variable of a `LayerProblem` whose map is
 | `Patterns`, `sample_patterns`, `enumerate_patterns` | gates and the activation patterns they make of data |
 | `GatedMap` | the map A*(V) = Σ_i D_i X v_i |
 | `GatedProblem` | the program of a network with fixed gates |
+| `ReLUProblem` | the program of a ReLU network: the same with cones |
 | `solve`, `regularization_path` | the optimum with its duality gap; for several β |
 | `KernelADMM`, `FISTA` | solvers of gated programs |
 | `ConeADMM`, `InteriorPoint` | solvers of cone programs |
-| `ReLUProblem` | the program of a ReLU network: the same with cones |
 | `ThreeLayerProblem` | the program of parallel three-layer networks, on small data |
 | `whitened` | data on which a network is one with batch normalisation |
 | `Network`, `GatedNetwork` | two-layer networks as values |
