@@ -32,7 +32,7 @@ def three(config: Any) -> tuple[Numbers, Drawing]:
     beta = 0.1
     with jax.enable_x64(True):
         problem, solution = exact_program(THREE, TARGETS, beta)
-        network = ss.convex.relu_network(solution.value).compact(1e-6)
+        network = ss.convex.prune(ss.convex.recover(problem, solution.value).compact(1e-4), THREE)
         numbers = {
             "patterns": problem.patterns.num,
             "optimum": float(problem.objective(solution.value)),
@@ -47,7 +47,12 @@ def three(config: Any) -> tuple[Numbers, Drawing]:
         axes = figure.subplots()
         for k, (row, target) in enumerate(zip(THREE, TARGETS, strict=True)):
             axes.plot(*row, "ko")
-            axes.annotate(f"$x_{k + 1}$, y = {target:g}", row, (5, 5), textcoords="offset points")
+            axes.annotate(
+                f"$x_{k + 1}$, y = {target:g}".replace("-", "−"),
+                row,
+                (5, 5),
+                textcoords="offset points",
+            )
             across = np.array([-row[1], row[0]]) / np.linalg.norm(row)
             axes.plot(*np.stack([-4 * across, 4 * across], 1), color="0.7", lw=1)
         for gate, column in zip(gates.T, mask.T, strict=True):
@@ -59,7 +64,7 @@ def three(config: Any) -> tuple[Numbers, Drawing]:
             )
         axes.plot([], [], color="C1", lw=2, label="neurons of the optimal network")
         axes.plot([], [], color="0.7", label="where a datum switches a neuron")
-        axes.set(xlim=(-3.5, 4), ylim=(-3.5, 4), aspect="equal", title="cells and their patterns")
+        axes.set(xlim=(-3.5, 4.7), ylim=(-3.5, 4), aspect="equal", title="cells and their patterns")
         axes.legend(loc="lower left", fontsize=8)
 
     return numbers, draw
@@ -71,7 +76,6 @@ def starts(config: Any) -> tuple[Numbers, Drawing]:
     X = np.concatenate([rng.normal(size=(6, 1)), np.ones((6, 1))], axis=1)
     y, beta, steps = rng.normal(size=6), 0.02, 200 if config.smoke else 20_000
     problem, solution = exact_program(X, y, beta)
-    optimum = float(solution.objective[-1] if solution.objective is not None else 0.0)
     with jax.enable_x64(True):
         optimum = float(problem.objective(solution.value))
     widths = (4, 20)
@@ -142,7 +146,7 @@ def path(config: Any) -> tuple[Numbers, Drawing]:
         for fraction in fractions:
             one = problem.with_beta(fraction * largest)
             solution = ss.convex.solve(one, solver=ss.convex.InteriorPoint(), tol=1e-7)
-            network = ss.convex.relu_network(solution.value).compact(1e-5)
+            network = ss.convex.recover(one, solution.value).compact(1e-3)
             network = ss.convex.prune(network, X)
             counts.append(int(network.width))
             errors.append(float(np.mean((network(X) - y) ** 2)))

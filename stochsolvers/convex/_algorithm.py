@@ -1,7 +1,6 @@
 """What the solvers of gated programs share: their options, what they return, and the stopping test."""
 
 import abc
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.convex import _terms
 from stochsolvers.convex._terms import Dual
-from stochsolvers.problems import Problem
 
 Progress = Callable[[Any, Any, Any], Any]
 """Called with the iteration, the objective and the gap of each program, as arrays."""

@@ -19,7 +19,7 @@ def is_concrete(*tree: Any) -> bool:
 
 
 def certificate(problem: Any, V: Any, s: Any) -> np.ndarray:
-    r"""P(V) − D(t s) ≥ P(V) − min P for each program, t ≤ 1 such that t s is feasible, plus its own round-off.
+    r"""P(V) − D(t s) ≥ P(V) − min P for each program, t ≤ 1 such that t s is feasible, plus round-off.
 
     Args:
       problem: a `GatedProblem` whose regulariser is a norm or a ridge.
@@ -102,3 +102,24 @@ def _gauge(problem: Any, images: np.ndarray, batch: int) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(norms > 0, norms / np.broadcast_to(gamma, norms.shape), 0.0)
     return ratios.max(tuple(range(1, ratios.ndim))).reshape(images.shape[:batch])
+
+
+def cone_certificate(problem: Any, U: Any, s: Any, multipliers: Any) -> np.ndarray:
+    r"""The same of a `ReLUProblem` with squares: t ≤ 1 such that ||∓A_iᵀ t s + G_iᵀ t a_i|| ≤ β."""
+    U, s, a, X, y = (
+        np.asarray(v, np.float64) for v in (U, s, multipliers, problem.X, problem.inputs)
+    )
+    mask, beta = np.asarray(problem.patterns.mask).T, float(problem.beta)
+    signs = np.where(mask, 1.0, -1.0)
+    images = np.where(mask, s[..., None, :], 0.0) @ X
+    sides = np.stack([-images, images], -3) + (signs * np.maximum(a, 0.0)) @ X
+    largest = np.linalg.norm(sides, axis=-1).max((-2, -1)) / beta
+    s = s / (np.maximum(largest, 1.0) * (1.0 + 1e-12))[..., None]
+    products = U @ X.T
+    u = np.where(mask, products[..., 0, :, :] - products[..., 1, :, :], 0.0).sum(-2)
+    primal = 0.5 * (u - y) ** 2
+    penalty = beta * np.linalg.norm(U, axis=-1).sum((-2, -1))
+    dual = s * (y + 0.5 * s)
+    gap = primal.sum(-1) + penalty + dual.sum(-1)
+    sizes = primal.sum(-1) + penalty + np.abs(dual).sum(-1)
+    return np.maximum(gap, 0.0) + 1e-13 * math.sqrt(U.size + a.size) * sizes

@@ -85,7 +85,8 @@ class ConeProgram(Program):
     """A `Program` in U = (V, W) with v_i, w_i ∈ K_i and the norms Σ_i (||v_i||₂ + ||w_i||₂)."""
 
     def _of_beta(self, beta):
-        return {"beta": beta, "prior": ConeGroupL2(self.cones, beta), "ridge": 0.0}
+        cones = self.prior.cones.astype(beta.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        return {"beta": beta, "prior": ConeGroupL2(cones, beta), "ridge": 0.0}
 
     @property
     def cones(self) -> Cones:

@@ -31,7 +31,8 @@ def enumerate_patterns(X: ArrayLike) -> Patterns:
 
     Around a ray on which exactly r − 1 hyperplanes meet there are 2^(r−1) cells, all signs of these; around
     others, the cells of the hyperplanes that meet there, an arrangement of rank r − 1. Parallel rows are one
-    hyperplane, rows of zeros none: they are active, as 0 ≥ 0. All arithmetic is numpy's, in float64.
+    hyperplane, rows of zeros none: they are active, as 0 ≥ 0. All arithmetic is numpy's, in float64. With
+    data in float32 the gates are rounded to it, which moves those of cells narrower than its round-off.
 
     Args:
       X: data, shape (n, d); (n, K, d) for K patches each. Not traced: how many patterns there are depends on

@@ -61,9 +61,10 @@ def to_linen(problem: Any, value: Any = None) -> tuple[Any, Any]:
 
 
 def _network(problem: Any, value: Any) -> TwoLayer:
-    if isinstance(problem, TwoLayer) and value is None:
+    if value is None and isinstance(problem, TwoLayer):
         return problem
-    return recover(problem, value)
+    program: Any = problem
+    return recover(program, value)
 
 
 def _as_bias(bias: Array | None) -> Array | None:

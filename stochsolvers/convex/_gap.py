@@ -9,11 +9,12 @@ import numpy as np
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
+from stochsolvers.convex._corrective import corrected_gradient
 from stochsolvers.convex._enumeration import enumerate_patterns
 from stochsolvers.convex._network import Network
 from stochsolvers.convex._recover import as_network
 from stochsolvers.convex._responses import bounded_response, exact_response
-from stochsolvers.convex._separate import search_responses
+from stochsolvers.convex._separate import distinct, search_responses
 from stochsolvers.losses import Loss, Squares
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -40,6 +41,11 @@ class NetworkGap:
     response: float
     word: Literal["exact", "bound", "searched"] = static_field()
 
+    def tightened(self, other: "NetworkGap") -> "NetworkGap":
+        """With the larger of the two lower bounds."""
+        lower = max(self.lower_bound, other.lower_bound)
+        return dataclasses.replace(self, gap=self.objective - lower, lower_bound=lower)
+
     @property
     def relative(self) -> float:
         """Gap / objective."""
@@ -56,13 +62,14 @@ def network_gap(
     method: Literal["enumerate", "bound", "search"] = "enumerate",
     key: Array | None = None,
     num_starts: int = 512,
+    num_rounds: int = 0,
 ) -> NetworkGap:
     r"""The gap of any two-layer ReLU network to the global optimum over all widths.
 
         Σ_k ℓ(f(x_k), y_k) + (β/2)(||W||² + ||b||² + ||a||²)  −  max_{t ≤ β/M(Θ)} −Σ_k ℓ*(−tΘ_k, y_k),
 
-    Θ = −∂ℓ(f(X), y) and M(Θ) = max_{||u|| ≤ 1} ||Θ (X u)₊||. The optimum is over W, a and, where the network
-    has one, the hidden bias b; the output bias is held fixed.
+    Θ = −∂ℓ(f(X), y), or better, and M(Θ) = max_{||u|| ≤ 1} ||Θ (X u)₊||. The optimum is over W, a and, where the
+    network has one, the hidden bias b; the output bias is held fixed.
 
     Args:
       network: a `Network` with one output or several that share its neurons, or a Flax network, see
@@ -75,6 +82,9 @@ def network_gap(
         output, else a bound. "bound": a relaxation of M(Θ), any size. "search": ascent from many starts.
       key: of the starts of "search"; that of seed 0 by default.
       num_starts: of "search".
+      num_rounds: of improvements of Θ, which may be far from feasible where the objective is nearly
+        optimal: the dual point of the best network whose units are the neurons and those of largest response
+        so far. The largest lower bound counts; with "enumerate" and one output it tends to the optimum.
 
     Raises:
       ValueError: for shapes that do not fit, NaN, β ≤ 0 and a method not listed.
@@ -85,20 +95,52 @@ def network_gap(
     network = as_network(network)
     _checks.member("method", method, ("enumerate", "bound", "search"))
     _checks.positive("beta", beta)
+    num_rounds = _checks.count("num_rounds", num_rounds, minimum=0)
     point = dual_point(network, X, y, float(beta), loss)
-    data, theta = point.data, point.theta
-    word = "searched" if method == "search" else "bound"
-    if method == "enumerate":
-        response = exact_response(data, theta, np.asarray(enumerate_patterns(data).mask))
-        word = "exact" if len(theta) == 1 else "bound"
-    elif method == "bound":
-        response = bounded_response(data, theta)
-    else:
-        key = jax.random.key(0) if key is None else key
-        starts = augmented_neurons(network)
-        found = search_responses(key, data, theta, starts=starts, num_starts=num_starts)
-        response = evaluated_response(data, theta, np.asarray(found.units, np.float64))
-    return point.gap(response, word)
+    units = augmented_neurons(network)
+    respond = _Responder(point.data, method, jax.random.key(0) if key is None else key, num_starts)
+    response, found = respond(point.theta, units)
+    gap = point.gap(response, respond.word(point.theta))
+    for _ in range(num_rounds):
+        if gap.relative <= 1e-12 or found.shape[1] == 0:
+            break
+        units = np.concatenate([units, found], axis=1)
+        point = point.corrected(units)
+        response, found = respond(point.theta, units)
+        gap = gap.tightened(point.gap(response, gap.word))
+    return gap
+
+
+class _Responder:
+    """Θ ↦ M(Θ) by one of the methods, and unit neurons of large response."""
+
+    def __init__(self, data: np.ndarray, method: str, key: Array, num_starts: int):
+        self.data, self.method, self.key, self.num_starts = data, method, key, num_starts
+        if method == "enumerate":
+            self.mask = np.asarray(enumerate_patterns(data).mask)
+
+    def __call__(self, theta: np.ndarray, neurons: np.ndarray) -> tuple[float, np.ndarray]:
+        """The response and units of shape (d, S)."""
+        if self.method == "enumerate":
+            response, units = exact_response(self.data, theta, self.mask)
+            return response, units if units.shape[1] else self._searched(theta, neurons)[1]
+        lower, units = self._searched(theta, neurons)
+        if self.method == "search":
+            return lower, units
+        return bounded_response(self.data, theta), units
+
+    def word(self, theta: np.ndarray) -> Any:
+        """What the response is."""
+        if self.method == "search":
+            return "searched"
+        return "exact" if self.method == "enumerate" and len(theta) == 1 else "bound"
+
+    def _searched(self, theta: np.ndarray, neurons: np.ndarray) -> tuple[float, np.ndarray]:
+        found = search_responses(
+            self.key, self.data, theta, starts=neurons, num_starts=self.num_starts
+        )
+        units = np.asarray(found.units, np.float64)
+        return evaluated_response(self.data, theta, units), units[:, distinct(found, 8)]
 
 
 def evaluated_response(X: np.ndarray, theta: np.ndarray, units: np.ndarray) -> float:
@@ -141,6 +183,11 @@ class DualPoint:
         largest = self.beta / response if response > 0 else np.inf
         lower = self._dual_value(min(largest * (1 - 4 * _EPS), 1e3))
         return NetworkGap(self.objective - lower, self.objective, lower, response, word)
+
+    def corrected(self, units: np.ndarray) -> "DualPoint":
+        """With the dual point of the best network of these units, shape (d, S)."""
+        args = self.data, units, self.targets, self.offset, self.beta, self.loss
+        return dataclasses.replace(self, gradient=corrected_gradient(*args))
 
     def _dual_value(self, largest: float) -> float:
         """max_t −Σ ℓ*(−tΘ, y) − t <Θ, c> over 0 ≤ t ≤ largest, a concave function, from below."""

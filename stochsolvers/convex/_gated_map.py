@@ -1,7 +1,11 @@
 """The linear map of a gated network: weights to predictions, and back."""
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
@@ -9,7 +13,9 @@ from stochsolvers.convex import _inputs
 from stochsolvers.convex._patterns import Patterns
 from stochsolvers.linear_maps import LinearMap
 
-_SMALL = 2048  # data, or groups: a symmetric matrix whose eigenvalues are computed
+_SMALL = 1024  # data with a kernel matrix that may be squared a few times
+_SQUARINGS = 6
+_ENTRIES = 2**24  # products of rows and patterns that are held at a time
 
 
 @value_object
@@ -65,6 +71,9 @@ class GatedMap(LinearMap):
     def __call__(self, x: Array) -> Array:
         """A(r), shape (..., n) to (..., P, d)."""
         _checks.trailing("argument of GatedMap", x, self.in_shape)
+        return self._each(self._weights, x)
+
+    def _weights(self, x: Array) -> Array:
         X, mask = self._rows()
         if self.X.ndim == 3:
             x = jnp.repeat(x, self.X.shape[1], axis=-1)
@@ -74,6 +83,9 @@ class GatedMap(LinearMap):
     def adjoint(self, z: Array) -> Array:
         """A*(V), shape (..., P, d) to (..., n)."""
         _checks.trailing("argument of GatedMap.adjoint", z, self.out_shape)
+        return self._each(self._predictions, z)
+
+    def _predictions(self, z: Array) -> Array:
         X, mask = self._rows()
         products = z @ X.T
         kept = jnp.where(_lifted(mask.T, z.ndim), products, jnp.zeros((), products.dtype))
@@ -81,6 +93,18 @@ class GatedMap(LinearMap):
         if self.X.ndim == 3:
             values = jnp.sum(values.reshape(*values.shape[:-1], *self.X.shape[:2]), axis=-1)
         return values
+
+    def _each(self, product: Callable[[Array], Array], argument: Array) -> Array:
+        """The product of all examples, or of some at a time where those of all would not fit."""
+        events = 1 if product == self._weights else 2
+        lead = argument.shape[: argument.ndim - events]
+        count, own = math.prod(lead), self.patterns.mask.size
+        known = all(isinstance(n, int) for n in lead)  # none of them symbolic
+        if not known or count * own <= max(_ENTRIES, own):
+            return product(argument)
+        flat = argument.reshape(count, *argument.shape[len(lead) :])
+        result = lax.map(product, flat, batch_size=max(1, _ENTRIES // own))
+        return result.reshape(*lead, *result.shape[1:])
 
     def _rows(self) -> tuple[Array, Array]:
         """X and the mask with one row for each patch of each datum."""
@@ -138,22 +162,39 @@ class GatedMap(LinearMap):
     def squared_norm_bound(self) -> Array:
         r"""An upper bound on ‖A‖² = λ_max(K), K = (X Xᵀ) ∘ (D Dᵀ).
 
-        For up to 2048 data the eigenvalue itself. Else, with s_j the number of patterns active at x_j,
-        K is a sum of two positive semi-definite matrices,
+        For up to 1024 data it is (tr K^128)^(1/128) ≤ n^(1/128) λ_max(K). For more, with s_j the number of
+        patterns active at x_j, K is a sum of two positive semi-definite matrices,
 
             K = S X Xᵀ S / P + (X Xᵀ) ∘ E,   S = diag(s),   E = D Dᵀ − s sᵀ/P,
 
         and λ_max(M ∘ E) ≤ min(max M_jj λ_max(E), max E_jj λ_max(M)) (Schur); d × d and P × P matrices.
-        For patches the norm of their sum is at most √K times that of all of them. Round-off is added.
+        The norm for K patches is at most √K times that of all of them. Round-off is added.
         """
         X, mask = self._rows()
-        n, patches = self.X.shape[0], (self.X.shape[1] if self.X.ndim == 3 else 1)
-        if n <= _SMALL and len(X) <= 2 * _SMALL:
-            K = self.kernel_matrix()
-            eps = float(jnp.finfo(K.dtype).eps)
-            top = jnp.linalg.eigvalsh(K)[-1]
-            return top + 4 * (len(X) + self.patterns.num) * eps * jnp.trace(K) / jnp.sqrt(n)
-        return patches * _schur_bound(X, mask)
+        if self.X.shape[0] <= _SMALL and len(X) <= 4 * _SMALL:
+            kernel, eps = self.kernel_matrix(), float(jnp.finfo(X.dtype).eps)
+            rounding = 4 * (len(X) + mask.shape[1] + X.shape[1]) * eps
+            return _power_bound(kernel) + rounding * jnp.trace(kernel)
+        return (len(X) // self.X.shape[0]) * _schur_bound(X, mask)
+
+
+def _power_bound(matrix: Array) -> Array:
+    """(tr M^p)^(1/p) ≥ λ_max(M) for a positive semi-definite M, p = 128, by squaring."""
+    n_eps = len(matrix) * float(jnp.finfo(matrix.dtype).eps)
+    scales = []
+    for k in range(_SQUARINGS + 1):
+        largest = jnp.max(jnp.abs(matrix))
+        unit = matrix / jnp.where(largest > 0, largest, 1)
+        norm = jnp.sqrt(jnp.sum(unit * unit))
+        scales.append(largest * norm)
+        if k < _SQUARINGS:
+            unit = unit / jnp.where(norm > 0, norm, 1)
+            matrix = jnp.matmul(unit, unit, precision="highest")
+    # λ(M)² ≤ λ(the computed square) + n eps for a matrix of Frobenius norm 1
+    bound = jnp.ones((), matrix.dtype)
+    for scale in scales[:0:-1]:
+        bound = jnp.sqrt(scale * bound + n_eps)
+    return scales[0] * bound * (1 + 8 * n_eps)
 
 
 def _lifted(mask: Array, ndim: int) -> Array:

@@ -57,7 +57,8 @@ def targets(what: str, y: ArrayLike, X: Array, loss: Loss, *, joint: bool) -> Ar
     values = known(y)
     if values is not None:
         _check_values(what, values, loss)
-    return jnp.asarray(y)
+    y = jnp.asarray(y)
+    return y.astype(at_least_float32(y.dtype))
 
 
 def _check_values(what: str, y: np.ndarray, loss: Loss) -> None:

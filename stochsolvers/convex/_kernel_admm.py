@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -10,7 +9,7 @@ from stochsolvers import _checks
 from stochsolvers._shards import varying
 from stochsolvers._symmetric import symmetric_product
 from stochsolvers._typing import Array, value_object
-from stochsolvers.convex import _terms, _factor, _fista
+from stochsolvers.convex import _factor, _fista, _terms
 from stochsolvers.convex._algorithm import (
     Algorithm,
     Iterate,
@@ -20,8 +19,6 @@ from stochsolvers.convex._algorithm import (
     report,
     start,
 )
-from stochsolvers.convex._terms import expanded
-from stochsolvers.convex._factor import Factor
 from stochsolvers.convex._gated_map import GatedMap
 from stochsolvers.convex._problems import GatedProblem
 from stochsolvers.losses import Squares
@@ -40,22 +37,22 @@ class KernelADMM(Algorithm):
         r = ρ (K + ρI)⁻¹ (A* V − A* Λ − y),   K = A* A,   W = V − α A r/ρ + (1 − α) Λ,
         V⁺ = prox_{R/ρ}(W),   Λ⁺ = W − V⁺
 
-    r = A* U − y at the minimiser U = V − Λ − A r/ρ of the quadratic step, α = 1.6. A* Λ is carried by linearity, so
-    an iteration takes one product with A, one with A* and two triangular solves of size n, and its r is a dual
-    point: the duality gap costs nothing more. Round-off in K does not move the fixed point.
+    r = A* U − y at the minimiser U = V − Λ − A r/ρ of the quadratic step, α = 1.6. A* Λ is carried by
+    linearity, so an iteration takes one product with A, one with A* and two triangular solves of size n,
+    and its r is a dual point: the duality gap costs nothing more. Round-off in K does not move the fixed
+    point.
 
     For more than 2048 data it begins with FISTA for as many iterations as cost a quarter of what factoring
     costs, which suffice near β_max.
-    ρ = 0.13 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, about 0.04 (β/β_max) λ_max(K). It is not adapted: balancing its
-    residuals saved a third of the iterations on some data and took ten times as many on others. All programs of
-    a batch, and all outputs of a joint program, share ρ and the factor.
+    ρ = 0.13 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, about 0.04 (β/β_max) λ_max(K). It is not adapted: balancing
+    its residuals saved a third of the iterations on some data and took ten times as many on others. All
+    programs of a batch, and all outputs of a joint program, share ρ and the factor.
 
     Args:
       max_iters: the most iterations, those of FISTA with them, traced.
 
     References:
-      Boyd et al., Distributed optimization and statistical learning via ADMM, 2011, section 3.4; MATH of this
-      library's documentation.
+      Boyd et al., Distributed optimization and statistical learning via ADMM, 2011, section 3.4.
     """
 
     def check(self, problem: Any) -> None:
@@ -95,19 +92,18 @@ def _warm_up(problem: Any) -> int:
     return max(5, min(50, setup // (16 * n * d * P * programs)))
 
 
-class _Split(NamedTuple):
-    """Λ and A* Λ."""
+class Split(NamedTuple):
+    """Λ and A* Λ, and r, from which an iterative solver of K + ρI goes on."""
 
     scaled: Array
     prediction: Array
+    residual: Array
 
 
-def penalty_of(problem: Any, K: Array) -> Array:
-    """ρ of all programs, from the geometric mean of their β/β_max."""
+def penalty_of(problem: Any, mean: Array) -> Array:
+    """ρ of all programs, from the geometric mean of their β/β_max and λ̄."""
     peak = _terms.gauge(problem, problem.gradient_at_zero())
     share = jnp.exp(jnp.mean(jnp.log(jnp.clip(peak, 1.0, 1e6))))
-    trace = jnp.trace(K)
-    mean = jnp.sum(K**2) / jnp.where(trace > 0, trace, 1.0)
     floor = 64.0 * float(jnp.finfo(problem.dtype).eps)
     rho = jnp.maximum(PENALTY / share, floor) * mean
     return jnp.where(rho > 0, rho, 1.0)
@@ -122,21 +118,57 @@ def _iterate(
     progress: Progress | None,
 ) -> Iterate:
     K = kernel_matrix(problem.linear_map)
-    rho = penalty_of(problem, K)
+    trace = jnp.trace(K)
+    mean = jnp.sum(K**2) / jnp.where(trace > 0, trace, 1.0)
+    rho = penalty_of(problem, mean)
     factor = _factor.factor(K, rho)
+
+    def solve(right, guess):
+        del guess
+        return factor.solve(right)
+
+    return run(problem, solve, rho, first, from_zero, max_iters, tol, progress)
+
+
+def run(
+    problem: Any,
+    solve: Any,
+    rho: Array,
+    first: Iterate,
+    from_zero: bool,
+    max_iters: Array,
+    tol: Array,
+    progress: Progress | None,
+) -> Iterate:
+    """The iterations, given (right, guess) ↦ (K + ρI)⁻¹ right."""
+    residual = first.prediction - problem.inputs
+    image = problem.linear_map(residual)
+    dual = _terms.better(problem, first.dual, _terms.dual(problem, residual, image))
+    first = first._replace(dual=dual, done=first.objective - dual.value <= tol * first.objective)
 
     def step(carry):
         k, now, split = carry
-        following, split = _step(problem, factor, rho, now, split, tol)
+        following, split = _step(problem, solve, rho, now, split, tol)
         report(progress, k, following)
         return k + 1, following, split
 
     def unfinished(carry):
         return (carry[0] < max_iters) & ~jnp.all(carry[1].done)
 
-    split = _from_zero(first) if from_zero else _from_iterate(problem, first, rho)
+    if from_zero:
+        nothing = jnp.zeros_like(residual)
+        split = Split(jnp.zeros_like(image), nothing, nothing)
+    else:
+        split = _from_image(problem, residual, image, rho)
     carry = varying((jnp.max(first.iterations), first, split), problem)
     return lax.while_loop(unfinished, step, carry)[1]
+
+
+def _from_image(problem: Any, residual: Array, image: Array, rho: Array) -> Split:
+    """Λ = −A (A* V − y)/ρ, what it is at an optimum, brought into the domain that V's prox has."""
+    scaled = -image / rho
+    scaled = scaled - _terms.prox(problem, scaled, _steps(problem, rho))[0]
+    return Split(scaled, problem.linear_map.adjoint(scaled), residual)
 
 
 def kernel_matrix(A: GatedMap) -> Array:
@@ -147,26 +179,16 @@ def kernel_matrix(A: GatedMap) -> Array:
     return symmetric_product(A.X.T, "highest") * symmetric_product(D.T, "highest")
 
 
-def _from_zero(now: Iterate) -> _Split:
-    return _Split(jnp.zeros_like(now.value), jnp.zeros_like(now.prediction))
-
-
-def _from_iterate(problem: Any, now: Iterate, rho: Array) -> _Split:
-    """Λ = −A (A* V − y)/ρ, what it is at an optimum, brought into the domain that V's prox has."""
-    scaled = problem.linear_map(problem.inputs - now.prediction) / rho
-    scaled = scaled - _terms.prox(problem, scaled, _steps(problem, rho))[0]
-    return _Split(scaled, problem.linear_map.adjoint(scaled))
-
-
 def _steps(problem: Any, rho: Array) -> Array:
     return jnp.full(problem.batch_shape, 1.0 / rho, problem.dtype)
 
 
 def _step(
-    problem: Any, factor: Factor, rho: Array, now: Iterate, split: _Split, tol: Array
-) -> tuple[Iterate, _Split]:
+    problem: Any, solve: Any, rho: Array, now: Iterate, split: Split, tol: Array
+) -> tuple[Iterate, Split]:
     A, y, a, V = problem.linear_map, problem.inputs, RELAXATION, now.value
-    residual = rho * factor.solve(now.prediction - split.prediction - y)
+    right = now.prediction - split.prediction - y
+    residual = rho * solve(right, split.residual / rho)
     image = A(residual)
     dual = _terms.dual(problem, residual, image)
     point = V - (a / rho) * image + (1.0 - a) * split.scaled
@@ -174,4 +196,4 @@ def _step(
     u = A.adjoint(following)
     prediction = split.prediction + a * (residual + y) + (1.0 - a) * now.prediction - u
     after = advanced(problem, now, following, u, penalty, dual, problem.norm(following - V), tol)
-    return after, kept(now.done, split, _Split(point - following, prediction))
+    return after, kept(now.done, split, Split(point - following, prediction, residual))

@@ -38,7 +38,7 @@ class PaddedProgram:
         kept = np.isin(np.arange(mask.shape[1]), first)
         padding = Padding(*scaled.shape)
         self.features = scaled.shape[1]
-        patterns = Patterns(padding.gates(gates), padding.mask(mask & kept))
+        patterns = Patterns(padding.gates(gates), jnp.asarray(padding.mask(mask & kept)))
         joint = isinstance(loss, CrossEntropy)
         data, y = padding.data(scaled), padding.targets(targets, loss)
         self.problem = GatedProblem(data, y, patterns, beta, loss=loss, joint=joint)
@@ -48,11 +48,12 @@ class PaddedProgram:
         """The optimum to a gap of tol relative to the objective, its constant left out, if in reach."""
         problem, reached = self.problem.with_beta(beta), tol
         init = np.zeros(problem.shape) if init is None else init
+        objective = gap = np.inf
         for _ in range(3):
             solution = solve(problem, init=init, tol=reached)
             init = solution.value
-            gap = float(np.sum(solution.certificate))
-            objective = float(np.sum(solution.objectives)) - self.constant
+            gap = float(np.sum(np.asarray(solution.certificate)))
+            objective = float(np.sum(np.asarray(solution.objectives))) - self.constant
             if gap <= tol * objective:
                 break
             reached = 0.5 * tol * objective / (objective + self.constant)

@@ -78,8 +78,7 @@ class Program(LayerProblem):
 
     def beta_max(self) -> Array:
         """The least β for which zero is a solution, R°(A ∂ℓ(0, y)), shape (*batch,)."""
-        slope = self.loss.derivative(jnp.zeros_like(self.inputs), self.inputs)
-        return self._dual_norm(slope, None, None).value
+        return _beta_max(self)
 
     def dual_value(
         self, V: Array | None = None, *, dual: Array | None = None, multipliers: Array | None = None
@@ -97,10 +96,11 @@ class Program(LayerProblem):
         """
         if (V is None) == (dual is None):
             _checks.fail("dual_value", "one of V and dual", "both" if dual is not None else "none")
-        r = self.residual(V) if V is not None else -jnp.asarray(dual, self.dtype)
-        _checks.trailing("dual", r, self.inputs.shape)
-        norm = self._dual_norm(r, None, multipliers).value
-        return scaled_dual(self, r, norm, self.beta)[0]
+        if dual is not None:
+            dual = jnp.asarray(dual, self.dtype)
+            if dual.shape != self.inputs.shape:
+                _checks.fail("shape of dual", f"{self.inputs.shape}", dual.shape)
+        return _dual_value(self, V, dual, multipliers)
 
     def certificate(
         self,
@@ -152,6 +152,21 @@ class Program(LayerProblem):
     @abc.abstractmethod
     def _magnitudes(self) -> LinearMap:
         """A map whose matrix has entries of at least the sizes of those of A."""
+
+
+@jax.jit
+def _beta_max(problem: Program) -> Array:
+    slope = problem.loss.derivative(jnp.zeros_like(problem.inputs), problem.inputs)
+    return problem._dual_norm(slope, None, None).value
+
+
+@jax.jit
+def _dual_value(
+    problem: Program, V: Array | None, dual: Array | None, multipliers: Array | None
+) -> Array:
+    r = problem.residual(V) if dual is None else -dual  # pyright: ignore[reportArgumentType]
+    norm = problem._dual_norm(r, None, multipliers).value
+    return scaled_dual(problem, r, norm, problem.beta)[0]
 
 
 @jax.jit

@@ -112,7 +112,7 @@ def from_network(network: Any, X: Any) -> tuple[Array, Patterns]:
     for c, a in enumerate(outputs.T):
         for part, size in enumerate((np.maximum(a, 0), np.maximum(-a, 0))):
             np.add.at(value[c, part], which.reshape(-1), (weights * size).T)
-    patterns = Patterns(weights[:, first], mask[:, first])
+    patterns = Patterns(jnp.asarray(weights[:, first]), jnp.asarray(mask[:, first]))
     return jnp.asarray(value[0] if network.output.ndim == 1 else value), patterns
 
 

@@ -25,32 +25,40 @@ from scipy import optimize
 _EPS = float(np.finfo(np.float64).eps)
 
 
-def exact_response(X: np.ndarray, theta: np.ndarray, mask: np.ndarray) -> float:
-    """M(Θ) from above over all patterns, mask of shape (n, P); exact for one output."""
+def exact_response(X: np.ndarray, theta: np.ndarray, mask: np.ndarray) -> tuple[float, np.ndarray]:
+    """M(Θ) from above over all patterns, mask of shape (n, P); exact for one output, with the best units."""
     if len(theta) == 1:
-        return max(_exact_of_sign(X, theta[0], mask), _exact_of_sign(X, -theta[0], mask))
+        positive, negative = (_exact_of_sign(X, v, mask) for v in (theta[0], -theta[0]))
+        return max(positive[0], negative[0]), np.concatenate([positive[1], negative[1]], axis=1)
     bounds = [min(_spectral(X, theta, D), _rows(X, theta, D)) for D in mask.T]
-    return max(bounds, default=0.0)
+    return max(bounds, default=0.0), np.zeros((X.shape[1], 0))
 
 
-def _exact_of_sign(X: np.ndarray, v: np.ndarray, mask: np.ndarray) -> float:
+def _exact_of_sign(X: np.ndarray, v: np.ndarray, mask: np.ndarray) -> tuple[float, np.ndarray]:
     """max_u vᵀ(X u)₊; cells whose ||XᵀD_iv|| is below the largest value so far need no cone."""
     directions = X.T @ (mask * v[:, None])
     sizes = np.linalg.norm(directions, axis=0) + _round_off(X, v)
-    best = 0.0
+    best, found = 0.0, []
     for i in np.argsort(-sizes):
         if sizes[i] <= best:
             break
-        best = max(best, _in_cone(X, v, mask[:, i], directions[:, i]))
-    return best
+        residual, slack = _in_cone(X, v, mask[:, i], directions[:, i])
+        value = float(np.linalg.norm(residual))
+        best = max(best, value + slack)
+        if value > 0:
+            found.append((value, residual / value))
+    found.sort(key=lambda pair: -pair[0])
+    units = [unit for value, unit in found[:8] if value > 0.5 * best]
+    return best, np.array(units).reshape(-1, X.shape[1]).T
 
 
-def _in_cone(X: np.ndarray, v: np.ndarray, D: np.ndarray, direction: np.ndarray) -> float:
-    """Least of ||p + Gᵀa|| over a ≥ 0, p = XᵀDv, from above."""
+def _in_cone(
+    X: np.ndarray, v: np.ndarray, D: np.ndarray, direction: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """argmin ||p + Gᵀa|| over a ≥ 0, p = XᵀDv, as p + Gᵀa; and the round-off of its norm."""
     G = np.where(D, 1.0, -1.0)[:, None] * X
     multipliers, _ = nnls(G.T, -direction)
-    residual = direction + G.T @ multipliers
-    return float(np.linalg.norm(residual)) + _round_off(X, v) + _round_off(X, multipliers)
+    return direction + G.T @ multipliers, _round_off(X, v) + _round_off(X, multipliers)
 
 
 def _spectral(X: np.ndarray, theta: np.ndarray, D: np.ndarray) -> float:
@@ -59,8 +67,9 @@ def _spectral(X: np.ndarray, theta: np.ndarray, D: np.ndarray) -> float:
 
 def _rows(X: np.ndarray, theta: np.ndarray, D: np.ndarray) -> float:
     signed = np.stack([theta, -theta])
-    each = [max(_in_cone(X, v, D, X.T @ (D * v)) for v in pair) for pair in signed.swapaxes(0, 1)]
-    return float(np.linalg.norm(each))
+    found = [[_in_cone(X, v, D, X.T @ (D * v)) for v in pair] for pair in signed.swapaxes(0, 1)]
+    each = [max(float(np.linalg.norm(p)) + slack for p, slack in pair) for pair in found]
+    return float(np.linalg.norm(each)) * (1 + 8 * _EPS)
 
 
 def nnls(A: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float]:
@@ -129,10 +138,12 @@ def _largest_in_ball(b: np.ndarray, Q: np.ndarray) -> tuple[float, np.ndarray]:
     lower = top + 1e-10 * (abs(top) + norm) + 1e-300
     upper = lower + norm
 
-    def excess(mu):
+    def excess(mu: float) -> float:
         return 1 - 1 / max(float(np.linalg.norm(c / (mu - values))), 1e-300)
 
-    mu = lower if excess(lower) <= 0 else float(optimize.brentq(excess, lower, upper, rtol=1e-12))
+    mu = lower
+    if excess(lower) > 0:
+        mu = float(optimize.brentq(excess, lower, upper))  # pyright: ignore[reportArgumentType]
     u = vectors @ (c / (mu - values))
     return 0.5 * mu + 0.5 * float(c @ (c / (mu - values))), u
 

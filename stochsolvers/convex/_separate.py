@@ -75,7 +75,7 @@ def separate(
         if packed[i].tobytes() not in known and (max_gates is None or len(kept) < max_gates):
             known.add(packed[i].tobytes())
             kept.append(int(i))
-    return Patterns(found.units[:, np.array(kept)], mask[:, kept]) if kept else None
+    return Patterns(found.units[:, np.array(kept)], jnp.asarray(mask[:, kept])) if kept else None
 
 
 def search_responses(
@@ -138,3 +138,16 @@ def _respond(X: Array, theta: Array, units: Array) -> tuple[Array, Array, Array]
 def _unit(columns: Array) -> Array:
     norms = jnp.linalg.norm(columns, axis=0, keepdims=True)
     return columns / jnp.where(norms > 0, norms, 1)
+
+
+def distinct(found: Responses, num: int, threshold: float = 0.0) -> list[int]:
+    """Indices of the largest responses above the threshold, no two of which are nearly the same neuron."""
+    units, values, outputs = (np.asarray(a) for a in (found.units, found.values, found.outputs))
+    kept: list[int] = []
+    for i in np.argsort(-values):
+        if values[i] <= threshold or len(kept) == num:
+            break
+        near = units[:, kept].T @ units[:, i] > 0.999
+        if not np.any(near & (np.sum(outputs[:, kept] * outputs[:, [i]], axis=0) > 0.999)):
+            kept.append(int(i))
+    return kept

@@ -53,7 +53,7 @@ class PathPoint(NamedTuple):
     objective: float
     gap: float
     n_active: int
-    network: GatedNetwork
+    network: GatedNetwork | Network
 
 
 class _ConvexReLU(BaseEstimator):
@@ -122,10 +122,11 @@ class _ConvexReLU(BaseEstimator):
         scaled = self._scale(X)
         program = PaddedProgram(scaled, targets, self._loss(), self._gates(scaled), 1.0)
         if betas is None:
-            largest = float(np.max(program.problem.beta_max()))
+            largest = float(np.max(program.problem.beta_max())) * (1 + 1e-5)  # above round-off
             betas = largest * np.logspace(0, np.log10(smallest), num)
         path, last = [], None
-        for beta in sorted((float(b) for b in np.ravel(betas)), reverse=True):
+        values = np.ravel(np.asarray(betas, np.float64))
+        for beta in map(float, np.sort(values)[::-1]):
             last = program.solved(beta, self.tol, None if last is None else last.value)
             self._set(last)
             path.append(PathPoint(beta, last.objective, last.gap, self.n_active_, self.network_))

@@ -12,9 +12,12 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, join_static, split_static
 from stochsolvers.convex import _bound, _terms
 from stochsolvers.convex._algorithm import Algorithm, Progress
+from stochsolvers.convex._cone_admm import ConeADMM
 from stochsolvers.convex._fista import FISTA
+from stochsolvers.convex._interior_point import InteriorPoint
 from stochsolvers.convex._kernel_admm import KernelADMM
 from stochsolvers.convex._problems import GatedProblem
+from stochsolvers.convex._relu_problem import ReLUProblem
 from stochsolvers.losses import Squares
 from stochsolvers.solvers import Solution, Status
 
@@ -35,24 +38,25 @@ def solve(
 
     Args:
       problem: a `GatedProblem` or a `ReLUProblem`.
-      solver: `KernelADMM()`, `FISTA()`, `LandmarkADMM()` for gated programs, `ConeADMM()` and `InteriorPoint()`
-        for cone programs. None takes, of gated programs, `KernelADMM` for squares on up to 8000 data and else
-        `FISTA`; of cone programs, `ConeADMM`.
+      solver: `KernelADMM()`, `FISTA()`, `LandmarkADMM()` for gated programs, `ConeADMM()` and
+        `InteriorPoint()` for cone programs. None takes, of gated programs, `KernelADMM` for squares on up
+        to 8000 data and else `FISTA`; of cone programs, `ConeADMM`.
       init: V_0, zero by default; the optimum for a nearby β as a warm start.
       tol: the relative gap, traced. In float32 gaps below about 1e-5 may be out of reach where β is small.
-      certify: also return a bound on P(V) − min P that allows for round-off; see `Solution.certificate`. It is
-        computed in float64 on the host where arrays are concrete; within `jit` in their precision, and looser.
+      certify: also return a bound on P(V) − min P that allows for round-off; see `Solution.certificate`. It
+        is computed in float64 on the host where arrays are concrete; within `jit` in their precision, and
+        looser.
       progress: called with the iteration, the objectives and the gaps, each time, from within the compiled
         program.
 
     Returns:
-      `Solution` with a `status`, `iterations` and a `certificate` for each program of a batch; `residuals` and
-      `objectives` are those of the last iteration, shape (1, *batch). A path of β, tolerances, caps and warm
-      starts compiles once.
+      `Solution` with a `status`, `iterations` and a `certificate` for each program of a batch; `residuals`
+      and `objectives` are those of the last iteration, shape (1, *batch). A path of β, tolerances, caps and
+      warm starts compiles once.
 
     Raises:
-      ValueError: at trace time, for what is no convex program, an algorithm that is not for it, and shapes that
-        do not fit.
+      ValueError: at trace time, for what is no convex program, an algorithm that is not for it, and shapes
+        that do not fit.
     """
     if solver is None:
         solver = _default(problem)
@@ -63,6 +67,8 @@ def solve(
     _checks.rank("tol", tol, 0)
     if init is not None and jnp.shape(init) != problem.shape:
         _checks.fail("shape of init of convex.solve", f"{problem.shape}", jnp.shape(init))
+    if isinstance(solver, InteriorPoint):
+        return _on_host(problem, solver, tol, certify, progress)
     start = None if init is None else jnp.asarray(init, problem.dtype)
     traced, static = split_static(solver)
     tol = jnp.asarray(tol, problem.dtype)
@@ -77,12 +83,41 @@ def solve(
         progress=progress,
     )
     if certify and on_host:
-        gap = _bound.certificate(problem, solution.value, point)
+        if isinstance(problem, ReLUProblem):
+            gap = _bound.cone_certificate(problem, solution.value, *point)
+        elif _terms.has_gauge(problem):
+            gap = _bound.certificate(problem, solution.value, *point)
+        else:
+            gap = problem.certificate(solution.value)
         solution = dataclasses.replace(solution, certificate=jnp.asarray(gap, problem.dtype))
     return solution
 
 
+def _on_host(
+    problem: Any, solver: InteriorPoint, tol: Scalar, certify: bool, progress: Progress | None
+) -> Solution:
+    last = solver.minimise(problem, None, tol, progress)
+    value = jnp.asarray(last.value, problem.dtype)
+    gap = None
+    if certify:
+        gap = _bound.cone_certificate(problem, value, last.point, last.multipliers)
+        gap = jnp.asarray(gap, problem.dtype)
+    objective = problem.objective(value)
+    status = jnp.where(last.done, Status.CONVERGED, Status.MAX_ITERS)
+    return Solution(
+        value=value,
+        residuals=jnp.zeros((1, *problem.batch_shape), problem.dtype),
+        objectives=objective[None],
+        finite=jnp.isfinite(objective),
+        status=status,
+        iterations=jnp.asarray(last.iterations),
+        certificate=gap,
+    )
+
+
 def _default(problem: Any) -> Algorithm:
+    if isinstance(problem, ReLUProblem):
+        return ConeADMM()
     if not isinstance(problem, GatedProblem):
         wanted = "a GatedProblem or a ReLUProblem"
         _checks.fail("problem of convex.solve", wanted, type(problem).__name__)
@@ -101,16 +136,20 @@ def _solve(
     static: Any,
     certify: bool,
     progress: Progress | None,
-) -> tuple[Solution, Array]:
+) -> tuple[Solution, tuple[Array, ...]]:
     problem, init = lax.stop_gradient((problem, init))
     solver: Algorithm = join_static(traced, static)
     last = solver.minimise(problem, init, tol, progress)
+    last, *multipliers = last if isinstance(problem, ReLUProblem) else (last,)
     finite = jnp.isfinite(last.objective)
     status = jnp.where(last.done, Status.CONVERGED, Status.MAX_ITERS)
     status = jnp.where(finite, status, Status.DIVERGED)
     gap = None
     if certify:
-        gap = _terms.certificate(problem, last.value, last.dual.point)
+        if isinstance(problem, GatedProblem) and _terms.has_gauge(problem):
+            gap = _terms.certificate(problem, last.value, last.dual.point)
+        else:
+            gap = problem.certificate(last.value)
     solution = Solution(
         value=last.value,
         residuals=last.moved[None],
@@ -120,4 +159,40 @@ def _solve(
         iterations=last.iterations,
         certificate=gap,
     )
-    return solution, last.dual.point
+    return solution, (last.dual.point, *multipliers)
+
+
+def regularization_path(
+    problem: Any,
+    betas: Any,
+    *,
+    solver: Algorithm | None = None,
+    tol: Scalar = 1e-4,
+    certify: bool = True,
+) -> list[Solution]:
+    r"""The optima for each of several β, in their order, each begun at the one before.
+
+    From β_max downwards, say β_max · 2^{-k/4}, k = 0, 1, …, each is a small step from the last, and zero is
+    the first. Nothing is compiled twice.
+
+    Args:
+      problem: as of `solve`; its own β is not used.
+      betas: β > 0, decreasing, shape (k,).
+      solver: as of `solve`.
+      tol: as of `solve`.
+      certify: as of `solve`.
+
+    Returns:
+      one `Solution` for each β.
+    """
+    betas = jnp.asarray(betas)
+    _checks.rank("betas", betas, 1)
+    _checks.positive("betas", betas)
+    init, solutions = jnp.zeros(problem.shape, problem.dtype), []
+    for beta in betas:
+        solution = solve(
+            problem.with_beta(beta), solver=solver, init=init, tol=tol, certify=certify
+        )
+        init = solution.value
+        solutions.append(solution)
+    return solutions

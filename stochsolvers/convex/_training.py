@@ -23,11 +23,11 @@ from jax import lax
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, at_least_float32, value_object
 from stochsolvers.convex._fista import FISTA
-from stochsolvers.convex._gap import NetworkGap, dual_point, evaluated_response
+from stochsolvers.convex._gap import DualPoint, NetworkGap, dual_point, evaluated_response
 from stochsolvers.convex._network import Network, gated_network
 from stochsolvers.convex._patterns import sample_patterns
 from stochsolvers.convex._problems import GatedProblem
-from stochsolvers.convex._separate import Responses, search_responses
+from stochsolvers.convex._separate import Responses, distinct, search_responses
 from stochsolvers.convex._solve import solve
 from stochsolvers.losses import Loss, Squares
 
@@ -182,7 +182,7 @@ def _polish(
         return (carry[0] <= num_iters) & ~carry[-1]
 
     start = objective(network)
-    carry = jnp.zeros((), num_iters.dtype), network, optimiser.init(network), network
+    carry = jnp.zeros((), num_iters.dtype), network, optimiser.init(network), network  # pyright: ignore[reportArgumentType]
     carry = (*carry, start, jnp.full_like(start, jnp.inf), jnp.zeros((), bool))
     return lax.while_loop(goes_on, step, carry)[3]
 
@@ -196,20 +196,23 @@ def _searched_gap(
     size = jnp.linalg.norm(network.hidden, axis=0) / jnp.sqrt(jnp.asarray(len(noise), X.dtype))
     starts = jnp.concatenate([network.hidden, network.hidden + 0.3 * size[None, :] * noise], axis=1)
     found = search_responses(key, X, point.theta, starts=starts, num_starts=num_starts)
-    response = evaluated_response(point.data, point.theta, np.asarray(found.units, np.float64))
-    return found, point.gap(response, "searched")
+    gap = point.gap(_evaluated(point, found), "searched")
+    units = np.asarray(found.units, np.float64)[:, distinct(found, 16)]
+    better = point.corrected(
+        np.concatenate([np.asarray(network.hidden, np.float64), units], axis=1)
+    )
+    again = search_responses(key, X, better.theta, starts=starts, num_starts=num_starts)
+    return found, gap.tightened(better.gap(_evaluated(better, again), "searched"))
+
+
+def _evaluated(point: DualPoint, found: Responses) -> float:
+    return evaluated_response(point.data, point.theta, np.asarray(found.units, np.float64))
 
 
 def _inserted(network: Network, found: Responses, beta: float, num: int) -> Network:
     """The violating units as small neurons in the places of the smallest."""
-    units, values, outputs = (np.asarray(a) for a in (found.units, found.values, found.outputs))
-    kept: list[int] = []
-    for i in np.argsort(-values):
-        if values[i] <= beta or len(kept) == min(num, network.width):
-            break
-        parallel = units[:, kept].T @ units[:, i] > 0.999
-        if not np.any(parallel & (np.sum(outputs[:, kept] * outputs[:, [i]], axis=0) > 0.999)):
-            kept.append(int(i))
+    kept = distinct(found, min(num, network.width), beta)
+    units, outputs = np.asarray(found.units), np.asarray(found.outputs)
     sizes = np.prod([np.asarray(size) for size in network.sizes()], axis=0)
     places = np.argsort(sizes)[: len(kept)]
     alive = sizes[sizes > 0]

@@ -144,7 +144,7 @@ def best_of_lbfgs(X, y, beta, rng, *, width, starts):
 def proximal_optimum(A, loss_and_slope, penalty, shrink, shape, smoothness, iterations=20000):
     """Argmin of loss(A z) + penalty(z) by accelerated proximal gradient steps with restarts."""
     L = smoothness * np.linalg.norm(A, 2) ** 2
-    z = v = np.zeros(shape)
+    new = z = v = np.zeros(shape)
     t = 1.0
     for _ in range(iterations):
         slope = loss_and_slope(v)[1]

@@ -1,5 +1,7 @@
 """How far networks are from optimal: exact, bounded and searched, against enumeration in plain numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +113,24 @@ def test_a_zero_network_is_optimal_from_beta_max_on(rng):
     assert convex.network_gap(zero, X, y, 0.9 * largest).relative > 1e-3
 
 
+def test_better_dual_points_prove_the_optimum():
+    """A network whose predictions are off by 1% of the optimum: its gap falls to what its objective lacks."""
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((N, D)), rng.standard_normal(N)
+    beta = 0.1 * largest_response(X, y, 2001)
+    problem = convex.ReLUProblem(X, y, convex.enumerate_patterns(X), beta)
+    U = convex.solve(problem, solver=convex.InteriorPoint(), tol=1e-9, certify=False).value
+    network = convex.recover(problem, U)
+    least = float(problem.objective(U))
+    off = dataclasses.replace(network, hidden=1.01 * network.hidden)
+    gaps = [convex.network_gap(off, X, y, beta, num_rounds=k) for k in (0, 1, 8)]
+    lacks = gaps[0].objective - least
+    assert all(lacks * (1 - 1e-6) <= gap.gap for gap in gaps)
+    assert gaps[0].gap >= gaps[1].gap >= gaps[2].gap
+    assert gaps[2].gap - lacks < 1e-3 * least
+    assert gaps[0].gap - lacks > 2e-3 * least
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_descent_goes_below_the_proved_optimum(seed):
     """All patterns of 8 data: program and network have one optimum, and 50 starts of L-BFGS stay above."""
@@ -118,7 +138,7 @@ def test_no_descent_goes_below_the_proved_optimum(seed):
     X, y = rng.standard_normal((N, D)), rng.standard_normal(N)
     beta = 0.1 * largest_response(X, y, 2001)
     problem = convex.ReLUProblem(X, y, convex.enumerate_patterns(X), beta)
-    U = ss.ProxGD(5000, momentum=True, restart=True, tol=1e-10).solve(None, problem).value
+    U = convex.solve(problem, solver=convex.InteriorPoint(), tol=1e-9, certify=False).value
     network = convex.recover(problem, U)
     proof = convex.network_gap(network, X, y, beta)
     assert proof.word == "exact"

@@ -54,10 +54,10 @@ def test_training_is_below_random_starts():
     assert len(trained.objectives) == len(trained.gaps) == len(trained.widths)
     assert trained.gap.word == "searched"
     bound = convex.network_gap(network, X, y, beta, method="bound")
-    exact = convex.network_gap(network, X, y, beta)
-    assert exact.lower_bound >= bound.lower_bound
-    assert exact.relative < 0.05
-    assert trained.gap.lower_bound >= exact.lower_bound * (1 - 1e-9)
+    searched = convex.network_gap(network, X, y, beta, method="search", num_starts=64, num_rounds=4)
+    assert 0 <= bound.lower_bound <= searched.lower_bound <= least
+    assert searched.relative < 0.02
+    assert trained.gap.relative < 0.05
 
     again = convex.train_network(
         jax.random.key(1), X, y, beta, init=network, num_rounds=1, **OPTIONS
@@ -73,8 +73,7 @@ def test_training_with_hidden_biases():
     assert network.network.hidden_bias is not None
     objective = float(network.network.objective(X, y, 0.2))
     assert objective == pytest.approx(network.gap.objective, rel=1e-9)
-    searched = convex.network_gap(network.network, X, y, 0.2, method="search")
-    assert searched.gap == pytest.approx(network.gap.gap, rel=0.2)
+    assert 0 <= network.gap.relative < 0.1
 
 
 def test_training_of_several_outputs():
