@@ -193,7 +193,7 @@ def stochastic(config: Any) -> tuple[Numbers, Drawing]:
     problem = ss.convex.GatedProblem(X, y, patterns, 1.0, joint=True, loss=ss.losses.CrossEntropy())
     problem = problem.with_beta(fraction * problem.beta_max())
     solver = ss.ProxSG(batch, per_epoch)
-    optimum = ss.convex.solve(problem, tol=1e-3)
+    optimum = ss.convex.solve(problem, tol=1e-2)
     held, labels = (jnp.asarray(a) for a in images.validation)
 
     @jax.jit
@@ -332,6 +332,7 @@ def layers(config: Any) -> tuple[Numbers, Drawing]:
     images = _images(config)
     splits = {name: getattr(images, name) for name in ("train", "validation")}
     classes, depth = len(images.classes), 2 if config.smoke else 4
+    gates = max(2, config.gates // 20)
     y = vectors.targets(images.train[1], classes)
     features = {name: np.asarray(X) for name, (X, _) in splits.items()}
     accuracies: dict[str, list[float]] = {name: [] for name in splits}
@@ -339,7 +340,7 @@ def layers(config: Any) -> tuple[Numbers, Drawing]:
     for k in range(depth):
         X = features["train"]
         key = jax.random.fold_in(jax.random.key(config.seed), k)
-        patterns = ss.convex.sample_patterns(key, X, config.gates)
+        patterns = ss.convex.sample_patterns(key, X, gates)
         problem = ss.convex.GatedProblem(X, y, patterns, 1.0)
         problem = problem.with_beta(0.01 * jnp.min(problem.beta_max()))
         solution = ss.convex.solve(problem, tol=1e-3)
@@ -353,7 +354,7 @@ def layers(config: Any) -> tuple[Numbers, Drawing]:
             name: np.concatenate([rows / scale, np.ones((len(rows), 1), np.float32)], axis=1)
             for name, rows in hidden.items()
         }
-    numbers = {"gates": config.gates, "relative gaps": gaps, "accuracy": accuracies}
+    numbers = {"gates": gates, "relative gaps": gaps, "accuracy": accuracies}
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
