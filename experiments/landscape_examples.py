@@ -27,6 +27,11 @@ def exact_program(X: np.ndarray, y: np.ndarray, beta: float) -> tuple[Any, Any]:
         return problem, ss.convex.solve(problem, solver=ss.convex.InteriorPoint(), tol=1e-8)
 
 
+def relative_gap(problem: Any, solution: Any) -> float:
+    """The largest certified gap of the programs, in units of their objectives."""
+    return float(jnp.max(solution.certificate / problem.objective(solution.value)))
+
+
 def three(config: Any) -> tuple[Numbers, Drawing]:
     """The slides' example: three data in the plane, two of them on one ray."""
     beta = 0.1
@@ -114,7 +119,7 @@ def _descend(key, *, X, y, beta, width, steps):
     """The objective after each step of gradient descent with momentum from a random network."""
     first, second = jax.random.split(key)
     X, y = jnp.asarray(X), jnp.asarray(y)
-    network = ss.convex.Network(
+    network: Any = ss.convex.Network(
         jax.random.normal(first, (X.shape[1], width)) / np.sqrt(2),
         jax.random.normal(second, (width,)) / np.sqrt(width),
     )
@@ -150,7 +155,7 @@ def path(config: Any) -> tuple[Numbers, Drawing]:
             network = ss.convex.prune(network, X)
             counts.append(int(network.width))
             errors.append(float(np.mean((network(X) - y) ** 2)))
-            gaps.append(float(solution.certificate / one.objective(solution.value)))
+            gaps.append(relative_gap(one, solution))
     numbers = {
         "patterns": patterns.num,
         "fractions": [float(f"{f:.4g}") for f in fractions],
@@ -240,7 +245,7 @@ def _sgd(seed, X, y, problem, validation, epochs, batch):
     """Objective and validation accuracy after each epoch of SGD on a ReLU network of the same width."""
     first, second = jax.random.split(jax.random.key(seed))
     width, classes = problem.patterns.num, len(y)
-    network = ss.convex.Network(
+    network: Any = ss.convex.Network(
         jax.random.normal(first, (X.shape[1], width)) * np.sqrt(2 / X.shape[1]),
         jax.random.normal(second, (width, classes)) * np.sqrt(1 / width),
     )
@@ -262,7 +267,8 @@ def _sgd(seed, X, y, problem, validation, epochs, batch):
             return (optax.apply_updates(network, updates), state), None
 
         (network, state), _ = jax.lax.scan(step, (network, state), order)
-        hits = jnp.argmax(network(held), axis=0) == labels
+        trained: Any = network
+        hits = jnp.argmax(trained(held), axis=0) == labels
         return network, state, objective(network, X, y, 1.0), 100 * jnp.mean(hits)
 
     state, curve = optimiser.init(network), []
@@ -300,7 +306,7 @@ def gan(config: Any) -> tuple[Numbers, Drawing]:
     problem = ss.convex.GatedProblem(Z, target, patterns, 1.0, joint=True)
     problem = problem.with_beta(0.001 * problem.beta_max())
     solution = ss.convex.solve(problem, tol=1e-2)
-    made, fresh = np.zeros((2, *G.shape))
+    made, fresh = np.zeros_like(G), np.zeros_like(G)
     made[:, varies] = np.asarray(problem.predict(solution.value, Z)).T
     noise = rng.normal(size=Z.shape).astype(np.float32)
     fresh[:, varies] = np.asarray(problem.predict(solution.value, noise)).T
@@ -308,9 +314,7 @@ def gan(config: Any) -> tuple[Numbers, Drawing]:
         "lambda": float(lam),
         "rank": int(np.sum(values**2 > lam)),
         "distance of the moments": float(distance),
-        "relative gap of the generator": float(
-            solution.certificate / problem.objective(solution.value)
-        ),
+        "relative gap of the generator": relative_gap(problem, solution),
         "relative error of the generator": float(np.linalg.norm(made - G) / np.linalg.norm(G)),
     }
     shown = {"real": X, "closed form": G, "generator": made, "generator, fresh noise": fresh}
@@ -344,7 +348,7 @@ def layers(config: Any) -> tuple[Numbers, Drawing]:
         problem = ss.convex.GatedProblem(X, y, patterns, 1.0)
         problem = problem.with_beta(0.01 * jnp.min(problem.beta_max()))
         solution = ss.convex.solve(problem, tol=1e-3)
-        gaps.append(float(jnp.max(solution.certificate / problem.objective(solution.value))))
+        gaps.append(relative_gap(problem, solution))
         for name, (_, labels) in splits.items():
             outputs = np.asarray(problem.predict(solution.value, features[name]))
             accuracies[name].append(float(100 * np.mean(outputs.argmax(axis=0) == labels)))
