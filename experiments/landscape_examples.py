@@ -51,7 +51,7 @@ def three(config: Any) -> tuple[Numbers, Drawing]:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for k, (row, target) in enumerate(zip(THREE, TARGETS, strict=True)):
-            axes.plot(*row, "ko")
+            axes.plot(row[0], row[1], "ko")
             axes.annotate(
                 f"$x_{k + 1}$, y = {target:g}".replace("-", "−"),
                 row,
@@ -59,10 +59,13 @@ def three(config: Any) -> tuple[Numbers, Drawing]:
                 textcoords="offset points",
             )
             across = np.array([-row[1], row[0]]) / np.linalg.norm(row)
-            axes.plot(*np.stack([-4 * across, 4 * across], 1), color="0.7", lw=1)
+            x, y = np.stack([-4 * across, 4 * across], 1)
+            axes.plot(x, y, color="0.7", lw=1)
         for gate, column in zip(gates.T, mask.T, strict=True):
             place = 2.6 * gate / np.linalg.norm(gate)
-            axes.text(*place, "".join("01"[int(on)] for on in column), ha="center", color="C0")
+            axes.text(
+                place[0], place[1], "".join("01"[int(on)] for on in column), ha="center", color="C0"
+            )
         for column in weights.T:
             axes.annotate(
                 "", column, (0, 0), arrowprops={"arrowstyle": "->", "color": "C1", "lw": 2}
@@ -212,7 +215,7 @@ def stochastic(config: Any) -> tuple[Numbers, Drawing]:
         V, *scores = epoch(jax.random.fold_in(jax.random.key(config.seed), k), problem, V)
         convex.append([float(score) for score in scores])
     network = _sgd(config.seed, X, y, problem, (held, labels), epochs, batch)
-    lower = float(problem.objective(optimum.value) - optimum.certificate)
+    lower = float(problem.objective(optimum.value)) * (1 - relative_gap(problem, optimum))
     numbers = {
         "data": list(X.shape),
         "gates": patterns.num,
