@@ -144,10 +144,10 @@ def run(config: Config) -> list[tables.Row]:
         if config.classes is not None:
             source = vectors.of_classes(source, config.classes)
         for seed in config.seeds:
-            missing = [m for m in wanted(config) if not job.stored.final(method=m, seed=seed)]
-            if missing:
-                task = prepared(source, config, seed)
-                for method in missing:
+            task = None
+            for method in wanted(config):
+                if not job.stored.final(method=method, seed=seed):
+                    task = prepared(source, config, seed) if task is None else task
                     job.stored.add(_train_and_test(method, task, config, job.stored))
     return job.stored.rows
 

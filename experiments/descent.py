@@ -5,7 +5,8 @@ r"""Two-layer networks trained by minibatches, on the objective of the convex pr
 with φ(u) = max(u, 0), or φ_i(u) = 1[x·g_i ≥ 0] u for fixed gates g_i: P neurons for each of C outputs. A
 step is of Adam, or of SGD with Nesterov's momentum of 0.9, on the n-th part of this objective, its sum over j
 taken over a minibatch of B data times n/B. The rate falls to zero along a cosine. Initial weights are normal,
-of variance 2/d and 1/P, and then balanced: ||w_ci|| = |a_ci|, the same function with the least weight decay.
+of variance 2/mean ||x_j||² and 1/P, so that f is of size 1 on the data, and then balanced: ||w_ci|| = |a_ci|,
+the same function with the least weight decay.
 """
 
 import functools
@@ -45,10 +46,12 @@ class Record(NamedTuple):
     weights: Weights
 
 
-def initial(key: jax.Array, outputs: int, width: int, features: int) -> Weights:
-    """Normal weights of variance 2/d and 1/P, balanced."""
+def initial(key: jax.Array, data: Data, width: int) -> Weights:
+    """Normal weights of variance 2/mean ||x_j||² and 1/P, balanced."""
     first, second = jax.random.split(key)
-    hidden = math.sqrt(2 / features) * jax.random.normal(first, (outputs, width, features))
+    outputs, features = len(data.y), data.X.shape[1]
+    scale = jnp.sqrt(2 / jnp.mean(jnp.sum(data.X**2, axis=1)))
+    hidden = scale * jax.random.normal(first, (outputs, width, features))
     output = jax.random.normal(second, (outputs, width)) / math.sqrt(width)
     ratio = jnp.sqrt(jnp.abs(output) / jnp.linalg.norm(hidden, axis=-1))
     return Weights(ratio[..., None] * hidden, output / ratio)
@@ -93,14 +96,13 @@ class Trainer:
         self.data = data
         self.beta = jnp.asarray(beta, jnp.float32)
         start = time.perf_counter()
-        features = data.X.shape[1]
 
-        def begin(key):
-            weights = initial(key, len(data.y), width, features)
+        def begin(key, data):
+            weights = initial(key, data, width)
             return weights, _transformation(optimizer).init(weights)
 
-        self._begin = jax.jit(begin).lower(jax.random.key(0)).compile()
-        weights, state = self._begin(jax.random.key(0))
+        self._begin = jax.jit(begin).lower(jax.random.key(0), data).compile()
+        weights, state = self._begin(jax.random.key(0), data)
         epoch = jax.jit(functools.partial(_epoch, optimizer=optimizer, batch_size=batch_size))
         rate, progress = jnp.zeros(()), jnp.zeros(2)
         arguments = jax.random.key(0), weights, state, data, self.beta, rate, progress
@@ -117,7 +119,7 @@ class Trainer:
         """
         seconds, start = self.compilation, time.perf_counter()
         first, order = jax.random.split(key)
-        weights, state = self._begin(first)
+        weights, state = self._begin(first, self.data)
         for epoch in range(1, epochs + 1):
             progress = jnp.asarray([epoch - 1, epoch], jnp.float32) / epochs
             number = jax.random.fold_in(order, epoch)

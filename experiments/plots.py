@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -94,7 +95,9 @@ def descent(path: Path, contents: Panels, *, title: str) -> None:
         for axes, (ylabel, curves) in zip(grid, contents.items(), strict=True):
             _draw(axes, curves, markers=False)
             axes.set(xlabel="seconds", ylabel=ylabel, xscale=xscale)
-            if xscale == "linear":
+            if xscale == "log":
+                _plain_numbers(axes.xaxis)
+            else:
                 axes.set_xlim(left=0)
             if "%" not in ylabel:
                 _logarithmic(axes)
@@ -124,9 +127,13 @@ def path(path: Path, contents: Panels, *, title: str) -> None:
 def _logarithmic(axes: Axes) -> None:
     """A logarithmic scale with numbers at 1, 2 and 5 times powers of ten."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(axes.yaxis)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _titled(title: str, curves: Sequence[Curve], note: str) -> str:

@@ -85,8 +85,9 @@ def accuracy(predict: Callable[[jax.Array], jax.Array], rows: vectors.Rows) -> f
 def train_gated(task: Task, fractions: Sequence[float], tol: float, max_iters: int) -> Trained:
     """Choose β along a path with warm starts, then solve the program for it from zero.
 
-    The curve is of runs from zero that are stopped after 1, 2, 4, … iterations, each timed as a whole, short
-    ones twice, with the seconds of compilation added.
+    The curve is of runs from zero that are stopped after 1, 2, 4, … iterations, each timed as a whole; as one
+    with fewer iterations takes less time, the least seconds of it and of all longer ones are taken. Those of
+    compilation are added.
     """
     solve, compilation = _compiled(task, tol)
     begun, validation = time.perf_counter(), task.data.validation
@@ -112,7 +113,11 @@ def train_gated(task: Task, fractions: Sequence[float], tol: float, max_iters: i
     row, program = best
     path_seconds = time.perf_counter() - begun
     curve, V = _timed(task, program, solve, max_iters)
-    curve = [{**each, "seconds": compilation + each["seconds"]} for each in curve]
+    seconds = np.minimum.accumulate([row["seconds"] for row in reversed(curve)])[::-1]
+    curve = [
+        {**each, "seconds": compilation + float(spent)}
+        for each, spent in zip(curve, seconds, strict=True)
+    ]
     final = {
         "beta": row["beta"],
         "fraction": row["fraction"],
@@ -152,8 +157,6 @@ def _timed(
     curve, cap = [], 1
     while True:
         V, seconds, done, count = _one_run(program, solve, cap)
-        if seconds < 1:  # against noise
-            seconds = min(seconds, _one_run(program, solve, cap)[1])
         score = accuracy(functools.partial(program.predict, V), task.data.validation)
         row = {"epoch": count, "seconds": seconds}
         row["objective"] = float(jnp.sum(program.objective(V)))

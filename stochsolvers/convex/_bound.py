@@ -19,7 +19,7 @@ def is_concrete(*tree: Any) -> bool:
 
 
 def certificate(problem: Any, V: Any, s: Any) -> np.ndarray:
-    r"""P(V) − D(t s) ≥ P(V) − min P for each program, t ≤ 1 such that t s is feasible, plus its own round-off.
+    r"""P(V) − D(t s) ≥ P(V) − min P for each program, t ≤ 1 such that t s is feasible, plus round-off.
 
     Args:
       problem: a `GatedProblem` whose regulariser is a norm or a ridge.
@@ -105,7 +105,7 @@ def _gauge(problem: Any, images: np.ndarray, batch: int) -> np.ndarray:
 
 
 def cone_certificate(problem: Any, U: Any, s: Any, multipliers: Any) -> np.ndarray:
-    r"""The same of a `ReLUProblem` with squares: t s and t a, t ≤ 1 such that ||∓A_iᵀ t s + G_iᵀ t a_i|| ≤ β."""
+    r"""The same of a `ReLUProblem` with squares: t ≤ 1 such that ||∓A_iᵀ t s + G_iᵀ t a_i|| ≤ β."""
     U, s, a, X, y = (
         np.asarray(v, np.float64) for v in (U, s, multipliers, problem.X, problem.inputs)
     )

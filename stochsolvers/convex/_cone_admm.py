@@ -16,25 +16,27 @@ from stochsolvers.convex._relu_problem import ReLUProblem
 from stochsolvers.convex._terms import Dual, expanded
 from stochsolvers.losses import Squares
 
-PENALTY, SLACK_PENALTY = 10.0, 120.0
-"""ρ = 10 (β/β_max) λ̄ and ρ_s = 120 (β/β_max) λ̄ / ||X||² with β_max of the program without cones."""
+PENALTY, SLACK_PENALTY = 1.0, 1.0
+"""ρ = (β/β_max) λ̄ and ρ_s = (β/β_max) λ̄ / mean_j ||x_j||², with β_max of the program without cones."""
 
 
 @value_object
 class ConeADMM(Algorithm):
     r"""ADMM on U = Z (the norms) and G U = S ≥ 0 (the cones), for squares; G_i = (2 D_i − I) X.
 
-    G_iᵀ G_i = XᵀX for every pattern, so that B = ρI + ρ_s XᵀX serves for all of them, and with F = [A*, −A*] the
+    G_iᵀ G_i = XᵀX for every pattern, so that B = ρI + ρ_s XᵀX serves for all of them, and with F = [A*,
+    −A*] the
     quadratic step is exact:
 
         q = ρ(Z − Λ) + ρ_s Gᵀ(S − N),   r = (I + K_c)⁻¹ (F B⁻¹ q − y),   K_c = 2 (X B⁻¹ Xᵀ) ∘ (D Dᵀ),
         U = B⁻¹ (q − Fᵀ r),   Z⁺ = shrink(Û + Λ, β/ρ),   S⁺ = max(Ĝ + N, 0)
 
-    with over-relaxed Û and Ĝ, and scaled duals Λ and N. a = −ρ_s N ≥ 0 are multipliers of the cones, r a dual point:
-    every iteration has a lower bound. Z is moved into the cones along the gates, which are inside them, and the
-    best point so far is the result: every iteration has a feasible point as well.
+    with over-relaxed Û and Ĝ, and scaled duals Λ and N. a = −ρ_s N ≥ 0 are multipliers of the cones, r a
+    dual point: every iteration has a lower bound. Z is moved into the cones along the gates, which are
+    inside them, and the best point so far is the result: every iteration has a feasible point as well.
 
-    Some thousand iterations reach gaps of 1e-4; for 1e-6 and below, on small programs, there is `InteriorPoint`.
+    Some thousand iterations reach gaps of some 1e-4; for 1e-6 and below, on small programs, there is
+    `InteriorPoint`.
 
     Args:
       max_iters: the most iterations, traced.
@@ -105,13 +107,13 @@ def _penalties(problem: Any) -> tuple[Array, Array]:
     mean = jnp.sum(K**2) / jnp.where(trace > 0, trace, 1.0)
     norms = jnp.sqrt(jnp.max(jnp.sum(problem.gated_map(problem.inputs) ** 2, -1), -1))
     share = jnp.exp(jnp.mean(jnp.log(jnp.clip(problem.beta / norms, 1e-6, 1.0))))
-    size = jnp.linalg.norm(problem.X, 2) ** 2
+    size = jnp.mean(jnp.sum(problem.X**2, -1))
     scale = share * mean
     return PENALTY * scale, SLACK_PENALTY * scale / jnp.where(size > 0, size, 1.0)
 
 
 class _Split(NamedTuple):
-    """Z, Λ, shape (*batch, 2, P, d); S, N, shape (*batch, 2, P, n); the multipliers of the best dual point."""
+    """Z, Λ, shape (*batch, 2, P, d); S, N and the best dual multipliers, shape (*batch, 2, P, n)."""
 
     sparse: Array
     dual: Array
@@ -122,7 +124,7 @@ class _Split(NamedTuple):
 
 def _start(problem: Any, cones: _Cones, init: Array | None) -> tuple[Iterate, _Split]:
     U = jnp.zeros(problem.shape, problem.dtype) if init is None else init
-    G = cones.signs * (U @ problem.X.T)
+    G = _times(cones.signs, U @ problem.X.T)
     feasible, u, objective = _feasible(problem, cones, U, G)
     none = jnp.zeros(problem.batch_shape, problem.dtype)
     first = Iterate(
@@ -140,13 +142,13 @@ def _start(problem: Any, cones: _Cones, init: Array | None) -> tuple[Iterate, _S
 
 def _feasible(problem: Any, cones: _Cones, Z: Array, G: Array) -> tuple[Array, Array, Array]:
     """Z moved into the cones along the gates, t_i = max_j −(G z)_ij / (G g)_ij; its A* and its objective."""
-    tiny = float(jnp.finfo(problem.dtype).tiny)
+    tiny = 1e3 * float(jnp.finfo(problem.dtype).tiny)
     short = jnp.maximum(-G, 0.0)
-    steps = jnp.max(short / jnp.maximum(cones.margins, tiny), -1)
+    steps = jnp.max(_times(1.0 / jnp.maximum(cones.margins, tiny), short), -1)
     active = jnp.any(Z != 0, -1)
     steps = jnp.where(active, steps * (1.0 + 8.0 * float(jnp.finfo(problem.dtype).eps)), 0.0)
-    moved = Z + steps[..., None] * cones.gates
-    products = G + steps[..., None] * cones.margins
+    moved = Z + _times(cones.gates, steps[..., None])
+    products = G + _times(cones.margins, steps[..., None])
     u = _gated_sum(cones, products)
     norms = jnp.sqrt(jnp.sum(moved**2, -1))
     penalty = problem.beta * problem.sum(norms)
@@ -154,25 +156,30 @@ def _feasible(problem: Any, cones: _Cones, Z: Array, G: Array) -> tuple[Array, A
     return moved, u, jnp.where(jnp.isfinite(objective), objective, jnp.inf)
 
 
+def _times(array: Array, other: Array) -> Array:
+    """An array (P, n) or (P, d) times one with more axes in front."""
+    return jnp.expand_dims(array, tuple(range(other.ndim - array.ndim))) * other
+
+
 def _gated_sum(cones: _Cones, products: Array) -> Array:
     """A*(V − W) of G V and G W, where D_i X v_i = max(signs, 0) G_i v_i."""
     both = products[..., 0, :, :] - products[..., 1, :, :]
-    return jnp.sum(jnp.maximum(cones.signs, 0.0) * both, -2)
+    return jnp.sum(_times(jnp.maximum(cones.signs, 0.0), both), -2)
 
 
 def _step(
     problem: Any, cones: _Cones, now: Iterate, split: _Split, tol: Array
 ) -> tuple[Iterate, _Split]:
     X, y, a, signs = problem.X, problem.inputs, RELAXATION, cones.signs
-    pulled = (signs * (split.slack - split.slack_dual)) @ X
+    pulled = _times(signs, split.slack - split.slack_dual) @ X
     q = cones.rho * (split.sparse - split.dual) + cones.slack_rho * pulled
     T = q @ cones.inverse
-    GT = signs * (T @ X.T)
+    GT = _times(signs, T @ X.T)
     residual = cones.factor.solve(_gated_sum(cones, GT) - y)
     image = problem.linear_map.base(residual)
     back = image @ cones.inverse
     U = T - jnp.stack([back, -back], -3)
-    GB = signs * (back @ X.T)
+    GB = _times(signs, back @ X.T)
     GU = GT - jnp.stack([GB, -GB], -3)
     multipliers = jnp.maximum(-cones.slack_rho * split.slack_dual, 0.0)
     dual, scale = _dual(problem, cones, residual, image, multipliers)
@@ -191,7 +198,7 @@ def _step(
         reach - slack,
         jnp.where(expanded(better, multipliers), multipliers, split.multipliers),
     )
-    feasible, u, objective = _feasible(problem, cones, Z, signs * (Z @ X.T))
+    feasible, u, objective = _feasible(problem, cones, Z, _times(signs, Z @ X.T))
     lower = objective < now.objective
     value = jnp.maximum(dual.value, now.dual.value)
     best = jnp.minimum(objective, now.objective)
@@ -211,7 +218,7 @@ def _dual(
     problem: Any, cones: _Cones, residual: Array, image: Array, multipliers: Array
 ) -> tuple[Dual, Array]:
     """D(t r) with the largest useful t for which ||∓A_iᵀ t r + G_iᵀ t a_i|| ≤ β."""
-    combined = (cones.signs * multipliers) @ problem.X
+    combined = _times(cones.signs, multipliers) @ problem.X
     sides = jnp.stack([-image, image], -3) + combined
     largest = jnp.sqrt(jnp.max(jnp.sum(sides**2, -1), (-2, -1)))
     limit = problem.beta / jnp.where(largest > 0, largest, 1.0)

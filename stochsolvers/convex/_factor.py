@@ -14,12 +14,12 @@ BLOCK = 512
 class Factor:
     r"""L of M = L Lᵀ in rows of blocks, with the inverses of the blocks on its diagonal.
 
-    A triangular solve of one right side reads L once; LAPACK's runs at a fraction of the memory's rate, and these
-    products at all of it: 18 for 47 ms at n = 5000.
+    A triangular solve of one right side reads L once; LAPACK's runs at a fraction of the memory's rate, and
+    these products at all of it: 18 for 47 ms at n = 5000.
 
     Args:
-      below: the rows of blocks left of the diagonal, shapes (b, 0), (b, b), (b, 2b), …, the last with fewer rows
-      inverses: of the diagonal blocks,of shape (b, b).
+      below: the rows of blocks left of the diagonal, shapes (b, 0), (b, b), (b, 2b), …, the last with fewer
+      rows inverses: of the diagonal blocks,of shape (b, b).
     """
 
     below: tuple[Array, ...]

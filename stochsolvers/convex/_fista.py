@@ -33,9 +33,9 @@ class FISTA(Algorithm):
         V⁺ = prox_{R/L}(Y − ∇F(Y)/L),   t⁺ = (1 + √(1 + 4 t²))/2,   Y⁺ = V⁺ + (t − 1)/t⁺ (V⁺ − V)
 
     A* Y is carried by linearity: one product with A and one with A* an iteration, and none for the test of L,
-    which is L_ℓ ||A* (V⁺ − Y)||² ≤ L ||V⁺ − Y||². L shrinks where it is more than five times what the last step
-    needed. The momentum is restarted where (Y − V⁺)·(V⁺ − V) > 0. Every program of a batch has its own L,
-    momentum and end.
+    which is L_ℓ ||A* (V⁺ − Y)||² ≤ L ||V⁺ − Y||². L shrinks where it is more than five times what the last
+    step needed. The momentum is restarted where (Y − V⁺)·(V⁺ − V) > 0. Every program of a batch has its own
+    L, momentum and end.
 
     Args:
       max_iters: the most iterations, traced.

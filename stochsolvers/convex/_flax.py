@@ -61,7 +61,10 @@ def to_linen(problem: Any, value: Any = None) -> tuple[Any, Any]:
 
 
 def _network(problem: Any, value: Any) -> TwoLayer:
-    return problem if isinstance(problem, TwoLayer) and value is None else recover(problem, value)
+    if value is None and isinstance(problem, TwoLayer):
+        return problem
+    arguments: Any = problem, value
+    return recover(*arguments)
 
 
 def _as_bias(bias: Array | None) -> Array | None:

@@ -24,13 +24,15 @@ class InteriorPoint(Algorithm):
 
         τ (½||F u − y||² + β Σ t_i) − Σ log(t_i² − ||u_i||²) − Σ log(G_i u_i)_j,
 
-    in which t_i = (1 + w_i)/(τβ), w_i = √(1 + (τβ ||u_i||)²), is known. The Hessian is τ FᵀF plus blocks of size d,
+    in which t_i = (1 + w_i)/(τβ), w_i = √(1 + (τβ ||u_i||)²), is known. The Hessian is τ FᵀF plus blocks of
+    size d,
 
         (τβ/t_i) (I − (τβ)² u_i u_iᵀ / (w_i (1 + w_i))) + G_iᵀ diag(G_i u_i)⁻² G_i:
 
-    one n × n system a step. At the minimum the gap is ν/τ, ν = 4P + 2Pn; the multipliers are 1/(τ (G_i u_i)_j), near the end those of projections onto the cones, and
-    the gap that is reported is that of the dual point which they and the residual give. It runs in float64 on the host, not within `jit`, and starts from
-    the gates, which have to be strictly inside their cones.
+    one n × n system a step. At the minimum the gap is ν/τ, ν = 4P + 2Pn; the multipliers are 1/(τ (G_i
+    u_i)_j), near the end those of projections onto the cones, and the gap that is reported is that of the
+    dual point which they and the residual give. It runs in float64 on the host, not within `jit`, and
+    starts from the gates, which have to be strictly inside their cones.
 
     Args:
       max_iters: the most Newton steps.
@@ -40,7 +42,7 @@ class InteriorPoint(Algorithm):
     """
 
     def check(self, problem: Any) -> None:
-        """Refuse what is no cone program with squares, traced arrays, and gates on the border of their cone."""
+        """Refuse what is no cone program with squares, traced arrays, and patches."""
         if not isinstance(problem, ReLUProblem):
             _checks.fail("problem of InteriorPoint", "a ReLUProblem", type(problem).__name__)
         if not isinstance(problem.loss, Squares):
@@ -188,7 +190,7 @@ def _newton(program, u, tau):
     unit = u / np.where(norms > 0, norms, 1.0)[:, None]
     outer = np.einsum("p,pi,pj->pij", 1.0 - 1.0 / np.sqrt(w), unit, unit)
     root = np.sqrt(b / t)[:, None, None] * (np.eye(u.shape[1]) - outer)
-    R = np.linalg.qr(np.concatenate([G / slack[:, :, None], root], 1), mode="r")
+    R: Any = np.linalg.qr(np.concatenate([G / slack[:, :, None], root], 1), mode="r")
     half = np.linalg.solve(
         R.transpose(0, 2, 1), np.concatenate([gradient[:, :, None], F.transpose(0, 2, 1)], 2)
     )

@@ -37,22 +37,22 @@ class KernelADMM(Algorithm):
         r = ρ (K + ρI)⁻¹ (A* V − A* Λ − y),   K = A* A,   W = V − α A r/ρ + (1 − α) Λ,
         V⁺ = prox_{R/ρ}(W),   Λ⁺ = W − V⁺
 
-    r = A* U − y at the minimiser U = V − Λ − A r/ρ of the quadratic step, α = 1.6. A* Λ is carried by linearity, so
-    an iteration takes one product with A, one with A* and two triangular solves of size n, and its r is a dual
-    point: the duality gap costs nothing more. Round-off in K does not move the fixed point.
+    r = A* U − y at the minimiser U = V − Λ − A r/ρ of the quadratic step, α = 1.6. A* Λ is carried by
+    linearity, so an iteration takes one product with A, one with A* and two triangular solves of size n,
+    and its r is a dual point: the duality gap costs nothing more. Round-off in K does not move the fixed
+    point.
 
     For more than 2048 data it begins with FISTA for as many iterations as cost a quarter of what factoring
     costs, which suffice near β_max.
-    ρ = 0.13 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, about 0.04 (β/β_max) λ_max(K). It is not adapted: balancing its
-    residuals saved a third of the iterations on some data and took ten times as many on others. All programs of
-    a batch, and all outputs of a joint program, share ρ and the factor.
+    ρ = 0.13 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, about 0.04 (β/β_max) λ_max(K). It is not adapted: balancing
+    its residuals saved a third of the iterations on some data and took ten times as many on others. All
+    programs of a batch, and all outputs of a joint program, share ρ and the factor.
 
     Args:
       max_iters: the most iterations, those of FISTA with them, traced.
 
     References:
-      Boyd et al., Distributed optimization and statistical learning via ADMM, 2011, section 3.4; MATH of this
-      library's documentation.
+      Boyd et al., Distributed optimization and statistical learning via ADMM, 2011, section 3.4.
     """
 
     def check(self, problem: Any) -> None:
@@ -72,12 +72,12 @@ class KernelADMM(Algorithm):
         largest = _fista.power_estimate(problem)
         count = jnp.minimum(cap, _warm_up(problem))
         begun, _ = _fista.iterate(problem, first, largest, count, tol, progress)
-        return lax.cond(
-            jnp.all(begun.done) | (count >= cap),
-            lambda *arguments: arguments[1],
-            lambda *arguments: _iterate(arguments[0], arguments[1], False, *arguments[2:], progress),
-            problem, begun, cap, tol,
-        )  # fmt: skip
+
+        def go_on(problem, begun, cap, tol):
+            return _iterate(problem, begun, False, cap, tol, progress)
+
+        finished = jnp.all(begun.done) | (count >= cap)
+        return lax.cond(finished, lambda *known: known[1], go_on, problem, begun, cap, tol)
 
 
 def _warm_up(problem: Any) -> int:

@@ -18,11 +18,12 @@ _SHARE = 0.31
 
 @value_object
 class LandmarkADMM(KernelADMM):
-    r"""`KernelADMM` without the n × n matrix K: (K + ρI) r = ρ q by a few conjugate gradient steps from the last r.
+    r"""`KernelADMM` without the n × n matrix K: (K + ρI) r = ρ q by conjugate gradients from the last r.
 
-    The preconditioner is μI + C W⁻¹ Cᵀ, μ = ρ + the mean of the diagonal that is left, C = K_{:, S} the columns of
-    m landmarks S, evenly spaced data, and W = K_{S, S} (Nyström). A step of conjugate gradients costs one product
-    with A and one with A*. Whatever their accuracy, the fixed point is the optimum and every r a dual point.
+    The preconditioner is μI + C W⁻¹ Cᵀ, μ = ρ + the mean of the diagonal that is left, C = K_{:, S} the
+    columns of m landmarks S, evenly spaced data, and W = K_{S, S} (Nyström). A step of conjugate gradients
+    costs one product with A and one with A*. Whatever their accuracy, the fixed point is the optimum and
+    every r a dual point.
 
     Args:
       max_iters: the most iterations, traced.
@@ -30,8 +31,8 @@ class LandmarkADMM(KernelADMM):
       steps: of conjugate gradients in an iteration.
 
     References:
-      Williams and Seeger, Using the Nyström method to speed up kernel machines, 2001; Frangella, Tropp and Udell,
-      Randomized Nyström preconditioning, 2023.
+      Williams and Seeger, Using the Nyström method to speed up kernel machines, 2001; Frangella, Tropp and
+      Udell, Randomized Nyström preconditioning, 2023.
     """
 
     landmarks: int = static_field(default=500, kw_only=True)

@@ -38,24 +38,25 @@ def solve(
 
     Args:
       problem: a `GatedProblem` or a `ReLUProblem`.
-      solver: `KernelADMM()`, `FISTA()`, `LandmarkADMM()` for gated programs, `ConeADMM()` and `InteriorPoint()`
-        for cone programs. None takes, of gated programs, `KernelADMM` for squares on up to 8000 data and else
-        `FISTA`; of cone programs, `ConeADMM`.
+      solver: `KernelADMM()`, `FISTA()`, `LandmarkADMM()` for gated programs, `ConeADMM()` and
+        `InteriorPoint()` for cone programs. None takes, of gated programs, `KernelADMM` for squares on up
+        to 8000 data and else `FISTA`; of cone programs, `ConeADMM`.
       init: V_0, zero by default; the optimum for a nearby β as a warm start.
       tol: the relative gap, traced. In float32 gaps below about 1e-5 may be out of reach where β is small.
-      certify: also return a bound on P(V) − min P that allows for round-off; see `Solution.certificate`. It is
-        computed in float64 on the host where arrays are concrete; within `jit` in their precision, and looser.
+      certify: also return a bound on P(V) − min P that allows for round-off; see `Solution.certificate`. It
+        is computed in float64 on the host where arrays are concrete; within `jit` in their precision, and
+        looser.
       progress: called with the iteration, the objectives and the gaps, each time, from within the compiled
         program.
 
     Returns:
-      `Solution` with a `status`, `iterations` and a `certificate` for each program of a batch; `residuals` and
-      `objectives` are those of the last iteration, shape (1, *batch). A path of β, tolerances, caps and warm
-      starts compiles once.
+      `Solution` with a `status`, `iterations` and a `certificate` for each program of a batch; `residuals`
+      and `objectives` are those of the last iteration, shape (1, *batch). A path of β, tolerances, caps and
+      warm starts compiles once.
 
     Raises:
-      ValueError: at trace time, for what is no convex program, an algorithm that is not for it, and shapes that
-        do not fit.
+      ValueError: at trace time, for what is no convex program, an algorithm that is not for it, and shapes
+        that do not fit.
     """
     if solver is None:
         solver = _default(problem)
@@ -171,8 +172,8 @@ def regularization_path(
 ) -> list[Solution]:
     r"""The optima for each of several β, in their order, each begun at the one before.
 
-    From β_max downwards, say β_max · 2^{-k/4}, k = 0, 1, …, each is a small step from the last, and zero is the
-    first. Nothing is compiled twice.
+    From β_max downwards, say β_max · 2^{-k/4}, k = 0, 1, …, each is a small step from the last, and zero is
+    the first. Nothing is compiled twice.
 
     Args:
       problem: as of `solve`; its own β is not used.

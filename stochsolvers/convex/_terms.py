@@ -2,8 +2,8 @@ r"""The duality gap of a gated program from products that its solvers have anywa
 
     min_V Σ ℓ(A* V, y) + R(V)  ≥  D(s) = −Σ ℓ*(s, y) − R*(−A s)        for every s
 
-With r = ∂ℓ(u) at any u, g = A r and a norm R, every s = t r with t ≤ 1/gauge(g) is feasible, where gauge is the
-dual norm, for R = β Σ_i ||v_i|| the number max_i ||g_i|| / β. With a ridge, R* = ||·||²/(2 λ).
+With r = ∂ℓ(u) at any u, g = A r and a norm R, every s = t r with t ≤ 1/gauge(g) is feasible, where gauge is
+the dual norm, for R = β Σ_i ||v_i|| the number max_i ||g_i|| / β. With a ridge, R* = ||·||²/(2 λ).
 """
 
 import math
@@ -155,8 +155,8 @@ def _shrunk_matrices(prior: NuclearNorm, point: Array, step: Array) -> tuple[Arr
 
 
 def _reduced(like: Array, axes: tuple[int, int]) -> tuple[int, ...]:
-    axes = tuple(axis % like.ndim for axis in axes)
-    return tuple(1 if axis in axes else n for axis, n in enumerate(like.shape))
+    chosen = {axis % like.ndim for axis in axes}
+    return tuple(1 if axis in chosen else n for axis, n in enumerate(like.shape))
 
 
 def dual(problem: LayerProblem, residual: Array, image: Array) -> Dual:
@@ -200,8 +200,8 @@ def better(problem: LayerProblem, one: Dual, other: Dual) -> Dual:
 def certificate(problem: LayerProblem, V: Array, s: Array) -> Array:
     r"""A bound on P(V) − min P ≤ P(V) − D(t s), t ≤ 1 such that t s is feasible whatever the round-off.
 
-    Products with X are taken to be off by 8 log2(n) ε ‖A‖ ‖·‖, as for large maps elsewhere in this library, with
-    ‖D_i X‖ ≤ ‖X‖ and ‖A‖² ≤ ‖X‖² max_j (number of patterns active at x_j).
+    Products with X are taken to be off by 8 log2(n) ε ‖A‖ ‖·‖, as for large maps elsewhere in this library,
+    with ‖D_i X‖ ≤ ‖X‖ and ‖A‖² ≤ ‖X‖² max_j (number of patterns active at x_j).
 
     Args:
       problem: the program, a `GatedProblem` whose regulariser is a norm or a ridge.

@@ -128,7 +128,7 @@ def test_the_path_begins_at_zero_and_ends_at_fit(rng):
     assert all(point.gap <= 1e-5 * point.objective for point in path)
     again = convex.ConvexReLURegressor(betas[-1], tol=1e-5, **OPTIONS).fit(X, y)
     assert again.objective_ == pytest.approx(path[-1].objective, rel=2e-5)
-    np.testing.assert_array_equal(model.predict(X), path[-1].network(X))
+    np.testing.assert_allclose(model.predict(X), path[-1].network(X), rtol=1e-12)
     chosen = model.regularization_path(X, y, [1.0, 3.0])
     assert [point.beta for point in chosen] == [3.0, 1.0]
 

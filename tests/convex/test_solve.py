@@ -1,5 +1,9 @@
 """Solvers of gated programs against an optimum found by scipy, and their certificates."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +12,7 @@ from scipy.optimize import minimize
 
 import stochsolvers as ss
 from stochsolvers import convex
-from stochsolvers.convex import _bound, _factor, _solve, _terms
+from stochsolvers.convex import _bound, _factor, _kernel_admm, _solve, _terms
 
 LOSSES = {
     "squares": (lambda u, y: 0.5 * np.sum((u - y) ** 2), lambda u, y: u - y),
@@ -64,6 +68,20 @@ def test_reaches_the_optimum_of_every_output(rng, solver):
     assert np.all(solution.certificate >= solution.objectives[-1] - truth - 1e-6)
     assert np.all(solution.status == ss.solvers.Status.CONVERGED)
     assert len(set(np.asarray(solution.iterations).tolist())) > 1  # each its own stop
+
+
+@pytest.mark.parametrize("max_iters", [3, 10_000])
+def test_more_data_begin_with_fista(rng, monkeypatch, max_iters):
+    monkeypatch.setattr(_kernel_admm, "_SMALL", 0)
+    X, y, patterns = instance(rng, n=25)
+    problem = convex.GatedProblem(X, jnp.asarray(y), patterns, 0.3)
+    solution = convex.solve(problem, solver=convex.KernelADMM(max_iters), tol=1e-8)
+    truth = oracle(X, y, np.asarray(patterns.mask, float), 0.3)
+    assert solution.certificate >= solution.objectives[-1] - truth - 1e-6
+    if max_iters == 3:
+        assert solution.iterations == 3
+    else:
+        np.testing.assert_allclose(solution.objectives[-1], truth, rtol=1e-7)
 
 
 def test_logistic_loss(rng):
@@ -219,3 +237,34 @@ def test_what_cannot_be_solved_is_refused(rng):
     }.items():
         with pytest.raises(ValueError, match=wrong):
             call()
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from stochsolvers import convex
+jax.config.update("jax_enable_x64", True)
+rng = np.random.default_rng(0)
+X, gates, y = rng.standard_normal((32, 3)), rng.standard_normal((3, 5)), rng.standard_normal(32)
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def put(array, *spec):
+    return jax.device_put(jnp.asarray(array), NamedSharding(mesh, P(*spec)))
+
+for solver in (convex.KernelADMM(), convex.FISTA()):
+    values = []
+    for split in (False, True):
+        one = "data" if split else None
+        patterns = convex.Patterns(put(gates), put(X @ gates >= 0, one))
+        problem = convex.GatedProblem(put(X, one), put(y, one), patterns, 0.4)
+        solution = convex.solve(problem, solver=solver, tol=1e-9)
+        assert solution.certificate <= 1.01e-9 * solution.objectives[-1]
+        values.append(np.asarray(solution.value))
+    np.testing.assert_allclose(*values, atol=1e-9)
+"""
+
+
+def test_data_over_eight_devices_gives_the_same():
+    flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    subprocess.run([sys.executable, "-c", SHARDED], env=environment, check=True)

@@ -112,7 +112,7 @@ def test_a_step_of_sgd_is_one_on_the_mean(rng):
     arrays = descent.Data(X, y, jnp.asarray(mask))
     trainer = descent.Trainer(arrays, 0.3, width=3, optimizer="sgd", batch_size=7)
     first_key, _ = jax.random.split(jax.random.key(5))
-    before = descent.initial(first_key, 2, 3, 4)
+    before = descent.initial(first_key, arrays, 3)
     np.testing.assert_allclose(
         np.linalg.norm(before.hidden, axis=-1), np.abs(before.output), rtol=1e-5
     )
