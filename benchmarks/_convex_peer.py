@@ -8,11 +8,18 @@ cap. Every peer is given what favours it: pyscnn the number of iterations after 
 the loosest of its tolerances that is accurate enough; only the run with these is timed.
 """
 
+import importlib
 import json
 import sys
 import time
+from typing import Any
 
 import numpy as np
+
+
+def _module(name) -> Any:
+    """A module that only this environment has."""
+    return importlib.import_module(name)
 
 
 def _objective(data, V):
@@ -28,11 +35,11 @@ class PySCNN:
     def __init__(self, data, cap):
         import logging
 
-        from scnn.regularizers import NeuronGL1
-
         logging.disable(logging.WARNING)
         self.data, self.cap = data, cap
-        self.regularizer = NeuronGL1(float(data["beta"]) / len(data["y"]))
+        self.regularizer = _module("scnn.regularizers").NeuronGL1(
+            float(data["beta"]) / len(data["y"])
+        )
         self._run(2)  # with its imports
         start = time.perf_counter()
         self._run(20)
@@ -41,15 +48,12 @@ class PySCNN:
         self.values = None
 
     def _run(self, iterations, every=10**9):
-        from scnn.metrics import Metrics
-        from scnn.models import ConvexGatedReLU
-        from scnn.optimize import optimize_model
-        from scnn.solvers import RFISTA
-
         data = self.data
-        model = ConvexGatedReLU(data["gates"])
-        return optimize_model(
-            model, RFISTA(model, iterations, 0.0), Metrics(metric_freq=every), data["X"],
+        model = _module("scnn.models").ConvexGatedReLU(data["gates"])
+        solver = _module("scnn.solvers").RFISTA(model, iterations, 0.0)
+        metrics = _module("scnn.metrics").Metrics(metric_freq=every)
+        return _module("scnn.optimize").optimize_model(
+            model, solver, metrics, data["X"],
             data["y"][:, None], regularizer=self.regularizer, return_convex=True,
             unitize_data=False,
         )  # fmt: skip
@@ -89,8 +93,7 @@ class Adelie:
         self.groups = np.arange(0, P * d, d)
 
     def _run(self, tol):
-        import adelie
-
+        adelie = _module("adelie")
         data, n = self.data, len(self.data["y"])
         state = adelie.grpnet(
             self.matrix, adelie.glm.gaussian(data["y"].astype(float)), groups=self.groups,
@@ -122,7 +125,7 @@ class Clarabel:
     """Clarabel through cvxpy on the program with cones; the time is the solver's own."""
 
     def __init__(self, data, cap):
-        import cvxpy as cp
+        cp = _module("cvxpy")
 
         X, y, mask = data["X"].astype(float), data["y"].astype(float), data["mask"]
         D, S = mask.astype(float), np.where(mask, 1.0, -1.0)
@@ -142,7 +145,7 @@ class Clarabel:
 
     def run(self, setting):
         """Solve."""
-        import cvxpy as cp
+        cp = _module("cvxpy")
 
         self.problem.solve(
             solver=cp.CLARABEL, tol_gap_rel=setting, tol_gap_abs=setting, tol_feas=setting,
@@ -161,7 +164,8 @@ PEERS = {"pyscnn": PySCNN, "adelie": Adelie, "clarabel": Clarabel}
 
 def main(name):
     """Answer until there are no more questions."""
-    peer, file, settings = None, None, {}
+    peer: Any = None
+    file, settings = None, {}
     for line in sys.stdin:
         question = json.loads(line)
         answer = None

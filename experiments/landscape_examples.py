@@ -27,6 +27,11 @@ def exact_program(X: np.ndarray, y: np.ndarray, beta: float) -> tuple[Any, Any]:
         return problem, ss.convex.solve(problem, solver=ss.convex.InteriorPoint(), tol=1e-8)
 
 
+def relative_gap(problem: Any, solution: Any) -> float:
+    """The largest certified gap of the programs, in units of their objectives."""
+    return float(jnp.max(solution.certificate / problem.objective(solution.value)))
+
+
 def three(config: Any) -> tuple[Numbers, Drawing]:
     """The slides' example: three data in the plane, two of them on one ray."""
     beta = 0.1
@@ -46,7 +51,7 @@ def three(config: Any) -> tuple[Numbers, Drawing]:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for k, (row, target) in enumerate(zip(THREE, TARGETS, strict=True)):
-            axes.plot(*row, "ko")
+            axes.plot(row[0], row[1], "ko")
             axes.annotate(
                 f"$x_{k + 1}$, y = {target:g}".replace("-", "−"),
                 row,
@@ -54,10 +59,13 @@ def three(config: Any) -> tuple[Numbers, Drawing]:
                 textcoords="offset points",
             )
             across = np.array([-row[1], row[0]]) / np.linalg.norm(row)
-            axes.plot(*np.stack([-4 * across, 4 * across], 1), color="0.7", lw=1)
+            x, y = np.stack([-4 * across, 4 * across], 1)
+            axes.plot(x, y, color="0.7", lw=1)
         for gate, column in zip(gates.T, mask.T, strict=True):
             place = 2.6 * gate / np.linalg.norm(gate)
-            axes.text(*place, "".join("01"[int(on)] for on in column), ha="center", color="C0")
+            axes.text(
+                place[0], place[1], "".join("01"[int(on)] for on in column), ha="center", color="C0"
+            )
         for column in weights.T:
             axes.annotate(
                 "", column, (0, 0), arrowprops={"arrowstyle": "->", "color": "C1", "lw": 2}
@@ -114,7 +122,7 @@ def _descend(key, *, X, y, beta, width, steps):
     """The objective after each step of gradient descent with momentum from a random network."""
     first, second = jax.random.split(key)
     X, y = jnp.asarray(X), jnp.asarray(y)
-    network = ss.convex.Network(
+    network: Any = ss.convex.Network(
         jax.random.normal(first, (X.shape[1], width)) / np.sqrt(2),
         jax.random.normal(second, (width,)) / np.sqrt(width),
     )
@@ -150,7 +158,7 @@ def path(config: Any) -> tuple[Numbers, Drawing]:
             network = ss.convex.prune(network, X)
             counts.append(int(network.width))
             errors.append(float(np.mean((network(X) - y) ** 2)))
-            gaps.append(float(solution.certificate / one.objective(solution.value)))
+            gaps.append(relative_gap(one, solution))
     numbers = {
         "patterns": patterns.num,
         "fractions": [float(f"{f:.4g}") for f in fractions],
@@ -193,7 +201,7 @@ def stochastic(config: Any) -> tuple[Numbers, Drawing]:
     problem = ss.convex.GatedProblem(X, y, patterns, 1.0, joint=True, loss=ss.losses.CrossEntropy())
     problem = problem.with_beta(fraction * problem.beta_max())
     solver = ss.ProxSG(batch, per_epoch)
-    optimum = ss.convex.solve(problem, tol=1e-3)
+    optimum = ss.convex.solve(problem, tol=1e-2)
     held, labels = (jnp.asarray(a) for a in images.validation)
 
     @jax.jit
@@ -207,7 +215,7 @@ def stochastic(config: Any) -> tuple[Numbers, Drawing]:
         V, *scores = epoch(jax.random.fold_in(jax.random.key(config.seed), k), problem, V)
         convex.append([float(score) for score in scores])
     network = _sgd(config.seed, X, y, problem, (held, labels), epochs, batch)
-    lower = float(problem.objective(optimum.value) - optimum.certificate)
+    lower = float(problem.objective(optimum.value)) * (1 - relative_gap(problem, optimum))
     numbers = {
         "data": list(X.shape),
         "gates": patterns.num,
@@ -240,7 +248,7 @@ def _sgd(seed, X, y, problem, validation, epochs, batch):
     """Objective and validation accuracy after each epoch of SGD on a ReLU network of the same width."""
     first, second = jax.random.split(jax.random.key(seed))
     width, classes = problem.patterns.num, len(y)
-    network = ss.convex.Network(
+    network: Any = ss.convex.Network(
         jax.random.normal(first, (X.shape[1], width)) * np.sqrt(2 / X.shape[1]),
         jax.random.normal(second, (width, classes)) * np.sqrt(1 / width),
     )
@@ -262,7 +270,8 @@ def _sgd(seed, X, y, problem, validation, epochs, batch):
             return (optax.apply_updates(network, updates), state), None
 
         (network, state), _ = jax.lax.scan(step, (network, state), order)
-        hits = jnp.argmax(network(held), axis=0) == labels
+        trained: Any = network
+        hits = jnp.argmax(trained(held), axis=0) == labels
         return network, state, objective(network, X, y, 1.0), 100 * jnp.mean(hits)
 
     state, curve = optimiser.init(network), []
@@ -300,7 +309,7 @@ def gan(config: Any) -> tuple[Numbers, Drawing]:
     problem = ss.convex.GatedProblem(Z, target, patterns, 1.0, joint=True)
     problem = problem.with_beta(0.001 * problem.beta_max())
     solution = ss.convex.solve(problem, tol=1e-2)
-    made, fresh = np.zeros((2, *G.shape))
+    made, fresh = np.zeros_like(G), np.zeros_like(G)
     made[:, varies] = np.asarray(problem.predict(solution.value, Z)).T
     noise = rng.normal(size=Z.shape).astype(np.float32)
     fresh[:, varies] = np.asarray(problem.predict(solution.value, noise)).T
@@ -308,9 +317,7 @@ def gan(config: Any) -> tuple[Numbers, Drawing]:
         "lambda": float(lam),
         "rank": int(np.sum(values**2 > lam)),
         "distance of the moments": float(distance),
-        "relative gap of the generator": float(
-            solution.certificate / problem.objective(solution.value)
-        ),
+        "relative gap of the generator": relative_gap(problem, solution),
         "relative error of the generator": float(np.linalg.norm(made - G) / np.linalg.norm(G)),
     }
     shown = {"real": X, "closed form": G, "generator": made, "generator, fresh noise": fresh}
@@ -332,6 +339,7 @@ def layers(config: Any) -> tuple[Numbers, Drawing]:
     images = _images(config)
     splits = {name: getattr(images, name) for name in ("train", "validation")}
     classes, depth = len(images.classes), 2 if config.smoke else 4
+    gates = max(2, config.gates // 20)
     y = vectors.targets(images.train[1], classes)
     features = {name: np.asarray(X) for name, (X, _) in splits.items()}
     accuracies: dict[str, list[float]] = {name: [] for name in splits}
@@ -339,11 +347,11 @@ def layers(config: Any) -> tuple[Numbers, Drawing]:
     for k in range(depth):
         X = features["train"]
         key = jax.random.fold_in(jax.random.key(config.seed), k)
-        patterns = ss.convex.sample_patterns(key, X, config.gates)
+        patterns = ss.convex.sample_patterns(key, X, gates)
         problem = ss.convex.GatedProblem(X, y, patterns, 1.0)
         problem = problem.with_beta(0.01 * jnp.min(problem.beta_max()))
         solution = ss.convex.solve(problem, tol=1e-3)
-        gaps.append(float(jnp.max(solution.certificate / problem.objective(solution.value))))
+        gaps.append(relative_gap(problem, solution))
         for name, (_, labels) in splits.items():
             outputs = np.asarray(problem.predict(solution.value, features[name]))
             accuracies[name].append(float(100 * np.mean(outputs.argmax(axis=0) == labels)))
@@ -353,7 +361,7 @@ def layers(config: Any) -> tuple[Numbers, Drawing]:
             name: np.concatenate([rows / scale, np.ones((len(rows), 1), np.float32)], axis=1)
             for name, rows in hidden.items()
         }
-    numbers = {"gates": config.gates, "relative gaps": gaps, "accuracy": accuracies}
+    numbers = {"gates": gates, "relative gaps": gaps, "accuracy": accuracies}
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()

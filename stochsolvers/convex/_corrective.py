@@ -2,8 +2,8 @@ r"""The best network of given hidden units, and its dual point.
 
     minimise_c  Σ_k ℓ((H c)_k + offset, y_k) + β Σ_j ||c_j||₂,      H = (X U)₊,  c of shape (S, C)
 
-The dual point Θ = −∂ℓ at its optimum satisfies ||Θ (X u_j)₊|| ≤ β for the given units. It is better than that of
-a nearly optimal network, which is off by the square root of what its objective lacks.
+The dual point Θ = −∂ℓ at its optimum satisfies ||Θ (X u_j)₊|| ≤ β for the given units. It is better than
+that of a nearly optimal network, which is off by the square root of what its objective lacks.
 
 References:
   Bach 2017 (fully corrective conditional gradients); Beck and Teboulle 2009; O'Donoghue and Candès 2015.

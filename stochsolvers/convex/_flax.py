@@ -63,8 +63,8 @@ def to_linen(problem: Any, value: Any = None) -> tuple[Any, Any]:
 def _network(problem: Any, value: Any) -> TwoLayer:
     if value is None and isinstance(problem, TwoLayer):
         return problem
-    program: Any = problem
-    return recover(program, value)
+    arguments: Any = problem, value
+    return recover(*arguments)
 
 
 def _as_bias(bias: Array | None) -> Array | None:

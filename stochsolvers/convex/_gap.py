@@ -68,8 +68,8 @@ def network_gap(
 
         Σ_k ℓ(f(x_k), y_k) + (β/2)(||W||² + ||b||² + ||a||²)  −  max_{t ≤ β/M(Θ)} −Σ_k ℓ*(−tΘ_k, y_k),
 
-    Θ = −∂ℓ(f(X), y), or better, and M(Θ) = max_{||u|| ≤ 1} ||Θ (X u)₊||. The optimum is over W, a and, where the
-    network has one, the hidden bias b; the output bias is held fixed.
+    Θ = −∂ℓ(f(X), y), or better, and M(Θ) = max_{||u|| ≤ 1} ||Θ (X u)₊||. The optimum is over W, a and, where
+    the network has one, the hidden bias b; the output bias is held fixed.
 
     Args:
       network: a `Network` with one output or several that share its neurons, or a Flax network, see

@@ -190,7 +190,7 @@ def _newton(program, u, tau):
     unit = u / np.where(norms > 0, norms, 1.0)[:, None]
     outer = np.einsum("p,pi,pj->pij", 1.0 - 1.0 / np.sqrt(w), unit, unit)
     root = np.sqrt(b / t)[:, None, None] * (np.eye(u.shape[1]) - outer)
-    R = np.linalg.qr(np.concatenate([G / slack[:, :, None], root], 1), mode="r")
+    R: Any = np.linalg.qr(np.concatenate([G / slack[:, :, None], root], 1), mode="r")
     half = np.linalg.solve(
         R.transpose(0, 2, 1), np.concatenate([gradient[:, :, None], F.transpose(0, 2, 1)], 2)
     )

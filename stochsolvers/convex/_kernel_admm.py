@@ -72,12 +72,12 @@ class KernelADMM(Algorithm):
         largest = _fista.power_estimate(problem)
         count = jnp.minimum(cap, _warm_up(problem))
         begun, _ = _fista.iterate(problem, first, largest, count, tol, progress)
-        return lax.cond(
-            jnp.all(begun.done) | (count >= cap),
-            lambda *arguments: arguments[1],
-            lambda *arguments: _iterate(arguments[0], arguments[1], False, *arguments[2:], progress),
-            problem, begun, cap, tol,
-        )  # fmt: skip
+
+        def go_on(problem, begun, cap, tol):
+            return _iterate(problem, begun, False, cap, tol, progress)
+
+        finished = jnp.all(begun.done) | (count >= cap)
+        return lax.cond(finished, lambda *known: known[1], go_on, problem, begun, cap, tol)
 
 
 def _warm_up(problem: Any) -> int:

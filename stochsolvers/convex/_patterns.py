@@ -5,6 +5,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, at_least_float32, value_object
@@ -60,7 +61,7 @@ class Patterns:
             indices = slice(indices, indices + 1 or None)
         return self.replaced(self.gates[:, indices], self.mask[..., indices])
 
-    def apply(self, X: Array) -> "Patterns":
+    def apply(self, X: ArrayLike) -> "Patterns":
         """The same gates with the patterns that they make of other data."""
         return self.replaced(self.gates, mask_of(X, self.gates))
 
@@ -92,7 +93,7 @@ class Patterns:
         return self[first[np.any(mask, axis=tuple(range(mask.ndim - 1)))[first]]]
 
 
-def mask_of(X: Array, gates: Array) -> Array:
+def mask_of(X: ArrayLike, gates: Array) -> Array:
     """1[X g ≥ 0], shape (n, P) or (n, K, P)."""
     if jnp.ndim(X) not in (2, 3) or jnp.shape(X)[-1] != gates.shape[0]:
         _checks.fail("shape of the data", f"(..., {gates.shape[0]})", jnp.shape(X))
@@ -103,7 +104,7 @@ def mask_of(X: Array, gates: Array) -> Array:
 
 def sample_patterns(
     key: Array,
-    X: Array,
+    X: ArrayLike,
     num: int,
     *,
     kind: Literal["gaussian", "sparse", "convolutional"] = "gaussian",

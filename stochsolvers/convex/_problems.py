@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
@@ -65,8 +66,8 @@ class GatedProblem(Program):
 
     def __init__(
         self,
-        X: Array,
-        y: Array,
+        X: ArrayLike,
+        y: ArrayLike,
         patterns: Patterns,
         beta: Scalar,
         *,
@@ -121,7 +122,7 @@ class GatedProblem(Program):
         """Whether all outputs are of one program."""
         return self.gated_map.outputs is not None
 
-    def predict(self, V: Array, X: Array) -> Array:
+    def predict(self, V: Array, X: ArrayLike) -> Array:
         """Σ_i 1[x·g_i ≥ 0] x·v_i for new data, shape (n',) or (C, n').
 
         Args:

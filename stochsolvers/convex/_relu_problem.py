@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
@@ -45,8 +46,8 @@ class ReLUProblem(ConeProgram):
 
     def __init__(
         self,
-        X: Array,
-        y: Array,
+        X: ArrayLike,
+        y: ArrayLike,
         patterns: Patterns,
         beta: Scalar,
         *,
@@ -77,7 +78,7 @@ class ReLUProblem(ConeProgram):
         """The patterns of the data and their gates."""
         return self.gated_map.patterns
 
-    def predict(self, U: Array, X: Array) -> Array:
+    def predict(self, U: Array, X: ArrayLike) -> Array:
         r"""The network's function of new data, Σ_i (x·v_i)₊ − Σ_i (x·w_i)₊, shape (n',) or (C, n').
 
         Args:

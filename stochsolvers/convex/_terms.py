@@ -150,8 +150,8 @@ def _shrunk_matrices(prior: NuclearNorm, point: Array, step: Array) -> tuple[Arr
 
 
 def _reduced(like: Array, axes: tuple[int, int]) -> tuple[int, ...]:
-    axes = tuple(axis % like.ndim for axis in axes)
-    return tuple(1 if axis in axes else n for axis, n in enumerate(like.shape))
+    chosen = {axis % like.ndim for axis in axes}
+    return tuple(1 if axis in chosen else n for axis, n in enumerate(like.shape))
 
 
 def dual(problem: LayerProblem, residual: Array, image: Array) -> Dual:

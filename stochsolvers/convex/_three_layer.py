@@ -58,8 +58,8 @@ class ThreeLayerProblem(ConeProgram):
 
     def __init__(
         self,
-        X: Array,
-        y: Array,
+        X: ArrayLike,
+        y: ArrayLike,
         patterns: Patterns,
         beta: Scalar,
         *,
@@ -88,7 +88,7 @@ class ThreeLayerProblem(ConeProgram):
         prior = ConeGroupL2(PolyhedralCones.of(cones), 1.0)
         self._fill(linear_map, y, loss, beta, prior=prior, signs=signs)
 
-    def predict(self, U: Array, X: Array) -> Array:
+    def predict(self, U: Array, X: ArrayLike) -> Array:
         r"""The network's function of new data, Σ_b (Σ_k s_k (x·v_bk)₊)₊ − that of w, shape (n',) or (C, n').
 
         Args:

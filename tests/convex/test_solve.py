@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 
 import stochsolvers as ss
 from stochsolvers import convex
-from stochsolvers.convex import _bound, _factor, _solve, _terms
+from stochsolvers.convex import _bound, _factor, _kernel_admm, _solve, _terms
 
 LOSSES = {
     "squares": (lambda u, y: 0.5 * np.sum((u - y) ** 2), lambda u, y: u - y),
@@ -68,6 +68,20 @@ def test_reaches_the_optimum_of_every_output(rng, solver):
     assert np.all(solution.certificate >= solution.objectives[-1] - truth - 1e-6)
     assert np.all(solution.status == ss.solvers.Status.CONVERGED)
     assert len(set(np.asarray(solution.iterations).tolist())) > 1  # each its own stop
+
+
+@pytest.mark.parametrize("max_iters", [3, 10_000])
+def test_more_data_begin_with_fista(rng, monkeypatch, max_iters):
+    monkeypatch.setattr(_kernel_admm, "_SMALL", 0)
+    X, y, patterns = instance(rng, n=25)
+    problem = convex.GatedProblem(X, jnp.asarray(y), patterns, 0.3)
+    solution = convex.solve(problem, solver=convex.KernelADMM(max_iters), tol=1e-8)
+    truth = oracle(X, y, np.asarray(patterns.mask, float), 0.3)
+    assert solution.certificate >= solution.objectives[-1] - truth - 1e-6
+    if max_iters == 3:
+        assert solution.iterations == 3
+    else:
+        np.testing.assert_allclose(solution.objectives[-1], truth, rtol=1e-7)
 
 
 def test_logistic_loss(rng):
