@@ -10,14 +10,21 @@ from stochsolvers._shards import varying
 from stochsolvers._typing import Array, value_object
 from stochsolvers.convex import _factor
 from stochsolvers.convex._algorithm import Algorithm, Iterate, Progress, kept, report
+from stochsolvers.convex._cone_points import Inside, feasible, projected, spread
 from stochsolvers.convex._factor import Factor
-from stochsolvers.convex._kernel_admm import RELAXATION
 from stochsolvers.convex._relu_problem import ReLUProblem
 from stochsolvers.convex._terms import Dual, expanded
 from stochsolvers.losses import Squares
 
-PENALTY, SLACK_PENALTY = 1.0, 1.0
-"""ρ = (β/β_max) λ̄ and ρ_s = (β/β_max) λ̄ / mean_j ||x_j||², with β_max of the program without cones."""
+PENALTY, SLACK_PENALTY = 1.0, 0.3
+"""ρ = (β/β_max) λ̄ and ρ_s = 0.3 (β/β_max) λ̄ / mean_j ||x_j||², with β_max of the program without cones."""
+_RELAXATION = 1.8
+_CHECK = 10
+"""Iterations between lower bounds."""
+_LEAST, _SHARE = 200, 5
+"""Iterations between projections: at least so many, and a fifth of those done."""
+_STEPS = 300
+"""Of a projection."""
 
 
 @value_object
@@ -31,11 +38,19 @@ class ConeADMM(Algorithm):
         q = ρ(Z − Λ) + ρ_s Gᵀ(S − N),   r = (I + K_c)⁻¹ (F B⁻¹ q − y),   K_c = 2 (X B⁻¹ Xᵀ) ∘ (D Dᵀ),
         U = B⁻¹ (q − Fᵀ r),   Z⁺ = shrink(Û + Λ, β/ρ),   S⁺ = max(Ĝ + N, 0)
 
-    with over-relaxed Û and Ĝ, and scaled duals Λ and N. a = −ρ_s N ≥ 0 are multipliers of the cones, r a
-    dual point: every iteration has a lower bound. Z is moved into the cones along the gates, which are
-    inside them, and the best point so far is the result: every iteration has a feasible point as well.
+    with Û = αU + (1 − α)Z and Ĝ = αGU + (1 − α)S, α = 1.8, and scaled duals Λ and N. The state is Z + Λ and
+    S + N: Z = shrink(Z + Λ), S = max(S + N, 0).
 
-    Some thousand iterations reach gaps of some 1e-4; for 1e-6 and below, on small programs, there is
+    Every 10 iterations a lower bound and a feasible point are computed. a = −ρ_s N ≥ 0 are multipliers of
+    the cones and r a dual point. Z is moved into the cones along the gates, which are inside them. After
+    200 iterations, and every 200 or a fifth of those done, it is first moved to about the nearest point
+    inside,
+
+        argmin ||X(u_i − z_i)||  subject to  G_i u_i ≥ 0,
+
+    without which the gates, whose margins are small, take it far. The best point so far is the result.
+
+    Some thousand iterations reach gaps of 1e-4; for 1e-6 and below, on small programs, there is
     `InteriorPoint`.
 
     Args:
@@ -56,49 +71,51 @@ class ConeADMM(Algorithm):
     ) -> tuple[Iterate, Array]:
         """See the class; also the multipliers a of the best dual point, shape (*batch, 2, P, n)."""
         cones = _Cones.of(problem)
-        first, split = _start(problem, cones, init)
+        cap = jnp.asarray(self.max_iters)
 
-        def step(carry):
-            k, now, split = carry
-            following, split = _step(problem, cones, now, split, tol)
-            report(progress, k, following)
-            return k + 1, following, split
+        def check(carry):
+            k, until, now, split = carry
+            count = jnp.minimum(_CHECK, cap - k)
+            now, split = _block(problem, cones, now, split, count, tol)
+            report(progress, k + count - 1, now)
+            return k + count, until, now, split
 
         def unfinished(carry):
-            return (carry[0] < self.max_iters) & ~jnp.all(carry[1].done)
+            return (carry[0] < jnp.minimum(cap, carry[1])) & ~jnp.all(carry[2].done)
 
-        carry = varying((jnp.zeros((), int), first, split), problem)
-        _, last, split = lax.while_loop(unfinished, step, carry)
+        def stretch(carry):
+            k, now, split = carry
+            until = k + jnp.maximum(_LEAST, k // _SHARE)
+            k, _, now, split = lax.while_loop(unfinished, check, (k, until, now, split))
+            return k, _projected(problem, cones, now, split, tol), split
+
+        def to_do(carry):
+            return (carry[0] < cap) & ~jnp.all(carry[1].done)
+
+        carry = varying((jnp.zeros((), cap.dtype), *_start(problem, cones, init)), problem)
+        _, last, split = lax.while_loop(to_do, stretch, carry)
         return last, split.multipliers
 
 
 class _Cones(NamedTuple):
-    """What does not change: X, the signs 2D − 1, the gates and what they give, B⁻¹, factor of I + K_c."""
+    """What does not change: the cones, B⁻¹, the factor of I + K_c, ρ and ρ_s."""
 
-    signs: Array  # (P, n)
-    gates: Array  # (P, d), unit vectors
-    margins: Array  # (P, n): G_i g_i ≥ 0
-    inverse: Array  # B⁻¹
+    inside: Inside
+    inverse: Array
     factor: Factor
     rho: Array
     slack_rho: Array
 
     @classmethod
     def of(cls, problem: Any) -> "_Cones":
-        X, mask, dtype = problem.X, problem.patterns.mask, problem.dtype
-        signs = jnp.where(mask.T, 1.0, -1.0).astype(dtype)
-        gates = problem.patterns.gates.T.astype(dtype)
-        norms = jnp.sqrt(jnp.sum(gates**2, -1, keepdims=True))
-        gates = gates / jnp.where(norms > 0, norms, 1.0)
+        X, dtype = problem.X, problem.dtype
+        D = problem.patterns.mask.astype(dtype)
         rho, slack_rho = _penalties(problem)
-        D = mask.astype(dtype)
         gram = jnp.matmul(X.T, X, precision="highest")
-        B = rho * jnp.eye(len(gram), dtype=dtype) + slack_rho * gram
-        inverse = jnp.linalg.inv(B)
+        inverse = jnp.linalg.inv(rho * jnp.eye(len(gram), dtype=dtype) + slack_rho * gram)
         K = 2.0 * (X @ inverse @ X.T) * (D @ D.T)
         factor = _factor.factor(0.5 * (K + K.T), 1.0)
-        margins = signs * (gates @ X.T)
-        return cls(signs, gates, margins, inverse, factor, rho, slack_rho)
+        return cls(Inside.of(problem, gram), inverse, factor, rho, slack_rho)
 
 
 def _penalties(problem: Any) -> tuple[Array, Array]:
@@ -113,22 +130,21 @@ def _penalties(problem: Any) -> tuple[Array, Array]:
 
 
 class _Split(NamedTuple):
-    """Z, Λ, shape (*batch, 2, P, d); S, N and the best dual multipliers, shape (*batch, 2, P, n)."""
+    """Z + Λ, shape (*batch, 2, P, d); (2D − I)(S + N) and the best multipliers, shape (*batch, 2, P, n)."""
 
-    sparse: Array
-    dual: Array
-    slack: Array
-    slack_dual: Array
+    point: Array
+    reach: Array
     multipliers: Array
 
 
 def _start(problem: Any, cones: _Cones, init: Array | None) -> tuple[Iterate, _Split]:
+    """Λ = (β/ρ) z_i/||z_i||, what it is at an optimum, and N = 0."""
     U = jnp.zeros(problem.shape, problem.dtype) if init is None else init
-    G = _times(cones.signs, U @ problem.X.T)
-    feasible, u, objective = _feasible(problem, cones, U, G)
+    products = U @ problem.X.T
+    value, u, objective = feasible(problem, cones.inside, U, products)
     none = jnp.zeros(problem.batch_shape, problem.dtype)
     first = Iterate(
-        value=feasible,
+        value=value,
         prediction=u,
         objective=objective,
         dual=Dual(none - jnp.inf, jnp.zeros_like(problem.inputs)),
@@ -136,89 +152,95 @@ def _start(problem: Any, cones: _Cones, init: Array | None) -> tuple[Iterate, _S
         iterations=jnp.zeros(problem.batch_shape, int),
         moved=none,
     )
-    slack = jnp.maximum(G, 0.0)
-    return first, _Split(U, jnp.zeros_like(U), slack, jnp.zeros_like(slack), jnp.zeros_like(slack))
+    norms = jnp.sqrt(jnp.sum(U**2, -1, keepdims=True))
+    unit = U / jnp.where(norms > 0, norms, 1.0)
+    return first, _Split(U + problem.beta / cones.rho * unit, products, jnp.zeros_like(products))
 
 
-def _feasible(problem: Any, cones: _Cones, Z: Array, G: Array) -> tuple[Array, Array, Array]:
-    """Z moved into the cones along the gates, t_i = max_j −(G z)_ij / (G g)_ij; its A* and its objective."""
-    tiny = 1e3 * float(jnp.finfo(problem.dtype).tiny)
-    short = jnp.maximum(-G, 0.0)
-    steps = jnp.max(_times(1.0 / jnp.maximum(cones.margins, tiny), short), -1)
-    active = jnp.any(Z != 0, -1)
-    steps = jnp.where(active, steps * (1.0 + 8.0 * float(jnp.finfo(problem.dtype).eps)), 0.0)
-    moved = Z + _times(cones.gates, steps[..., None])
-    products = G + _times(cones.margins, steps[..., None])
-    u = _gated_sum(cones, products)
-    norms = jnp.sqrt(jnp.sum(moved**2, -1))
-    penalty = problem.beta * problem.sum(norms)
-    objective = 0.5 * problem.sum((u - problem.inputs) ** 2) + penalty
-    return moved, u, jnp.where(jnp.isfinite(objective), objective, jnp.inf)
-
-
-def _times(array: Array, other: Array) -> Array:
-    """An array (P, n) or (P, d) times one with more axes in front."""
-    return jnp.expand_dims(array, tuple(range(other.ndim - array.ndim))) * other
-
-
-def _gated_sum(cones: _Cones, products: Array) -> Array:
-    """A*(V − W) of G V and G W, where D_i X v_i = max(signs, 0) G_i v_i."""
-    both = products[..., 0, :, :] - products[..., 1, :, :]
-    return jnp.sum(_times(jnp.maximum(cones.signs, 0.0), both), -2)
+def _sparse(problem: Any, cones: _Cones, point: Array) -> Array:
+    """Z = shrink(Z + Λ, β/ρ)."""
+    norms = jnp.sqrt(jnp.sum(point**2, -1, keepdims=True))
+    left = jnp.maximum(norms - problem.beta / cones.rho, 0.0)
+    return left / jnp.where(left > 0, norms, 1.0) * point
 
 
 def _step(
-    problem: Any, cones: _Cones, now: Iterate, split: _Split, tol: Array
-) -> tuple[Iterate, _Split]:
-    X, y, a, signs = problem.X, problem.inputs, RELAXATION, cones.signs
-    pulled = _times(signs, split.slack - split.slack_dual) @ X
-    q = cones.rho * (split.sparse - split.dual) + cones.slack_rho * pulled
-    T = q @ cones.inverse
-    GT = _times(signs, T @ X.T)
-    residual = cones.factor.solve(_gated_sum(cones, GT) - y)
+    problem: Any, cones: _Cones, point: Array, reach: Array
+) -> tuple[Array, Array, Array, Array]:
+    """The next state, r and A r. S − N = |S + N|, Z − Λ = 2Z − (Z + Λ)."""
+    X, signs = problem.X, spread(cones.inside.signs, reach.ndim)
+    Z = _sparse(problem, cones, point)
+    pulled = (signs * jnp.abs(reach)) @ X
+    T = (cones.rho * (2.0 * Z - point) + cones.slack_rho * pulled) @ cones.inverse
+    difference = (T[..., 0, :, :] - T[..., 1, :, :]) @ X.T
+    active = jnp.maximum(signs[..., 0, :, :], 0.0)
+    residual = cones.factor.solve(jnp.sum(active * difference, -2) - problem.inputs)
     image = problem.linear_map.base(residual)
     back = image @ cones.inverse
     U = T - jnp.stack([back, -back], -3)
-    GB = _times(signs, back @ X.T)
-    GU = GT - jnp.stack([GB, -GB], -3)
-    multipliers = jnp.maximum(-cones.slack_rho * split.slack_dual, 0.0)
+    slack = jnp.where(signs * reach > 0, reach, 0.0)
+    point = point + _RELAXATION * (U - Z)
+    return point, reach + _RELAXATION * (U @ X.T - slack), residual, image
+
+
+def _block(
+    problem: Any, cones: _Cones, now: Iterate, split: _Split, count: Array, tol: Array
+) -> tuple[Iterate, _Split]:
+    """Some iterations, and what they prove."""
+
+    def step(_, carry):
+        point, reach, *_ = carry
+        return *_step(problem, cones, point, reach), point
+
+    nothing = jnp.zeros_like(problem.inputs)
+    image = jnp.zeros_like(split.point[..., 0, :, :])
+    carry = (split.point, split.reach, nothing, image, split.point)
+    point, reach, residual, image, last = lax.fori_loop(0, count, step, carry)
+    signs = spread(cones.inside.signs, reach.ndim)
+    multipliers = cones.slack_rho * jnp.maximum(-signs * reach, 0.0)
     dual, scale = _dual(problem, cones, residual, image, multipliers)
     better = dual.value > now.dual.value
-    point = a * U + (1.0 - a) * split.sparse + split.dual
-    norms = jnp.sqrt(jnp.sum(point**2, -1, keepdims=True))
-    left = jnp.maximum(norms - problem.beta / cones.rho, 0.0)
-    Z = left / jnp.where(left > 0, norms, 1.0) * point
-    reach = a * GU + (1.0 - a) * split.slack + split.slack_dual
-    slack = jnp.maximum(reach, 0.0)
     multipliers = expanded(scale, multipliers) * multipliers
-    after_split = _Split(
-        Z,
-        point - Z,
-        slack,
-        reach - slack,
-        jnp.where(expanded(better, multipliers), multipliers, split.multipliers),
+    multipliers = jnp.where(expanded(better, multipliers), multipliers, split.multipliers)
+    chosen = jnp.where(expanded(better, dual.point), dual.point, now.dual.point)
+    Z = _sparse(problem, cones, point)
+    after = now._replace(
+        dual=Dual(jnp.maximum(dual.value, now.dual.value), chosen),
+        iterations=now.iterations + count,
+        moved=problem.norm(Z - _sparse(problem, cones, last)),
     )
-    feasible, u, objective = _feasible(problem, cones, Z, _times(signs, Z @ X.T))
+    after = _better(problem, after, feasible(problem, cones.inside, Z, Z @ problem.X.T), tol)
+    return kept(now.done, (now, split), (after, _Split(point, reach, multipliers)))
+
+
+def _projected(problem: Any, cones: _Cones, now: Iterate, split: _Split, tol: Array) -> Iterate:
+    """With the point near Z and inside the cones, where that is better; no steps where all are done."""
+    inside, X = cones.inside, problem.X
+    Z = _sparse(problem, cones, split.point)
+    steps = jnp.where(jnp.all(now.done), 0, _STEPS)
+    Z = projected(inside, Z, Z @ X.T, steps)
+    after = _better(problem, now, feasible(problem, inside, Z, Z @ X.T), tol)
+    return kept(now.done, now, after)
+
+
+def _better(problem: Any, now: Iterate, other: tuple[Array, Array, Array], tol: Array) -> Iterate:
+    """The iterate with another feasible point, where its objective is less."""
+    value, u, objective = other
     lower = objective < now.objective
-    value = jnp.maximum(dual.value, now.dual.value)
     best = jnp.minimum(objective, now.objective)
-    after = Iterate(
-        value=jnp.where(expanded(lower, feasible), feasible, now.value),
+    return now._replace(
+        value=jnp.where(expanded(lower, value), value, now.value),
         prediction=jnp.where(expanded(lower, u), u, now.prediction),
         objective=best,
-        dual=Dual(value, jnp.where(expanded(better, dual.point), dual.point, now.dual.point)),
-        done=best - value <= tol * best,
-        iterations=now.iterations + 1,
-        moved=problem.norm(Z - split.sparse),
+        done=best - now.dual.value <= tol * best,
     )
-    return kept(now.done, (now, split), (after, after_split))
 
 
 def _dual(
     problem: Any, cones: _Cones, residual: Array, image: Array, multipliers: Array
 ) -> tuple[Dual, Array]:
     """D(t r) with the largest useful t for which ||∓A_iᵀ t r + G_iᵀ t a_i|| ≤ β."""
-    combined = _times(cones.signs, multipliers) @ problem.X
+    combined = (spread(cones.inside.signs, multipliers.ndim) * multipliers) @ problem.X
     sides = jnp.stack([-image, image], -3) + combined
     largest = jnp.sqrt(jnp.max(jnp.sum(sides**2, -1), (-2, -1)))
     limit = problem.beta / jnp.where(largest > 0, largest, 1.0)
