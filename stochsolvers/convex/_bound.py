@@ -9,6 +9,7 @@ import numpy as np
 from stochsolvers.convex import _inputs
 from stochsolvers.losses import Squares
 from stochsolvers.prox import L1, GroupL2, Zero
+from stochsolvers.prox._axes import canonical_axes
 
 _ENTRIES = 2**21
 
@@ -43,9 +44,9 @@ def certificate(problem: Any, V: Any, s: Any) -> np.ndarray:
         squares = _sum(images**2, batch) * scale**2
         penalty = 0.5 * ridge * _sum(V**2, batch) + squares / (2.0 * ridge)
     else:
-        with jax.enable_x64(True):
-            each = [float(problem.prior.value(v)) for v in V.reshape(-1, *V.shape[len(batch) :])]
-        penalty = np.asarray(each).reshape(batch)
+        gamma, norms = _norms(problem, V, len(batch))
+        terms = np.where(norms > 0, np.broadcast_to(gamma, norms.shape), 0.0) * norms
+        penalty = terms.sum(tuple(range(1, terms.ndim))).reshape(batch)
     sizes = _sum(np.abs(primal), batch) + _sum(np.abs(dual), batch) + penalty
     gap = _sum(primal, batch) + _sum(dual, batch) + penalty
     bound = np.maximum(gap, 0.0) + 1e-13 * math.sqrt(s.size + V.size) * sizes
@@ -85,23 +86,29 @@ def _products(problem: Any, V: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, n
 
 def _gauge(problem: Any, images: np.ndarray, batch: int) -> np.ndarray:
     """The least c with the image in c dom R*, see `_terms.gauge`."""
-    prior: Any = problem.prior
-    flat = images.reshape(-1, *images.shape[batch:])
-    if isinstance(prior, Zero):
+    if isinstance(problem.prior, Zero):
         return np.zeros(images.shape[:batch])
-    gamma = np.asarray(prior.gamma, np.float64)
-    if isinstance(prior, L1):
-        norms = np.abs(flat)
-    elif isinstance(prior, GroupL2):
-        axes = prior.axis if isinstance(prior.axis, tuple) else (prior.axis,)
-        norms = np.sqrt((flat**2).sum(axes, keepdims=True))
-    else:
-        matrices = np.moveaxis(flat, prior.axes, (-2, -1))
-        norms = np.linalg.norm(matrices, 2, axis=(-2, -1), keepdims=True)
-        norms = np.moveaxis(norms, (-2, -1), prior.axes)
+    gamma, norms = _norms(problem, images, batch, spectral=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(norms > 0, norms / np.broadcast_to(gamma, norms.shape), 0.0)
     return ratios.max(tuple(range(1, ratios.ndim))).reshape(images.shape[:batch])
+
+
+def _norms(
+    problem: Any, array: np.ndarray, batch: int, spectral: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """γ, and the norms of the groups of each program; of matrices the nuclear or the spectral norm."""
+    prior: Any = problem.prior
+    flat, gamma = array.reshape(-1, *array.shape[batch:]), np.asarray(prior.gamma, np.float64)
+    if isinstance(prior, L1):
+        return gamma, np.abs(flat)
+    if isinstance(prior, GroupL2):
+        axes = canonical_axes(prior.axis, flat.ndim - 1)
+        return gamma, np.sqrt((flat**2).sum(tuple(1 + axis for axis in axes), keepdims=True))
+    axes = tuple(axis + (axis >= 0) for axis in prior.axes)
+    matrices, kind = np.moveaxis(flat, axes, (-2, -1)), 2 if spectral else "nuc"
+    norms = np.linalg.norm(matrices, kind, axis=(-2, -1), keepdims=True)
+    return gamma, np.moveaxis(norms, (-2, -1), axes)
 
 
 def cone_certificate(problem: Any, U: Any, s: Any, multipliers: Any) -> np.ndarray:

@@ -172,8 +172,8 @@ def _from_image(problem: Any, residual: Array, image: Array, rho: Array) -> Spli
 
 
 def kernel_matrix(A: GatedMap) -> Array:
-    """K = (X Xᵀ) ∘ (D Dᵀ), half of it computed; of patches summed over their pairs."""
-    if A.X.ndim == 3:
+    """K = (X Xᵀ) ∘ (D Dᵀ), of many data half of it; of patches summed over their pairs."""
+    if A.X.ndim == 3 or len(A.X) <= _SMALL:
         return A.kernel_matrix()
     D = A.patterns.mask.astype(A.X.dtype)
     return symmetric_product(A.X.T, "highest") * symmetric_product(D.T, "highest")
