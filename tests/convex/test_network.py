@@ -219,10 +219,7 @@ def test_decompose_finds_the_cheapest_pair(rng, X, patterns):
         (lambda: convex.as_network(object()), "network"),
         (lambda: convex.to_nnx(3, 4), "problem"),
         (lambda: convex.from_network(convex.Network(np.ones((2, 3)), np.zeros(3)), np.eye(2)), "network"),
-        (
-            lambda: convex.from_network(convex.Network(np.ones((2, 3)), np.ones(3)), np.full((2, 2), np.nan)),
-            "X",
-        ),
+        (lambda: convex.from_network(convex.Network(np.eye(2), np.ones(2)), np.full((2, 2), np.nan)), "X"),
         (lambda: convex.prune(None, np.eye(2)), "network"),
         (lambda: convex.prune(convex.Network(np.ones((2, 1)), np.ones(1)), np.full((2, 2), np.nan)), "X"),
         (lambda: convex.separate(jax.random.key(0), np.full((2, 2), np.nan), np.ones(2)), "X"),
