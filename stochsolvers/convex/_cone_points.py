@@ -39,7 +39,8 @@ class Inside(NamedTuple):
         values, vectors = jnp.linalg.eigh(gram)
         least = 64.0 * len(gram) * float(jnp.finfo(dtype).eps) * jnp.max(values)
         kept = values > least
-        back = vectors * jnp.where(kept, 1.0 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
+        inverse = jnp.where(kept, 1.0 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
+        back = vectors * inverse[None]
         rows = jnp.matmul(X, back, precision="highest")
         curvature = jnp.linalg.eigvalsh(jnp.matmul(rows.T, rows, precision="highest"))[-1]
         margins = signs * (gates @ X.T)

@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 
 import stochsolvers as ss
 from stochsolvers import convex
+from stochsolvers.convex import _cone_points
 
 
 @pytest.fixture
@@ -70,6 +71,40 @@ def test_cone_admm_agrees_and_certifies(program):
         assert np.all(excess >= -1e-8)
         assert np.all(solution.certificate <= 1.01 * tol * solution.objectives[-1])
         assert np.all(problem.violation(solution.value) <= 1e-12)
+
+
+def test_cone_admm_reaches_a_small_gap_within_its_cap(rng):
+    X, gates = rng.standard_normal((60, 5)), rng.standard_normal((5, 15))
+    patterns = convex.Patterns(jnp.asarray(gates), jnp.asarray(X @ gates >= 0))
+    y = jnp.asarray(rng.standard_normal((2, 60)))
+    problem = convex.ReLUProblem(jnp.asarray(X), y, patterns, 0.4)
+    solution = convex.solve(problem, solver=convex.ConeADMM(1500), tol=1e-4)
+    exact = convex.solve(problem, solver=convex.InteriorPoint(500), tol=1e-8)
+    best = exact.objectives[-1]
+    assert np.all(solution.status == ss.solvers.Status.CONVERGED)
+    assert np.all(solution.certificate <= 1.01e-4 * solution.objectives[-1])
+    assert np.all(solution.objectives[-1] - solution.certificate <= best * (1 + 1e-9))
+    assert np.all(solution.objectives[-1] >= best * (1 - 1e-8))
+    assert np.all(problem.violation(solution.value) <= 1e-12)
+
+
+def test_projection_in_the_metric_of_the_data(rng):
+    X = np.concatenate([rng.standard_normal((9, 3)), np.zeros((9, 1))], axis=1)
+    X[:, 3] = X[:, 0] - X[:, 1]  # of rank 3
+    gates = rng.standard_normal((4, 5))
+    patterns = convex.Patterns(jnp.asarray(gates), jnp.asarray(X @ gates >= 0))
+    problem = convex.ReLUProblem(jnp.asarray(X), jnp.arange(9.0), patterns, 0.2)
+    inside = _cone_points.Inside.of(problem, problem.X.T @ problem.X)
+    Z = jnp.asarray(rng.standard_normal((2, 5, 4)))
+    U = np.asarray(_cone_points.projected(inside, Z, Z @ problem.X.T, 20_000))
+    Q = np.linalg.svd(X, full_matrices=False)[0][:, :3]
+    for i, sign in enumerate(np.where(X @ gates >= 0, 1.0, -1.0).T):
+        for z, u in zip(Z[:, i], U[:, i], strict=True):
+            a, _ = nnls((sign[:, None] * Q).T, -Q.T @ (X @ z))
+            np.testing.assert_allclose(X @ u, X @ z + Q @ (Q.T @ (sign * a)), atol=1e-10)
+    moved, u, objective = _cone_points.feasible(problem, inside, Z, Z @ problem.X.T)
+    np.testing.assert_allclose(problem.objective(moved), objective, rtol=1e-12)
+    np.testing.assert_allclose(problem.linear_map.adjoint(moved), u, atol=1e-10)
 
 
 def test_a_single_program_and_a_warm_start(program):
