@@ -10,7 +10,7 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, join_static, split_static
-from stochsolvers.convex import _bound, _terms
+from stochsolvers.convex import _bound, _inputs, _terms
 from stochsolvers.convex._algorithm import Algorithm, Progress
 from stochsolvers.convex._cone_admm import ConeADMM
 from stochsolvers.convex._fista import FISTA
@@ -23,6 +23,9 @@ from stochsolvers.solvers import Solution, Status
 
 _MOST_DATA = 8000
 """Beyond, the n × n kernel is not factored."""
+_FEW_DATA = 2048
+_QUICK = {"xla_cpu_use_fusion_emitters": False}
+"""Halves what compiling for a CPU takes; only outside of other transformations."""
 
 
 def solve(
@@ -71,9 +74,10 @@ def solve(
         return _on_host(problem, solver, tol, certify, progress)
     start = None if init is None else jnp.asarray(init, problem.dtype)
     traced, static = split_static(solver)
-    tol = jnp.asarray(tol, problem.dtype)
-    on_host = _bound.is_concrete(problem)
-    solution, point = _solve(
+    tol = _inputs.scalar(tol, problem.dtype)
+    on_host = _bound.is_concrete(problem, start, tol, traced)
+    call = _solve if on_host and _is_small(problem) else _solve_within
+    solution, point = call(
         problem,
         traced,
         start,
@@ -126,8 +130,12 @@ def _default(problem: Any) -> Algorithm:
     return FISTA()
 
 
-@functools.partial(jax.jit, static_argnames=("static", "certify", "progress"))
-def _solve(
+def _is_small(problem: Any) -> bool:
+    """Whether compiling takes longer than the iterations; on a CPU."""
+    return problem.inputs.shape[-1] <= _FEW_DATA and jax.default_backend() == "cpu"
+
+
+def _solve_program(
     problem: Any,
     traced: list[Any],
     init: Array | None,
@@ -160,6 +168,11 @@ def _solve(
         certificate=gap,
     )
     return solution, (last.dual.point, *multipliers)
+
+
+_STATIC = ("static", "certify", "progress")
+_solve_within = jax.jit(_solve_program, static_argnames=_STATIC)
+_solve = jax.jit(_solve_program, static_argnames=_STATIC, compiler_options=_QUICK)
 
 
 def regularization_path(
