@@ -1,7 +1,6 @@
 """One call from a convex program to its certified optimum."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -58,14 +57,17 @@ def solve(
       warm starts compiles once.
 
     Raises:
-      ValueError: at trace time, for what is no convex program, an algorithm that is not for it, and shapes
-        that do not fit.
+      ValueError: at trace time, for what is no convex program, an algorithm that is not for it, a `Prior`
+        as a regularizer that is neither a norm nor a ridge, and shapes that do not fit.
     """
     if solver is None:
         solver = _default(problem)
     if not isinstance(solver, Algorithm):
         _checks.fail("solver of convex.solve", "an algorithm such as KernelADMM()", repr(solver))
     solver.check(problem)
+    if isinstance(problem, GatedProblem) and not _terms.has_gauge(problem):
+        wanted = "a norm or a ridge; ss.ProxGD is for every prior"
+        _checks.fail("regularizer of convex.solve", wanted, type(problem.prior).__name__)
     _checks.non_negative("tol", tol)
     _checks.rank("tol", tol, 0)
     if init is not None and jnp.shape(init) != problem.shape:
@@ -89,10 +91,8 @@ def solve(
     if certify and on_host:
         if isinstance(problem, ReLUProblem):
             gap = _bound.cone_certificate(problem, solution.value, *point)
-        elif _terms.has_gauge(problem):
-            gap = _bound.certificate(problem, solution.value, *point)
         else:
-            gap = problem.certificate(solution.value)
+            gap = _bound.certificate(problem, solution.value, *point)
         solution = dataclasses.replace(solution, certificate=jnp.asarray(gap, problem.dtype))
     return solution
 
@@ -154,7 +154,7 @@ def _solve_program(
     status = jnp.where(finite, status, Status.DIVERGED)
     gap = None
     if certify:
-        if isinstance(problem, GatedProblem) and _terms.has_gauge(problem):
+        if isinstance(problem, GatedProblem):
             gap = _terms.certificate(problem, last.value, last.dual.point)
         else:
             gap = problem.certificate(last.value)
