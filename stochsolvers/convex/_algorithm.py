@@ -1,6 +1,7 @@
 """What the solvers of gated programs share: their options, what they return, and the stopping test."""
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -128,7 +129,12 @@ def kept(done: Array, before: Any, after: Any) -> Any:
 
 
 def report(progress: Progress | None, k: Array, iterate: Iterate) -> None:
-    """Tell the caller, where asked to."""
+    """Tell the caller, where asked to, of iterations k ≥ 0."""
     if progress is not None:
         gap = iterate.objective - iterate.dual.value
-        jax.debug.callback(progress, k, iterate.objective, gap)
+        jax.debug.callback(functools.partial(_tell, progress), k, iterate.objective, gap)
+
+
+def _tell(progress: Progress, k: Any, objective: Any, gap: Any) -> None:
+    if k >= 0:
+        progress(k, objective, gap)

@@ -53,6 +53,15 @@ def certificate(problem: Any, V: Any, s: Any) -> np.ndarray:
     return np.where(np.isnan(bound), np.inf, bound)
 
 
+def beta_max(problem: Any) -> np.ndarray:
+    """R°(A y), of a `GatedProblem` with a norm and squares."""
+    y = np.asarray(problem.inputs, np.float64)
+    batch = len(problem.batch_shape)
+    images, _ = _products(problem, np.zeros(problem.shape), y)
+    _, norms = _norms(problem, images, batch, spectral=True)
+    return norms.max(tuple(range(1, norms.ndim))).reshape(images.shape[:batch])
+
+
 def _loss(problem: Any, what: str, *arguments: np.ndarray) -> np.ndarray:
     if isinstance(problem.loss, Squares):  # without compiling anything
         first, y = arguments

@@ -7,7 +7,7 @@ from jax import lax
 
 from stochsolvers._typing import Array, value_object
 
-BLOCK = 512
+BLOCK = 1024
 
 
 @value_object
@@ -67,5 +67,5 @@ def factor(matrix: Array, shift: Any, block: int = BLOCK) -> Factor:
         identity = jnp.eye(len(row), dtype=row.dtype)
         inverse = lax.linalg.triangular_solve(diagonal, identity, left_side=True, lower=True)
         below.append(row[:, :start])
-        inverses.append(jnp.tril(inverse))
+        inverses.append(inverse)
     return Factor(tuple(below), tuple(inverses))

@@ -27,6 +27,12 @@ def finite(what: str, array: Any) -> None:
         _checks.fail(what, "finite numbers", f"{int(np.sum(~np.isfinite(values)))} that are not")
 
 
+def scalar(value: Any, dtype: Any) -> Array:
+    """On the device without compiling anything; a tracer within a transformation, whatever it is."""
+    own = known(value)
+    return jnp.asarray(value, dtype) if own is None else jax.device_put(own.astype(dtype))
+
+
 def data(what: str, X: ArrayLike) -> Array:
     """X of shape (n, d) or, of patches, (n, K, d), in float32 or wider."""
     _checks.floating(what, X)

@@ -102,7 +102,8 @@ class Split(NamedTuple):
 
 def penalty_of(problem: Any, mean: Array) -> Array:
     """ρ of all programs, from the geometric mean of their β/β_max and λ̄."""
-    peak = _terms.gauge(problem, problem.gradient_at_zero())
+    slope = problem.loss.derivative(jnp.zeros_like(problem.inputs), problem.inputs)
+    peak = _terms.gauge(problem, problem.linear_map(slope))
     share = jnp.exp(jnp.mean(jnp.log(jnp.clip(peak, 1.0, 1e6))))
     floor = 64.0 * float(jnp.finfo(problem.dtype).eps)
     rho = jnp.maximum(PENALTY / share, floor) * mean
@@ -141,27 +142,36 @@ def run(
     progress: Progress | None,
 ) -> Iterate:
     """The iterations, given (right, guess) ↦ (K + ρI)⁻¹ right."""
-    residual = first.prediction - problem.inputs
-    image = problem.linear_map(residual)
-    dual = _terms.better(problem, first.dual, _terms.dual(problem, residual, image))
-    first = first._replace(dual=dual, done=first.objective - dual.value <= tol * first.objective)
+    if from_zero:
+        k, first, split = _before_zero(problem, first)
+    else:
+        residual = first.prediction - problem.inputs
+        image = problem.linear_map(residual)
+        dual = _terms.better(problem, first.dual, _terms.dual(problem, residual, image))
+        done = first.objective - dual.value <= tol * first.objective
+        first = first._replace(dual=dual, done=done)
+        split = _from_image(problem, residual, image, rho)
+        k = jnp.max(first.iterations)
 
     def step(carry):
         k, now, split = carry
-        following, split = _step(problem, solve, rho, now, split, tol)
+        at_zero = k < 0 if from_zero else None
+        following, split = _step(problem, solve, rho, now, split, tol, at_zero)
         report(progress, k, following)
         return k + 1, following, split
 
     def unfinished(carry):
         return (carry[0] < max_iters) & ~jnp.all(carry[1].done)
 
-    if from_zero:
-        nothing = jnp.zeros_like(residual)
-        split = Split(jnp.zeros_like(image), nothing, nothing)
-    else:
-        split = _from_image(problem, residual, image, rho)
-    carry = varying((jnp.max(first.iterations), first, split), problem)
-    return lax.while_loop(unfinished, step, carry)[1]
+    return lax.while_loop(unfinished, step, varying((k, first, split), problem))[1]
+
+
+def _before_zero(problem: Any, first: Iterate) -> tuple[Array, Iterate, Split]:
+    """Iteration −1, which evaluates V_0 = 0 within the loop: what is there twice is compiled twice."""
+    nothing = first.prediction
+    split = Split(jnp.zeros_like(first.value), nothing, nothing)
+    iterations = first.iterations - 1
+    return -jnp.ones((), int), first._replace(iterations=iterations), split
 
 
 def _from_image(problem: Any, residual: Array, image: Array, rho: Array) -> Split:
@@ -184,14 +194,24 @@ def _steps(problem: Any, rho: Array) -> Array:
 
 
 def _step(
-    problem: Any, solve: Any, rho: Array, now: Iterate, split: Split, tol: Array
+    problem: Any,
+    solve: Any,
+    rho: Array,
+    now: Iterate,
+    split: Split,
+    tol: Array,
+    at_zero: Array | None,
 ) -> tuple[Iterate, Split]:
     A, y, a, V = problem.linear_map, problem.inputs, RELAXATION, now.value
     right = now.prediction - split.prediction - y
     residual = rho * solve(right, split.residual / rho)
+    if at_zero is not None:
+        residual = jnp.where(at_zero, -y, residual)
     image = A(residual)
     dual = _terms.dual(problem, residual, image)
     point = V - (a / rho) * image + (1.0 - a) * split.scaled
+    if at_zero is not None:
+        point = jnp.where(at_zero, jnp.zeros((), point.dtype), point)
     following, penalty = _terms.prox(problem, point, _steps(problem, rho))
     u = A.adjoint(following)
     prediction = split.prediction + a * (residual + y) + (1.0 - a) * now.prediction - u

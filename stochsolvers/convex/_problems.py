@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
-from stochsolvers.convex import _inputs
+from stochsolvers.convex import _bound, _inputs
 from stochsolvers.convex._duality import DualNorm, euclidean_norm
 from stochsolvers.convex._gated_map import GatedMap
 from stochsolvers.convex._patterns import Patterns
@@ -149,6 +149,8 @@ class GatedProblem(Program):
             _checks.fail("regularizer of beta_max", "one of " + ", ".join(REGULARIZERS), "a Prior")
         if self.regularizer == "l2":
             return jnp.full(self.batch_shape, jnp.inf, self.dtype)
+        if isinstance(self.loss, Squares) and _bound.is_concrete(self):
+            return _inputs.scalar(_bound.beta_max(self), self.dtype)
         return super().beta_max()
 
     @property

@@ -42,7 +42,7 @@ class Program(LayerProblem):
         for name, value in fields.items():
             object.__setattr__(self, name, value)
         dtype = at_least_float32(jnp.result_type(y), linear_map.dtype)
-        for name, value in self._of_beta(jnp.asarray(beta, dtype)).items():
+        for name, value in self._of_beta(_inputs.scalar(beta, dtype)).items():
             object.__setattr__(self, name, value)
         self.__post_init__()
 
@@ -63,7 +63,7 @@ class Program(LayerProblem):
         """
         copy = jax.tree.unflatten(jax.tree.structure(self), jax.tree.leaves(self))
         _inputs.positive_number("beta", beta)
-        for name, value in self._of_beta(jnp.asarray(beta, self.dtype)).items():
+        for name, value in self._of_beta(_inputs.scalar(beta, self.dtype)).items():
             object.__setattr__(
                 copy, name, jnp.asarray(value, self.dtype) if name == "ridge" else value
             )

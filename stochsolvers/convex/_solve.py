@@ -1,7 +1,6 @@
 """One call from a convex program to its certified optimum."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, join_static, split_static
-from stochsolvers.convex import _bound, _terms
+from stochsolvers.convex import _bound, _inputs, _terms
 from stochsolvers.convex._algorithm import Algorithm, Progress
 from stochsolvers.convex._cone_admm import ConeADMM
 from stochsolvers.convex._fista import FISTA
@@ -23,6 +22,9 @@ from stochsolvers.solvers import Solution, Status
 
 _MOST_DATA = 8000
 """Beyond, the n × n kernel is not factored."""
+_FEW_DATA = 2048
+_QUICK = {"xla_cpu_use_fusion_emitters": False}
+"""Halves what compiling for a CPU takes; only outside of other transformations."""
 
 
 def solve(
@@ -55,14 +57,17 @@ def solve(
       warm starts compiles once.
 
     Raises:
-      ValueError: at trace time, for what is no convex program, an algorithm that is not for it, and shapes
-        that do not fit.
+      ValueError: at trace time, for what is no convex program, an algorithm that is not for it, a `Prior`
+        as a regularizer that is neither a norm nor a ridge, and shapes that do not fit.
     """
     if solver is None:
         solver = _default(problem)
     if not isinstance(solver, Algorithm):
         _checks.fail("solver of convex.solve", "an algorithm such as KernelADMM()", repr(solver))
     solver.check(problem)
+    if isinstance(problem, GatedProblem) and not _terms.has_gauge(problem):
+        wanted = "a norm or a ridge; ss.ProxGD is for every prior"
+        _checks.fail("regularizer of convex.solve", wanted, type(problem.prior).__name__)
     _checks.non_negative("tol", tol)
     _checks.rank("tol", tol, 0)
     if init is not None and jnp.shape(init) != problem.shape:
@@ -71,9 +76,10 @@ def solve(
         return _on_host(problem, solver, tol, certify, progress)
     start = None if init is None else jnp.asarray(init, problem.dtype)
     traced, static = split_static(solver)
-    tol = jnp.asarray(tol, problem.dtype)
-    on_host = _bound.is_concrete(problem)
-    solution, point = _solve(
+    tol = _inputs.scalar(tol, problem.dtype)
+    on_host = _bound.is_concrete(problem, start, tol, traced)
+    call = _solve if on_host and _is_small(problem) else _solve_within
+    solution, point = call(
         problem,
         traced,
         start,
@@ -85,10 +91,8 @@ def solve(
     if certify and on_host:
         if isinstance(problem, ReLUProblem):
             gap = _bound.cone_certificate(problem, solution.value, *point)
-        elif _terms.has_gauge(problem):
-            gap = _bound.certificate(problem, solution.value, *point)
         else:
-            gap = problem.certificate(solution.value)
+            gap = _bound.certificate(problem, solution.value, *point)
         solution = dataclasses.replace(solution, certificate=jnp.asarray(gap, problem.dtype))
     return solution
 
@@ -126,8 +130,12 @@ def _default(problem: Any) -> Algorithm:
     return FISTA()
 
 
-@functools.partial(jax.jit, static_argnames=("static", "certify", "progress"))
-def _solve(
+def _is_small(problem: Any) -> bool:
+    """Whether compiling takes longer than the iterations; on a CPU."""
+    return problem.inputs.shape[-1] <= _FEW_DATA and jax.default_backend() == "cpu"
+
+
+def _solve_program(
     problem: Any,
     traced: list[Any],
     init: Array | None,
@@ -146,7 +154,7 @@ def _solve(
     status = jnp.where(finite, status, Status.DIVERGED)
     gap = None
     if certify:
-        if isinstance(problem, GatedProblem) and _terms.has_gauge(problem):
+        if isinstance(problem, GatedProblem):
             gap = _terms.certificate(problem, last.value, last.dual.point)
         else:
             gap = problem.certificate(last.value)
@@ -160,6 +168,11 @@ def _solve(
         certificate=gap,
     )
     return solution, (last.dual.point, *multipliers)
+
+
+_STATIC = ("static", "certify", "progress")
+_solve_within = jax.jit(_solve_program, static_argnames=_STATIC)
+_solve = jax.jit(_solve_program, static_argnames=_STATIC, compiler_options=_QUICK)
 
 
 def regularization_path(

@@ -54,8 +54,8 @@ def gauge(problem: LayerProblem, image: Array, error: Array | float = 0.0) -> Ar
     norms, weights = jax.vmap(_norms, (None, 0))(prior, _flat(problem, image))
     error = jnp.broadcast_to(jnp.asarray(error, image.dtype), problem.batch_shape).reshape(-1)
     error = jnp.expand_dims(error, tuple(range(1, norms.ndim)))
-    ratios = (norms + error) / jnp.where(weights > 0, weights, 1.0)
-    worst = jnp.where(weights > 0, ratios, jnp.where(norms > 0, jnp.inf, 0.0))
+    norms = norms + error
+    worst = jnp.where(norms > 0, norms / weights, 0.0)
     return jnp.max(worst, axis=tuple(range(1, norms.ndim))).reshape(problem.batch_shape)
 
 
@@ -94,22 +94,24 @@ def gram(matrices: Array) -> Array:
 
 def regularizer(problem: LayerProblem, V: Array) -> Array:
     """R(V) for each program, the ridge with it."""
-    return problem.prior_value(V) + 0.5 * problem.sum((problem.ridge * V) * V)
+    if isinstance(problem.prior, Zero):
+        return 0.5 * problem.sum((problem.ridge * V) * V)
+    return problem.prior_value(V)
 
 
 def prox(problem: LayerProblem, point: Array, step: Array) -> tuple[Array, Array]:
     r"""V = argmin_V ½||V − W||² + η R(V), and R(V) for each program.
 
-    With a ridge λ it is prox_{η'g}(W / (1 + ηλ)), η' = η/(1 + ηλ).
+    Of a ridge λ it is W / (1 + ηλ).
 
     Args:
       problem: the program.
       point: W, shaped as the variable.
       step: η > 0 for each program, shape (*batch,).
     """
-    step = expanded(step, point)
-    shrunk = 1.0 + step * problem.ridge
-    point, step, prior = point / shrunk, step / shrunk, problem.prior
+    step, prior = expanded(step, point), problem.prior
+    if isinstance(prior, Zero):  # else there is no ridge
+        point = point / (1.0 + step * problem.ridge)
     if isinstance(prior, NuclearNorm) and prior.weights is None:
         V, terms = _shrunk_matrices(prior, point, step)
     elif isinstance(prior, GroupL2):
