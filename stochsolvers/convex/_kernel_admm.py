@@ -126,7 +126,8 @@ def _iterate(
     trace = jnp.trace(K)
     mean = jnp.sum(K**2) / jnp.where(trace > 0, trace, 1.0)
     rho = penalty_of(problem, mean)
-    factor = _factor.factor(K, rho)
+    block = _factor.BLOCK if len(K) > _SMALL else 2 * _factor.BLOCK  # fewer take less compiling
+    factor = _factor.factor(K, rho, block)
 
     def solve(right, guess):
         del guess
