@@ -7,7 +7,7 @@ from jax import lax
 
 from stochsolvers._typing import Array, value_object
 
-BLOCK = 1024
+BLOCK = 512
 
 
 @value_object

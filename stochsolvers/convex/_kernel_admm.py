@@ -26,6 +26,8 @@ from stochsolvers.losses import Squares
 RELAXATION = 1.6
 PENALTY = 0.13
 """ρ = 0.13 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, the mean of K's eigenvalues by their own weight."""
+STALLED = 500
+"""After so many iterations without a smaller gap of any program it ends: round-off is all that is left."""
 _SMALL = 2048
 """Up to so many data, no FISTA iterations first: compiling them takes longer than all else."""
 
@@ -47,6 +49,8 @@ class KernelADMM(Algorithm):
     ρ = 0.13 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, about 0.04 (β/β_max) λ_max(K). It is not adapted: balancing
     its residuals saved a third of the iterations on some data and took ten times as many on others. All
     programs of a batch, and all outputs of a joint program, share ρ and the factor.
+
+    It also ends, without convergence, after 500 iterations that made no gap smaller.
 
     Args:
       max_iters: the most iterations, those of FISTA with them, traced.
@@ -122,7 +126,8 @@ def _iterate(
     trace = jnp.trace(K)
     mean = jnp.sum(K * (K / jnp.where(trace > 0, trace, 1.0)))
     rho = penalty_of(problem, mean)
-    factor = _factor.factor(K, rho)
+    block = _factor.BLOCK if len(K) > _SMALL else 2 * _factor.BLOCK  # fewer take less compiling
+    factor = _factor.factor(K, rho, block)
 
     def solve(right, guess):
         del guess
@@ -154,16 +159,21 @@ def run(
         k = jnp.max(first.iterations)
 
     def step(carry):
-        k, now, split = carry
+        k, now, split, best, found = carry
         at_zero = k < 0 if from_zero else None
         following, split = _step(problem, solve, rho, now, split, tol, at_zero)
         report(progress, k, following)
-        return k + 1, following, split
+        gap = following.objective - following.dual.value
+        found = jnp.where(jnp.any(gap < best), k, found)
+        return k + 1, following, split, jnp.minimum(best, gap), found
 
     def unfinished(carry):
-        return (carry[0] < max_iters) & ~jnp.all(carry[1].done)
+        k, now, *_, found = carry
+        return (k < max_iters) & (k - found <= STALLED) & ~jnp.all(now.done)
 
-    return lax.while_loop(unfinished, step, varying((k, first, split), problem))[1]
+    best = jnp.full(problem.batch_shape, jnp.inf, problem.dtype)
+    carry = varying((k, first, split, best, k), problem)
+    return lax.while_loop(unfinished, step, carry)[1]
 
 
 def _before_zero(problem: Any, first: Iterate) -> tuple[Array, Iterate, Split]:

@@ -226,7 +226,10 @@ def test_what_cannot_be_solved_is_refused(rng):
     X, y, patterns = instance(rng)
     problem = convex.GatedProblem(X, jnp.asarray(y), patterns, 0.5)
     logistic = convex.GatedProblem(X, jnp.asarray(y), patterns, 0.5, loss=ss.losses.Logistic())
+    prior = ss.prox.NonNegative()
+    other = convex.GatedProblem(X, jnp.asarray(y), patterns, 0.5, regularizer=prior)
     for wrong, call in {
+        "regularizer of convex.solve.*ss.ProxGD": lambda: convex.solve(other),
         "problem of convex.solve": lambda: convex.solve("no problem"),
         "solver of convex.solve": lambda: convex.solve(problem, solver=ss.ProxGD(3)),
         "loss of KernelADMM": lambda: convex.solve(logistic, solver=convex.KernelADMM()),
@@ -237,6 +240,30 @@ def test_what_cannot_be_solved_is_refused(rng):
     }.items():
         with pytest.raises(ValueError, match=wrong):
             call()
+
+
+def test_what_round_off_keeps_from_its_tolerance_ends_early(rng, monkeypatch):
+    monkeypatch.setattr(_kernel_admm, "STALLED", 30)
+    X, y, patterns = instance(rng)
+    X, y = jnp.asarray(X, jnp.float32), jnp.asarray(y, jnp.float32)
+    patterns = convex.Patterns(patterns.gates.astype(jnp.float32), patterns.mask)
+    problem = convex.GatedProblem(X, y, patterns, np.float32(0.01))
+    seen = []
+    solution = convex.solve(problem, tol=1e-9, progress=lambda k, *_: seen.append(int(k)))
+    jax.effects_barrier()
+    assert solution.iterations < 5000
+    assert solution.status == ss.solvers.Status.MAX_ITERS
+    assert solution.certificate > 1e-9 * solution.objectives[-1]
+    assert sorted(seen) == list(range(int(solution.iterations)))
+
+
+def test_a_known_problem_within_jit(rng):
+    X, y, patterns = instance(rng)
+    problem = convex.GatedProblem(X, jnp.asarray(y), patterns, 0.5)
+    wanted = convex.solve(problem, tol=1e-8)
+    solution = jax.jit(lambda: convex.solve(problem, tol=1e-8))()
+    np.testing.assert_allclose(solution.objectives, wanted.objectives, rtol=1e-12)
+    assert 0 <= solution.certificate <= 1.01e-8 * solution.objectives[-1]
 
 
 SHARDED = """
