@@ -19,7 +19,7 @@ class Factor:
 
     Args:
       below: the rows of blocks left of the diagonal, shapes (b, 0), (b, b), (b, 2b), …, the last with fewer
-      rows inverses: of the diagonal blocks,of shape (b, b).
+      rows inverses: of the diagonal blocks, of shape (b, b).
     """
 
     below: tuple[Array, ...]

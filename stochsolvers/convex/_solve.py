@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 from jax import lax
 
 from stochsolvers import _checks
@@ -23,8 +24,8 @@ from stochsolvers.solvers import Solution, Status
 _MOST_DATA = 8000
 """Beyond, the n × n kernel is not factored."""
 _FEW_DATA = 2048
-_QUICK = {"xla_cpu_use_fusion_emitters": False}
-"""Halves what compiling for a CPU takes; only outside of other transformations."""
+_QUICK = {"xla_cpu_use_fusion_emitters": False} if jaxlib.__version__.startswith("0.10.") else None
+"""Halves what compiling for a CPU takes; outside of other transformations. Jaxlib 0.11 does not have it."""
 
 
 def solve(
@@ -42,7 +43,8 @@ def solve(
       problem: a `GatedProblem` or a `ReLUProblem`.
       solver: `KernelADMM()`, `FISTA()`, `LandmarkADMM()` for gated programs, `ConeADMM()` and
         `InteriorPoint()` for cone programs. None takes, of gated programs, `KernelADMM` for squares on up
-        to 8000 data and else `FISTA`; of cone programs, `ConeADMM`.
+        to 8000 data and else `FISTA`; of cone programs, `ConeADMM`. `InteriorPoint` is more accurate for
+        small ones, outside `jit`.
       init: V_0, zero by default; the optimum for a nearby β as a warm start.
       tol: the relative gap, traced. In float32 gaps below about 1e-5 may be out of reach where β is small.
       certify: also return a bound on P(V) − min P that allows for round-off; see `Solution.certificate`. It
@@ -54,7 +56,8 @@ def solve(
     Returns:
       `Solution` with a `status`, `iterations` and a `certificate` for each program of a batch; `residuals`
       and `objectives` are those of the last iteration, shape (1, *batch). A path of β, tolerances, caps and
-      warm starts compiles once.
+      warm starts compiles once. Nothing of it is differentiated: derivatives are zero. `CONVERGED` is the
+      loop's own gap; the certificate, with its round-off, may be above tol P by that.
 
     Raises:
       ValueError: at trace time, for what is no convex program, an algorithm that is not for it, a `Prior`
