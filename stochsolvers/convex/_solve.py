@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from jax import lax
 
 from stochsolvers import _checks
@@ -24,7 +23,7 @@ from stochsolvers.solvers import Solution, Status
 _MOST_DATA = 8000
 """Beyond, the n × n kernel is not factored."""
 _FEW_DATA = 2048
-_QUICK = {"xla_cpu_use_fusion_emitters": False} if jaxlib.__version__.startswith("0.10.") else None
+_QUICK = {"xla_cpu_use_fusion_emitters": False} if version("jaxlib").startswith("0.10.") else None
 """Halves what compiling for a CPU takes; outside of other transformations. Jaxlib 0.11 does not have it."""
 
 
