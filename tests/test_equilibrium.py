@@ -146,7 +146,7 @@ def bounds(problem, points):
 def test_certificates_are_never_below_the_truth(rng, dtype):
     """From far away down to round-off, in both precisions, against the arrays as they are."""
     loose = []
-    for norm in (0.3, 0.9, 0.99):
+    for norm in (0.3, 0.9, 0.99, 0.9999):
         problem = jax.tree.map(
             lambda leaf: leaf.astype(dtype) if hasattr(leaf, "dtype") else leaf,
             dense_problem(rng, batch=(4,), norm=norm),
@@ -164,8 +164,9 @@ def test_certificates_are_never_below_the_truth(rng, dtype):
             assert gap <= gaps[k, i] + 1e-18
             assert away <= distances[k, i]
             if k == 1:
-                loose.append(distances[k, i] / away * (1 - norm**2))
-    assert np.max(loose) < 1.01
+                loose.append((norm, distances[k, i] / away * (1 - norm**2)))
+    assert max(ratio for norm, ratio in loose if norm < 0.999) < 1.01
+    assert max(ratio for _, ratio in loose) < 1.2  # of 1 − ω², few digits are left in float32
 
 
 def test_there_is_no_certificate_where_the_norm_is_one(rng):

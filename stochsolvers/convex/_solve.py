@@ -1,6 +1,7 @@
 """One call from a convex program to its certified optimum."""
 
 import dataclasses
+from importlib.metadata import version
 from typing import Any
 
 import jax
