@@ -28,6 +28,7 @@ NAMES = (
     "equilibrium",
     "training",
     "proxprop",
+    "convex",
 )
 _COMPARE = {"≤": operator.le, "≥": operator.ge}
 

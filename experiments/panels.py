@@ -12,7 +12,9 @@ Row = Mapping[str, Any]
 Rows = Sequence[Row]
 Panels = dict[str, list[Curve]]
 PROGRESS = {"train_loss": "training loss", "validation_accuracy": "validation accuracy (%)"}
-PLAIN = ("dropout", "baseline", "backpropagation")
+DESCENT = ("objective", "objective − lower bound, relative", "validation accuracy (%)")
+PATH = {"validation_accuracy": "validation accuracy (%)", "neurons": "neurons that are not zero"}
+PLAIN = ("dropout", "baseline", "backpropagation", "Adam", "SGD")
 """Words in the labels of networks that the others are compared with; their lines are dashed."""
 
 
@@ -54,7 +56,12 @@ def diverged(finals: Rows) -> str:
 
 
 def accuracy(rows: Rows) -> Panels:
-    """Validation accuracy over epochs, mean over the seeds, with a band from least to greatest."""
+    """Validation accuracy over epochs, mean over the seeds, with a band from least to greatest.
+
+    Nothing for rows of objectives: some are of iterations, and `descent` draws them over seconds.
+    """
+    if is_descent(rows):
+        return {}
     labels, colors = _labels(rows), _colors(rows)
     finals = grouped((row for row in rows if row["kind"] == "final"), name_of)
     panels: Panels = {}
@@ -93,6 +100,71 @@ def progress(rows: Rows) -> dict[str, Panels]:
                 )
                 contents.setdefault(ylabel, {}).setdefault(xlabel, []).append(curve)
     return contents
+
+
+def is_descent(rows: Rows) -> bool:
+    """Whether the rows are of methods that minimise one objective."""
+    return any(row["kind"] == "epoch" and "objective" in row for row in rows)
+
+
+def bounds(rows: Rows) -> dict[tuple[Any, ...], float]:
+    """The best lower bound on the objective of each family of networks, data set, study and seed."""
+    found: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        if row["kind"] == "final" and row.get("lower_bound") is not None:
+            key = _family(row)
+            found[key] = max(row["lower_bound"], found.get(key, 0.0))
+    return found
+
+
+def relative_gap(row: Row, best: Mapping[tuple[Any, ...], float]) -> float | None:
+    """(objective − best lower bound)/objective, None where there is no bound or no objective."""
+    bound, objective = best.get(_family(row)), row.get("objective")
+    return None if bound is None or not objective else (objective - bound) / objective
+
+
+def _family(row: Row) -> tuple[Any, ...]:
+    return row["dataset"], row.get("study"), row["seed"], row.get("family")
+
+
+def descent(rows: Rows) -> Panels:
+    """Objective, its relative distance from the best lower bound, and accuracy over seconds.
+
+    Of the first seed: another one may have another β. Seconds are of compilation and training.
+    """
+    panels: Panels = {}
+    if not is_descent(rows):
+        return panels
+    labels, colors, best = _labels(rows), _colors(rows), bounds(rows)
+    seed = rows[0]["seed"]
+    epochs = [row for row in rows if row["kind"] == "epoch" and row["seed"] == seed]
+    for name, group in grouped(epochs, name_of).items():
+        label = labels[name][1]
+        x = np.array([row["seconds"] for row in group])
+        gaps = [relative_gap(row, best) for row in group]
+        lines = (
+            [row["objective"] for row in group],
+            None if None in gaps else gaps,
+            [row["validation_accuracy"] for row in group],
+        )
+        for title, values in zip(DESCENT, lines, strict=True):
+            if values is not None:
+                curve = Curve(label, x, np.array(values), colors[label], _is_plain(label))
+                panels.setdefault(title, []).append(curve)
+    return panels
+
+
+def path(rows: Rows) -> Panels:
+    """Validation accuracy and neurons over β/β_max, mean over the seeds, with a band."""
+    panels: Panels = {}
+    points = [point for row in rows if row["kind"] == "final" for point in row.get("path", ())]
+    groups = grouped(points, lambda point: point["fraction"])
+    x = sorted(groups)
+    for number, (key, title) in enumerate(PATH.items()):
+        values = [[point[key] for point in groups[fraction]] for fraction in x]
+        if values:
+            panels[title] = [_over_seeds(title, np.array(x), values, number, plain=False)]
+    return panels
 
 
 def residuals(rows: Rows) -> Panels:

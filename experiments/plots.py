@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -84,12 +85,55 @@ def progress(path: Path, contents: Mapping[str, Panels], *, title: str) -> None:
         figure.savefig(path, metadata={"Software": None})
 
 
+def descent(path: Path, contents: Panels, *, title: str) -> None:
+    """Axes side by side over seconds, of one seed, logarithmic but for percentages, with one legend."""
+    ends = [curve.x[-1] for curves in contents.values() for curve in curves]
+    xscale = "log" if max(ends) > 20 * min(ends) else "linear"
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.2, 4.0), layout="constrained")
+        grid = figure.subplots(1, len(contents), squeeze=False)[0]
+        for axes, (ylabel, curves) in zip(grid, contents.items(), strict=True):
+            _draw(axes, curves, markers=False)
+            axes.set(xlabel="seconds", ylabel=ylabel, xscale=xscale)
+            if xscale == "log":
+                _plain_numbers(axes.xaxis)
+            else:
+                axes.set_xlim(left=0)
+            if "%" not in ylabel:
+                _logarithmic(axes)
+        figure.suptitle(title)
+        handles = {str(line.get_label()): line for line in grid[0].lines}
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
+        )
+        figure.savefig(path, metadata={"Software": None})
+
+
+def path(path: Path, contents: Panels, *, title: str) -> None:
+    """Axes side by side over β/β_max."""
+    curves = [curve for drawn in contents.values() for curve in drawn]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.4, 3.4), layout="constrained")
+        grid = figure.subplots(1, len(contents), squeeze=False)[0]
+        for axes, (ylabel, drawn) in zip(grid, contents.items(), strict=True):
+            _draw(axes, drawn)
+            axes.set(xlabel="β/β$_{max}$", ylabel=ylabel, xscale="log")
+            axes.set_xticks(drawn[0].x, [f"{value:g}" for value in drawn[0].x])
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        figure.suptitle(_titled(title, curves, SEEDS))
+        figure.savefig(path, metadata={"Software": None})
+
+
 def _logarithmic(axes: Axes) -> None:
     """A logarithmic scale with numbers at 1, 2 and 5 times powers of ten."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(axes.yaxis)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _titled(title: str, curves: Sequence[Curve], note: str) -> str:
@@ -143,7 +187,7 @@ def rates(path: Path, contents: Sequence[Curve], *, title: str) -> None:
         figure.savefig(path, metadata={"Software": None})
 
 
-def _draw(axes: Axes, curves: Sequence[Curve]) -> None:
+def _draw(axes: Axes, curves: Sequence[Curve], *, markers: bool = True) -> None:
     for curve in curves:
         color = f"C{curve.color}"
         axes.plot(
@@ -151,7 +195,7 @@ def _draw(axes: Axes, curves: Sequence[Curve]) -> None:
             curve.y,
             color=color,
             linestyle="--" if curve.dashed else "-",
-            marker="o" if len(curve.x) < 12 else None,
+            marker="o" if markers and len(curve.x) < 12 else None,
             markersize=4,
             label=curve.label,
         )

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from experiments import panels, plots, results, terminal
+from experiments import objectives, panels, plots, results, terminal
 from experiments.panels import Rows, diverged, grouped, name_of
 
 CSV, PAGE, NOTES = "summary.csv", "README.md", "NOTES.md"
@@ -31,6 +31,10 @@ PICTURES = {
     "rates.png": "test accuracy over dropout rates, mean over the seeds, band from least to greatest",
     "progress.png": "loss and accuracy over epochs and over seconds, compilation and scoring included, mean "
     "over the seeds, band from least to greatest",
+    "descent.png": "objective, its relative distance from the best lower bound, and validation accuracy over "
+    "seconds of compilation and training, of the first seed",
+    "path.png": "validation accuracy and neurons of the gated program over β/β_max, mean over the seeds, "
+    "band from least to greatest",
 }
 OLD = ("table2.csv",)
 """File names of earlier revisions for the summary; such files are removed."""
@@ -62,7 +66,11 @@ def summarise(rows: Rows) -> list[dict[str, Any]]:
     finals = [row for row in rows if row["kind"] == "final"]
     baselines = {_family(row): row["accuracy"] for row in finals if _role(row) in BASELINES}
     groups = grouped(finals, lambda row: (row["dataset"], name_of(row)))
-    return [_summary(dataset, name, group, baselines) for (dataset, name), group in groups.items()]
+    common = [
+        _summary(dataset, name, group, baselines) for (dataset, name), group in groups.items()
+    ]
+    more = objectives.summaries(rows) or [{}] * len(common)
+    return [summary | further for summary, further in zip(common, more, strict=True)]
 
 
 def _role(row: Mapping[str, Any]) -> str | None:
@@ -133,9 +141,11 @@ def table(rows: Rows) -> str:
     finals = [row for row in rows if row["kind"] == "final"]
     header = ["network", "test %", "± trials", "full gradient", "validation %", "gain", "paper"]
     seeds = len({row["seed"] for row in finals})
-    summaries = summarise(rows)
+    summaries, cells = summarise(rows), _cells
+    if of_objectives := panels.is_descent(rows):
+        header, cells = objectives.HEADER, objectives.cells
     lines = [
-        results.format_table(header, list(map(_cells, summaries))),
+        results.format_table(header, list(map(cells, summaries))),
         f"{panels.title_of(finals)}, {seeds} seed{'s' if seeds > 1 else ''}"
         + ("; ± beside a number is over seeds." if seeds > 1 else "."),
     ]
@@ -145,7 +155,7 @@ def table(rows: Rows) -> str:
         lines.append("The gain is over the baseline that was finetuned for the same epochs.")
     if any(row.get("method") == "backpropagation" for row in finals):
         lines.append("The gain is over backpropagation, seed by seed. The paper has curves only.")
-    elif all(row["paper_accuracy"] is None for row in summaries):
+    elif not of_objectives and all(row["paper_accuracy"] is None for row in summaries):
         datasets = ", ".join(dict.fromkeys(row["dataset"] for row in finals))
         lines.append(f"The paper has no numbers for this network on {datasets}.")
     return "\n".join(lines)
@@ -182,15 +192,6 @@ and the residual share memory, so that its directions are not conjugate from the
 def page(rows: Rows, pictures: Iterable[str] = (), notes: str = "") -> str:
     """The results page: paper, ours, difference, schedule, seeds, hardware."""
     rows = panels.ordered(rows)
-    summaries = summarise(rows)
-    header = ["network", "paper", "ours, test %", "± trials", "full gradient", "difference"]
-    header += ["validation %", "gain", "schedule", "seeds", "hardware"]
-    lines = []
-    for row in summaries:
-        name, accuracy, trials, full, validation, gain, paper = _cells(row)
-        difference = "" if row["difference"] is None else f"{row['difference']:+.2f}"
-        schedule = [row["schedule"], row["seeds"], row["hardware"]]
-        lines.append([name, paper, accuracy, trials, full, difference, validation, gain, *schedule])
     finals = [row for row in rows if row["kind"] == "final"]
     versions = dict.fromkeys(
         ", ".join(f"{name} {version}" for name, version in row["versions"].items())
@@ -199,8 +200,8 @@ def page(rows: Rows, pictures: Iterable[str] = (), notes: str = "") -> str:
     )
     parts = [
         f"{MARK}\n# {panels.title_of(finals)}",
-        results.markdown_table(header, lines),
-        IMPLICIT if any(row.get("method") == "backpropagation" for row in finals) else CAPTION,
+        results.markdown_table(*_markdown(rows)),
+        _caption(rows),
         "\n".join(f"- `{name}`: {PICTURES[name]}." for name in pictures),
         "Versions: " + "; ".join(versions) + ".",
         notes.strip(),
@@ -208,7 +209,35 @@ def page(rows: Rows, pictures: Iterable[str] = (), notes: str = "") -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def _markdown(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the page's table."""
+    summaries = summarise(rows)
+    last = ["schedule", "seeds", "hardware"]
+    if panels.is_descent(rows):
+        header = [*objectives.HEADER, "β/β_max"]
+        lines = [[*objectives.cells(row), row["fraction"]] for row in summaries]
+    else:
+        header = ["network", "paper", "ours, test %", "± trials", "full gradient", "difference"]
+        header += ["validation %", "gain"]
+        lines = []
+        for row in summaries:
+            name, accuracy, trials, full, validation, gain, paper = _cells(row)
+            difference = "" if row["difference"] is None else f"{row['difference']:+.2f}"
+            lines.append([name, paper, accuracy, trials, full, difference, validation, gain])
+    ends = [[row[key] for key in last] for row in summaries]
+    return header + last, [line + end for line, end in zip(lines, ends, strict=True)]
+
+
+def _caption(rows: Rows) -> str:
+    if panels.is_descent(rows):
+        return objectives.CAPTION
+    implicit = any(row.get("method") == "backpropagation" for row in rows if row["kind"] == "final")
+    return IMPLICIT if implicit else CAPTION
+
+
 def _schedule(row: Mapping[str, Any]) -> str:
+    if "schedule" in row:
+        return row["schedule"]
     training = row.get("config", {}).get("training", {})
     rates = training.get("learning_rates") or (
         [training["learning_rate"] * 10.0**-k for k in range(3)]
@@ -243,7 +272,8 @@ def write(folder: Path, rows: Rows) -> list[str]:
       one line for each file that was kept as it is, or removed.
     """
     rows, remarks = panels.ordered(rows), []
-    results.write_csv(folder / CSV, COLUMNS, summarise(rows))
+    columns = COLUMNS + objectives.COLUMNS * panels.is_descent(rows)
+    results.write_csv(folder / CSV, columns, summarise(rows))
     for name in OLD:
         if (folder / name).exists():
             (folder / name).unlink()
@@ -254,6 +284,8 @@ def write(folder: Path, rows: Rows) -> list[str]:
         (panels.residuals(rows), plots.residuals),
         (panels.rates(rows), plots.rates),
         (panels.progress(rows), plots.progress),
+        (panels.descent(rows), plots.descent),
+        (panels.path(rows), plots.path),
     )
     for name, (contents, draw) in zip(PICTURES, drawings, strict=True):
         if contents:

@@ -9,6 +9,7 @@ References:
   Bibi, Ghanem, Koltun and Ranftl, Deep Layers as Stochastic Solvers, ICLR 2019.
 """
 
+from stochsolvers import convex as convex
 from stochsolvers import dropout as dropout
 from stochsolvers import equilibrium as equilibrium
 from stochsolvers import estimators as estimators

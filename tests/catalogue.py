@@ -39,6 +39,11 @@ MAPS = {
     "linear_map": ss.linear_map(cumulative, (5,)),
     "linear_map times a number": -1.5 * ss.linear_map(cumulative, (5,)),
     "linear_map of two axes": ss.linear_map(lambda x: jnp.roll(x, 1, 0) @ SQUARE[0, 0], (2, 2)),
+    "convex.GatedMap": ss.convex.GatedMap(
+        normal(16, 4, 2),
+        ss.convex.Patterns(normal(17, 2, 3), normal(16, 4, 2) @ normal(17, 2, 3) >= 0),
+        outputs=2,
+    ),
 }
 LABELS = jnp.sign(normal(10, 2, 4))
 LOSSES = {

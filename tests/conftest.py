@@ -22,11 +22,22 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import jax.monitoring
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_enable_x64", True)
+
+MANY_PROGRAMS = 3000  # Linux gives a process 65,530 memory maps, and each program takes about 8
+_programs = [0]  # compiled since the caches were last emptied
+
+
+def _count(event: str, _: float, **__: object) -> None:
+    _programs[0] += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
 
 settings.register_profile(
     "project",
@@ -38,12 +49,35 @@ settings.register_profile(
 settings.load_profile("project")
 
 
+def is_light(item: pytest.Item) -> bool:
+    return item.get_closest_marker("optimized") is None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's light tests in one go and its others in another; as the file before ended, so it begins.
+
+    Every change of the setting empties JAX's caches.
+    """
+    files: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    light, ordered = True, []
+    for tests in files.values():
+        first = [item for item in tests if is_light(item) == light]
+        ordered += first + [item for item in tests if is_light(item) != light]
+        light = is_light(ordered[-1])
+    items[:] = ordered
+
+
 @pytest.hookimpl(tryfirst=True)  # before the fixtures
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compile a test's programs as its mark says."""
-    light = item.get_closest_marker("optimized") is None
-    if light != jax.config.read("jax_disable_most_optimizations"):
+    light = is_light(item)
+    changes = light != jax.config.read("jax_disable_most_optimizations")
+    if changes or _programs[0] > MANY_PROGRAMS:
         jax.clear_caches()  # the setting is no part of their keys
+        _programs[0] = 0
+    if changes:
         jax.config.update("jax_disable_most_optimizations", light)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(light))  # of subprocesses
     # commands run as users run them; everything else names the axes that it broadcasts

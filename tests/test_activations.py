@@ -13,8 +13,6 @@ from flax import nnx
 import stochsolvers as ss
 from stochsolvers import prox, testing
 
-pytestmark = pytest.mark.optimized
-
 INF = np.inf
 STEPS = (1e-3, 0.02, 0.1, 0.5, 1.0, 1.5, 3.0, 30.0)
 xlogy = scipy.special.xlogy
@@ -142,6 +140,7 @@ def _everything(kind, parameters, v, step):
     return u, prior.pre_activation(v, step), *back(jnp.ones_like(u))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @names
 def test_prox_is_sigma_at_the_root_to_the_last_digits(name, dtype):
@@ -169,6 +168,7 @@ def test_prox_is_sigma_at_the_root_to_the_last_digits(name, dtype):
     np.testing.assert_array_equal(w[STEPS.index(1.0)], v)
 
 
+@pytest.mark.optimized
 @names
 def test_the_unit_step_is_the_activation_of_jax(name):
     case = CASES[name]
@@ -187,6 +187,7 @@ def _sample(case, count=41):
     return np.linspace(low, high, count)[1:-1]
 
 
+@pytest.mark.optimized
 @names
 def test_values_are_those_of_their_definition(name):
     case = CASES[name]
@@ -204,6 +205,7 @@ def test_values_are_those_of_their_definition(name):
             )
 
 
+@pytest.mark.optimized
 @names
 def test_values_keep_their_digits_near_the_ends(name):
     """∫ (σ⁻¹(t) − t) dt from an end of the domain or from 0, by Gauss's rule in long double."""
@@ -230,6 +232,7 @@ def test_values_keep_their_digits_near_the_ends(name):
     np.testing.assert_allclose(slope, inverse(wide), rtol=2e-6)
 
 
+@pytest.mark.optimized
 def test_values_on_the_walls():
     values = [
         (prox.Tanh(), [-1.0, 1.0], 2 * np.log(2) - 1),
@@ -253,6 +256,7 @@ def test_values_on_the_walls():
     assert prox.LeakyReLU(1.0).conjugate(jnp.asarray([-1e-9])) == INF
 
 
+@pytest.mark.optimized
 @names
 def test_conjugates_are_suprema(name):
     """Sup of w u − g(u), at u = σ(p) with p − σ(p) = w by bisection."""
@@ -307,6 +311,7 @@ def test_second_derivatives_and_those_of_alpha():
     np.testing.assert_allclose(by_alpha(0.5)[1], expected, rtol=1e-7)
 
 
+@pytest.mark.optimized
 def test_huge_and_tiny_arguments_are_finite():
     v = jnp.asarray([0.0, 1e-38, 1e-30, 1e20, 3e38, -1e-38, -1e20, -3e38], np.float32)
     for case in CASES.values():
@@ -334,6 +339,7 @@ def test_leaky_relu_agrees_with_the_squared_hinge():
         )
 
 
+@pytest.mark.optimized
 def test_indicators_keep_the_point_before_the_projection():
     v = jnp.asarray([-3.0, -0.1, 0.4, 4.0])
     for prior in (prox.Zero(), prox.NonNegative(), prox.Box(-1.0, 1.0)):
@@ -359,6 +365,7 @@ class Wrapped:
         return self.function(x)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["Tanh", "Softplus", "LeakyReLU"])
 def test_a_function_without_a_closed_form(name):
     """The digits of the closed forms; g and g* up to opposite constants."""
@@ -410,6 +417,7 @@ MEMBERS = [
 ]
 
 
+@pytest.mark.optimized
 def test_the_activations_of_jax():
     """The prox of the prior at η = 1 is the function, for known functions in their closed form."""
     v = jnp.linspace(-8, 8, 33)
@@ -526,6 +534,7 @@ def _iterates(case, data, ridge):
     return iterates, objective
 
 
+@pytest.mark.optimized
 @names
 def test_certificates_are_above_the_gap(name):
     """In float32, at early and late iterates, and at points of the domain far from the optimum."""
@@ -554,6 +563,7 @@ def test_certificates_are_above_the_gap(name):
         assert np.all(bound <= 1e-4)
 
 
+@pytest.mark.optimized
 def test_layers_take_exact_activations():
     """One iteration at η = 1 is the activation of the linear layer."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), np.float32)
@@ -578,6 +588,7 @@ def test_the_contract_sees_a_wrong_pre_activation():
         testing.check_prior(WrongPreActivation(), (4,))
 
 
+@pytest.mark.optimized
 def test_a_wrapped_function_is_judged_by_what_it_computes():
     """`functools.wraps` names tanh and GELU, the bodies are others."""
 

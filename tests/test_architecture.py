@@ -17,14 +17,14 @@ FLOORS = [
     {"estimators"},
     {"step_sizes"},
     {"dropout", "solvers"},
-    {"equilibrium"},
+    {"equilibrium", "convex"},
     {"_layers"},
     {"_equilibria"},
     {"reports"},
     {"nnx", "linen"},
     {"testing"},
 ]
-MAY_IMPORT_FLAX = {"nnx", "linen", "testing"}
+MAY_IMPORT_FLAX = {"nnx", "linen", "testing", "convex"}
 
 
 def modules():
@@ -70,3 +70,10 @@ def test_experiments_use_the_public_api_alone(path):
 
 def test_files_stay_readable():
     assert all(len(path.read_text().splitlines()) <= 400 for path in modules())
+
+
+def test_convex_programs_import_flax_in_one_file():
+    rooms = [
+        path.name for path in modules() if room(path) == "convex" and "flax" in set(imported(path))
+    ]
+    assert rooms == ["_flax.py"]

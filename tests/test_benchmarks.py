@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import (
     certificates,
+    convex,
     convolution,
     dense,
     derivatives,
@@ -93,7 +94,7 @@ def test_the_stored_page_is_the_one_of_the_stored_results():
 
 @pytest.mark.parametrize(
     "module",
-    [certificates, convolution, derivatives, equilibrium, forms, masks, proxprop, sampling],
+    [certificates, convex, convolution, derivatives, equilibrium, forms, masks, proxprop, sampling],
     ids=lambda m: m.__name__,
 )
 def test_commands_run(module):

@@ -11,8 +11,6 @@ import scipy.optimize
 import stochsolvers as ss
 from stochsolvers import prox
 
-pytestmark = pytest.mark.optimized
-
 WIDE, INF = np.longdouble, jnp.inf
 
 
@@ -37,6 +35,7 @@ def sorted_projection(v):
     return np.maximum(v - np.take_along_axis(thresholds, last, -1), 0)
 
 
+@pytest.mark.optimized
 def test_projections_onto_the_simplex(rng):
     v = np.concatenate([s * rng.normal(size=(20, 5)) for s in (0.1, 1.0, 10.0)])
     v = np.concatenate([v, [[0.2] * 5, [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [3, 2, 2, 2, -9]]])
@@ -63,6 +62,7 @@ def rows():
     return np.array([*random, *gaps, *ladders, 1e6 - np.linspace(0, 30, ROWS)])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_projections_keep_their_digits(dtype):
     v, eps = rows().astype(dtype), np.finfo(dtype).eps
@@ -113,6 +113,7 @@ def tempered(v, alpha, beta):
 STEPS = (1e-3, 0.01, 0.1, 0.9, 1.1, 3, 30)
 
 
+@pytest.mark.optimized
 def test_softmax_at_any_step_keeps_its_digits():
     exact = {}
     for dtype in (np.float32, np.float64):
@@ -133,6 +134,7 @@ def test_softmax_at_any_step_keeps_its_digits():
             assert np.isfinite(prox.Entropy().value(jnp.asarray(u)))
 
 
+@pytest.mark.optimized
 def test_softmax_at_the_unit_step_to_the_bit(rng):
     v = jnp.asarray(np.concatenate([rows(), 3 * rng.normal(size=(20, ROWS))]), jnp.float32)
     prior = prox.Entropy(gamma=4.0)
@@ -154,6 +156,7 @@ def test_limits_of_softmax_for_short_and_long_steps(rng):
     np.testing.assert_allclose(long, 1 / 6, atol=1e-8)
 
 
+@pytest.mark.optimized
 def test_infinite_and_huge_entries():
     huge = np.finfo(np.float32).max
     for prior in (prox.Entropy(), prox.Simplex()):
@@ -167,6 +170,7 @@ def test_infinite_and_huge_entries():
     assert prox.Entropy().conjugate(jnp.asarray([2.0, -INF])) == 2.5
 
 
+@pytest.mark.optimized
 def test_derivatives_are_finite_over_the_range():
     v = jnp.asarray(rows(), jnp.float32)
     weight = jnp.asarray(np.random.default_rng(0).normal(size=v.shape), jnp.float32)
@@ -290,6 +294,7 @@ def least(kernel, x, bias, ridge, g, step_of):
     return best
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", CASES)
 def test_certificates_in_single_precision(name, rng):
     """At least the true gap at every iterate, and of the order of round-off at the last."""

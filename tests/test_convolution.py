@@ -13,8 +13,6 @@ from jax.sharding import PartitionSpec as P
 import stochsolvers as ss
 from stochsolvers import _convolution
 
-pytestmark = pytest.mark.optimized
-
 CASES = {
     "same": {"pads": ((1, 1), (1, 1))},
     "odd features": {"inputs": 3, "pads": ((1, 1), (1, 1))},
@@ -134,6 +132,7 @@ def test_forward_and_second_derivatives_and_batches(case):
     agree(products(ours), products(theirs), *operands)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
 def test_a_solver_is_differentiated_in_the_form_that_has_a_fast_routine(strides, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
@@ -160,6 +159,7 @@ def test_an_empty_batch_has_gradients_of_zero():
     np.testing.assert_array_equal(of_kernel, jnp.zeros_like(kernel))
 
 
+@pytest.mark.optimized
 def test_low_precision_stays_what_it_is():
     ours, _, (x, kernel) = problem(4, **CASES["same"])
     exact = jax.grad(ours, (0, 1))(x, kernel)

@@ -9,8 +9,6 @@ from equivalence.plain_layers import Geometry, dense_matrix
 import stochsolvers as ss
 from stochsolvers import dropout, sampling
 
-pytestmark = pytest.mark.optimized
-
 KEY = jax.random.key(11)
 CONV = Geometry((3, 4), (2, 3), 4, 3)
 

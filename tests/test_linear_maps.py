@@ -11,8 +11,6 @@ from flax import nnx
 import stochsolvers as ss
 from stochsolvers.tensor_product import t_product
 
-pytestmark = pytest.mark.optimized
-
 GEOMETRIES = {
     "same": Geometry((5, 4), (3, 3), 2, 3),
     "same even strided": Geometry((5, 4), (2, 4), 2, 3, strides=(2, 1)),

@@ -9,8 +9,6 @@ from flax import nnx, serialization
 
 import stochsolvers as ss
 
-pytestmark = pytest.mark.optimized
-
 ONE = ss.ProxGD(1, step_size=1.0)
 
 
@@ -36,6 +34,7 @@ def images(rng):
     return jnp.asarray(rng.normal(size=(3, 6, 6, 2)), jnp.float32)
 
 
+@pytest.mark.optimized
 def test_saved_checkpoint_of_a_plain_network_loads_into_its_twin(images):
     variables = Plain().init(jax.random.key(0), images)
     saved = serialization.to_bytes(variables["params"])

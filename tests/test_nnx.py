@@ -10,8 +10,6 @@ from flax import nnx
 
 import stochsolvers as ss
 
-pytestmark = pytest.mark.optimized
-
 ONE = ss.ProxGD(1, step_size=1.0)
 
 
@@ -45,6 +43,7 @@ def images(rng):
     return jnp.asarray(rng.normal(size=(5, 8, 8, 1)), jnp.float32)
 
 
+@pytest.mark.optimized
 def test_parameter_state_is_identical(images):
     streams = {"params": 0, "dropout": 1}
     plain, twin = Plain(nnx.Rngs(**streams)), Twin(ONE, ONE, nnx.Rngs(**streams))
@@ -53,6 +52,7 @@ def test_parameter_state_is_identical(images):
     np.testing.assert_array_equal(twin(images), plain(images))
 
 
+@pytest.mark.optimized
 def test_saved_checkpoint_of_a_plain_network_loads_into_its_twin(tmp_path, images):
     plain = Plain(nnx.Rngs(1))
     with ocp.StandardCheckpointer() as checkpointer:
@@ -67,6 +67,7 @@ def test_saved_checkpoint_of_a_plain_network_loads_into_its_twin(tmp_path, image
     np.testing.assert_array_equal(twin(images), plain(images))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("prior", [ss.prox.Zero(), ss.prox.NonNegative(), ss.prox.Box(0.0, 6.0)])
 def test_one_iteration_of_unit_step_is_the_plain_layer_exactly(rng, prior):
     activation = {"Zero": lambda x: x, "NonNegative": jax.nn.relu, "Box": jax.nn.relu6}

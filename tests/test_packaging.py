@@ -63,7 +63,7 @@ def third_party(*folders):
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("stochsolvers", ["plot", "testing"]),
+        ("stochsolvers", ["plot", "sklearn", "testing"]),
         ("experiments", ["experiments", "tensorboard"]),
         ("benchmarks", ["benchmarks"]),
         ("notebooks", ["docs"]),

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 import stochsolvers as ss
 from stochsolvers import prox
 
-pytestmark = pytest.mark.optimized
-
 INF = np.inf
 
 # The priors by their definitions, on one entry: g(u), an interval containing the domain.
@@ -234,6 +232,7 @@ def test_dual_projection_is_the_nearest_point(name, margin, rng):
         assert jnp.sum((w - z) * (y - z)) <= 1e-11
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @names
 def test_projected_points_are_feasible_in_any_precision(name, dtype, rng):
@@ -243,6 +242,7 @@ def test_projected_points_are_feasible_in_any_precision(name, dtype, rng):
     assert np.isfinite(prior.value(prior.prox(w, 0.3)))
 
 
+@pytest.mark.optimized
 def test_semidefinite_dual_points_with_a_large_skew_part(rng):
     """The projection's symmetric part is 0 up to the round-off of the skew part: still in the domain."""
     prior = prox.PositiveSemidefinite()
@@ -277,6 +277,7 @@ def test_minimisers_are_fixed_points(name, minimiser):
 # --- activations ----------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 def test_familiar_activations(rng):
     v = jnp.concatenate(
         [jnp.asarray([0.0, -0.0, 1.0, -1.0, 6.0]), jnp.asarray(5 * rng.normal(size=50))]
@@ -366,6 +367,7 @@ def _sweep(dtype):
     return v.ravel(), c.ravel()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", list(BARRIERS))
 def test_barriers_keep_their_digits(name, dtype):
@@ -380,6 +382,7 @@ def test_barriers_keep_their_digits(name, dtype):
     assert np.all(np.isfinite(value))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", list(BARRIERS))
 def test_barrier_derivatives_keep_their_digits(name, dtype):
@@ -412,6 +415,7 @@ def test_barrier_derivatives_keep_their_digits(name, dtype):
     assert np.all(np.isfinite(second))
 
 
+@pytest.mark.optimized
 @names
 def test_values_and_derivatives_are_finite_in_single_precision(name):
     prior = ALL[name]
@@ -431,6 +435,7 @@ def test_values_and_derivatives_are_finite_in_single_precision(name):
         assert np.all(np.isfinite(dstep))
 
 
+@pytest.mark.optimized
 def test_distances_below_the_spacing_of_floats_stay_inside():
     v = jnp.asarray([-1e6, 1e6, -1e30, 1e15], jnp.float32)
     for prior in (prox.SymmetricLogBarrier(1e-8), prox.IntervalLogBarrier(1e-8)):
@@ -573,6 +578,7 @@ def _entrywise(method, name):
     return jax.jit(jax.vmap(jax.value_and_grad(function, (0, 1))))
 
 
+@pytest.mark.optimized
 @ranged
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_prox_over_the_whole_range(name, shift):
@@ -603,6 +609,7 @@ def test_prox_over_the_whole_range(name, shift):
         assert np.all(np.isfinite(first) | (np.abs(second) > 3e38))
 
 
+@pytest.mark.optimized
 @ranged
 def test_values_over_the_whole_range(name):
     v, eta, gamma = _whole_range()
@@ -618,6 +625,7 @@ def test_values_over_the_whole_range(name):
     _assert_representable(dgamma, by_weight, what="dg/dγ")
 
 
+@pytest.mark.optimized
 @ranged
 def test_conjugates_over_the_whole_range(name):
     w, _, gamma = (array[: len(array) // 2] for array in _whole_range())  # γ from 1e-30 to 1e30
@@ -638,6 +646,7 @@ def test_conjugates_over_the_whole_range(name):
     _assert_representable(dgamma, by_weight, 1.0 if name == "log" else 0.0, what="dg*/dγ")
 
 
+@pytest.mark.optimized
 @ranged
 def test_dual_projections_over_the_whole_range(name):
     w, _, gamma = _whole_range()
@@ -649,6 +658,7 @@ def test_dual_projections_over_the_whole_range(name):
     np.testing.assert_array_equal(np.asarray(dw)[inside], 1)
 
 
+@pytest.mark.optimized
 def test_the_derivative_of_a_shifted_hinge_keeps_its_digits():
     v, shift = np.float32(-0.3000002), np.float32(0.3)
     got = jax.grad(lambda gamma: prox.SquaredHinge(gamma, shift).prox(jnp.asarray(v), 1.0))(
@@ -657,6 +667,24 @@ def test_the_derivative_of_a_shifted_hinge_keeps_its_digits():
     assert float(got) == pytest.approx(-(float(v) + float(shift)) / 1.7**2, rel=1e-6)
 
 
+@jax.jit
+def _group(weight, v):
+    """Methods of the prior of a group, with derivatives in v and η, forward and reverse."""
+    prior = prox.GroupL2(weight)
+    modes = (jax.jacfwd, jax.jacrev)
+    return (
+        prior.prox(v, 1.0),
+        [mode(lambda x: prior.prox(x, 1.0))(v) for mode in modes],
+        [mode(lambda s: prox.GroupL2(1.0).prox(v, s))(weight) for mode in modes],
+        [mode(prior.dual_projection)(v) for mode in modes],
+        prior.value(v),
+        jax.grad(prior.value)(v),
+        prior.dual_projection(v),
+        prior.conjugate(v),
+    )
+
+
+@pytest.mark.optimized
 @pytest.mark.parametrize("weight", [1e-30, 1e-20, 1e-3, 1.0, 1e20, 1e30])
 @pytest.mark.parametrize("size", [1e-37, 1e-20, 1e-10, 1.0, 1e10, 1e20, 2e38])
 def test_group_jacobian_over_the_whole_range(size, weight):
@@ -664,25 +692,25 @@ def test_group_jacobian_over_the_whole_range(size, weight):
     wide, c = v.astype(np.longdouble), np.longdouble(np.float32(weight))
     norm = np.sqrt(np.sum(wide**2))
     unit, keeps = wide / norm, (norm > c).astype(np.longdouble)
-    prior = prox.GroupL2(jnp.float32(weight))
-    _assert_representable(prior.prox(jnp.asarray(v), 1.0), keeps * (1 - c / norm) * wide)
-    for mode in (jax.jacfwd, jax.jacrev):
-        jacobian = mode(lambda x: prior.prox(x, 1.0))(jnp.asarray(v))
+    u, jacobians, by_steps, dual_jacobians, value, slope, dual, conjugate = _group(
+        jnp.float32(weight), jnp.asarray(v)
+    )
+    _assert_representable(u, keeps * (1 - c / norm) * wide)
+    for jacobian, by_step, dual_jacobian in zip(jacobians, by_steps, dual_jacobians, strict=True):
         exact = keeps * ((1 - c / norm) * np.eye(3) + c / norm * np.outer(unit, unit))
         _assert_representable(jacobian, exact)
-        by_step = mode(lambda s: prox.GroupL2(1.0).prox(jnp.asarray(v), s))(jnp.float32(weight))
         _assert_representable(by_step, -keeps * unit)
-        jacobian = mode(prior.dual_projection)(jnp.asarray(v))
         inner = c / norm * (np.eye(3) - np.outer(unit, unit))
-        _assert_representable(jacobian, np.where(keeps == 1, inner, np.eye(3)), c / norm * keeps)
-    _assert_representable(prior.value(jnp.asarray(v)), c * norm)
-    _assert_representable(jax.grad(prior.value)(jnp.asarray(v)), c * unit)
-    _assert_representable(
-        prior.dual_projection(jnp.asarray(v)), np.where(keeps == 1, c * unit, wide)
-    )
-    assert (prior.conjugate(jnp.asarray(v)) == INF) == bool(keeps)
+        _assert_representable(
+            dual_jacobian, np.where(keeps == 1, inner, np.eye(3)), c / norm * keeps
+        )
+    _assert_representable(value, c * norm)
+    _assert_representable(slope, c * unit)
+    _assert_representable(dual, np.where(keeps == 1, c * unit, wide))
+    assert (conjugate == INF) == bool(keeps)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-66, 2.0**66, 2.0**120])
 @pytest.mark.parametrize("name", list(GROUPED))
 def test_norms_and_spectra_are_homogeneous(name, scale, rng):
@@ -824,6 +852,7 @@ def test_batches_jit_and_vmap_agree(name, rng):
     assert jax.vmap(prior.conjugate)(v).shape == (5,)
 
 
+@pytest.mark.optimized
 def test_arrays_of_weights_and_steps(rng):
     v = jnp.asarray(2 * _matrix(rng, 4, 3, 3))
     weights = jnp.asarray([0.1, 0.5, 1.0, 2.0])
@@ -863,6 +892,7 @@ def test_axes(rng):
     assert prox.GroupL2(1.0, axis=0) != prox.GroupL2(1.0, axis=1)
 
 
+@pytest.mark.optimized
 @names
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_computed_in_single(name, dtype, rng):

@@ -10,8 +10,6 @@ from flax import nnx
 import stochsolvers as ss
 from stochsolvers.proxprop import ConjugateGradients, Exact, implicit_gradient
 
-pytestmark = pytest.mark.optimized
-
 STEP = Exact(0.2)
 CONV = {"strides": 2, "padding": "SAME", "feature_group_count": 2}
 
@@ -28,6 +26,7 @@ def slopes(layer, x):
     return d, y
 
 
+@pytest.mark.optimized
 def test_linear(rng):
     x = jnp.asarray(rng.normal(size=(2, 3, 6)), jnp.float32)
     ours = ss.nnx.ProxPropLinear(6, 4, step=STEP, rngs=nnx.Rngs(0))
@@ -47,6 +46,7 @@ def test_linear(rng):
     assert without(x).shape == (2, 3, 4)
 
 
+@pytest.mark.optimized
 def test_conv(rng):
     x = jnp.asarray(rng.normal(size=(3, 6, 5, 2)), jnp.float32)
     plain = nnx.Conv(2, 4, (3, 3), **CONV, rngs=nnx.Rngs(0))
@@ -63,6 +63,7 @@ def test_conv(rng):
         np.testing.assert_allclose(found["bias"][...], bias, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.optimized
 def test_linen_is_the_same_layer(rng):
     images = jnp.asarray(rng.normal(size=(3, 6, 5, 2)), jnp.float32)
 

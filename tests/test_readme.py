@@ -14,6 +14,7 @@ PAGES = {
     "docs/bring_your_own.md": 8,
     "docs/proximal_backpropagation.md": 1,
     "docs/equilibrium_networks.md": 3,
+    "docs/convex_networks.md": 3,
 }
 EXAMPLE = re.compile(r"```python\n(.*?)```\n```text\n(.*?)```", re.DOTALL)
 BLOCKS = {

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from stochsolvers import sampling
 
-pytestmark = pytest.mark.optimized
-
 KEY = jax.random.key(7)
 # a test at fixed keys either passes for ever or not: this level only has to be credible
 SIGNIFICANCE = 1e-4
@@ -37,6 +35,7 @@ def test_tau_nice_batches(batch):
     np.testing.assert_array_equal(sampling.tau_nice_mask(KEY, 0.4, 5, batch), mask)
 
 
+@pytest.mark.optimized
 def test_tau_nice_at_a_wide_layer():
     mask = sampling.tau_nice_mask(KEY, 2048, 4096, (64,))
     np.testing.assert_array_equal(np.sum(mask, axis=-1), 2048)
@@ -240,6 +239,7 @@ def test_inclusion_probabilities(scores, tau):
         assert np.all(scores[p >= 1] >= scores[p < 1].max() * (1 - 1e-12))
 
 
+@pytest.mark.optimized
 @given(st.lists(scores, min_size=2, max_size=2), st.integers(1, 6))
 def test_inclusion_probabilities_in_single_precision(scores, tau):
     p = inclusion(jnp.asarray(scores, jnp.float32), tau)
@@ -270,6 +270,7 @@ def exact_inclusion(probabilities):
     return np.asarray(masks), lengths
 
 
+@pytest.mark.optimized
 @given(scores, st.integers(1, 6), st.permutations(range(6)))
 def test_systematic_sampling_is_exact(scores, tau, order):
     p = by_bisection(np.array(scores), tau)[list(order)]
@@ -279,6 +280,7 @@ def test_systematic_sampling_is_exact(scores, tau, order):
     np.testing.assert_array_equal(masks[long].sum(axis=-1), tau)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("offset", [0.0, 0.5, 1 - 2**-53])
 def test_systematic_sampling_at_the_ends_of_the_interval(offset):
     for p in ([0.5, 0.5, 0.5, 0.5], [1.0, 0.25, 0.75, 0.0], [1.0, 1.0, 1.0, 1.0]):
@@ -300,6 +302,7 @@ def test_fixed_size_sampling():
     assert np.sum(single) == 3
 
 
+@pytest.mark.optimized
 def test_fixed_size_sampling_counts_in_single_precision(rng):
     raw = jnp.asarray(rng.exponential(size=(500, 120)) ** 3, jnp.float32)
     masks = jax.jit(sampling.fixed_size_mask)(KEY, inclusion(raw, 60))

@@ -9,8 +9,6 @@ from catalogue import each_prior
 import stochsolvers as ss
 from stochsolvers.solvers import Status
 
-pytestmark = pytest.mark.optimized
-
 KEY = jax.random.key(2)
 
 
@@ -86,6 +84,7 @@ def test_the_cap_and_divergence_are_reported(problem):
     np.testing.assert_allclose(solution.value[healthy], solve(problem, tol=1e-4).value[healthy])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("entry", [1e20, jnp.inf, jnp.nan])
 def test_a_constant_that_overflows_is_not_convergence(entry):
     A = ss.Dense(jnp.full((4, 3), entry, jnp.float32))
@@ -185,6 +184,7 @@ def test_bad_tolerances_raise(problem):
         ss.ProxGD(3, tol=-1.0)
 
 
+@pytest.mark.optimized
 def test_divergence_is_no_convergence(rng):
     """Norms overflow long before the entries do: a step of 5/L, an L1 prior, 2,000 iterations."""
     kernel, x = (rng.normal(size=s).astype(np.float32) for s in ((16, 8), (3, 16)))
@@ -195,6 +195,7 @@ def test_divergence_is_no_convergence(rng):
     assert not np.any(solution.finite)
 
 
+@pytest.mark.optimized
 def test_inputs_whose_squares_overflow_converge_to_the_solution(rng):
     kernel, x = (rng.normal(size=s).astype(np.float32) for s in ((16, 8), (3, 16)))
     huge = ss.LayerProblem(ss.Dense(kernel), 1e20 * x, prior=ss.prox.NonNegative())
@@ -205,6 +206,7 @@ def test_inputs_whose_squares_overflow_converge_to_the_solution(rng):
     np.testing.assert_allclose(solution.value / 1e20, best.value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("momentum", [False, True])
 def test_an_unbounded_problem_does_not_converge(rng, momentum):
     """16 -> 64 without a ridge: ||z|| grows for ever, so that a relative test is met in the end."""

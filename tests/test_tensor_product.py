@@ -9,8 +9,6 @@ import pytest
 
 from stochsolvers import tensor_product as tp
 
-pytestmark = pytest.mark.optimized
-
 SHAPES = [(2, 3, 4, 5), (3, 2, 5, 4), (3, 3, 1, 4), (2, 4, 3, 1), (4, 3, 1, 1), (1, 1, 4, 4)]
 shapes = pytest.mark.parametrize("shape", SHAPES)
 

@@ -36,19 +36,21 @@ def check_certificate(what: str, problem: LayerProblem) -> None:
     step = 1 / (problem.loss.smoothness * _squared_norm(problem.linear_map) + problem.ridge)
 
     @jax.jit
-    def both(problem, step):
-        early = ProxGD(num_iters=2, step_size=step).solve(None, problem).value
-        late = ProxGD(num_iters=400, step_size=step, momentum=True).solve(None, problem).value
-        values = problem.objective(early), problem.objective(late)
-        return (
-            *values,
-            problem.certificate(early),
-            problem.certificate(late),
-            problem.gradient(late),
-        )
+    def solve(problem, step):
+        early = ProxGD(num_iters=2, step_size=step).solve(None, problem)
+        late = ProxGD(num_iters=400, step_size=step, momentum=True).solve(None, problem)
+        return early.value, late.value
 
-    first, best, early, late, gradient = common.attempt(
-        f"solution of a problem with {what}", both, problem, step
+    @jax.jit  # once for both
+    def look(problem, z):
+        return problem.objective(z), problem.certificate(z), problem.gradient(z)
+
+    def both():
+        early, late = solve(problem, step)
+        return *look(problem, early), *look(problem, late)
+
+    first, early, _, best, late, gradient = common.attempt(
+        f"solution of a problem with {what}", both
     )
     common.require(jnp.isfinite(gradient), f"∇F of a problem with {what}", "numbers", gradient)
     common.require(jnp.isfinite(best), f"objective of a solution with {what}", "a number", best)

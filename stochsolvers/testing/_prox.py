@@ -1,5 +1,6 @@
 """The contract of a prior."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,57 +57,12 @@ def check_prior(prior: Prior, shape: tuple[int, ...]) -> None:
 
 
 def _evaluate(name: str, prior: Prior, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """All that is asked of prox and value, at pairs of points; q are points of the domain."""
+    """All that is asked of prox and value at random v, w and steps, of a path of the prior's numbers."""
     many = (_POINTS, *shape)
-    size = jnp.asarray([0.5, 2.0] * (_POINTS // 2)).reshape(-1, *(1,) * len(shape))
-    v, w = (size * common.normal(seed, many) for seed in (1, 2))
+    v, w = (_spread([0.5, 2.0], common.normal(seed, many)) for seed in (1, 2))
     steps = jnp.asarray([0.3, 1.0, 2.0] * (_POINTS // 3))
-
-    def norm(array):
-        return jnp.sqrt(jnp.sum(array**2))
-
-    def point(prior, v, w, q, step, domain, others):
-        def h(u):
-            return 0.5 * jnp.sum((u - v) ** 2) + step * prior.value(u)
-
-        u, u_w = prior.prox(v, step), prior.prox(w, step)
-        raised = jnp.stack([h(u + t * (q - u)) for t in (1.0, 0.1, 1e-2, 1e-3)])
-        dual = prior.dual_projection((v - u) / step)
-        other = prior.dual_projection(w)
-        conjugate = prior.conjugate(dual)
-        found = _search(h, others[0], domain)
-        return {
-            "u": u,
-            "activated": prior.prox(prior.pre_activation(v, step), 1.0),
-            "value": prior.value(u),
-            "at v": prior.value(v),
-            "h": h(u),
-            "found": h(found),
-            "away": norm(found - u),
-            "raised": raised,
-            "distance": norm(q - u),
-            "firm": jnp.vdot(u - u_w, v - w) - jnp.sum((u - u_w) ** 2),
-            "conjugate": conjugate,
-            "product": jnp.vdot(u, dual),
-            "moved": norm(dual - (v - u) / step),
-            "dual size": norm(dual),
-            "other conjugate": prior.conjugate(other),
-            "raw conjugate": prior.conjugate(w),
-            "above": jax.vmap(lambda q: prior.value(q) - jnp.vdot(q, w))(others),
-            "above other": jax.vmap(lambda q: prior.value(q) - jnp.vdot(q, other))(others),
-        }
-
-    def all_points(prior, v, w, steps):
-        spread = jnp.asarray([0.5, 1.5, 4.0] * 4).reshape(-1, *(1,) * len(shape))
-        domain = jax.vmap(lambda v: prior.prox(v, 0.5))(spread * common.normal(3, (12, *shape)))
-        args = prior, v, w, domain[:_POINTS], steps, domain, domain[_POINTS:]
-        batched = prior.prox(v, 0.5), prior.value(v)
-        loop = jax.vmap(lambda v: (prior.prox(v, 0.5), prior.value(v)))(v)
-        seen = jax.vmap(point, (None, 0, 0, 0, 0, None, None))(*args)
-        return seen | {"batched": batched, "loop": (loop[0], jnp.sum(loop[1]))}
-
     path = [(common.scaled(prior, f), v, w, f * steps) for f in (1.0, 1.1)]
-    seen = common.traced_once(name, all_points, path)[0]
+    seen = common.traced_once(name, _at_points, path)[0]
     words = "that of each example (leading axes are a batch)"
     common.close(f"{name}.prox of a batch", seen["batched"][0], seen["loop"][0], words=words)
     finite = np.where(np.isfinite(seen["loop"][1]), seen["loop"][1], 0)
@@ -119,21 +75,96 @@ def _evaluate(name: str, prior: Prior, shape: tuple[int, ...]) -> dict[str, np.n
     return {key: np.asarray(value) for key, value in seen.items()}
 
 
-def _search(h: Any, start: Array, domain: Array) -> Array:
-    """A low point of h: the best of steps of many sizes along differences of points of the domain."""
+def _at_points(prior: Prior, v: Array, w: Array, steps: Array) -> dict[str, Any]:
+    """The same in one program, in which each method is compiled once, for all its points."""
+    some = _spread([0.5, 1.5, 4.0], common.normal(3, (2 * _POINTS, *v.shape[1:])))
+    activated = jax.vmap(prior.pre_activation)(v, steps)
+    points = jnp.concatenate([some, v, w, v, activated])
+    half, ones = jnp.full(2 * _POINTS, 0.5), jnp.ones(_POINTS)
+    images = jax.vmap(prior.prox)(
+        points, jnp.concatenate([half, steps, steps, half[:_POINTS], ones])
+    )
+    q, others, u, u_w, loop, activated = images.reshape(6, *v.shape)
+    between = [u + t * (q - u) for t in (1.0, 0.1, 1e-2, 1e-3)]
+    g = _over(prior.value, jnp.stack([u, v, others, *between]), 2)
+
+    def h(x, g):
+        return 0.5 * _squared(x - v) + steps * g
+
+    normals = (v - u) / steps.reshape(-1, *(1,) * (v.ndim - 1))
+    dual, other = _over(prior.dual_projection, jnp.stack([normals, w]), 2)
+    conjugates = _over(prior.conjugate, jnp.stack([dual, other, w]), 2)
+    found, lowest = jax.vmap(_search, (None, 0, 0, None, None))(
+        prior, v, steps, others[0], jnp.concatenate([q, others])
+    )
+
+    def above(w):
+        return g[2] - _over(lambda q: jnp.vdot(q, w), others, 1)
+
+    return {
+        "u": u,
+        "activated": activated,
+        "value": g[0],
+        "at v": g[1],
+        "h": h(u, g[0]),
+        "found": lowest,
+        "away": jnp.sqrt(_squared(found - u)),
+        "raised": jnp.stack([h(x, at) for x, at in zip(between, g[3:], strict=True)], axis=1),
+        "distance": jnp.sqrt(_squared(q - u)),
+        "firm": jax.vmap(jnp.vdot)(u - u_w, v - w) - _squared(u - u_w),
+        "conjugate": conjugates[0],
+        "product": jax.vmap(jnp.vdot)(u, dual),
+        "moved": jnp.sqrt(_squared(dual - normals)),
+        "dual size": jnp.sqrt(_squared(dual)),
+        "other conjugate": conjugates[1],
+        "raw conjugate": conjugates[2],
+        "above": _over(above, w, 1),
+        "above other": _over(above, other, 1),
+        "batched": (prior.prox(v, 0.5), prior.value(v)),
+        "loop": (loop, jnp.sum(g[1])),
+    }
+
+
+def _spread(sizes: list[float], points: Array) -> Array:
+    """The points times the sizes, in turn."""
+    sizes = sizes * (len(points) // len(sizes))
+    return jnp.asarray(sizes).reshape(-1, *(1,) * (points.ndim - 1)) * points
+
+
+def _over(function: Callable[[Array], Array], points: Array, axes: int) -> Array:
+    """The function at all points, of so many leading axes."""
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function(points)
+
+
+def _squared(points: Array) -> Array:
+    """‖u‖² of each point of the first axis."""
+    return jnp.sum(points**2, axis=tuple(range(1, points.ndim)))
+
+
+def _search(
+    prior: Prior, v: Array, step: Array, start: Array, domain: Array
+) -> tuple[Array, Array]:
+    """A low point of ½‖u − v‖² + η g(u), and the value there.
+
+    The best of steps of many sizes along differences of points of the domain.
+    """
     ways = (domain[:, None] - domain[None]).reshape(-1, *start.shape)
-    norms = jnp.sqrt(jnp.sum(ways**2, axis=tuple(range(1, ways.ndim)), keepdims=True))
+    norms = jnp.sqrt(_squared(ways)).reshape(-1, *(1,) * start.ndim)
     ways = ways / jnp.maximum(norms, 1e-12)
     reach = jnp.geomspace(1.0, 1e-5, 8).reshape(-1, 1, *(1,) * start.ndim)
 
-    def improve(k, u):
+    def improve(k, best):
+        u, _ = best
         few = ways[(k * 89 + 37 * jnp.arange(8)) % len(ways)]
         steps = (reach * few[None]).reshape(-1, *start.shape)
         tried = u[None] + jnp.concatenate([steps, domain - u[None], jnp.zeros_like(u)[None]])
-        values = jax.vmap(h)(tried)
-        return tried[jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))]
+        values = 0.5 * _squared(tried - v[None]) + step * jax.vmap(prior.value)(tried)
+        at = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
+        return tried[at], values[at]
 
-    return lax.fori_loop(0, _SEARCH, improve, start)
+    return lax.fori_loop(0, _SEARCH, improve, (start, jnp.full((), jnp.inf)))
 
 
 def _check_minimum(name: str, seen: dict[str, np.ndarray]) -> None:
@@ -232,8 +263,8 @@ def _check_derivatives(name: str, prior: Prior, shape: tuple[int, ...]) -> None:
         reverse = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, way)))
         forward = jax.jvp(lambda p: at(p, weight), (point,), (way,))[1]
         h = 1e-5
-        sides = (along(h) - along(0.0)) / h, (along(0.0) - along(-h)) / h
-        return forward, reverse, *sides
+        right, middle, left = jax.vmap(along)(jnp.asarray([h, 0.0, -h]))
+        return forward, reverse, (right - middle) / h, (middle - left) / h
 
     ways = {"η": jnp.asarray([0.0, 0.3] * 4), "v": way}
     function = jax.jit(jax.vmap(one))

@@ -20,8 +20,6 @@ import stochsolvers as ss
 from stochsolvers import prox
 from stochsolvers.sampling import tau_nice_mask
 
-pytestmark = pytest.mark.optimized
-
 # prior g <-> the activation that is its proximal operator for a unit step
 ACTIVATIONS = {
     "identity": (prox.Zero(), lambda v: v),

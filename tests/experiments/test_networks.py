@@ -26,8 +26,6 @@ from experiments.networks import (
 )
 from experiments.training import count_parameters
 
-pytestmark = pytest.mark.optimized
-
 SAMPLING = ("prox-sg", "ms2gd", "importance", "expected-smoothness")
 FOLLOWING = ("prox-gd", "fista")
 
@@ -165,6 +163,7 @@ def test_a_swap_shares_parameters_and_keeps_the_rest():
         networks.swap_hidden(twin.linear, BlockConfig("dropout"), rngs=nnx.Rngs(1))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("method", FOLLOWING)
 def test_one_unit_step_is_the_plain_network(method):
     one_step = BlockConfig(method, num_iters=1, step_size=1.0)
@@ -180,6 +179,7 @@ def test_one_unit_step_is_the_plain_network(method):
     assert not model.is_stochastic
 
 
+@pytest.mark.optimized
 def test_one_unit_step_is_the_plain_convolution(small_alexnet):
     model = copied(small_alexnet)
     x = images_for(AlexNetConfig(), 3)

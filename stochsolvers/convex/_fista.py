@@ -1,0 +1,155 @@
+"""FISTA for gated programs: one product with A and one with A* an iteration."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from stochsolvers import _checks
+from stochsolvers._shards import varying
+from stochsolvers._typing import Array, value_object
+from stochsolvers.convex import _terms
+from stochsolvers.convex._algorithm import (
+    Algorithm,
+    Iterate,
+    Progress,
+    advanced,
+    kept,
+    report,
+    start,
+)
+from stochsolvers.convex._duality import euclidean_norm
+from stochsolvers.convex._problems import GatedProblem
+from stochsolvers.convex._terms import expanded
+
+_GROW, _SHRINK, _SLACK = 1.25, 0.8, 5.0
+_POWER_STEPS = 5
+
+
+@value_object
+class FISTA(Algorithm):
+    r"""Accelerated proximal gradient steps with backtracking and restarts, for every loss and regulariser.
+
+        V⁺ = prox_{R/L}(Y − ∇F(Y)/L),   t⁺ = (1 + √(1 + 4 t²))/2,   Y⁺ = V⁺ + (t − 1)/t⁺ (V⁺ − V)
+
+    A* Y is carried by linearity: one product with A and one with A* an iteration, and none for the test of L,
+    which is L_ℓ ||A* (V⁺ − Y)||² ≤ L ||V⁺ − Y||². L shrinks where it is more than five times what the last
+    step needed. The momentum is restarted where (Y − V⁺)·(V⁺ − V) > 0. Every program of a batch has its own
+    L, momentum and end.
+
+    Args:
+      max_iters: the most iterations, traced.
+
+    References:
+      Beck and Teboulle 2009; O'Donoghue and Candès, Adaptive restart for accelerated gradient schemes, 2015;
+      Mishkin, Sahiner and Pilanci 2022, section 5.
+    """
+
+    def check(self, problem: Any) -> None:
+        """Refuse what is no gated program."""
+        if not isinstance(problem, GatedProblem):
+            _checks.fail("problem of FISTA", "a GatedProblem", type(problem).__name__)
+
+    def minimise(
+        self, problem: Any, init: Array | None, tol: Array, progress: Progress | None
+    ) -> Iterate:
+        """See the class."""
+        largest = power_estimate(problem)
+        first = start(problem, init)
+        return iterate(problem, first, largest, self.max_iters, tol, progress)[0]
+
+
+class Momentum(NamedTuple):
+    """What FISTA carries beside the iterate: Y, A* Y, t and L."""
+
+    point: Array
+    prediction: Array
+    t: Array
+    constant: Array
+
+
+def power_estimate(problem: Any, steps: int = _POWER_STEPS) -> Array:
+    """About λ_max(A* A), from below: some power iterations, from a vector of ones."""
+    A = problem.linear_map
+
+    def step(_, state):
+        r, _ = state
+        image = A.adjoint(A(r))
+        size = euclidean_norm(image, tuple(range(image.ndim)))
+        return image / jnp.where(size > 0, size, 1.0), size
+
+    ones = jnp.ones(A.in_shape, problem.dtype)
+    r = ones / jnp.sqrt(jnp.asarray(ones.size, ones.dtype))
+    return lax.fori_loop(0, steps, step, varying((r, jnp.zeros((), r.dtype)), problem))[1]
+
+
+def iterate(
+    problem: Any,
+    first: Iterate,
+    largest: Array,
+    max_iters: Any,
+    tol: Array,
+    progress: Progress | None = None,
+) -> tuple[Iterate, Array]:
+    """FISTA from an iterate, and L at the end; `largest` is about λ_max(A* A)."""
+    smoothness = jnp.asarray(problem.loss.smoothness, problem.dtype)
+    floor = jnp.finfo(problem.dtype).tiny
+    constant = jnp.maximum(0.3 * smoothness * largest, floor)
+    constant = jnp.broadcast_to(constant, problem.batch_shape)
+    momentum = Momentum(first.value, first.prediction, jnp.ones_like(constant), constant)
+
+    def unfinished(carry):
+        k, now, _ = carry
+        return (k < max_iters) & ~jnp.all(now.done)
+
+    def step(carry):
+        k, now, momentum = carry
+        following, momentum = _step(problem, now, momentum, smoothness, tol)
+        report(progress, k, following)
+        return k + 1, following, momentum
+
+    carry = varying((jnp.zeros((), int), first, momentum), problem)
+    _, last, momentum = lax.while_loop(unfinished, step, carry)
+    return last, momentum.constant
+
+
+def _step(
+    problem: Any, now: Iterate, momentum: Momentum, smoothness: Array, tol: Array
+) -> tuple[Iterate, Momentum]:
+    A = problem.linear_map
+    residual = problem.loss.derivative(momentum.prediction, problem.inputs)
+    gradient = A(residual)
+    dual = _terms.dual(problem, residual, gradient)
+    slack = 1.0 + 8.0 * float(jnp.finfo(problem.dtype).eps) ** 0.5
+
+    def attempt(constant):
+        point = momentum.point - gradient / expanded(constant, gradient)
+        V, penalty = _terms.prox(problem, point, 1.0 / constant)
+        u = A.adjoint(V)
+        length = problem.sum((V - momentum.point) ** 2)
+        bend = smoothness * problem.sum((u - momentum.prediction) ** 2)
+        fits = (bend <= slack * constant * length) | now.done | ~jnp.isfinite(bend)
+        return V, u, penalty, length, bend, fits
+
+    def again(state):
+        constant = jnp.where(state[1][-1], state[0], _GROW * state[0])
+        return constant, attempt(constant)
+
+    none = jnp.zeros_like(momentum.constant)
+    nothing = now.value, now.prediction, none, none, none, jnp.zeros(none.shape, bool)
+    state = varying((momentum.constant / _GROW, nothing), problem)
+    constant, (V, u, penalty, length, bend, _) = lax.while_loop(
+        lambda state: ~jnp.all(state[1][-1]), again, state
+    )
+    following = advanced(problem, now, V, u, penalty, dual, jnp.sqrt(length), tol)
+    restart = problem.sum((momentum.point - V) * (V - now.value)) > 0
+    t = jnp.where(restart, 1.0, 0.5 * (1.0 + jnp.sqrt(1.0 + 4.0 * momentum.t**2)))
+    weight = jnp.where(restart, 0.0, (momentum.t - 1.0) / t)
+    loose = _SLACK * bend < constant * length
+    after = Momentum(
+        V + expanded(weight, V) * (V - now.value),
+        u + expanded(weight, u) * (u - now.prediction),
+        t,
+        jnp.where(loose, _SHRINK * constant, constant),
+    )
+    return following, kept(now.done, momentum, after)

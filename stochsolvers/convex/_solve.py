@@ -1,0 +1,214 @@
+"""One call from a convex program to its certified optimum."""
+
+import dataclasses
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from stochsolvers import _checks
+from stochsolvers._typing import Array, Scalar, join_static, split_static
+from stochsolvers.convex import _bound, _inputs, _terms
+from stochsolvers.convex._algorithm import Algorithm, Progress
+from stochsolvers.convex._cone_admm import ConeADMM
+from stochsolvers.convex._fista import FISTA
+from stochsolvers.convex._interior_point import InteriorPoint
+from stochsolvers.convex._kernel_admm import KernelADMM
+from stochsolvers.convex._problems import GatedProblem
+from stochsolvers.convex._relu_problem import ReLUProblem
+from stochsolvers.losses import Squares
+from stochsolvers.solvers import Solution, Status
+
+_MOST_DATA = 8000
+"""Beyond, the n × n kernel is not factored."""
+_FEW_DATA = 2048
+_QUICK = {"xla_cpu_use_fusion_emitters": False} if version("jaxlib").startswith("0.10.") else None
+"""Halves what compiling for a CPU takes; outside of other transformations. Jaxlib 0.11 does not have it."""
+
+
+def solve(
+    problem: Any,
+    *,
+    solver: Algorithm | None = None,
+    init: Array | None = None,
+    tol: Scalar = 1e-4,
+    certify: bool = True,
+    progress: Progress | None = None,
+) -> Solution:
+    r"""The optimum of a convex program, to a certified relative gap: P(V) − min P ≤ tol P(V).
+
+    Args:
+      problem: a `GatedProblem` or a `ReLUProblem`.
+      solver: `KernelADMM()`, `FISTA()`, `LandmarkADMM()` for gated programs, `ConeADMM()` and
+        `InteriorPoint()` for cone programs. None takes, of gated programs, `KernelADMM` for squares on up
+        to 8000 data and else `FISTA`; of cone programs, `ConeADMM`. `InteriorPoint` is more accurate for
+        small ones, outside `jit`.
+      init: V_0, zero by default; the optimum for a nearby β as a warm start.
+      tol: the relative gap, traced. In float32 gaps below about 1e-5 may be out of reach where β is small.
+      certify: also return a bound on P(V) − min P that allows for round-off; see `Solution.certificate`. It
+        is computed in float64 on the host where arrays are concrete; within `jit` in their precision, and
+        looser.
+      progress: called with the iteration, the objectives and the gaps, each time, from within the compiled
+        program.
+
+    Returns:
+      `Solution` with a `status`, `iterations` and a `certificate` for each program of a batch; `residuals`
+      and `objectives` are those of the last iteration, shape (1, *batch). A path of β, tolerances, caps and
+      warm starts compiles once. Nothing of it is differentiated: derivatives are zero. `CONVERGED` is the
+      loop's own gap; the certificate, with its round-off, may be above tol P by that.
+
+    Raises:
+      ValueError: at trace time, for what is no convex program, an algorithm that is not for it, a `Prior`
+        as a regularizer that is neither a norm nor a ridge, and shapes that do not fit.
+    """
+    if solver is None:
+        solver = _default(problem)
+    if not isinstance(solver, Algorithm):
+        _checks.fail("solver of convex.solve", "an algorithm such as KernelADMM()", repr(solver))
+    solver.check(problem)
+    if isinstance(problem, GatedProblem) and not _terms.has_gauge(problem):
+        wanted = "a norm or a ridge; ss.ProxGD is for every prior"
+        _checks.fail("regularizer of convex.solve", wanted, type(problem.prior).__name__)
+    _checks.non_negative("tol", tol)
+    _checks.rank("tol", tol, 0)
+    if init is not None and jnp.shape(init) != problem.shape:
+        _checks.fail("shape of init of convex.solve", f"{problem.shape}", jnp.shape(init))
+    if isinstance(solver, InteriorPoint):
+        return _on_host(problem, solver, tol, certify, progress)
+    start = None if init is None else jnp.asarray(init, problem.dtype)
+    traced, static = split_static(solver)
+    tol = _inputs.scalar(tol, problem.dtype)
+    on_host = _bound.is_concrete(problem, start, tol, traced)
+    call = _solve if on_host and _is_small(problem) else _solve_within
+    solution, point = call(
+        problem,
+        traced,
+        start,
+        tol,
+        static=static,
+        certify=certify and not on_host,
+        progress=progress,
+    )
+    if certify and on_host:
+        if isinstance(problem, ReLUProblem):
+            gap = _bound.cone_certificate(problem, solution.value, *point)
+        else:
+            gap = _bound.certificate(problem, solution.value, *point)
+        solution = dataclasses.replace(solution, certificate=jnp.asarray(gap, problem.dtype))
+    return solution
+
+
+def _on_host(
+    problem: Any, solver: InteriorPoint, tol: Scalar, certify: bool, progress: Progress | None
+) -> Solution:
+    last = solver.minimise(problem, None, tol, progress)
+    value = jnp.asarray(last.value, problem.dtype)
+    gap = None
+    if certify:
+        gap = _bound.cone_certificate(problem, value, last.point, last.multipliers)
+        gap = jnp.asarray(gap, problem.dtype)
+    objective = problem.objective(value)
+    status = jnp.where(last.done, Status.CONVERGED, Status.MAX_ITERS)
+    return Solution(
+        value=value,
+        residuals=jnp.zeros((1, *problem.batch_shape), problem.dtype),
+        objectives=objective[None],
+        finite=jnp.isfinite(objective),
+        status=status,
+        iterations=jnp.asarray(last.iterations),
+        certificate=gap,
+    )
+
+
+def _default(problem: Any) -> Algorithm:
+    if isinstance(problem, ReLUProblem):
+        return ConeADMM()
+    if not isinstance(problem, GatedProblem):
+        wanted = "a GatedProblem or a ReLUProblem"
+        _checks.fail("problem of convex.solve", wanted, type(problem).__name__)
+    if isinstance(problem.loss, Squares) and problem.inputs.shape[-1] <= _MOST_DATA:
+        return KernelADMM()
+    return FISTA()
+
+
+def _is_small(problem: Any) -> bool:
+    """Whether compiling takes longer than the iterations; on a CPU."""
+    return problem.inputs.shape[-1] <= _FEW_DATA and jax.default_backend() == "cpu"
+
+
+def _solve_program(
+    problem: Any,
+    traced: list[Any],
+    init: Array | None,
+    tol: Array,
+    *,
+    static: Any,
+    certify: bool,
+    progress: Progress | None,
+) -> tuple[Solution, tuple[Array, ...]]:
+    problem, init = lax.stop_gradient((problem, init))
+    solver: Algorithm = join_static(traced, static)
+    last = solver.minimise(problem, init, tol, progress)
+    last, *multipliers = last if isinstance(problem, ReLUProblem) else (last,)
+    finite = jnp.isfinite(last.objective)
+    status = jnp.where(last.done, Status.CONVERGED, Status.MAX_ITERS)
+    status = jnp.where(finite, status, Status.DIVERGED)
+    gap = None
+    if certify:
+        if isinstance(problem, GatedProblem):
+            gap = _terms.certificate(problem, last.value, last.dual.point)
+        else:
+            gap = problem.certificate(last.value)
+    solution = Solution(
+        value=last.value,
+        residuals=last.moved[None],
+        objectives=last.objective[None],
+        finite=finite,
+        status=status,
+        iterations=last.iterations,
+        certificate=gap,
+    )
+    return solution, (last.dual.point, *multipliers)
+
+
+_STATIC = ("static", "certify", "progress")
+_solve_within = jax.jit(_solve_program, static_argnames=_STATIC)
+_solve = jax.jit(_solve_program, static_argnames=_STATIC, compiler_options=_QUICK)
+
+
+def regularization_path(
+    problem: Any,
+    betas: Any,
+    *,
+    solver: Algorithm | None = None,
+    tol: Scalar = 1e-4,
+    certify: bool = True,
+) -> list[Solution]:
+    r"""The optima for each of several β, in their order, each begun at the one before.
+
+    From β_max downwards, say β_max · 2^{-k/4}, k = 0, 1, …, each is a small step from the last, and zero is
+    the first. Nothing is compiled twice.
+
+    Args:
+      problem: as of `solve`; its own β is not used.
+      betas: β > 0, decreasing, shape (k,).
+      solver: as of `solve`.
+      tol: as of `solve`.
+      certify: as of `solve`.
+
+    Returns:
+      one `Solution` for each β.
+    """
+    betas = jnp.asarray(betas)
+    _checks.rank("betas", betas, 1)
+    _checks.positive("betas", betas)
+    init, solutions = jnp.zeros(problem.shape, problem.dtype), []
+    for beta in betas:
+        solution = solve(
+            problem.with_beta(beta), solver=solver, init=init, tol=tol, certify=certify
+        )
+        init = solution.value
+        solutions.append(solution)
+    return solutions
