@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_enable_x64", True)
 
-MANY_PROGRAMS = 3000  # Linux gives a process 65,530 memory maps, and each program takes about 8
+MANY_PROGRAMS = 2000  # Linux gives a process 65,530 memory maps, and each program takes about 8
 _programs = [0]  # compiled since the caches were last emptied
 
 

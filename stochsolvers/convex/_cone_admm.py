@@ -9,7 +9,7 @@ from stochsolvers import _checks
 from stochsolvers._shards import varying
 from stochsolvers._typing import Array, value_object
 from stochsolvers.convex import _factor
-from stochsolvers.convex._algorithm import Algorithm, Iterate, Progress, kept, report
+from stochsolvers.convex._algorithm import Algorithm, Iterate, Progress, kept, reached, report
 from stochsolvers.convex._cone_points import Inside, feasible, projected, spread
 from stochsolvers.convex._factor import Factor
 from stochsolvers.convex._relu_problem import ReLUProblem
@@ -232,7 +232,7 @@ def _better(problem: Any, now: Iterate, other: tuple[Array, Array, Array], tol: 
         value=jnp.where(expanded(lower, value), value, now.value),
         prediction=jnp.where(expanded(lower, u), u, now.prediction),
         objective=best,
-        done=best - now.dual.value <= tol * best,
+        done=reached(best, now.dual.value, tol),
     )
 
 

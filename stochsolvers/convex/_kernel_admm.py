@@ -16,6 +16,7 @@ from stochsolvers.convex._algorithm import (
     Progress,
     advanced,
     kept,
+    reached,
     report,
     start,
 )
@@ -153,7 +154,7 @@ def run(
         residual = first.prediction - problem.inputs
         image = problem.linear_map(residual)
         dual = _terms.better(problem, first.dual, _terms.dual(problem, residual, image))
-        done = first.objective - dual.value <= tol * first.objective
+        done = reached(first.objective, dual.value, tol)
         first = first._replace(dual=dual, done=done)
         split = _from_image(problem, residual, image, rho)
         k = jnp.max(first.iterations)
