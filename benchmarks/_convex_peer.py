@@ -85,8 +85,8 @@ class Adelie:
         X, mask = data["X"].astype(float), data["mask"]
         n, d = X.shape
         self.data, self.cap, P = data, cap, mask.shape[1]
-        if n * d * P > 4e8:
-            raise MemoryError("the matrix of all gated data takes more than 3 GB")
+        if n * d * P > 1e8:
+            raise MemoryError("the matrix of all gated data takes more than 0.8 GB")
         self.matrix = np.empty((n, P * d), order="F")
         for i in range(P):
             self.matrix[:, i * d : (i + 1) * d] = mask[:, [i]] * X
