@@ -171,9 +171,9 @@ def main(name):
         answer = None
         try:
             if question["file"] != file:
-                file, settings = question["file"], {}
-                with np.load(file) as arrays:
+                with np.load(question["file"]) as arrays:
                     peer = PEERS[name](dict(arrays), question["cap"])
+                file, settings = question["file"], {}
             target = question["target"]
             if target not in settings:
                 settings[target] = peer.prepare(target)
