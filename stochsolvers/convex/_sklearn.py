@@ -12,6 +12,7 @@ the data's own units is
 Programs are padded to a few shapes, which compile once.
 """
 
+import abc
 import numbers
 import warnings
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ class PathPoint(NamedTuple):
     network: GatedNetwork | Network
 
 
-class _ConvexReLU(BaseEstimator):
+class _ConvexReLU(BaseEstimator, abc.ABC):
     """What the regressor and the classifier share."""
 
     def __init__(
@@ -218,8 +219,9 @@ class _ConvexReLU(BaseEstimator):
 
     _y_rules: dict[str, Any] = {}  # noqa: RUF012 - not changed
 
+    @abc.abstractmethod
     def _targets(self, y: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """y as the program's targets, the data on the last axis."""
 
     def _target_units(self) -> tuple[Any, Any]:
         return 0.0, 1.0
