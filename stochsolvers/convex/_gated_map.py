@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers import _checks
+from stochsolvers._shards import automatic, batch_spec, is_explicit, replicated
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.convex import _inputs
 from stochsolvers.convex._patterns import Patterns
@@ -71,7 +72,8 @@ class GatedMap(LinearMap):
     def __call__(self, x: Array) -> Array:
         """A(r), shape (..., n) to (..., P, d)."""
         _checks.trailing("argument of GatedMap", x, self.in_shape)
-        return self._each(self._weights, x)
+        spec = batch_spec(x, x.ndim - len(self.in_shape)) if is_explicit() else None
+        return automatic(lambda A, x: A._each(A._weights, x), spec, self, x)
 
     def _weights(self, x: Array) -> Array:
         X, mask = self._rows()
@@ -83,7 +85,8 @@ class GatedMap(LinearMap):
     def adjoint(self, z: Array) -> Array:
         """A*(V), shape (..., P, d) to (..., n)."""
         _checks.trailing("argument of GatedMap.adjoint", z, self.out_shape)
-        return self._each(self._predictions, z)
+        spec = batch_spec(z, z.ndim - len(self.out_shape)) if is_explicit() else None
+        return automatic(lambda A, z: A._each(A._predictions, z), spec, self, z)
 
     def _predictions(self, z: Array) -> Array:
         X, mask = self._rows()
@@ -148,6 +151,7 @@ class GatedMap(LinearMap):
         structure = jax.tree.structure(self)
         return jax.tree.unflatten(structure, (X, *jax.tree.leaves(patterns)))
 
+    @replicated
     def kernel_matrix(self) -> Array:
         """A* A, the n × n matrix K = (X Xᵀ) ∘ (D Dᵀ) of one output; summed over pairs of patches."""
         X, mask = self._rows()
@@ -159,6 +163,7 @@ class GatedMap(LinearMap):
             K = jnp.sum(K.reshape(n, patches, n, patches), axis=(1, 3))
         return K
 
+    @replicated
     def squared_norm_bound(self) -> Array:
         r"""An upper bound on ‖A‖² = λ_max(K), K = (X Xᵀ) ∘ (D Dᵀ).
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stochsolvers import _checks
+from stochsolvers._shards import replicated
 from stochsolvers._typing import Array, Scalar, at_least_float32, value_object
 from stochsolvers.convex import _inputs
 from stochsolvers.convex._duality import DualNorm, certified_gap, product_round_off, scaled_dual
@@ -151,12 +152,14 @@ class Program(LayerProblem):
         """A map whose matrix has entries of at least the sizes of those of A."""
 
 
+@replicated
 @jax.jit
 def _beta_max(problem: Program) -> Array:
     slope = problem.loss.derivative(jnp.zeros_like(problem.inputs), problem.inputs)
     return problem._dual_norm(slope, None, None).value
 
 
+@replicated
 @jax.jit
 def _dual_value(
     problem: Program, V: Array | None, dual: Array | None, multipliers: Array | None
@@ -166,6 +169,7 @@ def _dual_value(
     return scaled_dual(problem, r, norm, problem.beta)[0]
 
 
+@replicated
 @jax.jit
 def _gap(problem: Program, V: Array, multipliers: Array | None) -> Array:
     with jax.default_matmul_precision("highest"):

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from stochsolvers import _checks
+from stochsolvers._shards import automatic
 from stochsolvers._typing import Array, Scalar, join_static, split_static
 from stochsolvers.convex import _bound, _inputs, _terms
 from stochsolvers.convex._algorithm import Algorithm, Progress
@@ -148,8 +150,21 @@ def _solve_program(
     certify: bool,
     progress: Progress | None,
 ) -> tuple[Solution, tuple[Array, ...]]:
+    def run(problem: Any, traced: list[Any], init: Array | None, tol: Array):
+        return _minimised(problem, join_static(traced, static), init, tol, certify, progress)
+
     problem, init = lax.stop_gradient((problem, init))
-    solver: Algorithm = join_static(traced, static)
+    return automatic(run, PartitionSpec(), problem, traced, init, tol)
+
+
+def _minimised(
+    problem: Any,
+    solver: Algorithm,
+    init: Array | None,
+    tol: Array,
+    certify: bool,
+    progress: Progress | None,
+) -> tuple[Solution, tuple[Array, ...]]:
     last = solver.minimise(problem, init, tol, progress)
     last, *multipliers = last if isinstance(problem, ReLUProblem) else (last,)
     finite = jnp.isfinite(last.objective)

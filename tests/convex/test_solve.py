@@ -273,21 +273,25 @@ from stochsolvers import convex
 jax.config.update("jax_enable_x64", True)
 rng = np.random.default_rng(0)
 X, gates, y = rng.standard_normal((32, 3)), rng.standard_normal((3, 5)), rng.standard_normal(32)
-mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 def put(array, *spec):
     return jax.device_put(jnp.asarray(array), NamedSharding(mesh, P(*spec)))
 
-for solver in (convex.KernelADMM(), convex.FISTA()):
-    values = []
-    for split in (False, True):
-        one = "data" if split else None
-        patterns = convex.Patterns(put(gates), put(X @ gates >= 0, one))
-        problem = convex.GatedProblem(put(X, one), put(y, one), patterns, 0.4)
-        solution = convex.solve(problem, solver=solver, tol=1e-9)
-        assert solution.certificate <= 1.01e-9 * solution.objectives[-1]
-        values.append(np.asarray(solution.value))
-    np.testing.assert_allclose(*values, atol=1e-9)
+values = {}
+for kind in ("Auto", "Explicit"):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    with jax.set_mesh(mesh):
+        for split in (False, True) if kind == "Auto" else (True,):
+            one = "data" if split else None
+            patterns = convex.Patterns(put(gates), put(X @ gates >= 0, one))
+            problem = convex.GatedProblem(put(X, one), put(y, one), patterns, 0.4)
+            for solver in (convex.KernelADMM(), convex.FISTA()):
+                solution = convex.solve(problem, solver=solver, tol=1e-9)
+                assert solution.certificate <= 1.01e-9 * solution.objectives[-1]
+                value = np.asarray(solution.value)
+                np.testing.assert_allclose(value, values.setdefault(str(solver), value), atol=1e-9)
+            bounds = problem.beta_max(), problem.dual_value(solution.value), problem.certificate(value)
+            np.testing.assert_allclose(bounds, values.setdefault("bounds", bounds), 1e-9, 1e-12)
 """
 
 
