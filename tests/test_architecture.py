@@ -13,7 +13,7 @@ FLOORS = [
     {"linear_maps", "losses", "prox", "tensor_product"},
     {"sampling", "proxprop"},
     {"lipschitz"},
-    {"problems"},
+    {"problems", "optax"},
     {"estimators"},
     {"step_sizes"},
     {"dropout", "solvers"},
