@@ -18,7 +18,7 @@ FLOORS = [
     {"step_sizes"},
     {"dropout", "solvers"},
     {"equilibrium", "convex"},
-    {"_layers"},
+    {"_layers", "_spectral"},
     {"_equilibria"},
     {"reports"},
     {"nnx", "linen"},

@@ -60,6 +60,7 @@ from stochsolvers.lipschitz._state import lipschitz_state as lipschitz_state
 from stochsolvers.lipschitz._state import remembered_constant as remembered_constant
 from stochsolvers.lipschitz._torus import is_exact as is_exact
 from stochsolvers.lipschitz._tracked import NormState as NormState
+from stochsolvers.lipschitz._tracked import full_norm as full_norm
 from stochsolvers.lipschitz._tracked import kept_norm as kept_norm
 from stochsolvers.lipschitz._tracked import norm_refresh as norm_refresh
 from stochsolvers.lipschitz._tracked import norm_state as norm_state

@@ -41,8 +41,8 @@ def clip_singular_values(
     and the kernel is divided by what is left of that.
 
     Under zero padding, or with strides that do not divide the grid, the torus is that of `grid="padded"`, on
-    which the norm is larger than the layer's. Its level is raised until the norm of the layer itself is c; B is
-    then near the nearest map, not exactly it.
+    which the norm is larger than the layer's. Its level is raised until the norm of the layer itself is c; B
+    is then near the nearest map, not exactly it.
 
     A map with ||A|| ≤ c is returned as it is.
 

@@ -99,8 +99,8 @@ def _symbol(linear_map: LinearMap, grid: Grid, what: str) -> tuple[Array, Array]
     scale = scale_of(kernel)
     shape, strides = torus(linear_map, grid)
     axes, folded = len(shape), _folded_shape(shape, strides)
-    on_torus = on_torus(kernel / scale, linear_map.kernel_dilation, shape)
-    spectrum = jnp.fft.fftn(on_torus, axes=tuple(range(axes)))
+    placed = on_torus(kernel / scale, linear_map.kernel_dilation, shape)
+    spectrum = jnp.fft.fftn(placed, axes=tuple(range(axes)))
     # frequency f + a n/s aliases with f for a = 0 … s − 1: split each axis into (alias, f)
     split = [n for pair in zip(strides, folded, strict=True) for n in pair]
     groups, n_in = linear_map.feature_group_count, kernel.shape[-2]

@@ -144,7 +144,7 @@ def smaller_side(
 
 
 def image_norm(linear_map: LinearMap, vector: Array) -> Array:
-    """||A v|| for a unit vector v of the smaller side; differentiable, with the derivative 0 where it is 0."""
+    """||A v|| for a unit vector v of the smaller side; differentiable, where it is 0 with derivative 0."""
     forward, _, shape = smaller_side(linear_map)
     with jax.default_matmul_precision("highest"):
         image = forward(vector.reshape(shape))

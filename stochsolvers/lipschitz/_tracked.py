@@ -55,7 +55,7 @@ def norm_step(
 ) -> tuple[Array, NormState]:
     r"""(||A v||, the state with v) for the v that maximises ||A v|| in the span of v, A*A v, …, (A*A)^k v.
 
-    A lower bound on ||A|| that reaches it as the steps add up. Its derivative is <u, dA v>, u = A v / ||A v||.
+    A lower bound on ||A|| that reaches it as the steps add up; its derivative is <u, dA v>, u ∝ A v.
 
     Args:
       linear_map: A.

@@ -7,6 +7,7 @@ They need the parameters: `optimizer.update(gradients, state, params)`, as `nnx.
 """
 
 from stochsolvers.optax._project import ProjectState as ProjectState
+from stochsolvers.optax._project import dense_kernels as dense_kernels
 from stochsolvers.optax._project import project_spectral_norm as project_spectral_norm
 from stochsolvers.optax._prox import ProxState as ProxState
 from stochsolvers.optax._prox import prox as prox

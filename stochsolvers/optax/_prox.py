@@ -30,7 +30,7 @@ def prox(
     `L1`, `GroupL2`, those in a box `Box`, in a ball `L2Ball`, and so on. A weight that the prior sets to zero
     is exactly zero after `optax.apply_updates`; another one is θ + (prox − θ), rounded.
 
-    Behind a preconditioner such as Adam's it minimises g with the plain η, not in the preconditioner's metric.
+    Behind a preconditioner such as Adam's it is a step of length η on g, not in the preconditioner's metric.
 
     Args:
       prior: g, or a function from a leaf's path, as "conv/kernel", and its array to a g or None.
