@@ -1,6 +1,5 @@
 """Norms that are not squared, spectral normalisation, penalties, clipping and projections, against dense SVDs."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +31,9 @@ def maps(rng):
     return {
         "dense": ss.Dense(kernel(rng, 6, 9)),
         "zero-padded": ss.Conv(k2, (5, 4)),
-        "strided, grouped": ss.Conv(kernel(rng, 3, 3, 2, 4), (5, 4), strides=2, feature_group_count=2),
+        "strided, grouped": ss.Conv(
+            kernel(rng, 3, 3, 2, 4), (5, 4), strides=2, feature_group_count=2
+        ),
         "circular": ss.Conv(k2, (5, 4), padding="CIRCULAR"),
         "1-D, dilated": ss.Conv(kernel(rng, 3, 2, 3), (9,), kernel_dilation=2),
         "3-D": ss.Conv(kernel(rng, 2, 3, 2, 2, 2), (3, 4, 3)),

@@ -122,7 +122,7 @@ class SpectralNorm(KeepsConstant):
         """Compute the norm in full, for evaluation with the current kernel."""
         kept = self._kept_map(self.layer_instance.kernel[...])
         if kept is not None:
-            self._keep(norm_refresh(kept, self._state(), certified=self.options.certified))
+            self._keep(norm_refresh(kept, self.norm_state(), certified=self.options.certified))
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """What `nnx.view` may set.
@@ -148,8 +148,8 @@ class SpectralNorm(KeepsConstant):
             linear_map = linear_map_of(self.layer_instance, jnp.shape(inputs))
             return self.options.norm_of(linear_map, training=training)
         if not training:
-            return kept_norm(kept, self._state(), certified=self.options.certified)
-        norm, state = norm_step(kept, self._state(), num_steps=self.options.n_steps)
+            return kept_norm(kept, self.norm_state(), certified=self.options.certified)
+        norm, state = norm_step(kept, self.norm_state(), num_steps=self.options.n_steps)
         self._keep(state)
         return norm
 
@@ -167,7 +167,8 @@ class SpectralNorm(KeepsConstant):
             return None
         return linear_map_of(layer, (1, *self.spatial_shape, 1))
 
-    def _state(self) -> NormState:
+    def norm_state(self) -> NormState:
+        """What is kept of the norm, for `lipschitz.norm_step`; of a layer whose norm needs no inputs."""
         return NormState(self.vector[...], self.norm[...], self.checksum[...])
 
     def _keep(self, state: NormState) -> None:
