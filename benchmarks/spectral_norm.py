@@ -144,7 +144,9 @@ def _normalised_norm(wrapper: Any, pixels: int) -> float:
     kernel = layer.kernel[...]
     if isinstance(wrapper, ss.nnx.SpectralNorm):
         A = wrapper.linear_map()
-        divisor = ss.lipschitz.norm_step(A, wrapper.norm_state())[0]
+        divisor = ss.lipschitz.norm_step(
+            A, wrapper.norm_state(), num_steps=wrapper.options.n_steps
+        )[0]
     else:
         flat = kernel.reshape(-1, kernel.shape[-1])
         (u,) = [v[...] for key, v in wrapper.batch_stats.items() if key[-1] == "u"]

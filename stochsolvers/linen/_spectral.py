@@ -42,7 +42,7 @@ class SpectralNorm(nn.Module):
     """
 
     layer_instance: nn.Module
-    n_steps: int = 1
+    n_steps: int = 4
     epsilon: float = 1e-12
     dtype: Any = None
     param_dtype: Any = jnp.float32

@@ -51,7 +51,7 @@ def norm_state(linear_map: LinearMap) -> NormState:
 @replicated
 @functools.partial(jax.jit, static_argnames="num_steps")
 def norm_step(
-    linear_map: LinearMap, state: NormState, *, num_steps: int = 1
+    linear_map: LinearMap, state: NormState, *, num_steps: int = 4
 ) -> tuple[Array, NormState]:
     r"""(||A v||, the state with v) for the v that maximises ||A v|| in the span of v, A*A v, …, (A*A)^k v.
 

@@ -48,7 +48,8 @@ class SpectralNorm(KeepsConstant):
       differentiate_norm: the derivative passes through the norm, with d||A|| = <u, dA v>, as in Flax's
         wrapper; False takes the norm as a constant.
       certified: after `eval()` divide by the upper end of `spectral_norm_bracket`: ||A|| ≤ c is proved.
-      n_steps: of v, in a training call.
+      n_steps: k, Krylov steps on v in a training call; each is a product with A and one with A* of one
+        example. Flax's wrapper takes one power step on the reshaped kernel.
       epsilon: the least norm that is divided by.
       dtype: of the normalised kernel; by default that of the parameter.
       param_dtype: not needed: the state is in float32 or the kernel's wider dtype.
@@ -73,7 +74,7 @@ class SpectralNorm(KeepsConstant):
         shrink_only: bool = False,
         differentiate_norm: bool = True,
         certified: bool = False,
-        n_steps: int = 1,
+        n_steps: int = 4,
         epsilon: float = 1e-12,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
