@@ -27,6 +27,7 @@ NAMES = (
     "certificates",
     "equilibrium",
     "training",
+    "spectral_norm",
     "proxprop",
     "convex",
 )

@@ -18,6 +18,7 @@ from stochsolvers import linen as linen
 from stochsolvers import lipschitz as lipschitz
 from stochsolvers import losses as losses
 from stochsolvers import nnx as nnx
+from stochsolvers import optax as optax
 from stochsolvers import prox as prox
 from stochsolvers import proxprop as proxprop
 from stochsolvers import reports as reports
@@ -38,6 +39,8 @@ from stochsolvers.linear_maps import dense_general as dense_general
 from stochsolvers.linear_maps import linear_map as linear_map
 from stochsolvers.lipschitz import Bracket as Bracket
 from stochsolvers.lipschitz import LipschitzState as LipschitzState
+from stochsolvers.lipschitz import clip_singular_values as clip_singular_values
+from stochsolvers.lipschitz import condition_number as condition_number
 from stochsolvers.lipschitz import feature_lipschitz_constants as feature_lipschitz_constants
 from stochsolvers.lipschitz import lipschitz_bracket as lipschitz_bracket
 from stochsolvers.lipschitz import lipschitz_constant as lipschitz_constant
@@ -46,6 +49,10 @@ from stochsolvers.lipschitz import lipschitz_state as lipschitz_state
 from stochsolvers.lipschitz import operator_bracket as operator_bracket
 from stochsolvers.lipschitz import output_lipschitz_constants as output_lipschitz_constants
 from stochsolvers.lipschitz import singular_values as singular_values
+from stochsolvers.lipschitz import spectral_norm as spectral_norm
+from stochsolvers.lipschitz import spectral_norm_bracket as spectral_norm_bracket
+from stochsolvers.lipschitz import spectral_penalty as spectral_penalty
+from stochsolvers.lipschitz import stable_rank as stable_rank
 from stochsolvers.losses import Loss as Loss
 from stochsolvers.problems import FixedPointProblem as FixedPointProblem
 from stochsolvers.problems import LayerProblem as LayerProblem

@@ -17,3 +17,4 @@ from stochsolvers.linen._proxprop import ProxPropConv as ProxPropConv
 from stochsolvers.linen._proxprop import ProxPropDense as ProxPropDense
 from stochsolvers.linen._reports import certify as certify
 from stochsolvers.linen._reports import lipschitz_report as lipschitz_report
+from stochsolvers.linen._spectral import SpectralNorm as SpectralNorm

@@ -65,8 +65,8 @@ def norm_estimate(linear_map: LinearMap, *, safe: bool) -> Array:
     if bound is not None:
         # one product refutes a bound that is far off, and maps that are not finite
         return matrix_free_bracket(base, 1).upper if safe else jnp.asarray(bound, base.dtype)
-    vector, scale = lax.stop_gradient(_ritz_vector(_constant(base), STEPS, None))
-    forward, _, shape = _smaller_side(base)
+    vector, scale = lax.stop_gradient(ritz_vector(_constant(base), STEPS, None))
+    forward, _, shape = smaller_side(base)
     with jax.default_matmul_precision("highest"):
         image = forward(vector.reshape(shape)) / scale
     value = jnp.sum(image**2) / jnp.sum(vector**2)
@@ -95,8 +95,8 @@ def overshoot(linear_map: LinearMap, num_iters: int, failure: float) -> float:
 def lanczos_bound(linear_map: LinearMap, num_iters: int, key: Array | None) -> tuple[Array, Array]:
     """(θ less its round-off, divided by scale², and scale); NaN if a product is not finite."""
     linear_map = checked(linear_map)
-    vector, scale = _ritz_vector(linear_map, num_iters, key)
-    forward, _, shape = _smaller_side(linear_map)
+    vector, scale = ritz_vector(linear_map, num_iters, key)
+    forward, _, shape = smaller_side(linear_map)
     with jax.default_matmul_precision("highest"):
         image = norm(forward(vector.reshape(shape)) / scale)
         error = _image_error(linear_map, vector, image * scale) / scale
@@ -105,9 +105,9 @@ def lanczos_bound(linear_map: LinearMap, num_iters: int, key: Array | None) -> t
     return lower, scale
 
 
-def _ritz_vector(linear_map: LinearMap, num_iters: int, key: Array | None) -> tuple[Array, Array]:
+def ritz_vector(linear_map: LinearMap, num_iters: int, key: Array | None) -> tuple[Array, Array]:
     """The top Ritz vector on the smaller side, and a power of two about the size of A's products."""
-    forward, backward, shape = _smaller_side(linear_map)
+    forward, backward, shape = smaller_side(linear_map)
     size, dtype = math.prod(shape), linear_map.dtype
     start = spectra.fixed_start(size, dtype)
     if key is not None:
@@ -125,7 +125,7 @@ def _ritz_vector(linear_map: LinearMap, num_iters: int, key: Array | None) -> tu
     return jnp.where(jnp.all(jnp.isfinite(vector)), vector, start), scale
 
 
-def _smaller_side(
+def smaller_side(
     linear_map: LinearMap,
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array], tuple[int, ...]]:
     """A and its adjoint, or the other way round, such that the first acts on the smaller side; its shape."""
@@ -143,6 +143,22 @@ def _smaller_side(
     return forward, backward, linear_map.in_shape
 
 
+def image_norm(linear_map: LinearMap, vector: Array) -> Array:
+    """||A v|| for a unit vector v of the smaller side; differentiable, where it is 0 with derivative 0."""
+    forward, _, shape = smaller_side(linear_map)
+    with jax.default_matmul_precision("highest"):
+        image = forward(vector.reshape(shape))
+    scale = scale_of(image)
+    return root(jnp.sum((image / scale) ** 2)) * scale
+
+
+def root(square: Array) -> Array:
+    """sqrt(max(x, 0)) with the derivative 0 at 0; NaN stays."""
+    positive = square > 0
+    value = jnp.sqrt(jnp.where(positive, square, 1.0))
+    return jnp.where(positive, value, jnp.where(jnp.isnan(square), square, 0.0))
+
+
 def _image_error(linear_map: LinearMap, vector: Array, image: Array) -> Array:
     """Round-off of ||A v||: each pixel of a convolution is a sum of known length, otherwise an allowance."""
     if not isinstance(linear_map, Conv):
@@ -151,7 +167,7 @@ def _image_error(linear_map: LinearMap, vector: Array, image: Array) -> Array:
     fan = kernel[..., 0].size
     if min(sizes(linear_map)) < sizes(linear_map)[0]:
         fan = kernel[..., 0, :].size // linear_map.feature_group_count
-    forward, _, shape = _smaller_side(linear_map.absolute())
+    forward, _, shape = smaller_side(linear_map.absolute())
     reach = norm(forward(jnp.abs(vector).reshape(shape)))
     return reach * spectra.gamma(fan + 2, vector.dtype)
 

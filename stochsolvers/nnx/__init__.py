@@ -27,3 +27,5 @@ from stochsolvers.nnx._reports import lipschitz_report as lipschitz_report
 from stochsolvers.nnx._solver_layer import SolverRecord as SolverRecord
 from stochsolvers.nnx._solver_layer import SolverState as SolverState
 from stochsolvers.nnx._solver_layer import refresh_lipschitz as refresh_lipschitz
+from stochsolvers.nnx._spectral import SpectralNorm as SpectralNorm
+from stochsolvers.nnx._spectral import SpectralStat as SpectralStat

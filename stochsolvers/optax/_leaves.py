@@ -1,0 +1,36 @@
+"""The leaves of a parameter tree by their paths."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from stochsolvers import _checks
+
+
+def path_string(path: Any) -> str:
+    """Keys with slashes between: "block/linear/kernel"; without the `value` of a Flax variable."""
+    keys = [
+        str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path
+    ]
+    if keys and keys[-1] == "value":
+        keys = keys[:-1]
+    return "/".join(keys)
+
+
+def moved(function: Callable[[str, Any], Any], updates: Any, params: Any, what: str) -> Any:
+    """The updates u that lead to f(path, θ + u) wherever that is not None: f(θ + u) − θ.
+
+    Raises:
+      ValueError: if there are no parameters.
+    """
+    if params is None:
+        _checks.fail(f"params of {what}", "the parameters, as update's third argument", None)
+
+    def of_leaf(path, update, param):
+        if update is None:
+            return None
+        after = function(path_string(path), param + update.astype(param.dtype))
+        return update if after is None else (after.astype(param.dtype) - param).astype(update.dtype)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, updates, params, is_leaf=lambda u: u is None)
