@@ -1,7 +1,6 @@
 """Plain Flax networks, as anybody writes them, for the reports: ResNet-18 and a U-Net, NNX and Linen."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp

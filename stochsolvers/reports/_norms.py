@@ -29,6 +29,7 @@ _UNIT = 2.0**-53
 _GAP = 1e-3  # of the upper end, relative
 _SMALL = 32  # orders whose eigenvalues are all computed
 _DENSE = 2**22  # entries of a matrix that is written out
+_DECOMPOSED = 2048  # order of a Gram matrix whose eigenvalues are computed for the least one
 _LARGEST = 4096  # order of a dense Gram matrix
 _CHUNK = 2**22  # entries of the Gram matrices formed at once
 _STEPS = 8  # of Lanczos
@@ -54,12 +55,30 @@ def squared_norm(linear_map: LinearMap) -> tuple[float, float] | None:
     return None if ends is None else (ends[0] * scale**2, ends[1] * scale**2)
 
 
+def least_eigenvalue(linear_map: LinearMap) -> float | None:
+    """A lower bound on λ_min(A A*), 0 for more outputs than inputs; None for maps other than dense ones."""
+    if not isinstance(linear_map, Dense):
+        return None if is_exact(linear_map) else 0.0
+    kernel = np.asarray(linear_map.kernel).astype(np.float64)
+    rows, columns = kernel.shape
+    if columns > rows or not np.all(np.isfinite(kernel)):
+        return 0.0 if columns > rows else math.nan
+    if columns > _DECOMPOSED:
+        return None
+    gram = kernel.T @ kernel
+    error = (4 * (rows + columns) + 16 * columns) * _UNIT * float(np.trace(gram))
+    return max(0.0, float(np.linalg.eigvalsh(gram)[0]) - error)
+
+
 def _of_blocks(linear_map: LinearMap) -> tuple[float, float] | None:
     """Of a block-diagonal map; blocks that are sums of products are left to programs."""
     blocks = linear_map.blocks()  # pyright: ignore[reportAttributeAccessIssue]
     if blocks.size != sum(leaf.size for leaf in jax.tree.leaves(linear_map)):
         return None
-    ends = [squared_norm(Matrix(block, block.shape[:1], block.shape[1:])) for block in np.asarray(blocks)]
+    ends = [
+        squared_norm(Matrix(block, block.shape[:1], block.shape[1:]))
+        for block in np.asarray(blocks)
+    ]
     if any(end is None for end in ends):
         return None
     lower, upper = np.max(np.asarray(ends), axis=0)
@@ -261,7 +280,9 @@ def _windows(conv: Conv, padded: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
     for t, place in enumerate(np.ndindex(*taps)):
         cut = tuple(
             slice(p * d, p * d + s * (n - 1) + 1, s)
-            for p, d, s, n in zip(place, conv.kernel_dilation, conv.strides, conv.out_shape, strict=False)
+            for p, d, s, n in zip(
+                place, conv.kernel_dilation, conv.strides, conv.out_shape, strict=False
+            )
         )
         yield t, padded[cut]
 
@@ -288,14 +309,20 @@ def _adjoint(conv: Conv, kernel: np.ndarray, z: np.ndarray) -> np.ndarray:
     columns = z.reshape(-1, groups, n2 // groups).transpose(1, 0, 2)
     for t, window in _windows(conv, padded):
         window += (columns @ taps[t]).transpose(1, 0, 2).reshape(window.shape)
-    cut = tuple(slice(low, low + n) for (low, _), n in zip(conv.pads, conv.spatial_shape, strict=True))
+    cut = tuple(
+        slice(low, low + n) for (low, _), n in zip(conv.pads, conv.spatial_shape, strict=True)
+    )
     return padded[cut]
 
 
 def _written(conv: Conv, kernel: np.ndarray) -> np.ndarray:
     """The matrix (inputs, outputs)."""
     pixels, out = math.prod(conv.spatial_shape), math.prod(conv.out_shape[:-1])
-    mode = {"mode": "wrap"} if conv.padding == "CIRCULAR" else {"mode": "constant", "constant_values": -1}
+    mode = (
+        {"mode": "wrap"}
+        if conv.padding == "CIRCULAR"
+        else {"mode": "constant", "constant_values": -1}
+    )
     numbers = np.arange(pixels).reshape(*conv.spatial_shape, 1)
     padded = np.pad(numbers, (*conv.pads, (0, 0)), **mode)  # pyright: ignore
     groups, (n1, n2) = conv.feature_group_count, kernel.shape[-2:]
