@@ -1,16 +1,19 @@
 r"""Spectral norms of a network's layers, and the Lipschitz bound that they prove.
 
-A network f = h_n ∘ f_n ∘ … ∘ h_1 ∘ f_1 ∘ h_0 of layers f_i with constants ℓ_i, and of functions h_i
-with constants c_i, satisfies
+The bound is propagated through the graph of the forward pass, value by value (`_propagation`): a layer
+multiplies the constant of its input by its own ℓ, an addition adds those of its terms, a concatenation takes
+the root of the sum of their squares. For a chain f = h_n ∘ f_n ∘ … ∘ h_1 ∘ f_1 ∘ h_0 it is the product
 
-    ||f(x) − f(y)|| ≤ c_0 ⋯ c_n ℓ_1 ⋯ ℓ_n ||x − y||.
+    ||f(x) − f(y)|| ≤ c_0 ⋯ c_n ℓ_1 ⋯ ℓ_n ||x − y||,
 
-ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference, and
-`solver_bound` for a solver, `equilibrium_bound` for an equilibrium layer (of the map to the equilibrium,
-which its solver approximates to a tolerance); the c_i are those of the operations between the layers. The
-product proves nothing where the output sees the input on a way around a layer, as with a residual
-connection, where there are parameters that no known layer accounts for, nor where an operation has no
-constant that is known: the bound is then infinite, and the report names the cause.
+for a residual connection x + f(x) it is 1 + ℓ_f.
+
+ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference (of it and
+the layer before it ||diag(γ / sqrt(v + ε)) A_i||), max_c |γ_c| / sqrt(ε) for a normalisation by the variance
+of its own input, `solver_bound` for a solver, `equilibrium_bound` for an equilibrium layer (of the map to the
+equilibrium, which its solver approximates to a tolerance); the c_i are those of the operations between the
+layers. Where a layer has no norm or an operation no constant that is known, the bound is infinite, and the
+report names the cause.
 """
 
 import dataclasses
@@ -19,24 +22,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from stochsolvers import _checks, _layers
-from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import LinearMap
-from stochsolvers.lipschitz import operator_bracket
+from stochsolvers import _checks
 from stochsolvers.reports import _table
-from stochsolvers.reports._bounds import (
-    equilibrium_bound,
-    has_bound,
-    solver_bound,
-    squared_norm_bracket,
-)
+from stochsolvers.reports._entries import Entries, sizes_at_zero
+from stochsolvers.reports._measurement import Part as Part
+from stochsolvers.reports._measurement import Standardisation as Standardisation
+from stochsolvers.reports._measurement import layer_bounds, measured
+from stochsolvers.reports._propagation import LayerBound, names_between, propagate
 from stochsolvers.reports._trace import Call, Trace
 
 _BYPASSED = "on one of several paths"
 _NOT_BOUNDED = "not bounded"
+_BETWEEN = "counted between the layers"
+_ON_A_BALL = frozenset(("mul", "dot_general", "square", "integer_pow", "exp", "_einsum"))
+_STANDARDISED = "reached where the variance vanishes"
 
 
 @functools.singledispatch
@@ -53,45 +52,6 @@ def lipschitz_report(model: Any, *args: Any, **options: Any) -> "LipschitzReport
       `LipschitzReport`.
     """
     _checks.fail("model", "an nnx.Module or a linen.Module", type(model).__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What a Flax room knows of one layer.
-
-    Attributes:
-      kind: name of the layer's class.
-      linear_map: A, or None.
-      normalisation: γ or None, v and ε of a normalisation at inference, which scales its channels by
-        γ / sqrt(v + ε); or None.
-      settings: of a solver layer, or None.
-      kept: the constant that a solver layer keeps, or None.
-      reference: the fingerprint of what it is of, or None.
-      equilibrium: the problem of an equilibrium layer, and the map U of each of its layers, None for the
-        identity; or None.
-
-    A part that is neither a map nor a normalisation nor an equilibrium has no bound.
-    """
-
-    kind: str
-    linear_map: LinearMap | None = None
-    normalisation: tuple[Array | None, Array, Scalar] | None = None
-    settings: _layers.Settings | None = None
-    kept: Array | None = None
-    reference: Array | None = None
-    equilibrium: tuple[Any, tuple[LinearMap | None, ...]] | None = None
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there is a norm to compute."""
-        kinds = self.linear_map, self.normalisation, self.equilibrium
-        return any(kind is not None for kind in kinds)
-
-    @property
-    def has_solver_bound(self) -> bool:
-        """Whether it is a solver layer for which `solver_bound` holds."""
-        settings = self.settings
-        return settings is not None and has_bound(settings.solver, settings.loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,16 +91,21 @@ class LipschitzReport:
       rows: one record for each call of a layer, and for each module with parameters that no known
         layer accounts for.
       between: names of the operations between the layers.
-      factor: their part of the bound, c_0 ⋯ c_n; 1 for activations such as ReLU and pools of disjoint
-        windows, 0 where the output does not depend on the input, infinite where it is not known.
+      factor: the bound if every layer's constant is 1; of a chain c_0 ⋯ c_n. 1 for activations such as ReLU
+        and pools of disjoint windows, 0 where the output does not depend on the input, infinite where it
+        is not known. Where the inputs are in a ball, bound / product.
       unknown: names of the operations that have no constant, or none that is known, such as `sign` and
         the product of two functions of the input.
+      proved: the Lipschitz constant that the graph proves; None for factor × product.
+      radius: of the ball of inputs that it holds for.
     """
 
     rows: tuple[LayerNorm, ...]
     between: tuple[str, ...]
     factor: float
     unknown: tuple[str, ...]
+    proved: float | None = None
+    radius: float = math.inf
 
     @property
     def product(self) -> float:
@@ -152,6 +117,8 @@ class LipschitzReport:
         """A Lipschitz constant of the network; infinite where none is proved."""
         if self.factor == 0.0:
             return 0.0
+        if self.proved is not None:
+            return self.proved
         return math.inf if any(row.note for row in self.rows) else self.factor * self.product
 
     def as_dict(self) -> dict[str, list[Any]]:
@@ -169,11 +136,16 @@ class LipschitzReport:
         elif math.isfinite(self.bound):
             names = ", ".join(self.between)
             between = f", of which {self.factor:.4g} between the layers: {names}" if names else ""
-            lines.append(f"Lipschitz bound of the network: {self.bound:.4g}{between}")
+            ball = f" for ||x|| ≤ {self.radius:.4g}" if math.isfinite(self.radius) else ""
+            lines.append(f"Lipschitz bound of the network{ball}: {self.bound:.4g}{between}")
         else:
             lines.append(f"No Lipschitz bound of the network; product: {self.product:.4g}")
         if self.unknown and self.factor:
             lines.append(f"No Lipschitz constant is known of: {', '.join(self.unknown)}")
+            if not _ON_A_BALL.isdisjoint(self.unknown) and not math.isfinite(self.radius):
+                lines.append(
+                    "Products of functions of the input have one on a ball: give a radius."
+                )
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:
@@ -194,92 +166,55 @@ class LipschitzReport:
 
 
 def norms_report(
-    trace: Trace, parts: Sequence[Part], strays: Mapping[str, int], kinds: Mapping[str, str]
+    trace: Trace,
+    parts: Sequence[Part],
+    strays: Mapping[str, int],
+    kinds: Mapping[str, str],
+    radius: float | None = None,
 ) -> LipschitzReport:
-    """The report on a traced network, all norms from one compiled call.
+    """The report on a traced network, with the norms of its layers.
 
     Args:
       trace: of the forward pass.
       parts: one for each of its calls.
       strays: position of each module with parameters that no known layer accounts for, by name.
       kinds: its class, by name.
+      radius: of the ball of inputs that the bound is to hold for, or None for all inputs.
     """
-    arrays = [
-        (
-            p.linear_map,
-            p.normalisation,
-            p.settings if p.has_solver_bound else None,
-            p.kept,
-            p.reference,
-            p.equilibrium,
-        )
-        for p in parts
-        if p.bounded
+    if radius is not None and not (isinstance(radius, int | float) and 0 <= radius < math.inf):
+        _checks.fail("radius", "a finite number ≥ 0, or None", radius)
+    numbers = measured(parts)
+    layers = layer_bounds(trace, parts, numbers)
+    entries = Entries(trace.program, trace.dependent)
+    plain = propagate(trace, [LayerBound()] * len(layers), entries)
+    ball = math.inf if radius is None else float(radius)
+    zero = sizes_at_zero(trace) if math.isfinite(ball) else None
+    proved = propagate(trace, layers, entries, ball, zero)
+    unknown = proved.unknown if math.isfinite(ball) else plain.unknown
+    is_bounded = math.isfinite(proved.constant)
+
+    rows = [
+        (call.position, _row(call, part, number))
+        for call, part, number in zip(trace.calls, parts, numbers, strict=True)
     ]
-    measured = iter(jax.device_get(_measure(arrays)))
-    rows = []
-    for call, part in zip(trace.calls, parts, strict=True):
-        numbers = next(measured) if part.bounded else (0.0, math.inf, math.inf)
-        rows.append((call.position, _row(call, part, numbers)))
+    constant, note = (1.0, _BETWEEN) if is_bounded else (math.inf, _NOT_BOUNDED)
     for name, position in strays.items():
-        missing = LayerNorm(name, kinds[name], (), 0.0, math.inf, math.inf, _NOT_BOUNDED)
+        missing = LayerNorm(name, kinds[name], (), 0.0, math.inf, constant, note)
         rows.append((position, missing))
     rows.sort(key=lambda entry: entry[0])
-    rows = tuple(row for _, row in rows)
-    return LipschitzReport(rows, trace.between, trace.factor, trace.unknown)
-
-
-@jax.jit
-def _measure(parts: list[Any]) -> list[tuple[Array, Array, Array]]:
-    """Lower and upper bounds on each norm, and the layer's constant.
-
-    Layers of the same structure and shapes are one loop, so that a deep network compiles as fast as
-    its different layers.
-    """
-    groups: dict[Any, list[int]] = {}
-    for i, part in enumerate(parts):
-        leaves, structure = jax.tree.flatten(part)
-        key = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        groups.setdefault(key, []).append(i)
-    results: dict[int, tuple[Array, Array, Array]] = {}
-    for members in groups.values():
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(parts[i] for i in members))
-        measured = jax.lax.map(lambda part: _measure_one(*part), stacked)
-        for place, i in enumerate(members):
-            results[i] = jax.tree.map(lambda array, place=place: array[place], measured)
-    return [results[i] for i in range(len(parts))]
-
-
-def _measure_one(linear_map, normalisation, settings, kept, reference, equilibrium):
-    if equilibrium is not None:
-        return _measure_equilibrium(*equilibrium)
-    if linear_map is None:
-        scale, variance, epsilon = normalisation
-        largest = jnp.max(
-            jnp.abs(1.0 if scale is None else scale) * jax.lax.rsqrt(variance + epsilon)
-        )
-        return largest, largest, largest
-    bracket = squared_norm_bracket(linear_map)
-    lower, upper = jnp.sqrt(bracket.lower), jnp.sqrt(bracket.upper)
-    if settings is None:
-        return lower, upper, upper
-    constant = _layers.current_constant(settings, linear_map, kept, reference)
-    return lower, upper, solver_bound(settings, linear_map, bracket.upper, constant)
-
-
-def _measure_equilibrium(
-    problem: Any, input_maps: Sequence[LinearMap | None]
-) -> tuple[Array, Array, Array]:
-    one = jnp.ones((), problem.dtype)
-    inputs = [
-        (one, one) if A is None else tuple(jnp.sqrt(end) for end in squared_norm_bracket(A))
-        for A in input_maps
-    ]
-    layers = getattr(problem, "equilibria", (problem,))
-    squared_norms = [operator_bracket(layer.linear_map).upper for layer in layers]
-    bound = equilibrium_bound(problem, squared_norms, [upper for _, upper in inputs])
-    lower = jnp.max(jnp.stack([lower for lower, _ in inputs]))
-    return lower, jnp.linalg.norm(jnp.stack([upper for _, upper in inputs])), bound
+    report = LipschitzReport(
+        tuple(row for _, row in rows),
+        names_between(trace),
+        plain.constant,
+        unknown,
+        proved.constant,
+        ball,
+    )
+    if math.isfinite(ball) and is_bounded and report.factor:
+        product = report.product
+        factor = proved.constant / product if product else plain.constant
+        report = dataclasses.replace(report, factor=factor)
+    return report
 
 
 def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:
@@ -289,7 +224,9 @@ def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:
         note = _NOT_BOUNDED
     elif part.settings is not None and not part.has_solver_bound:
         constant, note = math.inf, _NOT_BOUNDED
-    return LayerNorm(call.label, part.kind, call.input_shape, lower, upper, constant, note)
+    elif part.standardised is not None and not note:
+        note = _STANDARDISED
+    return LayerNorm(call.name, part.kind, call.input_shape, lower, upper, constant, note)
 
 
 def _cells(row: LayerNorm) -> list[str]:
