@@ -1,5 +1,6 @@
 """Solver layers for Flax Linen."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,6 +12,7 @@ from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Dense, LinearMap, dense_general
 from stochsolvers.losses import Loss, Squares
+from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import NonNegative, Prior
 from stochsolvers.solvers import Solution, Solver
 
@@ -27,23 +29,41 @@ class SolverLayer(nn.Module):
 
     def __call__(self, inputs: Array, **options: Any) -> Array:
         """The solver's last iterate, or its pre-activation; options as in `solve`."""
-        layer: Any = self
-        return _layers.output_of(layer, layer.solve(inputs, **options))
+        return _layers.output_of(self, self.solve(inputs, **options))
 
-    def _solve(
+    def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
+        """A, and x and b in the layer's dtype."""
+        raise TypeError("a solver layer defines assembled")
+
+    def problem(self, inputs: Array, *, skip: Array | None = None) -> LayerProblem:
+        """The convex problem that the layer solves at these inputs, for objectives and certificates.
+
+        Of a layer bound to variables, or `layer.apply(variables, inputs, method="problem")`.
+        """
+        linear_map, inputs, bias = self.assembled(inputs)
+        settings = _layers.Settings.of(self)
+        problem = settings.problem(linear_map, inputs, bias, skip)
+        if not settings.normalize:
+            return problem
+        kept = self._kept_constant(problem.linear_map)
+        constant = _layers.current_constant(settings, problem.linear_map, *kept)
+        return settings.prepared(problem, constant)[0]
+
+    def solve(
         self,
-        linear_map: LinearMap,
         inputs: Array,
-        bias: Array | None,
-        skip: Array | None,
-        deterministic: bool | None,
-        certify: bool,
+        *,
+        skip: Array | None = None,
+        deterministic: bool | None = None,
+        certify: bool = False,
     ) -> Solution:
+        """The layer's output with the solver's residuals; see `stochsolvers.nnx.SolverLinear.solve`."""
         layer: Any = self
         if deterministic is None:
             deterministic = layer.deterministic
         sampled = layer.solver.stochastic and not deterministic
         settings = _layers.Settings.of(self)
+        linear_map, inputs, bias = self.assembled(inputs)
         problem = settings.problem(linear_map, inputs, bias, skip)
         kept, reference = self._kept_constant(problem.linear_map)
         records = self.is_mutable_collection(RECORDS) and not self.is_initializing()
@@ -72,12 +92,14 @@ class SolverLayer(nn.Module):
             return None, None
         if jax.eval_shape(constant) is None:  # a fixed step
             return None, None
-        now = _layers.fingerprint(settings, linear_map)
-        kept = self.variable(STATE, "lipschitz", constant)
-        reference = self.variable(STATE, "reference", lambda: jnp.zeros_like(now))  # no kernel yet
-        if refresh and not self.is_initializing():
-            kept.value, reference.value = constant(), now
-        return kept.value, reference.value
+        if refresh:
+            now = _layers.fingerprint(settings, linear_map)
+            if self.is_initializing():
+                now = jnp.zeros_like(now)  # weights may be about to be loaded
+            if not (self.is_initializing() and kept_before):
+                self.put_variable(STATE, "lipschitz", constant())
+                self.put_variable(STATE, "reference", now)
+        return self.get_variable(STATE, "lipschitz"), self.get_variable(STATE, "reference")
 
 
 class SolverDense(SolverLayer, nn.Dense, kw_only=True):
@@ -102,16 +124,23 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
     deterministic: bool = False
     rng_collection: str = "dropout"
 
+    @classmethod
+    def from_layer(cls, layer: nn.Dense, *, solver: Solver, **options: Any) -> "SolverDense":
+        """The solver twin of a layer: its options, its name and its parameter tree.
+
+        Args:
+          layer: without a call of its own.
+          solver: of the twin.
+          **options: the twin's other attributes, such as `prior` and `ridge`.
+
+        Raises:
+          ValueError: for what is no `nn.Dense`, or a subclass with a call of its own, which would be lost.
+        """
+        return cls(solver=solver, **(plain_options(layer, nn.Dense) | options))
+
     @nn.compact
-    def solve(
-        self,
-        inputs: Array,
-        *,
-        skip: Array | None = None,
-        deterministic: bool | None = None,
-        certify: bool = False,
-    ) -> Solution:
-        """The layer's output with the solver's residuals; see `stochsolvers.nnx.SolverLinear.solve`."""
+    def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
+        """A, and x and b in the layer's dtype."""
         _layers.refuse(
             "SolverDense", dot_general=self.dot_general, dot_general_cls=self.dot_general_cls
         )
@@ -122,7 +151,7 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         inputs, kernel, bias = promoted
-        return self._solve(Dense(kernel), inputs, bias, skip, deterministic, certify)
+        return Dense(kernel), inputs, bias
 
 
 class SolverConv(SolverLayer, nn.Conv, kw_only=True):
@@ -147,16 +176,14 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
     deterministic: bool = False
     rng_collection: str = "dropout"
 
+    @classmethod
+    def from_layer(cls, layer: nn.Conv, *, solver: Solver, **options: Any) -> "SolverConv":
+        """The solver twin of a layer; see `SolverDense.from_layer`."""
+        return cls(solver=solver, **(plain_options(layer, nn.Conv) | options))
+
     @nn.compact
-    def solve(
-        self,
-        inputs: Array,
-        *,
-        skip: Array | None = None,
-        deterministic: bool | None = None,
-        certify: bool = False,
-    ) -> Solution:
-        """The layer's output with the solver's residuals; see `stochsolvers.nnx.SolverLinear.solve`."""
+    def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
+        """A, and x and b in the layer's dtype."""
         _layers.refuse(
             "SolverConv",
             conv_general_dilated=self.conv_general_dilated,
@@ -175,8 +202,21 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         inputs, kernel, bias = promoted
-        linear_map = linear_map_of(self, kernel, jnp.shape(inputs))
-        return self._solve(linear_map, inputs, bias, skip, deterministic, certify)
+        return linear_map_of(self, kernel, jnp.shape(inputs)), inputs, bias
+
+
+def plain_options(layer: Any, kind: type) -> dict[str, Any]:
+    """The attributes that a plain layer's class defines, and its name.
+
+    Raises:
+      ValueError: for another class, and for a layer with a call of its own.
+    """
+    known = (kind.__call__, SolverLayer.__call__)  # pyright: ignore[reportFunctionMemberAccess]
+    if not isinstance(layer, kind) or type(layer).__call__ not in known:
+        got = f"the class {layer.__name__}" if isinstance(layer, type) else type(layer).__name__
+        _checks.fail("layer", f"an nn.{kind.__name__} without a call of its own", got)
+    names = [field.name for field in dataclasses.fields(kind) if field.name != "parent"]  # pyright: ignore
+    return {name: getattr(layer, name) for name in names}
 
 
 def linear_map_of(layer: Any, kernel: Array, shape: tuple[int, ...]) -> LinearMap:
@@ -188,7 +228,7 @@ def linear_map_of(layer: Any, kernel: Array, shape: tuple[int, ...]) -> LinearMa
       shape: of its inputs.
 
     Raises:
-      ValueError: for unsupported options.
+      ValueError: for another layer, and for unsupported options.
     """
     if isinstance(layer, nn.Dense):
         return Dense(kernel)
@@ -198,4 +238,6 @@ def linear_map_of(layer: Any, kernel: Array, shape: tuple[int, ...]) -> LinearMa
         return _layers.einsum_map(layer.einsum_str, kernel, shape)
     if isinstance(layer, nn.ConvTranspose):
         return _layers.conv_transpose_map(layer, kernel, shape)
+    if not isinstance(layer, nn.Conv):
+        _checks.fail("layer", "a linear layer of Linen", type(layer).__name__)
     return _layers.conv_map(layer, kernel, shape[1 - kernel.ndim : -1])
