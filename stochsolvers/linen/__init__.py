@@ -20,6 +20,7 @@ from stochsolvers.linen._equilibrium import EquilibriumConv as EquilibriumConv
 from stochsolvers.linen._equilibrium import EquilibriumLinear as EquilibriumLinear
 from stochsolvers.linen._layers import SolverConv as SolverConv
 from stochsolvers.linen._layers import SolverDense as SolverDense
+from stochsolvers.linen._layers import SolverDenseGeneral as SolverDenseGeneral
 from stochsolvers.linen._layers import linear_map_of as linear_map_of
 from stochsolvers.linen._proxprop import ProxPropConv as ProxPropConv
 from stochsolvers.linen._proxprop import ProxPropDense as ProxPropDense

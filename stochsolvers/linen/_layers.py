@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 
 from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Dense, LinearMap, dense_general
+from stochsolvers.linen._following import FollowingNorm
 from stochsolvers.losses import Loss, Squares
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import NonNegative, Prior
@@ -80,6 +83,12 @@ class SolverLayer(nn.Module):
             record=functools.partial(self.sow, RECORDS, "solves") if records else None,
         )
 
+    def _with_following(self, kernel: Array, bias: Array | None) -> tuple[Array, Array | None]:
+        layer: Any = self
+        if layer.following is None or self.is_initializing():
+            return kernel, bias
+        return layer.following.fold(layer.following.arrays(self.scope), kernel, bias)
+
     def _kept_constant(self, linear_map: LinearMap) -> tuple[Array | None, Array | None]:
         settings = _layers.Settings.of(self)
 
@@ -113,6 +122,7 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
       normalize, output: as in `stochsolvers.nnx.SolverLinear`.
       deterministic: use the full gradient.
       rng_collection: name of the random stream.
+      following: set by `replace_layers`, a batch normalisation behind the layer that is folded into it.
     """
 
     solver: Solver
@@ -123,6 +133,7 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
     output: _layers.Output = "activation"
     deterministic: bool = False
     rng_collection: str = "dropout"
+    following: FollowingNorm | None = None
 
     @classmethod
     def from_layer(cls, layer: nn.Dense, *, solver: Solver, **options: Any) -> "SolverDense":
@@ -149,6 +160,7 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        kernel, bias = self._with_following(kernel, bias)
         promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         inputs, kernel, bias = promoted
         return Dense(kernel), inputs, bias
@@ -165,6 +177,7 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
       normalize, output: as in `stochsolvers.nnx.SolverLinear`.
       deterministic: use the full gradient.
       rng_collection: name of the random stream.
+      following: set by `replace_layers`, a batch normalisation behind the layer that is folded into it.
     """
 
     solver: Solver
@@ -175,6 +188,7 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
     output: _layers.Output = "activation"
     deterministic: bool = False
     rng_collection: str = "dropout"
+    following: FollowingNorm | None = None
 
     @classmethod
     def from_layer(cls, layer: nn.Conv, *, solver: Solver, **options: Any) -> "SolverConv":
@@ -200,9 +214,81 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        kernel, bias = self._with_following(kernel, bias)
         promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         inputs, kernel, bias = promoted
         return linear_map_of(self, kernel, jnp.shape(inputs)), inputs, bias
+
+
+class SolverDenseGeneral(SolverLayer, nn.DenseGeneral, kw_only=True):
+    """`nn.DenseGeneral` over the trailing axes of its inputs, and its activation, as a solver.
+
+    Attributes:
+      solver, prior, ridge, loss, normalize, output, deterministic, rng_collection, following: as in
+        `SolverDense`.
+    """
+
+    solver: Solver
+    prior: Prior = NonNegative()
+    ridge: Scalar = 0.0
+    loss: Loss = Squares()
+    normalize: bool = False
+    output: _layers.Output = "activation"
+    deterministic: bool = False
+    rng_collection: str = "dropout"
+    following: FollowingNorm | None = None
+
+    @classmethod
+    def from_layer(
+        cls, layer: nn.DenseGeneral, *, solver: Solver, **options: Any
+    ) -> "SolverDenseGeneral":
+        """The solver twin of a layer; see `SolverDense.from_layer`."""
+        return cls(solver=solver, **(plain_options(layer, nn.DenseGeneral) | options))
+
+    @nn.compact
+    def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
+        """A, and x and b in the layer's dtype."""
+        _layers.refuse(
+            "SolverDenseGeneral",
+            dot_general=self.dot_general,
+            dot_general_cls=self.dot_general_cls,
+            batch_dims=tuple(self.batch_dims) or None,
+        )
+        ndim, shape = jnp.ndim(inputs), jnp.shape(inputs)
+        axes = (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
+        axes = tuple(axis % ndim for axis in axes)
+        if axes != tuple(range(ndim - len(axes), ndim)):
+            _checks.fail("axis of SolverDenseGeneral", "the trailing axes, in order", self.axis)
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        own = shape[ndim - len(axes) :]
+        kernel = self.param("kernel", self._kernel_init(len(own)), (*own, *features), self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self._bias_init, features, self.param_dtype)
+        kernel, bias = self._with_following(kernel, bias)
+        promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        inputs, kernel, bias = promoted
+        return dense_general(kernel, own, axis=tuple(range(len(own)))), inputs, bias
+
+    @nn.nowrap
+    def _kernel_init(self, num_axes: int) -> Any:
+        """As the plain layer draws it: of a matrix."""
+
+        def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+            matrix = math.prod(shape[:num_axes]), math.prod(shape[num_axes:])
+            return _reshaped(self.kernel_init(key, matrix, dtype), shape)
+
+        return init
+
+    @nn.nowrap
+    def _bias_init(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+        return _reshaped(self.bias_init(key, (math.prod(shape),), dtype), shape)
+
+
+def _reshaped(value: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(value, meta.AxisMetadata):
+        return meta.replace_boxed(value, jnp.reshape(value.unbox(), shape))
+    return jnp.reshape(value, shape)
 
 
 def plain_options(layer: Any, kind: type) -> dict[str, Any]:

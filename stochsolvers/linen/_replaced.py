@@ -1,0 +1,181 @@
+"""A network in which solvers run in place of some layers, by interception of their calls."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import dtypes
+
+from stochsolvers import _layers
+from stochsolvers._typing import Array
+from stochsolvers.linen._following import FollowingNorm, Path, folded_norms
+from stochsolvers.linen._layers import SolverConv, SolverDense, SolverDenseGeneral
+
+TWINS: dict[type, Any] = {
+    nn.Dense: SolverDense,
+    nn.Conv: SolverConv,
+    nn.DenseGeneral: SolverDenseGeneral,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """What runs in place of one layer.
+
+    Attributes:
+      path: of the layer within the network.
+      settings: of the solver.
+      following: the batch normalisation behind it that is folded in, or None.
+      dropouts: the paths of the Dropouts before it, which pass their inputs through; where there are any, the
+        solver samples if they would.
+      rng_collection: the random stream of the sampling.
+    """
+
+    path: Path
+    settings: _layers.Settings
+    following: FollowingNorm | None = None
+    dropouts: tuple[Path, ...] = ()
+    rng_collection: str = "dropout"
+
+
+class ReplacedLayers(nn.Module):
+    """A network with solvers in place of some layers; made by `replace_layers`.
+
+    Its variables are those of the network, at the same paths, with the solvers' constants as "solver_state".
+    `apply` and `init` take the methods of the network, by name or as functions.
+
+    Attributes:
+      module: the network.
+      layers: what runs in place of which layer.
+    """
+
+    module: nn.Module
+    layers: tuple[Replacement, ...]
+
+    def setup(self) -> None:
+        """Give the network's variables the paths that they have without this module."""
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the network."""
+        return self.call_method(type(self.module).__call__, *args, **kwargs)  # pyright: ignore
+
+    def call_method(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A method of the network's class, of the network with its solvers."""
+        with replacing(self.path, self.layers):
+            return method(self.module, *args, **kwargs)
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """As `nn.Module.apply`."""
+        return super().apply(variables, *args, method=self._own(method), **kwargs)
+
+    @nn.nowrap
+    def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """As `nn.Module.init_with_output`."""
+        return super().init_with_output(rngs, *args, method=self._own(method), **kwargs)
+
+    @nn.nowrap
+    def init(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """As `nn.Module.init`."""
+        return super().init(rngs, *args, method=self._own(method), **kwargs)
+
+    @nn.nowrap
+    def _own(self, method: Any) -> Any:
+        """A method of this module that calls one of the network."""
+        if method is None:
+            return None
+        if isinstance(method, str):
+            method = getattr(type(self.module), method)
+        method = getattr(method, "__func__", method)
+        return lambda self, *args, **kwargs: self.call_method(method, *args, **kwargs)
+
+
+# Of JAX's cache of traced functions: what `nn.jit` has traced of the plain network is not that of its twin.
+_traced_for = jax.make_user_context(None)
+
+
+class _Key:
+    """Replacements as a part of that cache's keys."""
+
+    def __init__(self, prefix: Path, layers: tuple[Replacement, ...]):
+        self.layers = (prefix, layers)
+        try:
+            self.number = hash(self.layers)
+        except TypeError:  # arrays in a solver or a prior
+            self.layers, self.number = id(layers), id(layers)
+
+    def __hash__(self) -> int:
+        return self.number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.layers == other.layers
+
+
+@contextlib.contextmanager
+def replacing(prefix: Path, layers: tuple[Replacement, ...]) -> Iterator[None]:
+    """Within it, calls of these layers of the network at `prefix` are those of their solvers."""
+    by_path = {prefix + one.path: one for one in layers}
+    norms = frozenset(
+        one.following.absolute(prefix + one.path) for one in layers if one.following is not None
+    )
+    dropouts = frozenset(prefix + path for one in layers for path in one.dropouts)
+    would_sample: dict[Path, bool] = {}  # of the Dropouts, in the pass at hand
+
+    def intercept(call, args, kwargs, context):
+        layer: Any = context.module
+        if context.method_name != "__call__" or layer.scope is None:
+            return call(*args, **kwargs)
+        path = layer.path
+        if path in by_path and type(layer) in TWINS:
+            own = by_path[path]
+            flags = [would_sample.get(prefix + one) for one in own.dropouts]
+            return _solve(layer, own, any(flags) if flags else None, *args, **kwargs)
+        if path in norms and isinstance(layer, nn.BatchNorm):
+            return _passed_through(layer, call, *args, **kwargs)
+        if path in dropouts and isinstance(layer, nn.Dropout):
+            given = args[1] if len(args) > 1 else kwargs.get("deterministic")
+            would_sample[path] = not nn.merge_param("deterministic", layer.deterministic, given)
+            return args[0] if args else kwargs["inputs"]
+        return call(*args, **kwargs)
+
+    with _traced_for(_Key(prefix, layers)), folded_norms(norms), nn.intercept_methods(intercept):
+        yield
+
+
+def _solve(layer: Any, own: Replacement, samples: bool | None, inputs: Array) -> Array:
+    """The call of the solver in place of a layer, on the layer's variables.
+
+    Args:
+      layer: bound to variables.
+      own: what runs in place of it.
+      samples: whether the Dropouts before it would sample; None where there are none.
+      inputs: of the layer.
+    """
+    if samples is None:
+        samples = layer.has_rng(own.rng_collection)
+    if layer.is_initializing():
+        samples = False
+    twin = twin_of(layer, own, parent=layer.scope.rewound())
+    return twin(inputs, deterministic=not samples)
+
+
+def twin_of(layer: Any, own: Replacement, *, parent: Any = None) -> Any:
+    """The solver in place of a layer, with the scope `parent` or none."""
+    settings = own.settings
+    options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    options |= {"rng_collection": own.rng_collection, "following": own.following}
+    return TWINS[type(layer)].from_layer(layer, **options, parent=parent, name=None)
+
+
+def _passed_through(norm: nn.BatchNorm, call: Callable[..., Any], x: Array, *args: Any, **kwargs: Any):
+    """The input of a normalisation that is folded into the layer before it, in the dtype of its output."""
+    if norm.is_initializing():
+        call(x, *args, **kwargs)  # creates the variables
+    arrays: Mapping[str, Any] = norm.variables.get("params", {})
+    dtype = dtypes.canonicalize_dtype(x, *nn.unbox(dict(arrays)).values(), dtype=norm.dtype)
+    return jnp.asarray(x, dtype)
