@@ -1,15 +1,12 @@
-"""A batch normalisation behind a solver layer, folded into it at every call without touching a parameter."""
+"""A batch normalisation behind a solver layer: the problem is that of both, the parameters stay where they are."""
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import linen as nn
 
-from stochsolvers import _checks
+from stochsolvers import _checks, surgery
 from stochsolvers._typing import Array
 
 Path = tuple[str, ...]
@@ -17,9 +14,9 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class FollowingNorm:
-    r"""An `nn.BatchNorm` behind a layer: BN(A x + b) = s ⊙ (A x) + s ⊙ (b − m) + β, s = γ / sqrt(v + ε).
+    r"""An `nn.BatchNorm` in evaluation behind a layer, y ↦ s y + t: s = γ / sqrt(v + ε), t = β − s m.
 
-    m and v are the running mean and variance, whatever the normalisation is asked to do: they are constants.
+    m and v are the running mean and variance, also where the normalisation itself uses the batch's.
 
     Attributes:
       up: how many modules above the layer is one that contains both.
@@ -71,18 +68,11 @@ class FollowingNorm:
                 _checks.fail(where, f"{name!r}, which the layer before it reads", "none")
         return nn.unbox(found)
 
-    def fold(
-        self, arrays: Mapping[str, Array], kernel: Array, bias: Array | None
-    ) -> tuple[Array, Array]:
-        """The kernel and the bias of the layer and its normalisation, whose features are the last axis."""
-        scale = jax.lax.rsqrt(arrays["var"] + self.epsilon)
-        if self.use_scale:
-            scale = scale * arrays["scale"]
-        shift = (0.0 if bias is None else bias) - arrays["mean"]
-        shift = scale * shift
-        if self.use_bias:
-            shift = shift + arrays["bias"]
-        return kernel * scale.reshape((1,) * (kernel.ndim - 1) + scale.shape), shift
+    def affine(self, scope: Any) -> tuple[Array, Array]:
+        """(s, t) of the normalisation y ↦ s y + t, from the scope of the layer."""
+        found = self.arrays(scope)
+        scale, bias = found.get("scale"), found.get("bias")
+        return surgery.affine(found["mean"], found["var"], scale, bias, self.epsilon)
 
 
 def _nested(scope: Any, collection: str, path: Path) -> Mapping[str, Any]:
@@ -90,23 +80,3 @@ def _nested(scope: Any, collection: str, path: Path) -> Mapping[str, Any]:
     for name in path[1:]:
         value = value.get(name, {})
     return value
-
-
-_folded: contextvars.ContextVar[frozenset[Path]] = contextvars.ContextVar(
-    "_folded", default=frozenset()
-)
-
-
-@contextlib.contextmanager
-def folded_norms(paths: frozenset[Path]) -> Iterator[None]:
-    """Within it, the normalisations at these paths pass their inputs through."""
-    token = _folded.set(_folded.get() | paths)
-    try:
-        yield
-    finally:
-        _folded.reset(token)
-
-
-def is_folded(module: nn.Module) -> bool:
-    """Whether a module is a normalisation that is folded into the layer before it."""
-    return isinstance(module, nn.BatchNorm) and module.path in _folded.get()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
-from stochsolvers import _checks, _layers
+from stochsolvers import _checks, _layers, surgery
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Dense, LinearMap, dense_general
 from stochsolvers.linen._following import FollowingNorm
@@ -87,7 +87,23 @@ class SolverLayer(nn.Module):
         layer: Any = self
         if layer.following is None or self.is_initializing():
             return kernel, bias
-        return layer.following.fold(layer.following.arrays(self.scope), kernel, bias)
+        return surgery.folded(kernel, bias, layer.following.affine(self.scope))
+
+    def before_norm(self, inputs: Array, output: Array, plain: Array) -> Array:
+        """What the normalisation behind the layer takes to the solver's pre-activation.
+
+        Args:
+          inputs: of the layer.
+          output: the pre-activation w.
+          plain: the plain layer's output.
+        """
+        layer: Any = self
+        if layer.following is None or self.is_initializing():
+            return output
+        linear_map, inputs, bias = self.assembled(inputs)
+        problem = _layers.Settings.of(self).problem(linear_map, inputs, bias, None)
+        with _layers.precision_context(layer.precision):
+            return surgery.unfolded(output, plain, problem, layer.following.affine(self.scope))
 
     def _kept_constant(self, linear_map: LinearMap) -> tuple[Array | None, Array | None]:
         settings = _layers.Settings.of(self)
@@ -122,7 +138,7 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
       normalize, output: as in `stochsolvers.nnx.SolverLinear`.
       deterministic: use the full gradient.
       rng_collection: name of the random stream.
-      following: set by `replace_layers`, a batch normalisation behind the layer that is folded into it.
+      following: set by `replace_layers`: a batch normalisation behind the layer, with which it is one map.
     """
 
     solver: Solver
@@ -177,7 +193,7 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
       normalize, output: as in `stochsolvers.nnx.SolverLinear`.
       deterministic: use the full gradient.
       rng_collection: name of the random stream.
-      following: set by `replace_layers`, a batch normalisation behind the layer that is folded into it.
+      following: set by `replace_layers`: a batch normalisation behind the layer, with which it is one map.
     """
 
     solver: Solver
@@ -261,7 +277,9 @@ class SolverDenseGeneral(SolverLayer, nn.DenseGeneral, kw_only=True):
             _checks.fail("axis of SolverDenseGeneral", "the trailing axes, in order", self.axis)
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         own = shape[ndim - len(axes) :]
-        kernel = self.param("kernel", self._kernel_init(len(own)), (*own, *features), self.param_dtype)
+        kernel = self.param(
+            "kernel", self._kernel_init(len(own)), (*own, *features), self.param_dtype
+        )
         bias = None
         if self.use_bias:
             bias = self.param("bias", self._bias_init, features, self.param_dtype)

@@ -1,19 +1,18 @@
 """A network in which solvers run in place of some layers, by interception of their calls."""
 
 import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import dtypes
 
 from stochsolvers import _layers
 from stochsolvers._typing import Array
-from stochsolvers.linen._following import FollowingNorm, Path, folded_norms
-from stochsolvers.linen._layers import SolverConv, SolverDense, SolverDenseGeneral
+from stochsolvers.linen._following import FollowingNorm, Path
+from stochsolvers.linen._layers import SolverConv, SolverDense, SolverDenseGeneral, SolverLayer
 
 TWINS: dict[type, Any] = {
     nn.Dense: SolverDense,
@@ -116,13 +115,29 @@ class _Key:
         return isinstance(other, _Key) and self.layers == other.layers
 
 
+_replaced: contextvars.ContextVar[frozenset[Path]] = contextvars.ContextVar(
+    "_replaced", default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def _replaced_at(paths: frozenset[Path]) -> Iterator[None]:
+    token = _replaced.set(_replaced.get() | paths)
+    try:
+        yield
+    finally:
+        _replaced.reset(token)
+
+
+def is_replaced(layer: nn.Module) -> bool:
+    """Whether a solver runs in place of a layer in the pass at hand."""
+    return not isinstance(layer, SolverLayer) and layer.path in _replaced.get()
+
+
 @contextlib.contextmanager
 def replacing(prefix: Path, layers: tuple[Replacement, ...]) -> Iterator[None]:
     """Within it, calls of these layers of the network at `prefix` are those of their solvers."""
     by_path = {prefix + one.path: one for one in layers}
-    norms = frozenset(
-        one.following.absolute(prefix + one.path) for one in layers if one.following is not None
-    )
     dropouts = frozenset(prefix + path for one in layers for path in one.dropouts)
     would_sample: dict[Path, bool] = {}  # of the Dropouts, in the pass at hand
 
@@ -134,25 +149,31 @@ def replacing(prefix: Path, layers: tuple[Replacement, ...]) -> Iterator[None]:
         if path in by_path and type(layer) in TWINS:
             own = by_path[path]
             flags = [would_sample.get(prefix + one) for one in own.dropouts]
-            return _solve(layer, own, any(flags) if flags else None, *args, **kwargs)
-        if path in norms and isinstance(layer, nn.BatchNorm):
-            return _passed_through(layer, call, *args, **kwargs)
+            samples = any(flags) if flags else None
+            return _solve(layer, own, call, samples, *args, **kwargs)
         if path in dropouts and isinstance(layer, nn.Dropout):
             given = args[1] if len(args) > 1 else kwargs.get("deterministic")
             would_sample[path] = not nn.merge_param("deterministic", layer.deterministic, given)
             return args[0] if args else kwargs["inputs"]
         return call(*args, **kwargs)
 
-    with _traced_for(_Key(prefix, layers)), folded_norms(norms), nn.intercept_methods(intercept):
+    with (
+        _traced_for(_Key(prefix, layers)),
+        _replaced_at(frozenset(by_path)),
+        nn.intercept_methods(intercept),
+    ):
         yield
 
 
-def _solve(layer: Any, own: Replacement, samples: bool | None, inputs: Array) -> Array:
+def _solve(
+    layer: Any, own: Replacement, call: Callable[..., Array], samples: bool | None, inputs: Array
+) -> Array:
     """The call of the solver in place of a layer, on the layer's variables.
 
     Args:
       layer: bound to variables.
       own: what runs in place of it.
+      call: the layer's.
       samples: whether the Dropouts before it would sample; None where there are none.
       inputs: of the layer.
     """
@@ -161,7 +182,10 @@ def _solve(layer: Any, own: Replacement, samples: bool | None, inputs: Array) ->
     if layer.is_initializing():
         samples = False
     twin = twin_of(layer, own, parent=layer.scope.rewound())
-    return twin(inputs, deterministic=not samples)
+    output = twin(inputs, deterministic=not samples)
+    if own.following is None:
+        return output
+    return twin.before_norm(inputs, output, call(inputs))
 
 
 def twin_of(layer: Any, own: Replacement, *, parent: Any = None) -> Any:
@@ -170,12 +194,3 @@ def twin_of(layer: Any, own: Replacement, *, parent: Any = None) -> Any:
     options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     options |= {"rng_collection": own.rng_collection, "following": own.following}
     return TWINS[type(layer)].from_layer(layer, **options, parent=parent, name=None)
-
-
-def _passed_through(norm: nn.BatchNorm, call: Callable[..., Any], x: Array, *args: Any, **kwargs: Any):
-    """The input of a normalisation that is folded into the layer before it, in the dtype of its output."""
-    if norm.is_initializing():
-        call(x, *args, **kwargs)  # creates the variables
-    arrays: Mapping[str, Any] = norm.variables.get("params", {})
-    dtype = dtypes.canonicalize_dtype(x, *nn.unbox(dict(arrays)).values(), dtype=norm.dtype)
-    return jnp.asarray(x, dtype)
