@@ -105,10 +105,13 @@ class SolverLinear(SolverLayer, nnx.Linear):
         return _adopt(twin, layer, deterministic, rng_collection, rngs)
 
     def _kept_map(self) -> Dense:
-        return Dense(self.kernel[...])
+        return Dense(self._folded_kernel())
 
     def _linear_map(self, kernel: Array, inputs: Array) -> Dense:
         return Dense(kernel)
+
+    def _plain_call(self, inputs: Array) -> Array:
+        return nnx.Linear.__call__(self, inputs)
 
 
 class SolverConv(SolverLayer, nnx.Conv):
@@ -218,10 +221,13 @@ class SolverConv(SolverLayer, nnx.Conv):
     def _kept_map(self) -> Conv | None:
         if self.spatial_shape is None:
             return None
-        return _layers.conv_map(self, self.kernel[...], self.spatial_shape)
+        return _layers.conv_map(self, self._folded_kernel(), self.spatial_shape)
 
     def _kernel_ndim(self) -> int:
         return len(self.kernel_size) + 2
+
+    def _plain_call(self, inputs: Array) -> Array:
+        return nnx.Conv.__call__(self, inputs)
 
     def _linear_map(self, kernel: Array, inputs: Array) -> Conv:
         rank = kernel.ndim - 2

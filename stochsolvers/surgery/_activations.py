@@ -59,13 +59,12 @@ _KNOWN = (
     _Known("hard_silu", jax.nn.hard_silu, None),
     _Known("selu", jax.nn.selu, None),
 )
+_NO_PROX = "so that it is the prox of no convex function; ReLU and softplus are"
 _OUTSIDE = {
-    "gelu": "GELU decreases on (−∞, −0.75), so that it is the prox of no convex function; ReLU and softplus are",
-    "silu": "SiLU (swish) decreases on (−∞, −1.28), so that it is the prox of no convex function; ReLU and "
-    "softplus are",
-    "mish": "mish decreases on (−∞, −1.19), so that it is the prox of no convex function; ReLU and softplus are",
-    "hard_silu": "hard SiLU decreases between −3 and −1.5, so that it is the prox of no convex function; ReLU "
-    "and softplus are",
+    "gelu": f"GELU decreases on (−∞, −0.75), {_NO_PROX}",
+    "silu": f"SiLU (swish) decreases on (−∞, −1.28), {_NO_PROX}",
+    "mish": f"mish decreases on (−∞, −1.19), {_NO_PROX}",
+    "hard_silu": f"hard SiLU decreases between −3 and −1.5, {_NO_PROX}",
     "selu": "SELU has slopes up to 1.758, where a prox has at most 1; ELU is one",
 }
 
