@@ -24,5 +24,9 @@ from stochsolvers.linen._layers import SolverDenseGeneral as SolverDenseGeneral
 from stochsolvers.linen._layers import linear_map_of as linear_map_of
 from stochsolvers.linen._proxprop import ProxPropConv as ProxPropConv
 from stochsolvers.linen._proxprop import ProxPropDense as ProxPropDense
+from stochsolvers.linen._replace import Replaced as Replaced
+from stochsolvers.linen._replace import replace_layers as replace_layers
+from stochsolvers.linen._replace import restore_layers as restore_layers
+from stochsolvers.linen._replaced import ReplacedLayers as ReplacedLayers
 from stochsolvers.linen._reports import certify as certify
 from stochsolvers.linen._reports import lipschitz_report as lipschitz_report

@@ -1,4 +1,4 @@
-"""A batch normalisation behind a solver layer: the problem is that of both, the parameters stay where they are."""
+"""A batch normalisation behind a solver layer: one problem of both, whose parameters stay where they are."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -13,6 +13,7 @@ from stochsolvers import _layers
 from stochsolvers._typing import Array
 from stochsolvers.linen._following import FollowingNorm, Path
 from stochsolvers.linen._layers import SolverConv, SolverDense, SolverDenseGeneral, SolverLayer
+from stochsolvers.reports._known_layers import inherits_unchanged
 
 TWINS: dict[type, Any] = {
     nn.Dense: SolverDense,
@@ -115,6 +116,13 @@ class _Key:
         return isinstance(other, _Key) and self.layers == other.layers
 
 
+@contextlib.contextmanager
+def fresh_traces() -> Iterator[None]:
+    """Within it, JAX traces jitted functions afresh, with the interceptors at hand."""
+    with _traced_for(object()):
+        yield
+
+
 _replaced: contextvars.ContextVar[frozenset[Path]] = contextvars.ContextVar(
     "_replaced", default=frozenset()
 )
@@ -138,6 +146,9 @@ def is_replaced(layer: nn.Module) -> bool:
 def replacing(prefix: Path, layers: tuple[Replacement, ...]) -> Iterator[None]:
     """Within it, calls of these layers of the network at `prefix` are those of their solvers."""
     by_path = {prefix + one.path: one for one in layers}
+    norms = frozenset(
+        one.following.absolute(prefix + one.path) for one in layers if one.following is not None
+    )
     dropouts = frozenset(prefix + path for one in layers for path in one.dropouts)
     would_sample: dict[Path, bool] = {}  # of the Dropouts, in the pass at hand
 
@@ -146,11 +157,13 @@ def replacing(prefix: Path, layers: tuple[Replacement, ...]) -> Iterator[None]:
         if context.method_name != "__call__" or layer.scope is None:
             return call(*args, **kwargs)
         path = layer.path
-        if path in by_path and type(layer) in TWINS:
+        if path in by_path and base_of(layer) is not None:
             own = by_path[path]
             flags = [would_sample.get(prefix + one) for one in own.dropouts]
             samples = any(flags) if flags else None
             return _solve(layer, own, call, samples, *args, **kwargs)
+        if path in norms and isinstance(layer, nn.BatchNorm) and not layer.is_initializing():
+            return _frozen(layer, call, *args, **kwargs)
         if path in dropouts and isinstance(layer, nn.Dropout):
             given = args[1] if len(args) > 1 else kwargs.get("deterministic")
             would_sample[path] = not nn.merge_param("deterministic", layer.deterministic, given)
@@ -188,9 +201,22 @@ def _solve(
     return twin.before_norm(inputs, output, call(inputs))
 
 
+def base_of(layer: Any) -> Any:
+    """The class of Flax whose call a layer has, if that is one with a solver twin."""
+    return inherits_unchanged(type(layer), tuple(TWINS))
+
+
 def twin_of(layer: Any, own: Replacement, *, parent: Any = None) -> Any:
     """The solver in place of a layer, with the scope `parent` or none."""
     settings = own.settings
     options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     options |= {"rng_collection": own.rng_collection, "following": own.following}
-    return TWINS[type(layer)].from_layer(layer, **options, parent=parent, name=None)
+    return TWINS[base_of(layer)].from_layer(layer, **options, parent=parent, name=None)
+
+
+def _frozen(norm: nn.BatchNorm, call: Callable[..., Any], x: Array, *args: Any, **kwargs: Any):
+    """A normalisation behind a solver, with its running statistics whatever it is asked to do."""
+    if norm.use_running_average is True:
+        return call(x)
+    copy = norm.clone(parent=norm.scope.rewound(), use_running_average=True)  # pyright: ignore
+    return copy(x)
