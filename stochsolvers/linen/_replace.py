@@ -52,26 +52,33 @@ def replace_layers(
 ) -> Replaced:
     r"""A trained network with solvers in place of layers; `restore_layers` undoes it.
 
-    What happens to a layer is said at `stochsolvers.nnx.replace_layers`. The network's code runs as it is, with
-    the calls of its layers intercepted; the parameters stay at the same paths, so that checkpoints and optimiser
-    states go both ways. What is particular to Linen:
+    What happens to a layer is said at `stochsolvers.nnx.replace_layers`. The network's code runs as it is,
+    with the calls of its layers intercepted; the parameters stay at the same paths, so that checkpoints and
+    optimiser states go both ways. What is particular to Linen:
 
     - A solver that samples does so where the Dropout before its layer would, if its rate was absorbed; else
       where the random stream "dropout" is given to `apply`.
     - The scale and the bias of a BatchNorm that is folded in are those of the variables at hand. It keeps its
       running statistics in training too.
-    - The constants are kept in "solver_state", which `refresh_lipschitz` recomputes. A layer within `nn.scan` or
-      `nn.vmap` keeps its own where the transform lifts that collection, as in `variable_axes={"params": 0,
+    - The constants are kept in "solver_state", which `refresh_lipschitz` recomputes. A layer within `nn.scan`
+      or `nn.vmap` keeps its own where the transform lifts that collection, as in `variable_axes={"params": 0,
       "solver_state": 0}`, and computes it at every call otherwise.
 
     Args:
       module: the network, not bound to variables. Its layers may be called within `nn.jit`, `nn.remat`,
         `nn.vmap` and `nn.scan` over a stack.
       variables: its variables.
-      where: the layers: a path such as "blocks_0/Conv_0"; one with wildcards, "blocks_*/Conv_0" or "*"; a type,
-        `nn.Conv`; a function of a path and a module; or a list of these.
-      solver, prior, normalize, ridge, dropout, fold_batch_norm, measure: as in `stochsolvers.nnx.replace_layers`.
+      where: the layers: a path such as "blocks_0/Conv_0"; one with wildcards, "blocks_*/Conv_0" or "*"; a
+        type, `nn.Conv`; a function of a path and a module; or a list of these.
+      solver: such as `ProxGD(3)` or `ProxSG(tau=0.5, num_iters=10)`.
       inputs: of the network: an array, or a tuple of its arguments. What the report measures is at these.
+      prior: g of all of them; "auto" finds that of each activation.
+      normalize: in normalised units, see `LayerProblem.normalized`; else the paper's scaling, in which one
+        iteration is not the plain layer.
+      ridge: λ.
+      dropout: "keep" leaves the network's Dropouts on.
+      fold_batch_norm: False leaves layers before a BatchNorm as they are.
+      measure: run the network for the report's changes and gaps; False only traces it.
       rngs: keys of the random streams, where the network's call needs them.
       **options: keyword arguments of the network's call, such as `train=False`: batch normalisation has to be
         called with its running averages. Arrays are traced, the rest is static.

@@ -13,7 +13,7 @@ from flax.core import DenyList
 from stochsolvers import _checks, surgery
 from stochsolvers._typing import join_static, split_static
 from stochsolvers.linen._following import Path
-from stochsolvers.linen._layers import RECORDS, STATE, SolverLayer
+from stochsolvers.linen._layers import RECORDS, STATE, SolverLayer, linear_map_of
 from stochsolvers.linen._replaced import TWINS, ReplacedLayers, fresh_traces
 from stochsolvers.reports._known_layers import inherits_unchanged
 from stochsolvers.surgery._plan import Candidate
@@ -156,12 +156,29 @@ def _far_norm(network: Network, label: str) -> str:
     return ""
 
 
+def _map_obstacle(network: Network, label: str) -> str:
+    """Why the library has no linear map for a layer, or ""."""
+    calls = [call for call in network.survey.layers if call.label == label]
+    shape, ndim = _kernel_shape(network, label), kernel_ndim(network.modules[label])
+    if not calls or shape is None or ndim is None:
+        return ""
+    kernel = jax.ShapeDtypeStruct(shape[len(shape) - ndim :], jnp.float32)
+    layer, inputs = network.modules[label], calls[0].input_shape
+    try:
+        jax.eval_shape(lambda kernel: linear_map_of(layer, kernel, inputs), kernel)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return ""
+
+
 def _stacked(network: Network, label: str) -> bool:
-    module = network.modules[label]
-    prefix = "" if label == "(model)" else f"{label}/"
-    kernel = network.variables.get(f"params/{prefix}kernel")
-    ndim = kernel_ndim(module)
-    return kernel is not None and ndim is not None and jnp.ndim(kernel) > ndim
+    shape, ndim = _kernel_shape(network, label), kernel_ndim(network.modules[label])
+    return shape is not None and ndim is not None and len(shape) > ndim
+
+
+def _kernel_shape(network: Network, label: str) -> tuple[int, ...] | None:
+    kernel = network.variables.get("/".join(("params", *path_of(label), "kernel")))
+    return None if kernel is None else jnp.shape(kernel)
 
 
 def kernel_ndim(layer: Any) -> int | None:
