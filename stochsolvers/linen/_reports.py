@@ -25,10 +25,12 @@ from stochsolvers.linen._layers import (
     STATE,
     SolverConv,
     SolverDense,
+    SolverDenseGeneral,
     SolverLayer,
     linear_map_of,
 )
 from stochsolvers.linen._proxprop import ProxPropConv, ProxPropDense
+from stochsolvers.linen._replaced import fresh_traces, is_replaced
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged
 
@@ -173,6 +175,8 @@ def lipschitz_report(
             wrapped.setdefault(wrapper, set()).add(label)
         if wrappers or context.method_name != "__call__" or not _is_known(layer, args, kwargs):
             return call(*args, **kwargs)
+        if is_replaced(layer):  # the solver in its place has a row
+            return call(*args, **kwargs)
         layers[label] = layer.clone(parent=None)
         if isinstance(layer, Equilibrium):  # those of a composition may be another module's
             members = getattr(layer, "layers", (layer,))
@@ -181,7 +185,7 @@ def lipschitz_report(
         return _trace.mark_output(call(marked, *args[1:], **kwargs), label)
 
     def forward(parameters, inputs):
-        with nn.intercept_methods(mark):
+        with fresh_traces(), nn.intercept_methods(mark):
             return module.apply(
                 {"params": parameters, **variables}, inputs, rngs=rngs, mutable=_MUTABLE, **options
             )[0]
@@ -221,6 +225,7 @@ _LINEAR_MAPS: dict[type, Callable[[Any, Array, tuple[int, ...]], LinearMap]] = {
     nn.Einsum: linear_map_of,
     SolverDense: linear_map_of,
     SolverConv: linear_map_of,
+    SolverDenseGeneral: linear_map_of,
     ProxPropDense: linear_map_of,
     ProxPropConv: linear_map_of,
 }
@@ -288,6 +293,10 @@ def _part(
         return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):
         return _lipschitz.Part(kind, linear_map)
+    if getattr(layer, "following", None) is not None:
+        return _lipschitz.Part(
+            kind
+        )  # what a normalisation makes the solver's output has no bound here
     constant, reference = (
         flat.get(f"{STATE}/{prefix}{name}") for name in ("lipschitz", "reference")
     )
