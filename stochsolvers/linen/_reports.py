@@ -1,11 +1,13 @@
 """Reports on whole Linen networks."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import DenyList, tracers
@@ -132,14 +134,15 @@ def lipschitz_report(
     input_shape: tuple[int, ...],
     *,
     dtype: Any = None,
+    radius: float | None = None,
     rngs: dict[str, Array] | None = None,
     **options: Any,
 ) -> reports.LipschitzReport:
     r"""Spectral norms of the layers of a network, and a bound on its Lipschitz constant.
 
     As `stochsolvers.nnx.lipschitz_report`, for `nn.Dense`, `DenseGeneral`, `Einsum`, `Conv`,
-    `ConvTranspose`, the solver and ProxProp layers and `nn.BatchNorm`. Batch normalisation has a bound where
-    it is called with `use_running_average`, so pass what your network needs for that among the options.
+    `ConvTranspose`, the solver and ProxProp layers, `nn.BatchNorm` and `nn.LayerNorm`, `RMSNorm`, `GroupNorm`
+    and `InstanceNorm`. Batch normalisation has a bound where it is called with `use_running_average`, so pass what your network needs for that among the options.
     Solvers count as deterministic.
 
     Args:
@@ -147,6 +150,7 @@ def lipschitz_report(
       variables: its variables.
       input_shape: of its input, batch axis included: (1, 32, 32, 3).
       dtype: of its input; float32 by default.
+      radius: r, if the bound is to hold for inputs x of this shape with ||x|| ≤ r; None for all inputs.
       rngs: keys of the random streams, where the call needs them.
       **options: keyword arguments of the network's call, static, such as `train=False`.
 
@@ -182,6 +186,8 @@ def lipschitz_report(
             members = getattr(layer, "layers", (layer,))
             units[label] = [("/".join(one.path), one.clone(parent=None)) for one in members]
         marked = _trace.mark_input(args[0], label)
+        if isinstance(layer, SolverLayer) and kwargs.get("skip") is not None:
+            kwargs = {**kwargs, "skip": _trace.mark_side(kwargs["skip"], label)}
         return _trace.mark_output(call(marked, *args[1:], **kwargs), label)
 
     def forward(parameters, inputs):
@@ -208,7 +214,8 @@ def lipschitz_report(
     for wrapper, inner in wrapped.items():  # one row for both
         if not inner.isdisjoint(strays):
             strays.pop(wrapper, None)
-    return _lipschitz.norms_report(trace, parts, strays, dict.fromkeys(strays, "parameters"))
+    kinds = dict.fromkeys(strays, "parameters")
+    return _lipschitz.norms_report(trace, parts, strays, kinds, radius)
 
 
 def _label(path: tuple[str, ...]) -> str:
@@ -231,6 +238,7 @@ _LINEAR_MAPS: dict[type, Callable[[Any, Array, tuple[int, ...]], LinearMap]] = {
 }
 _EQUILIBRIA = (EquilibriumLinear, EquilibriumConv, DeepEquilibrium)
 _NORMALISATIONS = (nn.BatchNorm,)
+_STANDARDISATIONS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
 
 
 def _is_known(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -239,13 +247,16 @@ def _is_known(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> b
         units = getattr(layer, "layers", (layer,))
         kinds = [inherits_unchanged(type(unit), _EQUILIBRIA) for unit in units]
         return None not in kinds and all(map(promotes_plainly, units))
-    known: Any = (*_LINEAR_MAPS, *_NORMALISATIONS)
+    known: Any = (*_LINEAR_MAPS, *_NORMALISATIONS, *_STANDARDISATIONS)
     base: Any = inherits_unchanged(type(layer), known)
     if not args or base is None:
         return False
     if base in _NORMALISATIONS:
         given = (*args[1:], kwargs.get("use_running_average"))[0]
         return bool(layer.use_running_average if given is None else given)
+    if base in _STANDARDISATIONS:
+        grouped = base is nn.GroupNorm and layer.reduction_axes is not None
+        return len(args) == 1 and not kwargs and layer.axis_name is None and not grouped
     if base is nn.Einsum:
         given = (*args[1:], kwargs.get("einsum_str"))[0]
         if layer.einsum_str is None or given not in (None, layer.einsum_str):
@@ -277,18 +288,33 @@ def _part(
     kind = type(layer).__name__
     if isinstance(layer, Equilibrium):
         return _equilibrium_part(layer, units, call, flat, indices)
-    is_normalisation = isinstance(layer, _NORMALISATIONS)
-    weight = f"params/{prefix}{'scale' if is_normalisation else 'kernel'}"
-    if weight in indices and indices[weight] not in call.parameters:
+    names = ("kernel",)
+    if isinstance(layer, _STANDARDISATIONS):
+        names = ("scale", "bias")
+    elif isinstance(layer, _NORMALISATIONS):
+        names = ("scale",)
+    weights = [f"params/{prefix}{name}" for name in names]
+    path = call.slice_of([indices[weight]] for weight in weights if weight in indices)
+    if path is None:
         return _lipschitz.Part(kind)  # called with another kernel or scale
-    if is_normalisation and call.reads_others:
-        return _lipschitz.Part(kind)  # with another variance
-    if is_normalisation:
-        scale, variance = flat.get(weight), flat[f"batch_stats/{prefix}var"]
-        return _lipschitz.Part(kind, normalisation=(scale, variance, layer.epsilon))
+    own = {
+        name: array[path] if path and np.ndim(array) else array
+        for name, array in flat.items()
+        if name in weights or name.split("/", 1)[1].startswith(prefix)
+    }
+    if isinstance(layer, _STANDARDISATIONS):
+        scale, bias = map(own.get, weights)
+        count = math.prod(call.input_shape)
+        standardised = _lipschitz.Standardisation(scale, bias, layer.epsilon, count)
+        return _lipschitz.Part(kind, standardised=standardised)
+    if isinstance(layer, _NORMALISATIONS):
+        variance = own[f"batch_stats/{prefix}var"]
+        if call.reads_others or not call.reads(variance):
+            return _lipschitz.Part(kind)  # with another variance
+        return _lipschitz.Part(kind, normalisation=(own.get(weights[0]), variance, layer.epsilon))
     linear_map_for = _LINEAR_MAPS[inherits_unchanged(type(layer), _LINEAR_MAPS)]
     try:
-        linear_map = linear_map_for(layer, flat[weight], call.input_shape)
+        linear_map = linear_map_for(layer, own[weights[0]], call.input_shape)
     except ValueError:
         return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):
@@ -298,7 +324,7 @@ def _part(
             kind
         )  # what a normalisation makes the solver's output has no bound here
     constant, reference = (
-        flat.get(f"{STATE}/{prefix}{name}") for name in ("lipschitz", "reference")
+        own.get(f"{STATE}/{prefix}{name}") for name in ("lipschitz", "reference")
     )
     return _lipschitz.Part(
         kind,
@@ -324,7 +350,7 @@ def _equilibrium_part(
         own = {name.removeprefix(prefix): name for name in indices if name.startswith(prefix)}
         read = {indices[name] for short, name in own.items() if short in ("kernel", "input_kernel")}
         if not read.issubset(call.parameters):
-            return _lipschitz.Part(kind)  # called with another kernel
+            return _lipschitz.Part(kind)  # called with another kernel, or one of a stack
         bound = unit.bind({"params": {short: flat[name] for short, name in own.items()}})
         problems.append(bound.unit_problem(inputs)[0])
         maps.append(bound.maps(inputs)[0])

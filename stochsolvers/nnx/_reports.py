@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -112,7 +113,12 @@ def _name(path: tuple[Any, ...]) -> str:
 
 @reports.lipschitz_report.register(nnx.Module)
 def lipschitz_report(
-    model: nnx.Module, input_shape: tuple[int, ...], *, dtype: Any = None, **options: Any
+    model: nnx.Module,
+    input_shape: tuple[int, ...],
+    *,
+    dtype: Any = None,
+    radius: float | None = None,
+    **options: Any,
 ) -> reports.LipschitzReport:
     r"""Spectral norms of the layers of a network at inference, and a bound on its Lipschitz constant.
 
@@ -120,24 +126,28 @@ def lipschitz_report(
     in which order and on which shapes. The model itself is unchanged.
 
     Layers with a certified norm: `nnx.Linear`, `LinearGeneral`, `Einsum`, `Conv` and `ConvTranspose`
-    with one to three spatial axes, the solver, equilibrium and ProxProp layers, and `nnx.BatchNorm`,
-    whose norm is its largest scale. The norm is exact for contractions and circular padding, and a
-    bracket under zero padding. Subclasses count if they override no method, and layers if they have
-    Flax's own `dot_general` and `promote_dtype` and are called with their own kernel. All other modules
-    with parameters are named as not bounded: `Embed`, layers within `nnx.SpectralNorm`,
-    `nnx.WeightNorm` and `nnx.scan`, …
+    with one to three spatial axes, the solver, equilibrium and ProxProp layers, `nnx.BatchNorm`,
+    whose norm is its largest scale, and `LayerNorm`, `RMSNorm`, `GroupNorm` and `InstanceNorm`, which have
+    max|γ| / sqrt(ε), reached at inputs without variance. The norm is exact for contractions and circular
+    padding, and a bracket under zero padding. Subclasses count if they override no method, and layers if
+    they have Flax's own `dot_general` and `promote_dtype` and are called with their own kernel. Within
+    `nnx.scan` over a stack of layers each of them has a row.
 
-    The bound includes the Lipschitz constants of the operations between the layers: 1 for ReLU, tanh,
-    softplus and pools of disjoint windows, |c| for a scaling by c. An activation of `jax.nn` is
+    The bound is that of the graph of the forward pass: residual connections, concatenations and other
+    parallel paths, slices, pools, interpolation, loops of known length. It includes the Lipschitz constants
+    of the operations between the layers: 1 for ReLU, tanh, softplus and pools of disjoint windows, |c| for a
+    scaling by c, the norm of a matrix or a kernel that other modules apply. An activation of `jax.nn` is
     recognised by the operations that it consists of; the name of a function is not used. Operations
     without a constant, such as `sign`, and those whose constant is not known are named, and make the
-    bound infinite; so does a residual or parallel connection around a layer. The bound holds in exact
-    arithmetic: rounding, as by a cast to bfloat16, adds the relative precision of the dtype.
+    bound infinite. Products of two functions of the input, as in attention, have a constant for inputs in a
+    ball alone: give its radius. The bound holds in exact arithmetic: rounding, as by a cast to bfloat16,
+    adds the relative precision of the dtype.
 
     Args:
       model: the network.
       input_shape: of its input, batch axis included: (1, 32, 32, 3).
       dtype: of its input; float32 by default.
+      radius: r, if the bound is to hold for inputs x of this shape with ||x|| ≤ r; None for all inputs.
       **options: keyword arguments of the model's call, static.
 
     Returns:
@@ -167,7 +177,7 @@ def lipschitz_report(
             if any(other.startswith(wrapped) for other in strays.keys() - {name}):
                 del strays[name]
     kinds = {name: type(modules[name]).__name__ for name in strays}
-    return _lipschitz.norms_report(trace, parts, strays, kinds)
+    return _lipschitz.norms_report(trace, parts, strays, kinds, radius)
 
 
 def _owner(path: tuple[Any, ...], modules: Mapping[str, nnx.Module]) -> str:
@@ -207,7 +217,7 @@ _LINEAR_MAPS: dict[type, Callable[[Any, tuple[int, ...]], LinearMap]] = {
 }
 _EQUILIBRIA = (EquilibriumLinear, EquilibriumConv, DeepEquilibrium)
 _NORMALISATIONS = (nnx.BatchNorm,)
-
+_STANDARDISATIONS = (nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
 
 _OPERATIONS = (
     "dot_general", "dot_general_cls", "conv_general_dilated", "einsum_op", "promote_dtype",
@@ -220,10 +230,19 @@ def _is_known(module: Any) -> bool:
         units = getattr(module, "layers", [module])
         kinds = [inherits_unchanged(type(unit), _EQUILIBRIA) for unit in units]
         return None not in kinds and all(map(promotes_plainly, units))
-    base = inherits_unchanged(type(module), (*_LINEAR_MAPS, *_NORMALISATIONS))
+    known = (*_LINEAR_MAPS, *_NORMALISATIONS, *_STANDARDISATIONS)
+    base = inherits_unchanged(type(module), known)
+    if base in _STANDARDISATIONS and not _is_plain(module):
+        return False
     return base is not None and all(
         getattr(module, name) is default for name, default in _operations(base).items()
     )
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a normalisation takes the moments of one device's arrays, in groups of whole examples."""
+    grouped = isinstance(module, nnx.GroupNorm) and module.reduction_axes is not None
+    return module.axis_name is None and not grouped
 
 
 @functools.cache
@@ -249,7 +268,11 @@ def _marking(cls: Any) -> Any:
             given = (*args, options.get("einsum_str"))[0]
             if given is not None and given.replace(" ", "") != self.einsum_str:
                 return cls.__call__(self, inputs, *args, **options)  # another map
+        if issubclass(cls, _STANDARDISATIONS) and (args or options):
+            return cls.__call__(self, inputs, *args, **options)  # with a mask
         inputs = _trace.mark_input(inputs, self.report_label)
+        if issubclass(cls, SolverLayer) and options.get("skip") is not None:
+            options["skip"] = _trace.mark_side(options["skip"], self.report_label)
         outputs = cls.__call__(self, inputs, *args, **options)
         return _trace.mark_output(outputs, self.report_label)
 
@@ -259,25 +282,19 @@ def _marking(cls: Any) -> Any:
 def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschitz.Part:
     """What the report needs of a layer for one call, given all of the network's parameters."""
     kind = type(layer).__name__
-    if isinstance(layer, Equilibrium):
-        units = getattr(layer, "layers", [layer])
-        weights = [weight for unit in units for weight in (unit.input_kernel, unit.kernel)]
-        own = [weight.get_value() for weight in weights if weight is not None]
-        indices = {i for i, array in enumerate(parameters) if any(array is one for one in own)}
-        if not indices.issubset(call.parameters):
-            return _lipschitz.Part(kind)  # called with another kernel
-        inputs = jnp.zeros(call.input_shape)
-        maps = tuple(unit.maps(inputs)[0] for unit in units)
-        return _lipschitz.Part(kind, equilibrium=(layer.problem(inputs), maps))
-    is_normalisation = isinstance(layer, _NORMALISATIONS)
-    weight = layer.scale if is_normalisation else layer.kernel
-    own = [] if weight is None else [weight.get_value()]
-    indices = {i for i, array in enumerate(parameters) if any(array is one for one in own)}
-    if indices and indices.isdisjoint(call.parameters):
+    path = call.slice_of(_indices(_weights(layer), parameters))
+    if path is None:
         return _lipschitz.Part(kind)  # called with another kernel or scale
-    if is_normalisation and call.reads_others:
-        return _lipschitz.Part(kind)  # with another variance
-    if is_normalisation:
+    layer = _slice_of(layer, path)
+    if isinstance(layer, Equilibrium):
+        inputs = jnp.zeros(call.input_shape)
+        maps = tuple(unit.maps(inputs)[0] for unit in getattr(layer, "layers", [layer]))
+        return _lipschitz.Part(kind, equilibrium=(layer.problem(inputs), maps))
+    if isinstance(layer, _STANDARDISATIONS):
+        return _lipschitz.Part(kind, standardised=_standardisation(layer, call.input_shape))
+    if isinstance(layer, _NORMALISATIONS):
+        if call.reads_others or not call.reads(layer.var[...]):
+            return _lipschitz.Part(kind)  # with another variance
         scale = None if layer.scale is None else layer.scale[...]
         return _lipschitz.Part(kind, normalisation=(scale, layer.var[...], layer.epsilon))
     linear_map_for = _LINEAR_MAPS[inherits_unchanged(type(layer), _LINEAR_MAPS)]
@@ -298,3 +315,35 @@ def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschit
         kept=constant,
         reference=reference,
     )
+
+
+def _weights(layer: Any) -> list[Any]:
+    """The parameters that a layer's constant depends on, or None in their place."""
+    if isinstance(layer, Equilibrium):
+        units = getattr(layer, "layers", [layer])
+        return [weight for unit in units for weight in (unit.input_kernel, unit.kernel)]
+    if isinstance(layer, _STANDARDISATIONS):
+        return [layer.scale, getattr(layer, "bias", None)]
+    return [layer.scale if isinstance(layer, _NORMALISATIONS) else layer.kernel]
+
+
+def _indices(weights: Sequence[Any], parameters: Sequence[Any]) -> list[list[int]]:
+    """Of each weight, its numbers among all parameters of the network."""
+    own = [weight.get_value() for weight in weights if weight is not None]
+    return [[i for i, array in enumerate(parameters) if array is one] for one in own]
+
+
+def _slice_of(layer: Any, path: tuple[int, ...]) -> Any:
+    """One layer of a stack."""
+    if not path:
+        return layer
+    graph, state = nnx.split(layer)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[path] if leaf.ndim else leaf, state))
+
+
+def _standardisation(layer: Any, shape: tuple[int, ...]) -> _lipschitz.Standardisation:
+    scale, bias = (
+        None if weight is None else weight[...]
+        for weight in (layer.scale, getattr(layer, "bias", None))
+    )
+    return _lipschitz.Standardisation(scale, bias, layer.epsilon, math.prod(shape))

@@ -6,6 +6,7 @@ floating-point dtypes, and permutations and reshapes of all entries, are ignored
 used. Lipschitz constants of φ:
 
     softplus, soft_sign, hard_tanh, sparse_plus     1          silu, mish      1.1
+    gelu, exact and by tanh                         1.129
     squareplus(b), b ≥ 0                            1          hard_silu       1.5
     elu(α), leaky_relu(α)                           max(1, |α|)
     celu(α), α > 0                                  1
@@ -38,6 +39,8 @@ _ACTIVATIONS = (
     _Activation(jax.nn.silu, lambda: 1.1),
     _Activation(jax.nn.mish, lambda: 1.1),
     _Activation(jax.nn.hard_silu, lambda: 1.5),
+    _Activation(functools.partial(jax.nn.gelu, approximate=True), lambda: 1.129),
+    _Activation(functools.partial(jax.nn.gelu, approximate=False), lambda: 1.129),
     _Activation(jax.nn.squareplus, lambda b: 1.0 if b >= 0 else math.inf, 1),
     _Activation(jax.nn.elu, lambda alpha: max(1.0, abs(alpha)), 1),
     _Activation(jax.nn.leaky_relu, lambda alpha: max(1.0, abs(alpha)), 1),
@@ -45,14 +48,30 @@ _ACTIVATIONS = (
 )
 
 
-def activation_constant(value: Value) -> float:
-    """ℓ of an activation of an earlier value; infinite for what is no known activation."""
+class Match(NamedTuple):
+    """A value that is an activation of an earlier one.
+
+    Attributes:
+      slope: ℓ of the activation.
+      source: the earlier value.
+    """
+
+    slope: float
+    source: Value
+
+    def constant(self, shape: tuple[int, ...]) -> float:
+        """ℓ of the value, of this shape; an activation of slope 0 or of ℓ = 0 is constant."""
+        return self.slope * self.source.repeated(shape)
+
+
+def activation_of(value: Value) -> Match | None:
+    """What a value is an activation of; the one with the smallest constant, None if it is none."""
     if not is_float(value.aval):
-        return math.inf
-    return min(_constants(value), default=math.inf)
+        return None
+    return min(_matching(value), key=lambda match: match.slope, default=None)
 
 
-def _constants(value: Value) -> Iterator[float]:
+def _matching(value: Value) -> Iterator[Match]:
     for activation in _ACTIVATIONS:
         program = _program(activation, value.aval.dtype, jnp.result_type(float))
         found: dict[Value, Any] = {}
@@ -60,9 +79,11 @@ def _constants(value: Value) -> Iterator[float]:
             program.result, value, program.arguments, found
         ):
             x, *parameters = (found[argument] for argument in program.arguments)
-            if not all(map(math.isfinite, parameters)):
-                continue
-            yield activation.slope(*parameters) * x[0].repeated(value.aval.shape)
+            slope = (
+                activation.slope(*parameters) if all(map(math.isfinite, parameters)) else math.inf
+            )
+            if math.isfinite(slope):
+                yield Match(slope, x[0])
 
 
 class _Program(NamedTuple):
@@ -76,7 +97,7 @@ def _program(activation: _Activation, dtype: Any, default: Any) -> _Program:
     scalars = [jax.ShapeDtypeStruct((), dtype)] * (1 + activation.parameters)
     jaxpr: Any = jax.make_jaxpr(activation.function)(*scalars).jaxpr
     arguments = tuple(Value(variable.aval, 0.0) for variable in jaxpr.invars)
-    (result,) = run(jaxpr, arguments, lambda value: 0.0)
+    (result,) = run(jaxpr, arguments)
     return _Program(arguments, result)
 
 

@@ -1,30 +1,34 @@
 r"""Spectral norms of a network's layers, and the Lipschitz bound that they prove.
 
-A network f = h_n ∘ f_n ∘ … ∘ h_1 ∘ f_1 ∘ h_0 of layers f_i with constants ℓ_i, and of functions h_i
-with constants c_i, satisfies
+The bound is propagated through the graph of the forward pass, value by value (`_propagation`): a layer
+multiplies the constant of its input by its own ℓ, an addition adds those of its terms, a concatenation takes
+the root of the sum of their squares. For a chain f = h_n ∘ f_n ∘ … ∘ h_1 ∘ f_1 ∘ h_0 it is the product
 
-    ||f(x) − f(y)|| ≤ c_0 ⋯ c_n ℓ_1 ⋯ ℓ_n ||x − y||.
+    ||f(x) − f(y)|| ≤ c_0 ⋯ c_n ℓ_1 ⋯ ℓ_n ||x − y||,
 
-ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference, and
-`solver_bound` for a solver, `equilibrium_bound` for an equilibrium layer (of the map to the equilibrium,
-which its solver approximates to a tolerance); the c_i are those of the operations between the layers. The
-product proves nothing where the output sees the input on a way around a layer, as with a residual
-connection, where there are parameters that no known layer accounts for, nor where an operation has no
-constant that is known: the bound is then infinite, and the report names the cause.
+for a residual connection x + f(x) it is 1 + ℓ_f.
+
+ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference (of it and
+the layer before it ||diag(γ / sqrt(v + ε)) A_i||), max_c |γ_c| / sqrt(ε) for a normalisation by the variance
+of its own input, `solver_bound` for a solver, `equilibrium_bound` for an equilibrium layer (of the map to the
+equilibrium, which its solver approximates to a tolerance); the c_i are those of the operations between the
+layers. Where a layer has no norm or an operation no constant that is known, the bound is infinite, and the
+report names the cause.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import LinearMap
+from stochsolvers.linear_maps import Conv, Dense, LinearMap
 from stochsolvers.lipschitz import operator_bracket
 from stochsolvers.reports import _table
 from stochsolvers.reports._bounds import (
@@ -33,10 +37,15 @@ from stochsolvers.reports._bounds import (
     solver_bound,
     squared_norm_bracket,
 )
+from stochsolvers.reports._entries import Entries, sizes_at_zero
+from stochsolvers.reports._propagation import LayerBound, names_between, propagate
 from stochsolvers.reports._trace import Call, Trace
 
 _BYPASSED = "on one of several paths"
 _NOT_BOUNDED = "not bounded"
+_BETWEEN = "counted between the layers"
+_ON_A_BALL = frozenset(("mul", "dot_general", "square", "integer_pow", "exp", "_einsum"))
+_STANDARDISED = "reached where the variance vanishes"
 
 
 @functools.singledispatch
@@ -55,6 +64,22 @@ def lipschitz_report(model: Any, *args: Any, **options: Any) -> "LipschitzReport
     _checks.fail("model", "an nnx.Module or a linen.Module", type(model).__name__)
 
 
+class Standardisation(NamedTuple):
+    """A normalisation (x − m) / sqrt(v + ε) γ + β by the moments of its own input, or without m.
+
+    Attributes:
+      scale: γ or None.
+      bias: β or None.
+      epsilon: ε.
+      count: the most entries that share their moments.
+    """
+
+    scale: Array | None
+    bias: Array | None
+    epsilon: Scalar
+    count: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What a Flax room knows of one layer.
@@ -69,8 +94,9 @@ class Part:
       reference: the fingerprint of what it is of, or None.
       equilibrium: the problem of an equilibrium layer, and the map U of each of its layers, None for the
         identity; or None.
+      standardised: of a normalisation by the moments of its own input, or None.
 
-    A part that is neither a map nor a normalisation nor an equilibrium has no bound.
+    A part that is none of these has no bound.
     """
 
     kind: str
@@ -80,12 +106,18 @@ class Part:
     kept: Array | None = None
     reference: Array | None = None
     equilibrium: tuple[Any, tuple[LinearMap | None, ...]] | None = None
+    standardised: "Standardisation | None" = None
 
     @property
     def bounded(self) -> bool:
         """Whether there is a norm to compute."""
-        kinds = self.linear_map, self.normalisation, self.equilibrium
+        kinds = self.linear_map, self.normalisation, self.equilibrium, self.standardised
         return any(kind is not None for kind in kinds)
+
+    @property
+    def measured(self) -> bool:
+        """Whether its norm is that of a map."""
+        return self.linear_map is not None or self.equilibrium is not None
 
     @property
     def has_solver_bound(self) -> bool:
@@ -131,16 +163,21 @@ class LipschitzReport:
       rows: one record for each call of a layer, and for each module with parameters that no known
         layer accounts for.
       between: names of the operations between the layers.
-      factor: their part of the bound, c_0 ⋯ c_n; 1 for activations such as ReLU and pools of disjoint
-        windows, 0 where the output does not depend on the input, infinite where it is not known.
+      factor: the bound if every layer's constant is 1; of a chain c_0 ⋯ c_n. 1 for activations such as ReLU
+        and pools of disjoint windows, 0 where the output does not depend on the input, infinite where it
+        is not known. Where the inputs are in a ball, bound / product.
       unknown: names of the operations that have no constant, or none that is known, such as `sign` and
         the product of two functions of the input.
+      proved: the Lipschitz constant that the graph proves; None for factor × product.
+      radius: of the ball of inputs that it holds for.
     """
 
     rows: tuple[LayerNorm, ...]
     between: tuple[str, ...]
     factor: float
     unknown: tuple[str, ...]
+    proved: float | None = None
+    radius: float = math.inf
 
     @property
     def product(self) -> float:
@@ -152,6 +189,8 @@ class LipschitzReport:
         """A Lipschitz constant of the network; infinite where none is proved."""
         if self.factor == 0.0:
             return 0.0
+        if self.proved is not None:
+            return self.proved
         return math.inf if any(row.note for row in self.rows) else self.factor * self.product
 
     def as_dict(self) -> dict[str, list[Any]]:
@@ -169,11 +208,16 @@ class LipschitzReport:
         elif math.isfinite(self.bound):
             names = ", ".join(self.between)
             between = f", of which {self.factor:.4g} between the layers: {names}" if names else ""
-            lines.append(f"Lipschitz bound of the network: {self.bound:.4g}{between}")
+            ball = f" for ||x|| ≤ {self.radius:.4g}" if math.isfinite(self.radius) else ""
+            lines.append(f"Lipschitz bound of the network{ball}: {self.bound:.4g}{between}")
         else:
             lines.append(f"No Lipschitz bound of the network; product: {self.product:.4g}")
         if self.unknown and self.factor:
             lines.append(f"No Lipschitz constant is known of: {', '.join(self.unknown)}")
+            if not _ON_A_BALL.isdisjoint(self.unknown) and not math.isfinite(self.radius):
+                lines.append(
+                    "Products of functions of the input have one on a ball: give a radius."
+                )
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:
@@ -194,7 +238,11 @@ class LipschitzReport:
 
 
 def norms_report(
-    trace: Trace, parts: Sequence[Part], strays: Mapping[str, int], kinds: Mapping[str, str]
+    trace: Trace,
+    parts: Sequence[Part],
+    strays: Mapping[str, int],
+    kinds: Mapping[str, str],
+    radius: float | None = None,
 ) -> LipschitzReport:
     """The report on a traced network, all norms from one compiled call.
 
@@ -203,30 +251,120 @@ def norms_report(
       parts: one for each of its calls.
       strays: position of each module with parameters that no known layer accounts for, by name.
       kinds: its class, by name.
+      radius: of the ball of inputs that the bound is to hold for, or None for all inputs.
     """
+    if radius is not None and not (isinstance(radius, int | float) and 0 <= radius < math.inf):
+        _checks.fail("radius", "a finite number ≥ 0, or None", radius)
+    joined = {i: A for i, part in enumerate(parts) if (A := _joined(trace, parts, i)) is not None}
     arrays = [
         (
             p.linear_map,
-            p.normalisation,
             p.settings if p.has_solver_bound else None,
             p.kept,
             p.reference,
             p.equilibrium,
         )
         for p in parts
-        if p.bounded
+        if p.measured
+    ] + [(A, None, None, None, None) for A in joined.values()]
+    measured = iter(jax.device_get(_measure(arrays)) if arrays else ())
+    numbers = [next(measured) if p.measured else _scaling(p) for p in parts]
+    together = {i: float(next(measured)[1]) for i in joined}
+    layers = [
+        _layer_bound(part, number, together.get(i, math.inf))
+        for i, (part, number) in enumerate(zip(parts, numbers, strict=True))
     ]
-    measured = iter(jax.device_get(_measure(arrays)))
-    rows = []
-    for call, part in zip(trace.calls, parts, strict=True):
-        numbers = next(measured) if part.bounded else (0.0, math.inf, math.inf)
-        rows.append((call.position, _row(call, part, numbers)))
+
+    entries = Entries(trace.program, trace.dependent)
+    plain = propagate(trace, [LayerBound()] * len(layers), entries)
+    ball = math.inf if radius is None else float(radius)
+    zero = sizes_at_zero(trace) if math.isfinite(ball) else None
+    proved = propagate(trace, layers, entries, ball, zero)
+    unknown = proved.unknown if math.isfinite(ball) else plain.unknown
+    is_bounded = math.isfinite(proved.constant)
+
+    rows = [
+        (call.position, _row(call, part, number))
+        for call, part, number in zip(trace.calls, parts, numbers, strict=True)
+    ]
+    constant, note = (1.0, _BETWEEN) if is_bounded else (math.inf, _NOT_BOUNDED)
     for name, position in strays.items():
-        missing = LayerNorm(name, kinds[name], (), 0.0, math.inf, math.inf, _NOT_BOUNDED)
+        missing = LayerNorm(name, kinds[name], (), 0.0, math.inf, constant, note)
         rows.append((position, missing))
     rows.sort(key=lambda entry: entry[0])
-    rows = tuple(row for _, row in rows)
-    return LipschitzReport(rows, trace.between, trace.factor, trace.unknown)
+    report = LipschitzReport(
+        tuple(row for _, row in rows),
+        names_between(trace),
+        plain.constant,
+        unknown,
+        proved.constant,
+        ball,
+    )
+    if math.isfinite(ball) and is_bounded and report.factor:
+        product = report.product
+        factor = proved.constant / product if product else plain.constant
+        report = dataclasses.replace(report, factor=factor)
+    return report
+
+
+def _joined(trace: Trace, parts: Sequence[Part], index: int) -> LinearMap | None:
+    """diag(γ / sqrt(v + ε)) A of a batch normalisation directly after an affine layer, or None."""
+    before = trace.calls[index].follows
+    if before is None or parts[index].normalisation is None:
+        return None
+    first, call = parts[before], trace.calls[before]
+    A = first.linear_map
+    if first.settings is not None or not isinstance(A, Conv | Dense):
+        return None
+    shape = (*call.input_shape[: len(call.input_shape) - len(A.in_shape)], *A.out_shape)
+    span = trace.spans[before]
+    seen = trace.program.avals[trace.program.steps[span.stop].writes[0]].shape
+    scale = _scales(parts[index])
+    if not seen == shape == trace.calls[index].input_shape or scale.shape != (A.kernel.shape[-1],):
+        return None
+    return dataclasses.replace(
+        A, kernel=A.kernel * jnp.expand_dims(scale, range(A.kernel.ndim - 1))
+    )
+
+
+def _scales(part: Part) -> Array:
+    """γ / sqrt(v + ε) of a batch normalisation."""
+    scale, variance, epsilon = cast(Any, part.normalisation)
+    inverse = 1 / np.sqrt(np.asarray(variance, np.float64) + float(epsilon))
+    scales = inverse if scale is None else np.asarray(scale, np.float64) * inverse
+    return jnp.asarray(scales, jnp.result_type(variance))
+
+
+def _scaling(part: Part) -> tuple[float, float, float]:
+    """Lower and upper bounds on the norm, and the constant, of what is no map."""
+    if part.normalisation is not None:
+        largest = float(np.max(np.abs(_scales(part))))
+    elif part.standardised is not None:
+        scale = 1.0 if part.standardised.scale is None else part.standardised.scale
+        epsilon = float(part.standardised.epsilon)
+        largest = float(np.max(np.abs(np.asarray(scale, np.float64))))
+        largest = largest / math.sqrt(epsilon) if epsilon > 0 else math.inf
+    else:
+        return 0.0, math.inf, math.inf
+    return largest, largest, largest
+
+
+def _layer_bound(part: Part, numbers: Sequence[Any], joined: float) -> LayerBound:
+    """What the propagation needs of one call."""
+    _, upper, constant = map(float, numbers)
+    side = math.inf
+    if not part.bounded or (part.settings is not None and not part.has_solver_bound):
+        return LayerBound(math.inf, math.inf)
+    if part.has_solver_bound and upper > 0:
+        side = constant / upper
+    largest = math.inf
+    if part.standardised is not None:
+        scale, bias = (
+            default if array is None else float(np.max(np.abs(np.asarray(array, np.float64))))
+            for array, default in ((part.standardised.scale, 1.0), (part.standardised.bias, 0.0))
+        )
+        largest = math.sqrt(part.standardised.count) * scale + bias
+    return LayerBound(constant, side, largest, joined)
 
 
 @jax.jit
@@ -250,15 +388,9 @@ def _measure(parts: list[Any]) -> list[tuple[Array, Array, Array]]:
     return [results[i] for i in range(len(parts))]
 
 
-def _measure_one(linear_map, normalisation, settings, kept, reference, equilibrium):
+def _measure_one(linear_map, settings, kept, reference, equilibrium):
     if equilibrium is not None:
         return _measure_equilibrium(*equilibrium)
-    if linear_map is None:
-        scale, variance, epsilon = normalisation
-        largest = jnp.max(
-            jnp.abs(1.0 if scale is None else scale) * jax.lax.rsqrt(variance + epsilon)
-        )
-        return largest, largest, largest
     bracket = squared_norm_bracket(linear_map)
     lower, upper = jnp.sqrt(bracket.lower), jnp.sqrt(bracket.upper)
     if settings is None:
@@ -289,7 +421,9 @@ def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:
         note = _NOT_BOUNDED
     elif part.settings is not None and not part.has_solver_bound:
         constant, note = math.inf, _NOT_BOUNDED
-    return LayerNorm(call.label, part.kind, call.input_shape, lower, upper, constant, note)
+    elif part.standardised is not None and not note:
+        note = _STANDARDISED
+    return LayerNorm(call.name, part.kind, call.input_shape, lower, upper, constant, note)
 
 
 def _cells(row: LayerNorm) -> list[str]:

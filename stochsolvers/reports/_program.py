@@ -7,7 +7,7 @@ Calls of `jit`, `remat` and functions with custom derivatives are replaced by th
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +28,10 @@ class Value:
       number: the number that all of its entries are, where it is known.
       equation: the operation that computes it; None for an argument.
       operands: of the operation.
+      index: among the results of the operation.
+      entries: returns its entries if it does not depend on the input and they are known, else None.
+      size: its Euclidean norm is at most this for all inputs of the network, or all within a radius.
+      largest: the same for its largest absolute entry.
     """
 
     aval: Any
@@ -35,6 +39,10 @@ class Value:
     number: float | None = None
     equation: Any = None
     operands: tuple["Value", ...] = ()
+    index: int = 0
+    entries: Callable[[], np.ndarray | None] = lambda: None
+    size: float = math.inf
+    largest: float = math.inf
 
     @property
     def operation(self) -> str:
@@ -45,6 +53,17 @@ class Value:
         """The constant of its broadcast to a shape, n^{1/2} ℓ for n copies."""
         copies = math.prod(shape) / self.aval.size if self.aval.size else 1.0
         return self.constant * math.sqrt(max(1.0, copies))
+
+
+class Size(NamedTuple):
+    """Of one array: bounds on its Euclidean norm and on its largest absolute entry."""
+
+    norm: float
+    largest: float
+
+    def smaller(self, other: "Size") -> "Size":
+        """The better of two bounds."""
+        return Size(min(self.norm, other.norm), min(self.largest, other.largest))
 
 
 def body(equation: Any) -> Any:
@@ -81,33 +100,20 @@ def is_float(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, np.floating) and jnp.finfo(aval.dtype).bits >= 16
 
 
-def evaluate(
-    equation: Any, operands: Sequence[Value], constant_of: Callable[[Value], float]
-) -> list[Value]:
-    """The results of one equation.
-
-    Args:
-      equation: of a jaxpr.
-      operands: its arguments.
-      constant_of: computes ℓ of a result, given as a `Value` whose constant is not set yet.
-    """
+def evaluate(equation: Any, operands: Sequence[Value]) -> list[Value]:
+    """The results of one equation, without their constants."""
     inner = body(equation)
     if inner is not None:
-        return run(inner, operands, constant_of)
-    number = _number(equation, operands)
-    results = []
-    for variable in equation.outvars:
-        value = Value(variable.aval, 0.0, number, equation, tuple(operands))
-        if any(operand.constant for operand in operands):
-            value = dataclasses.replace(value, constant=constant_of(value))
-        results.append(value)
-    return results
+        return run(inner, operands)
+    number = known_number(equation, operands)
+    return [
+        Value(variable.aval, 0.0, number, equation, tuple(operands), index)
+        for index, variable in enumerate(equation.outvars)
+    ]
 
 
-def run(
-    jaxpr: Any, arguments: Sequence[Value], constant_of: Callable[[Value], float]
-) -> list[Value]:
-    """The results of a jaxpr."""
+def run(jaxpr: Any, arguments: Sequence[Value]) -> list[Value]:
+    """The results of a jaxpr, without their constants."""
     values = dict(zip(jaxpr.invars, arguments, strict=True))
 
     def read(atoms: Sequence[Any]) -> list[Value]:
@@ -115,12 +121,12 @@ def run(
         return [literal(atom) or values.get(atom) or Value(atom.aval, 0.0) for atom in atoms]
 
     for equation in jaxpr.eqns:
-        results = evaluate(equation, read(equation.invars), constant_of)
+        results = evaluate(equation, read(equation.invars))
         values.update(zip(equation.outvars, results, strict=True))
     return read(jaxpr.outvars)
 
 
-def _number(equation: Any, operands: Sequence[Value]) -> float | None:
+def known_number(equation: Any, operands: Sequence[Value]) -> float | None:
     """The number that a cast or a broadcast makes of a number."""
     name = equation.primitive.name
     if name not in ("convert_element_type", "broadcast_in_dim") or operands[0].number is None:
@@ -130,3 +136,24 @@ def _number(equation: Any, operands: Sequence[Value]) -> float | None:
         return operands[0].number if name == "broadcast_in_dim" else None
     with np.errstate(over="ignore"):
         return float(np.asarray(operands[0].number).astype(dtype))
+
+
+def largest_entry(value: Value) -> float:
+    """A bound on max |entry|: of what is constant from its entries, else for inputs in a ball; ∞ if not known."""
+    if value.number is not None:
+        return abs(value.number) if math.isfinite(value.number) else math.inf
+    if value.constant:
+        return value.largest
+    entries = value.entries()
+    if entries is None:
+        return value.largest
+    largest = float(np.max(np.abs(entries), initial=0.0))
+    return largest if math.isfinite(largest) else math.inf
+
+
+def product(ell: float, factor: float | Callable[[], float]) -> float:
+    """ℓ times a factor, which is not computed for ℓ = 0; ∞ where either is not known, also for a factor 0."""
+    if ell == 0:
+        return 0.0
+    factor = factor() if callable(factor) else factor
+    return ell * factor if math.isfinite(ell) and math.isfinite(factor) else math.inf

@@ -1,26 +1,22 @@
-"""The graph of a forward pass, from its jaxpr: which layers are called, on which shapes, on which paths.
+r"""The graph of a forward pass, from its jaxpr: which layers are called, on which shapes, on which paths.
 
 The Flax front ends call `mark_input` and `mark_output` around every layer whose norm they can compute. The
 marks are `checkpoint_name`s, which are identities that JAX's transformations keep, so that layers within
-`jit`, `remat` and `vmap` are found, also where JAX takes a jitted function from its cache. Loops and
-branches (scan, while, cond) are not entered.
+`jit`, `remat`, `vmap` and `scan` are found, also where JAX takes a jitted function from its cache. Branches
+and loops of unknown length (cond, while) are not entered.
 """
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from stochsolvers._typing import Array
-from stochsolvers.reports._primitives import amplification
-from stochsolvers.reports._program import Value, body, display_name, literal
-
-_INPUT, _OUTPUT = "stochsolvers:input:", "stochsolvers:output:"
-_SHAPE_ONLY = ("reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy")
+from stochsolvers.reports._steps import INPUT, OUTPUT, SIDE, Origin, Program, Step, flatten
 
 
 def mark_input(x: Array, label: str) -> Array:
@@ -28,12 +24,17 @@ def mark_input(x: Array, label: str) -> Array:
 
     The mark contains its shape: within `jax.vmap`, the array of the jaxpr has one more axis, at any place.
     """
-    return checkpoint_name(x, f"{_INPUT}{'x'.join(map(str, x.shape))}:{label}")
+    return checkpoint_name(x, f"{INPUT}{'x'.join(map(str, x.shape))}:{label}")
+
+
+def mark_side(x: Array, label: str) -> Array:
+    """What a layer adds to its bias, unchanged."""
+    return checkpoint_name(x, SIDE + label)
 
 
 def mark_output(z: Array, label: str) -> Array:
     """The output of a layer, unchanged."""
-    return checkpoint_name(z, _OUTPUT + label)
+    return checkpoint_name(z, OUTPUT + label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Call:
       on_every_path: whether the network's output sees its input only through this layer.
       parameters: those, by their number, that the layer reads as they are.
       reads_others: whether it reads other arrays that are computed outside of it, beside its input.
+      slices: those, by their number, of which it reads a slice, as in a scan over a stack of layers, with
+        the indices.
+      constants: entries of the arrays that it reads and that are no parameters.
+      iteration: of the loops around it.
+      follows: the call, by its index, whose output is its input; None if it is another operation's.
     """
 
     label: str
@@ -55,94 +61,40 @@ class Call:
     on_every_path: bool
     parameters: frozenset[int]
     reads_others: bool
+    slices: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    constants: tuple[Any, ...] = ()
+    iteration: tuple[int, ...] = ()
+    follows: int | None = None
 
+    @property
+    def name(self) -> str:
+        """The label, with the iterations that it is called in."""
+        return self.label + "".join(f"[{i}]" for i in self.iteration)
 
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """A forward pass.
+    def slice_of(self, weights: Iterable[Iterable[int]]) -> tuple[int, ...] | None:
+        """The indices of the slices of some arrays that it reads, () for arrays as they are.
 
-    Attributes:
-      calls: of marked layers, in order.
-      strays: parameters, by their number, that are read outside the marked layers and that the output
-        depends on, with the position of their first use.
-      between: names of the operations outside the marked layers that compute the output from the input.
-      factor: a Lipschitz constant of the network if that of every marked layer is 1; 0 if the output
-        does not depend on the input, infinite if no constant is known for one of the operations.
-      unknown: names of the operations without a known constant.
-    """
+        Each is given by the numbers of the parameters that it is. None if it reads not all of them so.
+        """
+        paths = set()
+        for numbers in weights:
+            read = {() if n in self.parameters else self.slices.get(n) for n in numbers} - {None}
+            if len(read) != 1:
+                return None
+            paths |= read
+        return paths.pop() if len(paths) == 1 else None if paths else ()
 
-    calls: tuple[Call, ...]
-    strays: dict[int, int]
-    between: tuple[str, ...]
-    factor: float
-    unknown: tuple[str, ...]
-
-
-def trace(function: Callable[..., Any], parameters: Any, inputs: Any) -> Trace:
-    """Trace `function(parameters, inputs)` without running it; only shapes of `inputs` matter."""
-    jaxpr: Any = jax.make_jaxpr(function)(parameters, inputs).jaxpr
-    values = itertools.count()
-    arguments = [next(values) for _ in jaxpr.invars]
-    steps: list[_Step] = []
-    results = [n for n in _flatten(jaxpr, arguments, values, steps) if n is not None]
-    # the first numbers are those of the parameters
-    count = len(jax.tree.leaves(parameters))
-    weights, inputs = arguments[:count], arguments[count:]
-
-    dependent = _dependent(steps, inputs)
-    spans = [span for span in _spans(steps) if dependent.intersection(steps[span.stop].reads)]
-    everywhere = _on_every_path(steps, spans, inputs, results)
-    calls = []
-    for span in sorted(spans, key=lambda span: span.start):
-        alone = _reads_its_input_alone(steps, span, dependent)
-        read = _outside_reads(steps, span)
-        calls.append(
-            Call(
-                span.label,
-                span.input_shape,
-                position=span.start,
-                on_every_path=span in everywhere and alone,
-                parameters=frozenset(read.intersection(weights)),
-                reads_others=not read.issubset(weights),
-            )
+    def reads(self, array: Any) -> bool:
+        """Whether these entries are among the arrays that it reads and that are no parameters."""
+        array = np.asarray(array)
+        return any(
+            np.shape(one) == array.shape and np.array_equal(np.asarray(one), array)
+            for one in self.constants
         )
-    marked = _marked(steps)
-    strays = _strays(steps, marked, weights, results)
-    return Trace(tuple(calls), strays, *_constants(steps, marked, inputs, results))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
-    """One equation: what it reads and writes, by number; None for literals and constants."""
-
-    name: str
-    equation: Any
-    operands: tuple[int | None, ...]
-    writes: tuple[int, ...]
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        return tuple(number for number in self.operands if number is not None)
-
-    @property
-    def opens(self) -> bool:
-        return self.name.startswith(_INPUT)
-
-    @property
-    def closes(self) -> bool:
-        return self.name.startswith(_OUTPUT)
-
-    def factor(self, factors: Mapping[int, float]) -> float:
-        """The largest constant of its results, given those of the numbered values."""
-        operands = [
-            literal(atom) or Value(atom.aval, 0.0 if number is None else factors.get(number, 0.0))
-            for atom, number in zip(self.equation.invars, self.operands, strict=True)
-        ]
-        return amplification(self.equation, operands)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Span:
+class Span:
     """The steps of one call of a marked layer, from its input's mark to its output's, by position."""
 
     label: str
@@ -151,39 +103,85 @@ class _Span:
     stop: int
 
 
-def _flatten(
-    jaxpr: Any, arguments: Sequence[Any], values: Iterator[int], steps: list[_Step]
-) -> list[Any]:
-    """Append the equations of a jaxpr and of the calls within it; the numbers of its results."""
-    numbers: dict[Any, Any] = dict(zip(jaxpr.invars, arguments, strict=True))
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A forward pass.
 
-    def read(atoms: Sequence[Any]) -> list[Any]:
-        # literals and constants have no number
-        return [None if hasattr(atom, "val") else numbers.get(atom) for atom in atoms]
+    Attributes:
+      calls: of marked layers, in order.
+      spans: of each call.
+      strays: parameters, by their number, that are read outside the marked layers and that the output
+        depends on, with the position of their first use.
+      program: all operations.
+      inputs: numbers of the network's inputs.
+      dependent: of the values that depend on the input.
+      useful: of the values on which the results depend.
+    """
 
-    for equation in jaxpr.eqns:
-        inner = body(equation)
-        if inner is not None and _has_mark(inner):
-            results = _flatten(inner, read(equation.invars), values, steps)
+    calls: tuple[Call, ...]
+    spans: tuple[Span, ...]
+    strays: dict[int, int]
+    program: Program
+    inputs: tuple[int, ...]
+    dependent: frozenset[int]
+    useful: frozenset[int]
+
+
+def trace(function: Callable[..., Any], parameters: Any, inputs: Any) -> Trace:
+    """Trace `function(parameters, inputs)` without running it; only shapes of `inputs` matter."""
+    closed: Any = jax.make_jaxpr(function)(parameters, inputs)
+    arrays = jax.tree.leaves(parameters)
+    program = flatten(closed, arrays)
+    steps, results = program.steps, program.results
+    weights, inputs = program.arguments[: len(arrays)], program.arguments[len(arrays) :]
+
+    dependent, useful = _dependent(steps, inputs), _useful(steps, results)
+    spans = [span for span in _spans(steps) if dependent.intersection(steps[span.stop].reads)]
+    everywhere = _on_every_path(steps, spans, inputs, results)
+    spans.sort(key=lambda span: span.start)
+    outputs = {steps[span.stop].writes[0]: index for index, span in enumerate(spans)}
+    calls = []
+    for span in spans:
+        alone = _reads_its_input_alone(steps, span, dependent)
+        on_every_path = span in everywhere and alone
+        follows = outputs.get(steps[span.start].reads[0])
+        calls.append(_call(program, span, on_every_path, follows, dependent))
+    strays = _strays(program, marked(steps), weights)
+    return Trace(
+        tuple(calls), tuple(spans), strays, program, tuple(inputs), frozenset(dependent),
+        frozenset(useful),
+    )  # fmt: skip
+
+
+def _call(
+    program: Program, span: Span, on_every_path: bool, follows: int | None, dependent: set[int]
+) -> Call:
+    parameters, slices, constants, others = set(), {}, [], False
+    for number in _outside_reads(program.steps, span):
+        origin: Origin | None = program.origins.get(number)
+        if origin is not None and origin.path:
+            slices[origin.argument] = origin.path
+        elif origin is not None:
+            parameters.add(number)
+        elif number in program.known:
+            constants.append(program.known[number])
         else:
-            results = [next(values) for _ in equation.outvars]
-            operands = tuple(read(equation.invars))
-            steps.append(_Step(display_name(equation), equation, operands, tuple(results)))
-        numbers.update(zip(equation.outvars, results, strict=True))
-    return read(jaxpr.outvars)
+            others = True
+    return Call(
+        span.label,
+        span.input_shape,
+        position=span.start,
+        on_every_path=on_every_path,
+        parameters=frozenset(parameters),
+        reads_others=others,
+        slices=slices,
+        constants=tuple(array for array in constants if np.ndim(array)),
+        iteration=program.steps[span.start].iteration,
+        follows=follows,
+    )
 
 
-def _has_mark(jaxpr: Any) -> bool:
-    for equation in jaxpr.eqns:
-        inner = body(equation)
-        if inner is not None and _has_mark(inner):
-            return True
-        if str(equation.params.get("name")).startswith((_INPUT, _OUTPUT)):
-            return True
-    return False
-
-
-def _spans(steps: Sequence[_Step]) -> list[_Span]:
+def _spans(steps: Sequence[Step]) -> list[Span]:
     """The calls of marked layers, in the order in which they end."""
     spans, opened = [], []
     for position, step in enumerate(steps):
@@ -191,19 +189,19 @@ def _spans(steps: Sequence[_Step]) -> list[_Span]:
             opened.append(position)
         if step.closes:
             start = opened.pop()
-            shape, _, label = steps[start].name.removeprefix(_INPUT).partition(":")
+            shape, _, label = steps[start].mark.removeprefix(INPUT).partition(":")
             sizes = tuple(int(size) for size in shape.split("x") if size)
-            spans.append(_Span(label, sizes, start, position))
+            spans.append(Span(label, sizes, start, position))
     return spans
 
 
-def _marked(steps: Sequence[_Step]) -> list[bool]:
+def marked(steps: Sequence[Step]) -> list[bool]:
     """Of each step, whether it is within a call of a marked layer, the marks included."""
     depths = itertools.accumulate(step.opens - step.closes for step in steps)
     return [depth > 0 or step.closes for depth, step in zip(depths, steps, strict=True)]
 
 
-def _dependent(steps: Iterable[_Step], inputs: Iterable[int]) -> set[int]:
+def _dependent(steps: Iterable[Step], inputs: Iterable[int]) -> set[int]:
     """The values that depend on the input."""
     dependent = set(inputs)
     for step in steps:
@@ -212,7 +210,7 @@ def _dependent(steps: Iterable[_Step], inputs: Iterable[int]) -> set[int]:
     return dependent
 
 
-def _useful(steps: Sequence[_Step], results: Iterable[int]) -> set[int]:
+def _useful(steps: Sequence[Step], results: Iterable[int]) -> set[int]:
     """The values on which the results depend."""
     useful = set(results)
     for step in reversed(steps):
@@ -222,13 +220,13 @@ def _useful(steps: Sequence[_Step], results: Iterable[int]) -> set[int]:
 
 
 def _on_every_path(
-    steps: Sequence[_Step], spans: Iterable[_Span], inputs: Iterable[int], results: Sequence[int]
-) -> frozenset[_Span]:
+    steps: Sequence[Step], spans: Iterable[Span], inputs: Iterable[int], results: Sequence[int]
+) -> frozenset[Span]:
     """The calls on every path from the input to the results."""
     ends = {span.stop: span for span in spans}
-    passed: dict[int, frozenset[_Span]] = dict.fromkeys(inputs, frozenset())
+    passed: dict[int, frozenset[Span]] = dict.fromkeys(inputs, frozenset())
 
-    def common(numbers: Iterable[int]) -> frozenset[_Span]:
+    def common(numbers: Iterable[int]) -> frozenset[Span]:
         return frozenset.intersection(*(passed[number] for number in numbers))
 
     for position, step in enumerate(steps):
@@ -242,7 +240,7 @@ def _on_every_path(
     return common(seen) if seen else frozenset()
 
 
-def _reads_its_input_alone(steps: Sequence[_Step], span: _Span, dependent: set[int]) -> bool:
+def _reads_its_input_alone(steps: Sequence[Step], span: Span, dependent: set[int]) -> bool:
     """Whether a call sees the network's input only through its own."""
     inside = set(steps[span.start].writes)
     for step in steps[span.start + 1 : span.stop + 1]:
@@ -252,46 +250,28 @@ def _reads_its_input_alone(steps: Sequence[_Step], span: _Span, dependent: set[i
     return True
 
 
-def _outside_reads(steps: Sequence[_Step], span: _Span) -> set[int]:
+def _outside_reads(steps: Sequence[Step], span: Span) -> set[int]:
     """What a call reads from outside, beside its input."""
     read = {number for step in steps[span.start + 1 : span.stop + 1] for number in step.reads}
     return read.difference(*(step.writes for step in steps[span.start : span.stop]))
 
 
-def _constants(
-    steps: Sequence[_Step], marked: Sequence[bool], inputs: Iterable[int], results: Iterable[int]
-) -> tuple[tuple[str, ...], float, tuple[str, ...]]:
-    """`between`, `factor` and `unknown` of the trace."""
-    factors = dict.fromkeys(inputs, 1.0)  # a constant of each value, if every layer's is 1
-    useful = _useful(steps, results)
-    between, unknown = {}, {}  # ordered sets
-    for step, is_marked in zip(steps, marked, strict=True):
-        seen = [factors[number] for number in step.reads if number in factors]
-        if not seen:
-            continue
-        factor = max(seen) if is_marked else step.factor(factors)
-        is_useful = not useful.isdisjoint(step.writes)
-        if is_useful and not is_marked and step.name not in _SHAPE_ONLY:
-            between[step.name] = None
-        if is_useful and factor == math.inf:
-            unknown[step.name] = None
-        factor = 1.0 if factor == math.inf else factor  # to find all that is unknown
-        factors.update(dict.fromkeys(step.writes, factor))
-    total = math.hypot(*(factors.get(number, 0.0) for number in results))
-    return tuple(between), math.inf if unknown else total, tuple(unknown)
-
-
 def _strays(
-    steps: Sequence[_Step],
-    marked: Sequence[bool],
-    parameters: Iterable[int],
-    results: Iterable[int],
+    program: Program, is_marked: Sequence[bool], parameters: Iterable[int]
 ) -> dict[int, int]:
     """Parameters, by index, that are read outside the marked layers on the way to the results."""
+    steps, results = program.steps, program.results
     useful = _useful(steps, results)
-    first = dict.fromkeys(results, len(steps))
-    for position, (step, is_marked) in enumerate(zip(steps, marked, strict=True)):
-        if not is_marked and useful.intersection(step.writes):
+    first: dict[int, int] = {}
+
+    def note(number: int, position: int) -> None:
+        number = program.origins[number].argument if number in program.origins else number
+        first[number] = min(position, first.get(number, position))
+
+    for position, (step, within) in enumerate(zip(steps, is_marked, strict=True)):
+        if not within and useful.intersection(step.writes):
             for number in step.reads:
-                first[number] = min(position, first.get(number, position))
+                note(number, position)
+    for number in results:
+        note(number, len(steps))
     return {index: first[number] for index, number in enumerate(parameters) if number in first}
