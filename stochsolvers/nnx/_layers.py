@@ -253,7 +253,7 @@ def _placeholder_rngs(rng_collection: str) -> nnx.Rngs:
     return nnx.Rngs(0, **{rng_collection: 0})
 
 
-def layer_options(layer: nnx.Linear | nnx.Conv, *names: str) -> dict[str, Any]:
+def layer_options(layer: Any, *names: str) -> dict[str, Any]:
     """The options of a layer with which its twin is built."""
     common = ("use_bias", "dtype", "param_dtype", "precision", "promote_dtype")
     return {name: getattr(layer, name) for name in (*common, "preferred_element_type", *names)}

@@ -11,6 +11,7 @@ from stochsolvers import _layers, surgery
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.losses import Loss
+from stochsolvers.nnx._stand_ins import refresh_folds
 from stochsolvers.nnx._stochastic import Stochastic
 from stochsolvers.problems import LayerProblem, NormalizedProblem
 from stochsolvers.prox import Prior
@@ -205,9 +206,12 @@ class SolverLayer(Stochastic, KeepsConstant):
 def refresh_lipschitz(model: nnx.Module) -> None:
     """Recompute every kept Lipschitz constant and norm of a model, in place (the paper: once an epoch).
 
+    BatchNorms that `replace_layers` has folded into solvers are folded anew.
+
     A layer made by `from_layer` keeps its constant from the start. One made by its constructor, whose
     weights may be about to be loaded, computes it at every call until this function has run.
     """
+    refresh_folds(model)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, KeepsConstant):
             module.refresh_lipschitz()

@@ -1,8 +1,8 @@
 """A forward pass as one list of operations, with the marks that a front end has set in it.
 
 The front ends call `mark_input` and `mark_output` around every layer that may be replaced, every Dropout
-and every normalisation. The marks are `checkpoint_name`s, identities that JAX's transformations keep, so that
-they are found within `jit`, `remat` and `vmap`. Loops and branches (scan, while, cond) are lists of their own.
+and every normalisation. The marks are `checkpoint_name`s, identities that JAX's transformations keep, so
+that they are found within `jit`, `remat` and `vmap`. What is in loops and branches (scan, while, cond) says so.
 """
 
 import dataclasses

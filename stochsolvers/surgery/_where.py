@@ -26,9 +26,9 @@ def select(where: Where, modules: Mapping[str, Any]) -> dict[str, Chosen]:
     """The modules that are meant, by path, in the order of `modules`.
 
     Args:
-      where: a path such as "blocks.0.conv1"; one with the wildcards *, ? and [...] of `fnmatch`, in which * may
-        span several parts of a path; a type; a function of a path and a module that returns True or False; or
-        a list or tuple of these.
+      where: a path such as "blocks.0.conv1"; one with the wildcards *, ? and [...] of `fnmatch`, in which *
+        may span several parts of a path; a type; a function of a path and a module that returns True or
+        False; or a list or tuple of these.
       modules: all of the network's, by path.
 
     Raises:
