@@ -105,7 +105,7 @@ def _of_layer(layer: Any, own: Any, plain: Array, inputs: Array) -> Any:
     twin = twin_of(layer, own, parent=layer.scope.rewound())
     linear_map, inputs, bias = twin.assembled(inputs)
     problem = own.settings.problem(linear_map, inputs, bias, None)
-    fold = None if own.following is None else own.following.affine(twin.scope)
+    fold = None if own.following is None else twin._affine()
     return _measurement.outputs_and_measurement(
         own.settings,
         problem,

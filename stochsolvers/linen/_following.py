@@ -68,11 +68,21 @@ class FollowingNorm:
                 _checks.fail(where, f"{name!r}, which the layer before it reads", "none")
         return nn.unbox(found)
 
-    def affine(self, scope: Any) -> tuple[Array, Array]:
-        """(s, t) of the normalisation y ↦ s y + t, from the scope of the layer."""
-        found = self.arrays(scope)
-        scale, bias = found.get("scale"), found.get("bias")
-        return surgery.affine(found["mean"], found["var"], scale, bias, self.epsilon)
+    def variables(self, variables: Mapping[str, Array], layer: Path) -> dict[str, Array]:
+        """The same, from the variables of the network by path as text, and the path of the layer."""
+        path = "/".join(self.absolute(layer))
+        names = {f"params/{path}/": ("scale", "bias"), f"batch_stats/{path}/": ("mean", "var")}
+        return {
+            name: variables[prefix + name]
+            for prefix, own in names.items()
+            for name in own
+            if prefix + name in variables
+        }
+
+    def affine(self, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
+        """(s, t) of the normalisation y ↦ s y + t."""
+        scale, bias = arrays.get("scale"), arrays.get("bias")
+        return surgery.affine(arrays["mean"], arrays["var"], scale, bias, self.epsilon)
 
 
 def _nested(scope: Any, collection: str, path: Path) -> Mapping[str, Any]:

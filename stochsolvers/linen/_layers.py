@@ -87,7 +87,12 @@ class SolverLayer(nn.Module):
         layer: Any = self
         if layer.following is None or self.is_initializing():
             return kernel, bias
-        return surgery.folded(kernel, bias, layer.following.affine(self.scope))
+        return surgery.folded(kernel, bias, self._affine())
+
+    def _affine(self) -> tuple[Array, Array]:
+        """(s, t) of the normalisation behind the layer."""
+        following: Any = self.following  # pyright: ignore[reportAttributeAccessIssue]
+        return following.affine(following.arrays(self.scope))
 
     def before_norm(self, inputs: Array, output: Array, plain: Array) -> Array:
         """What the normalisation behind the layer takes to the solver's pre-activation.
@@ -103,7 +108,7 @@ class SolverLayer(nn.Module):
         linear_map, inputs, bias = self.assembled(inputs)
         problem = _layers.Settings.of(self).problem(linear_map, inputs, bias, None)
         with _layers.precision_context(layer.precision):
-            return surgery.unfolded(output, plain, problem, layer.following.affine(self.scope))
+            return surgery.unfolded(output, plain, problem, self._affine())
 
     def _kept_constant(self, linear_map: LinearMap) -> tuple[Array | None, Array | None]:
         settings = _layers.Settings.of(self)

@@ -138,8 +138,13 @@ def _replaced_at(paths: frozenset[Path]) -> Iterator[None]:
 
 
 def is_replaced(layer: nn.Module) -> bool:
-    """Whether a solver runs in place of a layer in the pass at hand."""
+    """Whether a layer's call is that of a solver in the pass at hand."""
     return not isinstance(layer, SolverLayer) and layer.path in _replaced.get()
+
+
+def takes_a_place(layer: nn.Module) -> bool:
+    """Whether a solver runs in place of a layer in the pass at hand."""
+    return isinstance(layer, SolverLayer) and layer.path in _replaced.get()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.core import DenyList, tracers
 
-from stochsolvers import _checks, _equilibria, _layers, reports
+from stochsolvers import _checks, _equilibria, _layers, reports, surgery
 from stochsolvers._typing import Array, join_static, split_static
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.linen._equilibrium import (
@@ -32,7 +32,7 @@ from stochsolvers.linen._layers import (
     linear_map_of,
 )
 from stochsolvers.linen._proxprop import ProxPropConv, ProxPropDense
-from stochsolvers.linen._replaced import fresh_traces, is_replaced
+from stochsolvers.linen._replaced import fresh_traces, is_replaced, takes_a_place
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged
 
@@ -165,6 +165,9 @@ def lipschitz_report(
 
     wrappers: list[str] = []  # around the call at hand, which have it called with other kernels
     wrapped: dict[str, set[str]] = {}  # labels of what each of them called
+    behind: dict[
+        str, str
+    ] = {}  # normalisation -> the solver layer before it, with which it is one map
 
     def mark(call, args, kwargs, context):
         layer: Any = context.module
@@ -177,10 +180,20 @@ def lipschitz_report(
                 wrappers.pop()
         for wrapper in wrappers:
             wrapped.setdefault(wrapper, set()).add(label)
+        if context.method_name == "__call__" and label in behind:
+            return _trace.mark_output(call(*args, **kwargs), behind.pop(label))
         if wrappers or context.method_name != "__call__" or not _is_known(layer, args, kwargs):
             return call(*args, **kwargs)
-        if is_replaced(layer):  # the solver in its place has a row
+        if takes_a_place(layer):  # within the marks of the layer in whose place it is
+            layers[label] = layer.clone(parent=None)
             return call(*args, **kwargs)
+        if is_replaced(layer):
+            output = call(_trace.mark_input(args[0], label), *args[1:], **kwargs)
+            following = cast(Any, layers[label]).following
+            if following is None:
+                return _trace.mark_output(output, label)
+            behind[_label(following.absolute(layer.path))] = label
+            return output
         layers[label] = layer.clone(parent=None)
         if isinstance(layer, Equilibrium):  # those of a composition may be another module's
             members = getattr(layer, "layers", (layer,))
@@ -313,16 +326,18 @@ def _part(
             return _lipschitz.Part(kind)  # with another variance
         return _lipschitz.Part(kind, normalisation=(own.get(weights[0]), variance, layer.epsilon))
     linear_map_for = _LINEAR_MAPS[inherits_unchanged(type(layer), _LINEAR_MAPS)]
+    kernel, following = own[weights[0]], getattr(layer, "following", None)
+    if following is not None:
+        of_norm = following.variables(flat, tuple(call.label.split("/")))
+        if path:
+            of_norm = {name: array[path] for name, array in of_norm.items()}
+        kernel = surgery.folded(kernel, None, following.affine(of_norm))[0]
     try:
-        linear_map = linear_map_for(layer, own[weights[0]], call.input_shape)
+        linear_map = linear_map_for(layer, kernel, call.input_shape)
     except ValueError:
         return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):
         return _lipschitz.Part(kind, linear_map)
-    if getattr(layer, "following", None) is not None:
-        return _lipschitz.Part(
-            kind
-        )  # what a normalisation makes the solver's output has no bound here
     constant, reference = (
         own.get(f"{STATE}/{prefix}{name}") for name in ("lipschitz", "reference")
     )
