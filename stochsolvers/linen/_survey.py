@@ -133,9 +133,8 @@ def candidates(network: Network, chosen: Mapping[str, surgery.Chosen]) -> dict[s
             reason = (
                 f"its kernel is another one at each call, made by nn.{wrapper}: remove that first"
             )
-        found[label] = Candidate(
-            kind, reason or _far_norm(network, label), _stacked(network, label)
-        )
+        reason = reason or _far_norm(network, label) or _map_obstacle(network, label)
+        found[label] = Candidate(kind, reason, _stacked(network, label))
     return found
 
 
