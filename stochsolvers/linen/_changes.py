@@ -16,8 +16,9 @@ from flax import linen as nn
 
 from stochsolvers import surgery
 from stochsolvers._typing import Array, join_static, split_static
+from stochsolvers.linen._evaluation import in_evaluation
 from stochsolvers.linen._replaced import ReplacedLayers, base_of, fresh_traces, twin_of
-from stochsolvers.linen._survey import WRITTEN, name
+from stochsolvers.linen._survey import name
 from stochsolvers.surgery import _measurement, _plan
 
 _PLAIN, _ONE, _ALL = range(3)
@@ -43,11 +44,14 @@ def measured(
     @jax.jit
     def run(variables: Any, rngs: Any, traced: Any, switches: Array) -> Any:
         inputs, options = join_static(traced, static)
-        with fresh_traces(), nn.intercept_methods(_switching(replaced, switches, store)):
-            outputs, _ = replaced.module.apply(
-                variables, *inputs, rngs=rngs, mutable=WRITTEN, **options
-            )
-        return outputs
+
+        def forward(mutable: Any) -> Any:
+            with fresh_traces(), nn.intercept_methods(_switching(replaced, switches, store)):
+                return replaced.module.apply(
+                    variables, *inputs, rngs=rngs, mutable=mutable, **options
+                )[0]
+
+        return in_evaluation(forward)
 
     def outputs(switches: Any) -> Any:
         result = run(dict(variables), rngs, traced, jnp.asarray(switches, jnp.int32))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from flax.core import DenyList, tracers
+from flax.core import tracers
 
 from stochsolvers import _checks, _equilibria, _layers, reports, surgery
 from stochsolvers._typing import Array, join_static, split_static
@@ -22,6 +22,7 @@ from stochsolvers.linen._equilibrium import (
     EquilibriumLinear,
     promotes_plainly,
 )
+from stochsolvers.linen._evaluation import in_evaluation
 from stochsolvers.linen._layers import (
     RECORDS,
     STATE,
@@ -35,8 +36,6 @@ from stochsolvers.linen._proxprop import ProxPropConv, ProxPropDense
 from stochsolvers.linen._replaced import fresh_traces, is_replaced, takes_a_place
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged
-
-_MUTABLE = DenyList(STATE)  # what a training pass writes is dropped; constants are not refreshed
 
 
 @reports.certify.register(nn.Module)
@@ -97,17 +96,20 @@ def _observe(module, variables, rngs, traced, static):
                 _certificates.fail_dropped_records(called[-1], _KEPT_BY)
         return call(*args, **kwargs)
 
-    with (
-        _certificates.numbered_calls(),
-        _layers.observed_by(reports.observe),
-        nn.intercept_methods(note),
-    ):
-        try:
-            _, written = module.apply(variables, *inputs, rngs=rngs, mutable=_MUTABLE, **options)
-        except TypeError as error:  # a branch or a loop, of another structure now
-            if called and RECORDS in str(error):
-                _certificates.fail_dropped_records(called[-1], _KEPT_BY)
-            raise
+    def run(mutable: Any) -> Any:
+        with (
+            _certificates.numbered_calls(),
+            _layers.observed_by(reports.observe),
+            nn.intercept_methods(note),
+        ):
+            return module.apply(variables, *inputs, rngs=rngs, mutable=mutable, **options)[1]
+
+    try:
+        written = in_evaluation(run, also=(RECORDS,))
+    except TypeError as error:  # a branch or a loop, of another structure now
+        if called and RECORDS in str(error):
+            _certificates.fail_dropped_records(called[-1], _KEPT_BY)
+        raise
     flat = traverse_util.flatten_dict(written.get(RECORDS, {}))
     return {_label(path[:-1]): calls for path, calls in flat.items()}
 
@@ -203,14 +205,19 @@ def lipschitz_report(
             kwargs = {**kwargs, "skip": _trace.mark_side(kwargs["skip"], label)}
         return _trace.mark_output(call(marked, *args[1:], **kwargs), label)
 
-    def forward(parameters, inputs):
+    def forward(parameters, inputs, mutable):
+        given = {"params": parameters, **variables}
         with fresh_traces(), nn.intercept_methods(mark):
-            return module.apply(
-                {"params": parameters, **variables}, inputs, rngs=rngs, mutable=_MUTABLE, **options
-            )[0]
+            return module.apply(given, inputs, rngs=rngs, mutable=mutable, **options)[0]
+
+    def traced(mutable: Any) -> Any:
+        layers.clear()
+        wrapped.clear()
+        behind.clear()
+        return _trace.trace(functools.partial(forward, mutable=mutable), parameters, inputs)
 
     inputs = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32 if dtype is None else dtype)
-    trace = _trace.trace(forward, parameters, inputs)
+    trace = in_evaluation(traced)
     flat: Any = traverse_util.flatten_dict({"params": parameters, **variables}, sep="/")
     paths = [
         tuple(key.key for key in path)

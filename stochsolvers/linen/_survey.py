@@ -1,6 +1,7 @@
 """The modules of a Linen network by path, and its layers, Dropouts and BatchNorms marked in a trace."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -8,19 +9,18 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
-from flax.core import DenyList
 
 from stochsolvers import _checks, surgery
 from stochsolvers._typing import join_static, split_static
+from stochsolvers.linen._evaluation import in_evaluation
 from stochsolvers.linen._following import Path
-from stochsolvers.linen._layers import RECORDS, STATE, SolverLayer, linear_map_of
+from stochsolvers.linen._layers import SolverLayer, linear_map_of
 from stochsolvers.linen._replaced import TWINS, ReplacedLayers, fresh_traces
 from stochsolvers.reports._known_layers import inherits_unchanged
 from stochsolvers.surgery._plan import Candidate
 
 _OTHERS = (nn.ConvTranspose, nn.ConvLocal, nn.Einsum, SolverLayer)
 _WRAPPERS = (nn.SpectralNorm, nn.WeightNorm)
-WRITTEN = DenyList((STATE, RECORDS, "params"))
 
 
 @dataclasses.dataclass
@@ -91,12 +91,17 @@ def look(
 
     traced, static = split_static((inputs, options))
 
-    def forward(variables: Any, rngs: Any, traced: Any) -> Any:
+    def forward(variables: Any, rngs: Any, traced: Any, mutable: Any) -> Any:
         inputs, options = join_static(traced, static)
         with fresh_traces(), nn.intercept_methods(mark):
-            return module.apply(variables, *inputs, rngs=rngs, mutable=WRITTEN, **options)[0]
+            return module.apply(variables, *inputs, rngs=rngs, mutable=mutable, **options)[0]
 
-    survey = surgery.survey(forward, dict(variables), rngs, traced)
+    def surveyed(mutable: Any) -> surgery.Survey:
+        return surgery.survey(
+            functools.partial(forward, mutable=mutable), dict(variables), rngs, traced
+        )
+
+    survey = in_evaluation(surveyed)
     flat = traverse_util.flatten_dict(cast(Any, nn.unbox(dict(variables))), sep="/")
     return Network(modules, survey, roots, rewritten, flat)
 
