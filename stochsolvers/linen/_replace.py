@@ -13,7 +13,7 @@ from stochsolvers.linen import _changes, _survey
 from stochsolvers.linen._blocks import refresh_lipschitz
 from stochsolvers.linen._following import FollowingNorm
 from stochsolvers.linen._layers import STATE
-from stochsolvers.linen._replaced import ReplacedLayers, Replacement
+from stochsolvers.linen._replaced import Plain, ReplacedLayers, Replacement
 from stochsolvers.losses import Squares
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solver
@@ -116,7 +116,7 @@ def replace_layers(
         )
         for path, one in found.replaced.items()
     )  # fmt: skip
-    replaced = ReplacedLayers(module, layers)
+    replaced = ReplacedLayers(Plain(module), layers)
     kept = _with_constants(replaced, variables, arguments, options, rngs)
     kinds = {path: candidate.kind for path, candidate in candidates.items()}
     nan = float("nan")

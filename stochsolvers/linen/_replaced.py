@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import linen as nn
@@ -42,6 +42,13 @@ class Replacement:
     rng_collection: str = "dropout"
 
 
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A module that Linen does not make a part of the module that holds it."""
+
+    module: nn.Module
+
+
 class ReplacedLayers(nn.Module):
     """A network with solvers in place of some layers; made by `replace_layers`.
 
@@ -49,25 +56,28 @@ class ReplacedLayers(nn.Module):
     `apply` and `init` take the methods of the network, by name or as functions.
 
     Attributes:
-      module: the network.
+      network: the network; `module` is itself.
       layers: what runs in place of which layer.
     """
 
-    module: nn.Module
+    network: Plain
     layers: tuple[Replacement, ...]
 
-    def setup(self) -> None:
-        """Give the network's variables the paths that they have without this module."""
-        nn.share_scope(self, self.module)
+    @property
+    def module(self) -> nn.Module:
+        """The network, not bound to variables."""
+        return self.network.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """That of the network."""
-        return self.call_method(type(self.module).__call__, *args, **kwargs)  # pyright: ignore
+        return self.call_method(type(self.network.module).__call__, *args, **kwargs)  # pyright: ignore
 
     def call_method(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A method of the network's class, of the network with its solvers."""
+        # on this module's own scope, so that the variables have the paths that they have without it
+        bound = self.network.module.clone(parent=cast(Any, self.scope).rewound())
         with replacing(self.path, self.layers):
-            return method(self.module, *args, **kwargs)
+            return method(bound, *args, **kwargs)
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
@@ -90,7 +100,7 @@ class ReplacedLayers(nn.Module):
         if method is None:
             return None
         if isinstance(method, str):
-            method = getattr(type(self.module), method)
+            method = getattr(type(self.network.module), method)
         method = getattr(method, "__func__", method)
         return lambda self, *args, **kwargs: self.call_method(method, *args, **kwargs)
 

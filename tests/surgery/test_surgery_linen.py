@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax import serialization
+from flax import serialization, traverse_util
 
 import stochsolvers as ss
 
@@ -131,6 +131,12 @@ def test_one_iteration_is_the_plain_network_to_the_last_bit(network, one_iterati
     swapped, own, report = one_iteration
     assert tuple(row.name for row in report.rows) == REPLACED
     jax.tree.map(np.testing.assert_array_equal, own["params"], variables["params"])
+    kept = traverse_util.flatten_dict(own["solver_state"], sep="/")
+    with_constant = {path.rpartition("/")[0] for path in kept}
+    assert with_constant == set(REPLACED) - {
+        "bare/dense",
+        "twins",
+    }  # whose transforms do not lift it
     got, wanted = value_and_gradient(swapped, own, x), value_and_gradient(module, variables, x)
     np.testing.assert_array_equal(got[0], wanted[0])
     jax.tree.map(
@@ -184,6 +190,48 @@ def prox_gd(matrix, x, bias, num_iters):
         )
         z = np.maximum(w, 0)
     return w
+
+
+class Held(nn.Module):
+    """Modules as attributes, and the network within another."""
+
+    layers: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nn.relu(layer(x))
+        return x
+
+
+class Outer(nn.Module):
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.inner(self.inner(x))
+
+
+def test_modules_as_attributes_and_a_replaced_network_within_another(rng):
+    x = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
+    module = Held((nn.Dense(5), nn.Dense(5, use_bias=False)))
+    variables = module.init(KEY, x)
+    swapped, own, report = ss.linen.replace_layers(
+        module, variables, "*", solver=ss.ProxGD(3), inputs=x, measure=False
+    )
+    assert [row.name for row in report.rows] == ["layers_0", "layers_1"]
+    assert sorted(own["solver_state"]) == ["layers_0", "layers_1"]
+    wanted = x
+    for name in ("layers_0", "layers_1"):
+        kernel = np.asarray(variables["params"][name]["kernel"])
+        bias = variables["params"][name].get("bias", 0)
+        wanted = np.maximum(prox_gd(kernel, np.asarray(wanted), np.asarray(bias), 3), 0)
+    np.testing.assert_allclose(swapped.apply(own, x), wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(swapped.bind(own)(x), swapped.apply(own, x))
+    within = {name: {"inner": tree} for name, tree in own.items()}
+    twice = swapped.apply(own, swapped.apply(own, x))
+    np.testing.assert_allclose(Outer(swapped).apply(within, x), twice, rtol=1e-5, atol=1e-6)
+    assert jax.tree.structure(Outer(swapped).init(KEY, x)) == jax.tree.structure(within)
 
 
 class Normalised(nn.Module):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax_resnet
 import numpy as np
 import pytest
+from flax import traverse_util
 
 import stochsolvers as ss
 
@@ -39,6 +40,8 @@ def test_resnet(network):
     assert all(row.normalization for row in report.rows)
     reasons = [one.reason for one in report.left]
     assert sum("another array is added" in reason for reason in reasons) == 7
+    kept = traverse_util.flatten_dict(own["solver_state"], sep="/")
+    assert sorted({path.rpartition("/")[0] for path in kept}) == names
     np.testing.assert_array_equal(jax.jit(swapped.apply)(own, x), plain)
     again, variables_again = ss.linen.restore_layers(swapped, own)
     assert again is module
