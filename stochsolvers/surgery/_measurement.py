@@ -1,6 +1,5 @@
 """How much a solver in a layer's place changes its output and the model's: the arithmetic of the report."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,44 +52,37 @@ def outputs_and_measurement(
       problem: before it is normalised, with the normalisation folded in.
       plain: y = A x + b, as the plain layer computes it.
       fold: (s, t) of the normalisation behind the layer.
-      kept: the constant that is kept, and the fingerprint that it is of.
+      kept: the constant of the kernel at hand and its fingerprint, or twice None.
       precision: of the layer's matrix products.
     """
 
-    def solve(solver: Solver, certify: bool) -> tuple[Solution, Array]:
-        solution = _layers.run(
-            dataclasses.replace(settings, solver=solver),
-            None,
-            problem,
-            kept=kept[0],
-            reference=kept[1],
-            deterministic=True,
-            precision=precision,
-            dtype=plain.dtype,
-            certify=certify,
-        )
-        w = jnp.asarray(solution.pre_activation, plain.dtype)
-        if fold is None:
-            return solution, w
-        with _layers.precision_context(precision):
-            return solution, unfolded(w, plain, problem, fold)
+    constant = kept[0]
+    if constant is None:
+        constant = _layers.current_constant(settings, problem.linear_map, *kept)
+    with _layers.precision_context(precision):
+        solved, constant = settings.prepared(problem, constant)
 
-    _, one = solve(one_iteration(settings.solver), False)
-    solution, many = solve(settings.solver, True)
-    outputs = Outputs(plain, one, many)
-    return outputs, _measurement(settings, problem, outputs, solution, fold, kept)
+        def solve(solver: Solver) -> tuple[Solution, Array]:
+            solution = solver.solve(
+                None, solved, step_constant=constant, deterministic=True, pre_activation=True
+            )
+            w = jnp.asarray(solution.pre_activation, plain.dtype)
+            return solution, w if fold is None else unfolded(w, plain, problem, fold)
+
+        _, one = solve(one_iteration(settings.solver))
+        solution, many = solve(settings.solver)
+        outputs = Outputs(plain, one, many)
+        return outputs, _measurement(settings, solved, constant, outputs, solution, fold)
 
 
 def _measurement(
     settings: _layers.Settings,
     problem: LayerProblem,
+    constant: Array | None,
     outputs: Outputs,
     solution: Solution,
     fold: tuple[Array, Array] | None,
-    kept: tuple[Array | None, Array | None],
 ) -> Measurement:
-    constant = _layers.current_constant(settings, problem.linear_map, *kept)
-    problem, constant = settings.prepared(problem, constant)
     step = _bounds.first_step(settings.solver, problem, constant, True)
     scale = problem.scale if isinstance(problem, NormalizedProblem) else constant
 
@@ -102,8 +94,8 @@ def _measurement(
         return settings.prior.prox(y, 1.0)
 
     plain, one, many = map(activated, outputs)
-    objective, gap = jnp.abs(problem.objective(solution.value)), solution.certificate
-    assert gap is not None
+    objective = jnp.abs(problem.objective(solution.value))
+    gap = problem.certificate(solution.value)
     relative = jnp.where(gap > 0, gap / jnp.where(objective > 0, objective, 1), 0)
     return Measurement(
         lipschitz=jnp.asarray(jnp.nan if scale is None else jnp.max(scale)),
