@@ -86,13 +86,8 @@ class ReplacedLayers(nn.Module):
 
     @nn.nowrap
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """As `nn.Module.init_with_output`."""
+        """As `nn.Module.init_with_output`, which `init` calls."""
         return super().init_with_output(rngs, *args, method=self._own(method), **kwargs)
-
-    @nn.nowrap
-    def init(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """As `nn.Module.init`."""
-        return super().init(rngs, *args, method=self._own(method), **kwargs)
 
     @nn.nowrap
     def _own(self, method: Any) -> Any:

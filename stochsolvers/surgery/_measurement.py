@@ -55,7 +55,6 @@ def outputs_and_measurement(
       kept: the constant of the kernel at hand and its fingerprint, or twice None.
       precision: of the layer's matrix products.
     """
-
     constant = kept[0]
     if constant is None:
         constant = _layers.current_constant(settings, problem.linear_map, *kept)

@@ -171,6 +171,8 @@ def test_initial_parameters_restored_networks_and_checkpoints(network, one_itera
     assert jax.tree.structure(plain) == jax.tree.structure(dict(variables))
     jax.tree.map(np.testing.assert_array_equal, plain, dict(variables))
     assert ss.linen.restore_layers(module, variables)[0] is module
+    partial = jax.eval_shape(lambda key, x: swapped.init(key, x, method="encode"), KEY, x)
+    assert sorted(partial["params"]) == ["blocks_0", "blocks_1", "line", "volume"]
     drawn = jax.eval_shape(swapped.init, KEY, x)
     assert jax.tree.structure(drawn["params"]) == jax.tree.structure(variables["params"])
     for target, source in ((plain, own), (own, plain)):
