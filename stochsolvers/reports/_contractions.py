@@ -87,11 +87,11 @@ def gathered(result: Value) -> float:
     """Of `gather` at known indices, counted on the numbers of the entries."""
     x, indices = result.operands
     known, size = indices.entries(), x.aval.size
-    custom_fill = result.equation.params["fill_value"] is not None
-    if indices.constant or known is None or custom_fill or not 0 < size <= _COUNTED:
+    if indices.constant or known is None or not 0 < size <= _COUNTED:
         return math.inf
     numbers = np.arange(size, dtype=np.int32).reshape(x.aval.shape)
-    (read,) = apply(result.equation, [numbers, known.astype(indices.aval.dtype)])
+    operands = [numbers, known.astype(indices.aval.dtype)]
+    (read,) = apply(result.equation, operands, fill_value=-1)
     read = np.asarray(read).ravel()
     times = np.bincount(read[read >= 0], minlength=1)  # what is out of bounds is filled in
     return product(x.constant, math.sqrt(float(np.max(times))))

@@ -4,7 +4,6 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,16 +76,11 @@ def evaluate(steps: Collection[Step], values: dict[int, Any]) -> dict[int, Any]:
     return values
 
 
-def apply(equation: Any, operands: Collection[Any]) -> list[Any]:
-    """The results of one equation of a jaxpr."""
-    core: Any = jex.core
-    arguments = {
-        atom: operand
-        for atom, operand in zip(equation.invars, operands, strict=True)
-        if not hasattr(atom, "val")
-    }
-    jaxpr = core.Jaxpr((), tuple(arguments), equation.outvars, (equation,), equation.effects)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*arguments.values())
+def apply(equation: Any, operands: Collection[Any], **changed: Any) -> list[Any]:
+    """The results of one equation of a jaxpr, with some of its parameters changed."""
+    options = equation.primitive.get_bind_params(equation.params) | changed
+    results = equation.primitive.bind(*operands, **options)
+    return list(results) if equation.primitive.multiple_results else [results]
 
 
 def _as_numbers(array: Any) -> np.ndarray | None:

@@ -322,17 +322,16 @@ def _joined(trace: Trace, parts: Sequence[Part], index: int) -> LinearMap | None
     scale = _scales(parts[index])
     if not seen == shape == trace.calls[index].input_shape or scale.shape != (A.kernel.shape[-1],):
         return None
-    return dataclasses.replace(
-        A, kernel=A.kernel * jnp.expand_dims(scale, range(A.kernel.ndim - 1))
-    )
+    kernel = np.asarray(A.kernel)
+    return dataclasses.replace(A, kernel=jnp.asarray((kernel * scale).astype(kernel.dtype)))
 
 
-def _scales(part: Part) -> Array:
+def _scales(part: Part) -> np.ndarray:
     """γ / sqrt(v + ε) of a batch normalisation."""
     scale, variance, epsilon = cast(Any, part.normalisation)
     inverse = 1 / np.sqrt(np.asarray(variance, np.float64) + float(epsilon))
     scales = inverse if scale is None else np.asarray(scale, np.float64) * inverse
-    return jnp.asarray(scales, jnp.result_type(variance))
+    return scales
 
 
 def _scaling(part: Part) -> tuple[float, float, float]:

@@ -186,7 +186,7 @@ def _ells(result: Value) -> list[float]:
 
 
 REARRANGED = (
-    "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "split", "dynamic_slice", "copy",
+    "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "split", "unstack", "dynamic_slice", "copy",
     "copy_p", "name", "sharding_constraint", "stop_gradient", "sort",
 )  # fmt: skip
 _RULES: dict[str, Callable[[Value], float]] = {  # for integers, too
@@ -194,6 +194,7 @@ _RULES: dict[str, Callable[[Value], float]] = {  # for integers, too
     "optimization_barrier": _passed,
     "broadcast_in_dim": _copies,
     "concatenate": _concatenated,
+    "stack": _concatenated,
     "dynamic_update_slice": _updated,
     "max": _largest,
     "min": _largest,

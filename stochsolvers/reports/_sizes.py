@@ -8,7 +8,7 @@ from stochsolvers.reports._program import Size, Value, largest_entry
 from stochsolvers.reports._softmax import softmax_axes
 
 _AT_MOST_ONE = ("tanh", "sin", "cos", "erf", "logistic")
-_SELECTING = ("max", "min", "select_n", "concatenate", "clamp")
+_SELECTING = ("max", "min", "select_n", "concatenate", "stack", "clamp")
 
 
 UNKNOWN = Size(math.inf, math.inf)
