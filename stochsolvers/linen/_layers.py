@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from flax.core import meta
 
 from stochsolvers import _checks, _layers, surgery
 from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import Dense, LinearMap, dense_general
+from stochsolvers.linear_maps import Conv, Dense, LinearMap, dense_general
 from stochsolvers.linen._following import FollowingNorm
 from stochsolvers.losses import Loss, Squares
 from stochsolvers.problems import LayerProblem
@@ -94,21 +95,30 @@ class SolverLayer(nn.Module):
         following: Any = self.following  # pyright: ignore[reportAttributeAccessIssue]
         return following.affine(following.arrays(self.scope))
 
-    def before_norm(self, inputs: Array, output: Array, plain: Array) -> Array:
-        """What the normalisation behind the layer takes to the solver's pre-activation.
+    def in_its_place(self, inputs: Array, output: Array, plain: Callable[[], Array]) -> Array:
+        """What a layer returns in whose place the solver runs, the plain layer's bits for one iteration.
+
+        Before a normalisation y ↦ s y + t that is the u with s u + t = w. Where the library's convolution adds
+        in another order than XLA's it is y + (w − w₁), with the first iterate w₁.
 
         Args:
           inputs: of the layer.
           output: the pre-activation w.
-          plain: the plain layer's output.
+          plain: computes the plain layer's output y.
         """
         layer: Any = self
-        if layer.following is None or self.is_initializing():
-            return output
         linear_map, inputs, bias = self.assembled(inputs)
+        if self.is_initializing() or (
+            layer.following is None and not _adds_in_another_order(linear_map)
+        ):
+            return output
         problem = _layers.Settings.of(self).problem(linear_map, inputs, bias, None)
+        features = output.shape[-1:]
+        fold = jnp.ones(features, output.dtype), jnp.zeros(features, output.dtype)
+        if layer.following is not None:
+            fold = self._affine()
         with _layers.precision_context(layer.precision):
-            return surgery.unfolded(output, plain, problem, self._affine())
+            return surgery.unfolded(output, plain(), problem, fold)
 
     def _kept_constant(self, linear_map: LinearMap) -> tuple[Array | None, Array | None]:
         settings = _layers.Settings.of(self)
@@ -130,6 +140,14 @@ class SolverLayer(nn.Module):
                 self.put_variable(STATE, "lipschitz", constant())
                 self.put_variable(STATE, "reference", now)
         return self.get_variable(STATE, "lipschitz"), self.get_variable(STATE, "reference")
+
+
+def _adds_in_another_order(linear_map: LinearMap) -> bool:
+    """Whether a convolution is one that `_convolution` pads first: a small image, or one without padding."""
+    if not isinstance(linear_map, Conv):
+        return False
+    sizes = zip(linear_map.in_shape, linear_map.dilated_kernel_shape, strict=False)
+    return any(n < k for n, k in sizes) or not any(map(any, linear_map.pads))
 
 
 class SolverDense(SolverLayer, nn.Dense, kw_only=True):

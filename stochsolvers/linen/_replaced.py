@@ -206,9 +206,7 @@ def _solve(
         samples = False
     twin = twin_of(layer, own, parent=layer.scope.rewound())
     output = twin(inputs, deterministic=not samples)
-    if own.following is None:
-        return output
-    return twin.before_norm(inputs, output, call(inputs))
+    return twin.in_its_place(inputs, output, lambda: call(inputs))
 
 
 def base_of(layer: Any) -> Any:

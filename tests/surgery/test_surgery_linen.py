@@ -148,6 +148,23 @@ def test_one_iteration_is_the_plain_network_to_the_last_bit(network, one_iterati
         )
 
 
+@pytest.mark.optimized
+def test_images_smaller_than_the_filter(rng):
+    """Of which the library's own convolution adds in another order."""
+    module = nn.Sequential(
+        [nn.Conv(256, (3, 3)), nn.relu, nn.Conv(64, (2, 2), padding="VALID"), nn.relu]
+    )
+    x = jnp.asarray(rng.normal(size=(1, 2, 2, 256)), jnp.float32)
+    variables = jax.jit(module.init)(KEY, x)
+    swapped, own, report = ss.linen.replace_layers(
+        module, variables, "*", solver=ONE, inputs=x, measure=False
+    )
+    assert len(report.rows) == 2
+    np.testing.assert_array_equal(
+        jax.jit(swapped.apply)(own, x), jax.jit(module.apply)(variables, x)
+    )
+
+
 def test_priors_are_those_of_the_activations(one_iteration):
     priors = {row.name: (row.activation, row.prior) for row in one_iteration.report.rows}
     wanted = {
