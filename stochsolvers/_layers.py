@@ -57,6 +57,8 @@ def conv_map(
         padding = ((padding, padding),) * rank
     elif not isinstance(padding, str):
         padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+    elif padding.upper() in ("SAME", "VALID"):  # Flax takes these in small letters too
+        padding = padding.upper()
     return Conv(
         kernel,
         cast(Any, tuple(spatial_shape)),

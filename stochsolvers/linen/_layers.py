@@ -1,16 +1,22 @@
 """Solver layers for Flax Linen."""
 
+import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 
-from stochsolvers import _checks, _layers
+from stochsolvers import _checks, _layers, surgery
 from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import Dense, LinearMap, dense_general
+from stochsolvers.linear_maps import Conv, Dense, LinearMap, dense_general
+from stochsolvers.linen._following import FollowingNorm
 from stochsolvers.losses import Loss, Squares
+from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import NonNegative, Prior
 from stochsolvers.solvers import Solution, Solver
 
@@ -27,23 +33,41 @@ class SolverLayer(nn.Module):
 
     def __call__(self, inputs: Array, **options: Any) -> Array:
         """The solver's last iterate, or its pre-activation; options as in `solve`."""
-        layer: Any = self
-        return _layers.output_of(layer, layer.solve(inputs, **options))
+        return _layers.output_of(self, self.solve(inputs, **options))
 
-    def _solve(
+    def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
+        """A, and x and b in the layer's dtype."""
+        raise TypeError("a solver layer defines assembled")
+
+    def problem(self, inputs: Array, *, skip: Array | None = None) -> LayerProblem:
+        """The convex problem that the layer solves at these inputs, for objectives and certificates.
+
+        Of a layer bound to variables, or `layer.apply(variables, inputs, method="problem")`.
+        """
+        linear_map, inputs, bias = self.assembled(inputs)
+        settings = _layers.Settings.of(self)
+        problem = settings.problem(linear_map, inputs, bias, skip)
+        if not settings.normalize:
+            return problem
+        kept = self._kept_constant(problem.linear_map)
+        constant = _layers.current_constant(settings, problem.linear_map, *kept)
+        return settings.prepared(problem, constant)[0]
+
+    def solve(
         self,
-        linear_map: LinearMap,
         inputs: Array,
-        bias: Array | None,
-        skip: Array | None,
-        deterministic: bool | None,
-        certify: bool,
+        *,
+        skip: Array | None = None,
+        deterministic: bool | None = None,
+        certify: bool = False,
     ) -> Solution:
+        """The layer's output with the solver's residuals; see `stochsolvers.nnx.SolverLinear.solve`."""
         layer: Any = self
         if deterministic is None:
             deterministic = layer.deterministic
         sampled = layer.solver.stochastic and not deterministic
         settings = _layers.Settings.of(self)
+        linear_map, inputs, bias = self.assembled(inputs)
         problem = settings.problem(linear_map, inputs, bias, skip)
         kept, reference = self._kept_constant(problem.linear_map)
         records = self.is_mutable_collection(RECORDS) and not self.is_initializing()
@@ -60,6 +84,42 @@ class SolverLayer(nn.Module):
             record=functools.partial(self.sow, RECORDS, "solves") if records else None,
         )
 
+    def _with_following(self, kernel: Array, bias: Array | None) -> tuple[Array, Array | None]:
+        layer: Any = self
+        if layer.following is None or self.is_initializing():
+            return kernel, bias
+        return surgery.folded(kernel, bias, self._affine())
+
+    def _affine(self) -> tuple[Array, Array]:
+        """(s, t) of the normalisation behind the layer."""
+        following: Any = self.following  # pyright: ignore[reportAttributeAccessIssue]
+        return following.affine(following.arrays(self.scope))
+
+    def in_its_place(self, inputs: Array, output: Array, plain: Callable[[], Array]) -> Array:
+        """What a layer returns in whose place the solver runs, the plain layer's bits for one iteration.
+
+        Before a normalisation y ↦ s y + t that is the u with s u + t = w. Where the library's convolution adds
+        in another order than XLA's it is y + (w − w₁), with the first iterate w₁.
+
+        Args:
+          inputs: of the layer.
+          output: the pre-activation w.
+          plain: computes the plain layer's output y.
+        """
+        layer: Any = self
+        linear_map, inputs, bias = self.assembled(inputs)
+        if self.is_initializing() or (
+            layer.following is None and not _adds_in_another_order(linear_map)
+        ):
+            return output
+        problem = _layers.Settings.of(self).problem(linear_map, inputs, bias, None)
+        features = output.shape[-1:]
+        fold = jnp.ones(features, output.dtype), jnp.zeros(features, output.dtype)
+        if layer.following is not None:
+            fold = self._affine()
+        with _layers.precision_context(layer.precision):
+            return surgery.unfolded(output, plain(), problem, fold)
+
     def _kept_constant(self, linear_map: LinearMap) -> tuple[Array | None, Array | None]:
         settings = _layers.Settings.of(self)
 
@@ -72,12 +132,22 @@ class SolverLayer(nn.Module):
             return None, None
         if jax.eval_shape(constant) is None:  # a fixed step
             return None, None
-        now = _layers.fingerprint(settings, linear_map)
-        kept = self.variable(STATE, "lipschitz", constant)
-        reference = self.variable(STATE, "reference", lambda: jnp.zeros_like(now))  # no kernel yet
-        if refresh and not self.is_initializing():
-            kept.value, reference.value = constant(), now
-        return kept.value, reference.value
+        if refresh:
+            now = _layers.fingerprint(settings, linear_map)
+            if self.is_initializing():
+                now = jnp.zeros_like(now)  # weights may be about to be loaded
+            if not (self.is_initializing() and kept_before):
+                self.put_variable(STATE, "lipschitz", constant())
+                self.put_variable(STATE, "reference", now)
+        return self.get_variable(STATE, "lipschitz"), self.get_variable(STATE, "reference")
+
+
+def _adds_in_another_order(linear_map: LinearMap) -> bool:
+    """Whether a convolution is one that `_convolution` pads first: a small image, or one without padding."""
+    if not isinstance(linear_map, Conv):
+        return False
+    sizes = zip(linear_map.in_shape, linear_map.dilated_kernel_shape, strict=False)
+    return any(n < k for n, k in sizes) or not any(map(any, linear_map.pads))
 
 
 class SolverDense(SolverLayer, nn.Dense, kw_only=True):
@@ -91,6 +161,7 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
       normalize, output: as in `stochsolvers.nnx.SolverLinear`.
       deterministic: use the full gradient.
       rng_collection: name of the random stream.
+      following: set by `replace_layers`: a batch normalisation behind the layer, with which it is one map.
     """
 
     solver: Solver
@@ -101,17 +172,25 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
     output: _layers.Output = "activation"
     deterministic: bool = False
     rng_collection: str = "dropout"
+    following: FollowingNorm | None = None
+
+    @classmethod
+    def from_layer(cls, layer: nn.Dense, *, solver: Solver, **options: Any) -> "SolverDense":
+        """The solver twin of a layer: its options, its name and its parameter tree.
+
+        Args:
+          layer: without a call of its own.
+          solver: of the twin.
+          **options: the twin's other attributes, such as `prior` and `ridge`.
+
+        Raises:
+          ValueError: for what is no `nn.Dense`, or a subclass with a call of its own, which would be lost.
+        """
+        return cls(solver=solver, **(plain_options(layer, nn.Dense) | options))
 
     @nn.compact
-    def solve(
-        self,
-        inputs: Array,
-        *,
-        skip: Array | None = None,
-        deterministic: bool | None = None,
-        certify: bool = False,
-    ) -> Solution:
-        """The layer's output with the solver's residuals; see `stochsolvers.nnx.SolverLinear.solve`."""
+    def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
+        """A, and x and b in the layer's dtype."""
         _layers.refuse(
             "SolverDense", dot_general=self.dot_general, dot_general_cls=self.dot_general_cls
         )
@@ -120,9 +199,10 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        kernel, bias = self._with_following(kernel, bias)
         promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         inputs, kernel, bias = promoted
-        return self._solve(Dense(kernel), inputs, bias, skip, deterministic, certify)
+        return Dense(kernel), inputs, bias
 
 
 class SolverConv(SolverLayer, nn.Conv, kw_only=True):
@@ -136,6 +216,7 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
       normalize, output: as in `stochsolvers.nnx.SolverLinear`.
       deterministic: use the full gradient.
       rng_collection: name of the random stream.
+      following: set by `replace_layers`: a batch normalisation behind the layer, with which it is one map.
     """
 
     solver: Solver
@@ -146,17 +227,16 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
     output: _layers.Output = "activation"
     deterministic: bool = False
     rng_collection: str = "dropout"
+    following: FollowingNorm | None = None
+
+    @classmethod
+    def from_layer(cls, layer: nn.Conv, *, solver: Solver, **options: Any) -> "SolverConv":
+        """The solver twin of a layer; see `SolverDense.from_layer`."""
+        return cls(solver=solver, **(plain_options(layer, nn.Conv) | options))
 
     @nn.compact
-    def solve(
-        self,
-        inputs: Array,
-        *,
-        skip: Array | None = None,
-        deterministic: bool | None = None,
-        certify: bool = False,
-    ) -> Solution:
-        """The layer's output with the solver's residuals; see `stochsolvers.nnx.SolverLinear.solve`."""
+    def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
+        """A, and x and b in the layer's dtype."""
         _layers.refuse(
             "SolverConv",
             conv_general_dilated=self.conv_general_dilated,
@@ -173,10 +253,97 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        kernel, bias = self._with_following(kernel, bias)
         promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         inputs, kernel, bias = promoted
-        linear_map = linear_map_of(self, kernel, jnp.shape(inputs))
-        return self._solve(linear_map, inputs, bias, skip, deterministic, certify)
+        return linear_map_of(self, kernel, jnp.shape(inputs)), inputs, bias
+
+
+class SolverDenseGeneral(SolverLayer, nn.DenseGeneral, kw_only=True):
+    """`nn.DenseGeneral` over the trailing axes of its inputs, and its activation, as a solver.
+
+    Attributes:
+      solver, prior, ridge, loss, normalize, output, deterministic, rng_collection, following: as in
+        `SolverDense`.
+    """
+
+    solver: Solver
+    prior: Prior = NonNegative()
+    ridge: Scalar = 0.0
+    loss: Loss = Squares()
+    normalize: bool = False
+    output: _layers.Output = "activation"
+    deterministic: bool = False
+    rng_collection: str = "dropout"
+    following: FollowingNorm | None = None
+
+    @classmethod
+    def from_layer(
+        cls, layer: nn.DenseGeneral, *, solver: Solver, **options: Any
+    ) -> "SolverDenseGeneral":
+        """The solver twin of a layer; see `SolverDense.from_layer`."""
+        return cls(solver=solver, **(plain_options(layer, nn.DenseGeneral) | options))
+
+    @nn.compact
+    def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
+        """A, and x and b in the layer's dtype."""
+        _layers.refuse(
+            "SolverDenseGeneral",
+            dot_general=self.dot_general,
+            dot_general_cls=self.dot_general_cls,
+            batch_dims=tuple(self.batch_dims) or None,
+        )
+        ndim, shape = jnp.ndim(inputs), jnp.shape(inputs)
+        axes = (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
+        axes = tuple(axis % ndim for axis in axes)
+        if axes != tuple(range(ndim - len(axes), ndim)):
+            _checks.fail("axis of SolverDenseGeneral", "the trailing axes, in order", self.axis)
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        own = shape[ndim - len(axes) :]
+        kernel = self.param(
+            "kernel", self._kernel_init(len(own)), (*own, *features), self.param_dtype
+        )
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self._bias_init, features, self.param_dtype)
+        kernel, bias = self._with_following(kernel, bias)
+        promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        inputs, kernel, bias = promoted
+        return dense_general(kernel, own, axis=tuple(range(len(own)))), inputs, bias
+
+    @nn.nowrap
+    def _kernel_init(self, num_axes: int) -> Any:
+        """As the plain layer draws it: of a matrix."""
+
+        def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+            matrix = math.prod(shape[:num_axes]), math.prod(shape[num_axes:])
+            return _reshaped(self.kernel_init(key, matrix, dtype), shape)
+
+        return init
+
+    @nn.nowrap
+    def _bias_init(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+        return _reshaped(self.bias_init(key, (math.prod(shape),), dtype), shape)
+
+
+def _reshaped(value: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(value, meta.AxisMetadata):
+        return meta.replace_boxed(value, jnp.reshape(value.unbox(), shape))
+    return jnp.reshape(value, shape)
+
+
+def plain_options(layer: Any, kind: type) -> dict[str, Any]:
+    """The attributes that a plain layer's class defines, and its name.
+
+    Raises:
+      ValueError: for another class, and for a layer with a call of its own.
+    """
+    known = (kind.__call__, SolverLayer.__call__)  # pyright: ignore[reportFunctionMemberAccess]
+    if not isinstance(layer, kind) or type(layer).__call__ not in known:
+        got = f"the class {layer.__name__}" if isinstance(layer, type) else type(layer).__name__
+        _checks.fail("layer", f"an nn.{kind.__name__} without a call of its own", got)
+    names = [field.name for field in dataclasses.fields(kind) if field.name != "parent"]  # pyright: ignore
+    return {name: getattr(layer, name) for name in names}
 
 
 def linear_map_of(layer: Any, kernel: Array, shape: tuple[int, ...]) -> LinearMap:
@@ -188,7 +355,7 @@ def linear_map_of(layer: Any, kernel: Array, shape: tuple[int, ...]) -> LinearMa
       shape: of its inputs.
 
     Raises:
-      ValueError: for unsupported options.
+      ValueError: for another layer, and for unsupported options.
     """
     if isinstance(layer, nn.Dense):
         return Dense(kernel)
@@ -198,4 +365,6 @@ def linear_map_of(layer: Any, kernel: Array, shape: tuple[int, ...]) -> LinearMa
         return _layers.einsum_map(layer.einsum_str, kernel, shape)
     if isinstance(layer, nn.ConvTranspose):
         return _layers.conv_transpose_map(layer, kernel, shape)
+    if not isinstance(layer, nn.Conv):
+        _checks.fail("layer", "a linear layer of Linen", type(layer).__name__)
     return _layers.conv_map(layer, kernel, shape[1 - kernel.ndim : -1])

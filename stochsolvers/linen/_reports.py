@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from flax.core import DenyList, tracers
+from flax.core import tracers
 
-from stochsolvers import _checks, _equilibria, _layers, reports
+from stochsolvers import _checks, _equilibria, _layers, reports, surgery
 from stochsolvers._typing import Array, join_static, split_static
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.linen._equilibrium import (
@@ -22,19 +22,20 @@ from stochsolvers.linen._equilibrium import (
     EquilibriumLinear,
     promotes_plainly,
 )
+from stochsolvers.linen._evaluation import in_evaluation
 from stochsolvers.linen._layers import (
     RECORDS,
     STATE,
     SolverConv,
     SolverDense,
+    SolverDenseGeneral,
     SolverLayer,
     linear_map_of,
 )
 from stochsolvers.linen._proxprop import ProxPropConv, ProxPropDense
+from stochsolvers.linen._replaced import fresh_traces, is_replaced, takes_a_place
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged
-
-_MUTABLE = DenyList(STATE)  # what a training pass writes is dropped; constants are not refreshed
 
 
 @reports.certify.register(nn.Module)
@@ -95,17 +96,20 @@ def _observe(module, variables, rngs, traced, static):
                 _certificates.fail_dropped_records(called[-1], _KEPT_BY)
         return call(*args, **kwargs)
 
-    with (
-        _certificates.numbered_calls(),
-        _layers.observed_by(reports.observe),
-        nn.intercept_methods(note),
-    ):
-        try:
-            _, written = module.apply(variables, *inputs, rngs=rngs, mutable=_MUTABLE, **options)
-        except TypeError as error:  # a branch or a loop, of another structure now
-            if called and RECORDS in str(error):
-                _certificates.fail_dropped_records(called[-1], _KEPT_BY)
-            raise
+    def run(mutable: Any) -> Any:
+        with (
+            _certificates.numbered_calls(),
+            _layers.observed_by(reports.observe),
+            nn.intercept_methods(note),
+        ):
+            return module.apply(variables, *inputs, rngs=rngs, mutable=mutable, **options)[1]
+
+    try:
+        written = in_evaluation(run, also=(RECORDS,))
+    except TypeError as error:  # a branch or a loop, of another structure now
+        if called and RECORDS in str(error):
+            _certificates.fail_dropped_records(called[-1], _KEPT_BY)
+        raise
     flat = traverse_util.flatten_dict(written.get(RECORDS, {}))
     return {_label(path[:-1]): calls for path, calls in flat.items()}
 
@@ -163,6 +167,9 @@ def lipschitz_report(
 
     wrappers: list[str] = []  # around the call at hand, which have it called with other kernels
     wrapped: dict[str, set[str]] = {}  # labels of what each of them called
+    behind: dict[
+        str, str
+    ] = {}  # normalisation -> the solver layer before it, with which it is one map
 
     def mark(call, args, kwargs, context):
         layer: Any = context.module
@@ -175,8 +182,20 @@ def lipschitz_report(
                 wrappers.pop()
         for wrapper in wrappers:
             wrapped.setdefault(wrapper, set()).add(label)
+        if context.method_name == "__call__" and label in behind:
+            return _trace.mark_output(call(*args, **kwargs), behind.pop(label))
         if wrappers or context.method_name != "__call__" or not _is_known(layer, args, kwargs):
             return call(*args, **kwargs)
+        if takes_a_place(layer):  # within the marks of the layer in whose place it is
+            layers[label] = layer.clone(parent=None)
+            return call(*args, **kwargs)
+        if is_replaced(layer):
+            output = call(_trace.mark_input(args[0], label), *args[1:], **kwargs)
+            following = cast(Any, layers[label]).following
+            if following is None:
+                return _trace.mark_output(output, label)
+            behind[_label(following.absolute(layer.path))] = label
+            return output
         layers[label] = layer.clone(parent=None)
         if isinstance(layer, Equilibrium):  # those of a composition may be another module's
             members = getattr(layer, "layers", (layer,))
@@ -186,14 +205,19 @@ def lipschitz_report(
             kwargs = {**kwargs, "skip": _trace.mark_side(kwargs["skip"], label)}
         return _trace.mark_output(call(marked, *args[1:], **kwargs), label)
 
-    def forward(parameters, inputs):
-        with nn.intercept_methods(mark):
-            return module.apply(
-                {"params": parameters, **variables}, inputs, rngs=rngs, mutable=_MUTABLE, **options
-            )[0]
+    def forward(parameters, inputs, mutable):
+        given = {"params": parameters, **variables}
+        with fresh_traces(), nn.intercept_methods(mark):
+            return module.apply(given, inputs, rngs=rngs, mutable=mutable, **options)[0]
+
+    def traced(mutable: Any) -> Any:
+        layers.clear()
+        wrapped.clear()
+        behind.clear()
+        return _trace.trace(functools.partial(forward, mutable=mutable), parameters, inputs)
 
     inputs = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32 if dtype is None else dtype)
-    trace = _trace.trace(forward, parameters, inputs)
+    trace = in_evaluation(traced)
     flat: Any = traverse_util.flatten_dict({"params": parameters, **variables}, sep="/")
     paths = [
         tuple(key.key for key in path)
@@ -228,6 +252,7 @@ _LINEAR_MAPS: dict[type, Callable[[Any, Array, tuple[int, ...]], LinearMap]] = {
     nn.Einsum: linear_map_of,
     SolverDense: linear_map_of,
     SolverConv: linear_map_of,
+    SolverDenseGeneral: linear_map_of,
     ProxPropDense: linear_map_of,
     ProxPropConv: linear_map_of,
 }
@@ -308,8 +333,14 @@ def _part(
             return _lipschitz.Part(kind)  # with another variance
         return _lipschitz.Part(kind, normalisation=(own.get(weights[0]), variance, layer.epsilon))
     linear_map_for = _LINEAR_MAPS[inherits_unchanged(type(layer), _LINEAR_MAPS)]
+    kernel, following = own[weights[0]], getattr(layer, "following", None)
+    if following is not None:
+        of_norm = following.variables(flat, tuple(call.label.split("/")))
+        if path:
+            of_norm = {name: array[path] for name, array in of_norm.items()}
+        kernel = surgery.folded(kernel, None, following.affine(of_norm))[0]
     try:
-        linear_map = linear_map_for(layer, own[weights[0]], call.input_shape)
+        linear_map = linear_map_for(layer, kernel, call.input_shape)
     except ValueError:
         return _lipschitz.Part(kind)
     if not isinstance(layer, SolverLayer):

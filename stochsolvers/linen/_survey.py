@@ -1,0 +1,221 @@
+"""The modules of a Linen network by path, and its layers, Dropouts and BatchNorms marked in a trace."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from stochsolvers import _checks, surgery
+from stochsolvers._typing import join_static, split_static
+from stochsolvers.linen._evaluation import in_evaluation
+from stochsolvers.linen._following import Path
+from stochsolvers.linen._layers import SolverLayer, linear_map_of
+from stochsolvers.linen._replaced import TWINS, ReplacedLayers, fresh_traces
+from stochsolvers.reports._known_layers import inherits_unchanged
+from stochsolvers.surgery._plan import Candidate
+
+_OTHERS = (nn.ConvTranspose, nn.ConvLocal, nn.Einsum, SolverLayer)
+_WRAPPERS = (nn.SpectralNorm, nn.WeightNorm)
+
+
+@dataclasses.dataclass
+class Network:
+    """What a forward pass shows of a network.
+
+    Attributes:
+      modules: by path as text, in the order of their first calls.
+      survey: what stands around its layers.
+      roots: by path, the number of modules that contain both a module and the lifted transforms around it.
+      rewritten: the wrappers that call a layer with another kernel, by the layer's path.
+      variables: of the network, by path as text.
+    """
+
+    modules: dict[str, Any]
+    survey: surgery.Survey
+    roots: dict[str, int]
+    rewritten: dict[str, str]
+    variables: dict[str, Any]
+
+
+def name(path: Path) -> str:
+    """A path as text: blocks_0/Conv_0."""
+    return "/".join(path) or "(model)"
+
+
+def path_of(label: str) -> Path:
+    """The path of such a text."""
+    return () if label == "(model)" else tuple(label.split("/"))
+
+
+def look(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    options: dict[str, Any],
+    rngs: Mapping[str, Any] | None,
+) -> Network:
+    """Trace a forward pass; nothing is computed."""
+    if isinstance(module, ReplacedLayers):
+        _checks.fail("module", "a plain network (see restore_layers)", "one with replaced layers")
+    modules: dict[str, Any] = {}
+    roots: dict[str, int] = {}
+    rewritten: dict[str, str] = {}
+    wrappers: list[str] = []
+
+    def mark(call, args, kwargs, context):
+        one: Any = context.module
+        if context.method_name != "__call__" or one.scope is None:
+            return call(*args, **kwargs)
+        label = name(one.path)
+        modules.setdefault(label, one)
+        roots.setdefault(label, _root(one.scope))
+        if isinstance(one, _WRAPPERS):
+            wrappers.append(type(one).__name__)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                wrappers.pop()
+        if wrappers:
+            rewritten.setdefault(label, wrappers[-1])
+        kind = _kind(one, args, kwargs)
+        if kind is None or not args:
+            return call(*args, **kwargs)
+        marked = surgery.mark_input(args[0], kind, label)
+        output = marked if kind == "dropout" else call(marked, *args[1:], **kwargs)
+        return surgery.mark_output(output, kind, label)
+
+    traced, static = split_static((inputs, options))
+
+    def forward(variables: Any, rngs: Any, traced: Any, mutable: Any) -> Any:
+        inputs, options = join_static(traced, static)
+        with fresh_traces(), nn.intercept_methods(mark):
+            return module.apply(variables, *inputs, rngs=rngs, mutable=mutable, **options)[0]
+
+    def surveyed(mutable: Any) -> surgery.Survey:
+        return surgery.survey(
+            functools.partial(forward, mutable=mutable), dict(variables), rngs, traced
+        )
+
+    survey = in_evaluation(surveyed)
+    flat = traverse_util.flatten_dict(cast(Any, nn.unbox(dict(variables))), sep="/")
+    return Network(modules, survey, roots, rewritten, flat)
+
+
+def _root(scope: Any) -> int:
+    """How many modules contain the outermost scope that can be reached from one."""
+    while scope.parent is not None:
+        scope = scope.parent
+    return len(scope.path)
+
+
+def _kind(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if isinstance(module, nn.BatchNorm):
+        given = (*args[1:], kwargs.get("use_running_average"))[0]
+        known = inherits_unchanged(type(module), (nn.BatchNorm,)) and module.axis == -1
+        given = module.use_running_average if given is None else given
+        return "norm" if known and given and kwargs.get("mask") is None else None
+    if isinstance(module, nn.Dropout):
+        known = inherits_unchanged(type(module), (nn.Dropout,)) and module.rate > 0
+        return "dropout" if known else None
+    return "layer" if isinstance(module, (*TWINS, *_OTHERS)) else None
+
+
+def candidates(network: Network, chosen: Mapping[str, surgery.Chosen]) -> dict[str, Candidate]:
+    """The linear layers among the modules that are meant, each with what is against it."""
+    found = {}
+    for label, (module, named) in chosen.items():
+        if not isinstance(module, (*TWINS, *_OTHERS)) and not named:
+            continue
+        kind = type(module).__name__
+        reason = _obstacle(module)
+        if label in network.rewritten and not reason:
+            wrapper = network.rewritten[label]
+            reason = (
+                f"its kernel is another one at each call, made by nn.{wrapper}: remove that first"
+            )
+        reason = reason or _far_norm(network, label) or _map_obstacle(network, label)
+        found[label] = Candidate(kind, reason, _stacked(network, label))
+    return found
+
+
+def _far_norm(network: Network, label: str) -> str:
+    """Whether the normalisation behind a layer is outside of a transform around the layer."""
+    for call in network.survey.layers:
+        if call.label == label and call.normalization is not None:
+            own, norm = path_of(label), path_of(call.normalization)
+            common = next(
+                (i for i, (a, b) in enumerate(zip(own, norm, strict=False)) if a != b),
+                min(len(own), len(norm)),
+            )
+            if common < max(network.roots[label], network.roots[call.normalization]):
+                return (
+                    f"the BatchNorm {call.normalization!r} behind it is outside of the nn.scan, nn.vmap, "
+                    "nn.remat or nn.jit around it"
+                )
+    return ""
+
+
+def _map_obstacle(network: Network, label: str) -> str:
+    """Why the library has no linear map for a layer, or ""."""
+    calls = [call for call in network.survey.layers if call.label == label]
+    shape, ndim = _kernel_shape(network, label), kernel_ndim(network.modules[label])
+    if not calls or shape is None or ndim is None:
+        return ""
+    kernel = jax.ShapeDtypeStruct(shape[len(shape) - ndim :], jnp.float32)
+    layer, inputs = network.modules[label], calls[0].input_shape
+    try:
+        jax.eval_shape(lambda kernel: linear_map_of(layer, kernel, inputs), kernel)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return ""
+
+
+def _stacked(network: Network, label: str) -> bool:
+    shape, ndim = _kernel_shape(network, label), kernel_ndim(network.modules[label])
+    return shape is not None and ndim is not None and len(shape) > ndim
+
+
+def _kernel_shape(network: Network, label: str) -> tuple[int, ...] | None:
+    kernel = network.variables.get("/".join(("params", *path_of(label), "kernel")))
+    return None if kernel is None else jnp.shape(kernel)
+
+
+def kernel_ndim(layer: Any) -> int | None:
+    """The number of axes of the kernel of one layer."""
+    if isinstance(layer, nn.Conv):
+        return (1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)) + 2
+    if isinstance(layer, nn.DenseGeneral):
+        sizes = layer.axis, layer.features
+        return sum(1 if isinstance(size, int) else len(size) for size in sizes)
+    return 2 if isinstance(layer, nn.Dense) else None
+
+
+def _obstacle(module: Any) -> str:
+    """What is against a solver in a module's place, whatever surrounds it."""
+    if isinstance(module, SolverLayer):
+        return "it is a solver layer already"
+    if isinstance(module, nn.ConvTranspose):
+        return "it is a transposed convolution, for which there is no solver layer"
+    base = next((kind for kind in TWINS if isinstance(module, kind)), None)
+    if base is None:
+        return f"it is no {', '.join(f'nn.{kind.__name__}' for kind in TWINS)}"
+    if inherits_unchanged(type(module), (base,)) is None:
+        return f"its class {type(module).__name__} has methods of its own, which would be lost"
+    for option in (
+        "dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls", "mask"
+    ):  # fmt: skip
+        if getattr(module, option, None) is not None:
+            return f"it has the option {option}, which a solver layer does not support"
+    dilation = getattr(module, "input_dilation", None)
+    if dilation is not None and any(d != 1 for d in jax.tree.leaves(dilation)):
+        return "it has the option input_dilation, which a solver layer does not support"
+    if isinstance(module, nn.DenseGeneral):
+        axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
+        if tuple(module.batch_dims) or axes != tuple(range(-len(axes), 0)):
+            return "it contracts other axes than the last ones, or has batch axes"
+    return ""

@@ -1,0 +1,154 @@
+"""How much a solver in a layer's place changes its output and the model's: the arithmetic of the report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stochsolvers import _layers
+from stochsolvers._typing import Array
+from stochsolvers.problems import LayerProblem, NormalizedProblem
+from stochsolvers.reports import _bounds
+from stochsolvers.solvers import Solution, Solver
+from stochsolvers.surgery._fold import unfolded
+from stochsolvers.surgery._plan import Replacement, one_iteration
+from stochsolvers.surgery._report import ReplacedLayer
+
+
+class Measurement(NamedTuple):
+    """One call of a replaced layer; fields as in `ReplacedLayer`."""
+
+    lipschitz: Array
+    step_size: Array
+    change_one: Array
+    change: Array
+    gap: Array
+    relative_gap: Array
+
+
+class Outputs(NamedTuple):
+    """What a layer may return: its own output, that of one iteration, that of all."""
+
+    plain: Array
+    one: Array
+    all: Array
+
+
+def outputs_and_measurement(
+    settings: _layers.Settings,
+    problem: LayerProblem,
+    plain: Array,
+    *,
+    fold: tuple[Array, Array] | None,
+    kept: tuple[Array | None, Array | None],
+    precision: Any,
+) -> tuple[Outputs, Measurement]:
+    """The three outputs of a layer and what the report says of it; nothing is sampled.
+
+    Args:
+      settings: of the solver layer.
+      problem: before it is normalised, with the normalisation folded in.
+      plain: y = A x + b, as the plain layer computes it.
+      fold: (s, t) of the normalisation behind the layer.
+      kept: the constant of the kernel at hand and its fingerprint, or twice None.
+      precision: of the layer's matrix products.
+    """
+    constant = kept[0]
+    if constant is None:
+        constant = _layers.current_constant(settings, problem.linear_map, *kept)
+    with _layers.precision_context(precision):
+        solved, constant = settings.prepared(problem, constant)
+
+        def solve(solver: Solver) -> tuple[Solution, Array]:
+            solution = solver.solve(
+                None, solved, step_constant=constant, deterministic=True, pre_activation=True
+            )
+            w = jnp.asarray(solution.pre_activation, plain.dtype)
+            return solution, w if fold is None else unfolded(w, plain, problem, fold)
+
+        _, one = solve(one_iteration(settings.solver))
+        solution, many = solve(settings.solver)
+        outputs = Outputs(plain, one, many)
+        return outputs, _measurement(settings, solved, constant, outputs, solution, fold)
+
+
+def _measurement(
+    settings: _layers.Settings,
+    problem: LayerProblem,
+    constant: Array | None,
+    outputs: Outputs,
+    solution: Solution,
+    fold: tuple[Array, Array] | None,
+) -> Measurement:
+    step = _bounds.first_step(settings.solver, problem, constant, True)
+    scale = problem.scale if isinstance(problem, NormalizedProblem) else constant
+
+    def activated(y: Array) -> Array:
+        y = y.astype(problem.dtype)
+        if fold is not None:
+            s, t = (jnp.expand_dims(one.astype(y.dtype), range(y.ndim - 1)) for one in fold)
+            y = s * y + t
+        return settings.prior.prox(y, 1.0)
+
+    plain, one, many = map(activated, outputs)
+    objective = jnp.abs(problem.objective(solution.value))
+    gap = problem.certificate(solution.value)
+    relative = jnp.where(gap > 0, gap / jnp.where(objective > 0, objective, 1), 0)
+    return Measurement(
+        lipschitz=jnp.asarray(jnp.nan if scale is None else jnp.max(scale)),
+        step_size=jnp.max(step),
+        change_one=_change(one, plain),
+        change=_change(many, plain),
+        gap=jnp.max(gap),
+        relative_gap=jnp.max(relative),
+    )
+
+
+def _change(one: Array, other: Array) -> Array:
+    norm = jnp.sqrt(jnp.sum(other * other))
+    difference = one - other
+    return jnp.sqrt(jnp.sum(difference * difference)) / jnp.where(norm > 0, norm, 1)
+
+
+def relative_change(outputs: Any, plain: Any) -> float:
+    """‖f₁ − f‖/‖f‖ of all floating-point arrays of two outputs together."""
+    squares = [0.0, 0.0]
+    for one, other in zip(jax.tree.leaves(outputs), jax.tree.leaves(plain), strict=True):
+        if jnp.issubdtype(jnp.result_type(one), np.inexact):
+            a, b = (np.asarray(array).astype(np.complex128) for array in (one, other))
+            squares[0] += float(np.sum(np.abs(a - b) ** 2))
+            squares[1] += float(np.sum(np.abs(b) ** 2))
+    return float(np.sqrt(squares[0] / squares[1])) if squares[1] else float(np.sqrt(squares[0]))
+
+
+def rows_of(
+    path: str, kind: str, one: Replacement, measured: Sequence[Mapping[str, Any]], model: float
+) -> list[ReplacedLayer]:
+    """The rows of a layer: one for each measurement, of a stack of layers one for each of the stack."""
+    labels = [f"{path}[{i}]" for i in range(len(measured))] if len(measured) > 1 else [path]
+    nan = dict.fromkeys(Measurement._fields, np.nan)
+    return [
+        ReplacedLayer(
+            name=label,
+            kind=kind,
+            activation=one.activation,
+            prior=repr(one.prior),
+            num_iters=iterations(one.solver),
+            model_change=model,
+            normalization=one.normalization or "",
+            dropout=one.dropout or "",
+            tau=one.tau,
+            note=one.note,
+            **{name: float(value) for name, value in values.items()},
+        )
+        for label, values in zip(labels, measured or [nan], strict=True)
+    ]
+
+
+def iterations(solver: Any) -> int:
+    """K; for nested loops the inner iterations of all outer ones."""
+    if hasattr(solver, "num_iters"):
+        return int(solver.num_iters)
+    return int(solver.num_outer) * int(solver.num_inner)
