@@ -5,6 +5,7 @@ in tests marked `optimized`: those of round-off, of equality to the last bit, of
 README's examples run with the settings of a user.
 """
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -39,6 +40,10 @@ def _count(event: str, _: float, **__: object) -> None:
 
 jax.monitoring.register_event_duration_secs_listener(_count)
 
+# cycles of objects that will stay, such as modules and cached programs, are looked for less often
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
+
 settings.register_profile(
     "project",
     max_examples=15,
@@ -54,19 +59,8 @@ def is_light(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's light tests in one go and its others in another; as the file before ended, so it begins.
-
-    Every change of the setting empties JAX's caches.
-    """
-    files: dict[object, list[pytest.Item]] = {}
-    for item in items:
-        files.setdefault(item.path, []).append(item)
-    light, ordered = True, []
-    for tests in files.values():
-        first = [item for item in tests if is_light(item) == light]
-        ordered += first + [item for item in tests if is_light(item) != light]
-        light = is_light(ordered[-1])
-    items[:] = ordered
+    """All light tests, then the others: a change of the setting empties JAX's caches."""
+    items.sort(key=is_light, reverse=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures
