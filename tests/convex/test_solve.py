@@ -85,7 +85,7 @@ def test_more_data_begin_with_fista(rng, monkeypatch, max_iters):
 
 
 PYSCNN = 13.254362725424699
-"""With pyscnn 0.2 in float32, the same after 1,000 and after 20,000 iterations; of these arrays, in benchmarks/:
+"""With pyscnn 0.0.10 in float32, the same after 1,000 and 20,000 iterations; of these arrays, in benchmarks/:
 
     from _convex_peer import PySCNN
     peer = PySCNN({"X": X, "y": y, "gates": gates, "mask": X @ gates >= 0, "beta": np.float32(0.8)}, 30.0)
