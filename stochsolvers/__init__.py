@@ -24,6 +24,7 @@ from stochsolvers import reports as reports
 from stochsolvers import sampling as sampling
 from stochsolvers import solvers as solvers
 from stochsolvers import step_sizes as step_sizes
+from stochsolvers import surgery as surgery
 from stochsolvers import tensor_product as tensor_product
 from stochsolvers._typing import static_field as static_field
 from stochsolvers._typing import value_object as value_object

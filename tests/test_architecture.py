@@ -21,6 +21,7 @@ FLOORS = [
     {"_layers"},
     {"_equilibria"},
     {"reports"},
+    {"surgery"},
     {"nnx", "linen"},
     {"testing"},
 ]

@@ -20,8 +20,11 @@ from stochsolvers.nnx._equilibrium import EquilibriumLinear as EquilibriumLinear
 from stochsolvers.nnx._equilibrium_base import Equilibrium as Equilibrium
 from stochsolvers.nnx._layers import SolverConv as SolverConv
 from stochsolvers.nnx._layers import SolverLinear as SolverLinear
+from stochsolvers.nnx._linear_general import SolverLinearGeneral as SolverLinearGeneral
 from stochsolvers.nnx._proxprop import ProxPropConv as ProxPropConv
 from stochsolvers.nnx._proxprop import ProxPropLinear as ProxPropLinear
+from stochsolvers.nnx._replace import replace_layers as replace_layers
+from stochsolvers.nnx._replace import restore_layers as restore_layers
 from stochsolvers.nnx._reports import certify as certify
 from stochsolvers.nnx._reports import lipschitz_report as lipschitz_report
 from stochsolvers.nnx._solver_layer import SolverRecord as SolverRecord

@@ -105,10 +105,13 @@ class SolverLinear(SolverLayer, nnx.Linear):
         return _adopt(twin, layer, deterministic, rng_collection, rngs)
 
     def _kept_map(self) -> Dense:
-        return Dense(self.kernel[...])
+        return Dense(self._folded_kernel())
 
     def _linear_map(self, kernel: Array, inputs: Array) -> Dense:
         return Dense(kernel)
+
+    def _plain_call(self, inputs: Array) -> Array:
+        return nnx.Linear.__call__(self, inputs)
 
 
 class SolverConv(SolverLayer, nnx.Conv):
@@ -218,10 +221,13 @@ class SolverConv(SolverLayer, nnx.Conv):
     def _kept_map(self) -> Conv | None:
         if self.spatial_shape is None:
             return None
-        return _layers.conv_map(self, self.kernel[...], self.spatial_shape)
+        return _layers.conv_map(self, self._folded_kernel(), self.spatial_shape)
 
     def _kernel_ndim(self) -> int:
         return len(self.kernel_size) + 2
+
+    def _plain_call(self, inputs: Array) -> Array:
+        return nnx.Conv.__call__(self, inputs)
 
     def _linear_map(self, kernel: Array, inputs: Array) -> Conv:
         rank = kernel.ndim - 2
@@ -247,7 +253,7 @@ def _placeholder_rngs(rng_collection: str) -> nnx.Rngs:
     return nnx.Rngs(0, **{rng_collection: 0})
 
 
-def layer_options(layer: nnx.Linear | nnx.Conv, *names: str) -> dict[str, Any]:
+def layer_options(layer: Any, *names: str) -> dict[str, Any]:
     """The options of a layer with which its twin is built."""
     common = ("use_bias", "dtype", "param_dtype", "precision", "promote_dtype")
     return {name: getattr(layer, name) for name in (*common, "preferred_element_type", *names)}

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stochsolvers import _layers
+from stochsolvers import _layers, surgery
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.losses import Loss
+from stochsolvers.nnx._stand_ins import refresh_folds
 from stochsolvers.nnx._stochastic import Stochastic
 from stochsolvers.problems import LayerProblem, NormalizedProblem
 from stochsolvers.prox import Prior
@@ -43,22 +44,40 @@ class SolverLayer(Stochastic, KeepsConstant):
     output: _layers.Output
     lipschitz: SolverState | None
     reference: SolverState | None
+    fold_scale: SolverState | None
+    fold_shift: SolverState | None
     kernel: Any
     bias: Any
     dtype: Any
     precision: Any
     promote_dtype: Any
 
-    def _init_solver(self, settings: _layers.Settings) -> None:
+    def _init_solver(
+        self,
+        settings: _layers.Settings,
+        *,
+        trained: bool = False,
+        fold: tuple[Array, Array] | None = None,
+    ) -> None:
+        """Set what a solver layer has beside the plain layer.
+
+        Args:
+          settings: of the layer.
+          trained: whether the kernel is there, so that its constant can be kept.
+          fold: (s, t) of a normalisation y ↦ s y + t that the model applies to what the layer returns.
+        """
         settings.check(type(self).__name__)
         self.prior, self.solver = attribute(settings.prior), attribute(settings.solver)
         self.loss, self.ridge = attribute(settings.loss), settings.ridge
         self.normalize, self.output = settings.normalize, settings.output
+        self.fold_scale = self.fold_shift = nnx.data(None)
+        if fold is not None:
+            self.fold_scale, self.fold_shift = map(SolverState, fold)
         self.lipschitz = self.reference = nnx.data(None)
         kept = self._constant()
         if kept is not None:
             self.lipschitz = SolverState(kept[0])
-            self.reference = SolverState(jnp.zeros_like(kept[1]))  # no kernel yet
+            self.reference = SolverState(kept[1] if trained else jnp.zeros_like(kept[1]))
 
     def _kept_map(self) -> LinearMap | None:
         """The map whose constant can be kept; None where it depends on the inputs."""
@@ -86,6 +105,20 @@ class SolverLayer(Stochastic, KeepsConstant):
     def _kernel_ndim(self) -> int:
         return 2
 
+    def _plain_call(self, inputs: Array) -> Array:
+        """A x + b, as the plain layer computes it."""
+        raise TypeError("a solver layer defines _plain_call")
+
+    def _fold(self) -> tuple[Array, Array] | None:
+        """(s, t) of the normalisation that the model applies to the layer's output."""
+        if self.fold_scale is None or self.fold_shift is None:
+            return None
+        return self.fold_scale[...], self.fold_shift[...]
+
+    def _folded_kernel(self) -> Array:
+        """The kernel of the map that is solved with."""
+        return surgery.folded(self.kernel[...], None, self._fold())[0]
+
     def refresh_lipschitz(self) -> None:
         """Recompute the kept constant from the current kernel, and use it from now on."""
         if self.lipschitz is not None and self.reference is not None:
@@ -105,6 +138,7 @@ class SolverLayer(Stochastic, KeepsConstant):
             (inputs, self.kernel[...], None if self.bias is None else self.bias[...]),
             dtype=self.dtype,
         )
+        kernel, bias = surgery.folded(kernel, bias, self._fold())
         linear_map = self._linear_map(kernel, inputs)
         return _layers.Settings.of(self).problem(linear_map, inputs, bias, skip)
 
@@ -161,15 +195,23 @@ class SolverLayer(Stochastic, KeepsConstant):
 
     def __call__(self, inputs: Array, **kwargs: Any) -> Array:
         """The solver's last iterate, or its pre-activation; keyword arguments as in `solve`."""
-        return _layers.output_of(self, self.solve(inputs, **kwargs))
+        output = _layers.output_of(self, self.solve(inputs, **kwargs))
+        fold = self._fold()
+        if fold is None or self.output == "activation":
+            return output
+        problem = self._plain_problem(inputs, kwargs.get("skip"))
+        return surgery.unfolded(output, self._plain_call(inputs), problem, fold)
 
 
 def refresh_lipschitz(model: nnx.Module) -> None:
     """Recompute every kept Lipschitz constant and norm of a model, in place (the paper: once an epoch).
 
+    BatchNorms that `replace_layers` has folded into solvers are folded anew.
+
     A layer made by `from_layer` keeps its constant from the start. One made by its constructor, whose
     weights may be about to be loaded, computes it at every call until this function has run.
     """
+    refresh_folds(model)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, KeepsConstant):
             module.refresh_lipschitz()
