@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments import data, results, tables, training
+from experiments import data, evaluation, results, tables, training
 from experiments.options import FinetuneOptions
 
 Accuracy = tuple[float, float | None]
@@ -30,6 +30,7 @@ class Arm:
       swap: replaces layers of a copy of the baseline, in place; None for the control.
       paper: the accuracy in the paper.
       settings: settings to store in the rows.
+      scored_at_start: also store the validation accuracy after the swap, before finetuning.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Arm:
     swap: Callable[[Any, nnx.Rngs], None] | None = None
     paper: Accuracy | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scored_at_start: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +63,17 @@ class Study:
 
 
 class Table(NamedTuple):
-    """A table: the name of its module, and its studies from the filled options and a data set."""
+    """A table: the name of its module, and its studies from the filled options and a data set.
+
+    Attributes:
+      name: name of the module.
+      studies: makes the studies.
+      arms_of_shapes: whether the swaps can be tried on shapes, before anything is trained.
+    """
 
     name: str
     studies: Callable[[Any, data.Dataset], Sequence[Study]]
+    arms_of_shapes: bool = True
 
 
 def copied(model: Any) -> Any:
@@ -92,7 +101,7 @@ def run(table: Table, options: FinetuneOptions) -> list[tables.Row]:
     def builds(dataset: data.Dataset) -> Iterator[tables.Build]:
         for study in table.studies(options, dataset):
             yield study.build
-            for arm in study.arms:
+            for arm in study.arms if table.arms_of_shapes else ():
                 yield lambda rngs, study=study, arm=arm: swapped(study.build(rngs), arm)(rngs)
 
     with tables.opened(table.name, options, builds) as job:
@@ -126,6 +135,10 @@ def _run_study(
         }
         known = stored.final(arm=arm.name, **about)
         place = f"{study.name}-{arm.name}-seed{seed}"
+        if arm.scored_at_start and not known:
+            start = build(nnx.Rngs(params=seed, dropout=seed + 1))
+            start = evaluation.evaluate(start, dataset.validation, dataset, mesh=job.mesh)
+            final["start_validation_accuracy"] = float(start.mean())
         after = 0 if arm.name == "baseline" else options.epochs or 0
         board = stored.board(place, after=after)
         try:

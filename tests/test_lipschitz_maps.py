@@ -29,8 +29,6 @@ from stochsolvers.lipschitz import (
     strong_convexity,
 )
 
-pytestmark = pytest.mark.optimized
-
 
 def pads_of(n, k, stride, padding):
     """(low, high) of one axis for a filter of extent k."""
@@ -152,6 +150,7 @@ def test_circular_convolutions_and_their_transposes(name, rng):
     check_exact(Transposed(conv), matrix.T, brief=name != "3-D strided")
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["1-D of many channels", "3-D", "3-D strided"])
 def test_single_precision(name, rng):
     conv, matrix = CIRCULAR[name].build(rng, np.float32)
@@ -310,6 +309,7 @@ def test_more_inputs_than_outputs_are_written_out_from_the_outputs(rng):
     assert wide.shape == ()  # and no identity of 2^20 rows
 
 
+@pytest.mark.optimized
 def test_blur_in_single_precision(rng):
     for _ in range(5):
         kernel = rng.normal(size=(8, 8)).astype(np.float32)
@@ -321,6 +321,7 @@ def test_blur_in_single_precision(rng):
 # too large to be written out
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_large_maps_by_lanczos(dtype, rng):
     kernel = (rng.normal(size=(52, 48)) + 0.3).astype(dtype)
@@ -363,6 +364,7 @@ def test_a_bound_of_the_map_is_used(rng):
         assert operator_bracket(linear_map.T).upper == upper
 
 
+@pytest.mark.optimized
 def test_the_probable_bound_over_many_starts():
     """Eigenvalues that fill an interval: few steps leave the Ritz value 1 % to 20 % low."""
     entries = jnp.sqrt(jnp.linspace(0.0, 1.0, 2100))
@@ -382,6 +384,7 @@ def test_the_probable_bound_over_many_starts():
         np.testing.assert_allclose(upper / lower, expected, rtol=1e-11)
 
 
+@pytest.mark.optimized
 def test_spectra_that_are_hard_for_lanczos():
     size = 2100
     for entries in (
@@ -483,6 +486,7 @@ def test_a_second_map_of_the_same_kind_compiles_nothing(rng):
             assert len(traces) == before
 
 
+@pytest.mark.optimized
 def test_bfloat16_kernels(rng):
     def narrow(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
@@ -570,6 +574,7 @@ def test_a_wrong_adjoint_makes_no_false_bound(rng):
         assert lower <= 4.0 <= upper
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("size", [6, 20, 2100])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_maps_that_are_not_finite(size, bad):
@@ -582,6 +587,7 @@ def test_maps_that_are_not_finite(size, bad):
         assert not jnp.isfinite(lipschitz_constant(linear_map, grid="padded"))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("order", [3, 17, 64])
 def test_no_convexity_is_invented(order, dtype):
@@ -595,6 +601,7 @@ def test_no_convexity_is_invented(order, dtype):
     assert strong_convexity(images) == 0
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
 def test_constants_at_the_ends_of_the_range(scale, rng):
     """Squares within the range of float32, products on the way to them outside."""

@@ -1,4 +1,4 @@
-"""FISTA for gated programs: one product with A and one with A* an iteration."""
+"""FISTA for gated programs and those of three layers: one product with A and one with A* an iteration."""
 
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from stochsolvers.convex._algorithm import (
 from stochsolvers.convex._duality import euclidean_norm
 from stochsolvers.convex._problems import GatedProblem
 from stochsolvers.convex._terms import expanded
+from stochsolvers.convex._three_layer import ThreeLayerProblem
 
 _GROW, _SHRINK, _SLACK = 1.25, 0.8, 5.0
 _POWER_STEPS = 5
@@ -35,7 +36,7 @@ class FISTA(Algorithm):
     A* Y is carried by linearity: one product with A and one with A* an iteration, and none for the test of L,
     which is L_ℓ ||A* (V⁺ − Y)||² ≤ L ||V⁺ − Y||². L shrinks where it is more than five times what the last
     step needed. The momentum is restarted where (Y − V⁺)·(V⁺ − V) > 0. Every program of a batch has its own
-    L, momentum and end.
+    L, momentum and end. Of a `ThreeLayerProblem` a step and its bound each take projections onto the cones.
 
     Args:
       max_iters: the most iterations, traced.
@@ -46,9 +47,10 @@ class FISTA(Algorithm):
     """
 
     def check(self, problem: Any) -> None:
-        """Refuse what is no gated program."""
-        if not isinstance(problem, GatedProblem):
-            _checks.fail("problem of FISTA", "a GatedProblem", type(problem).__name__)
+        """Refuse what is neither a gated program nor one of three layers."""
+        if not isinstance(problem, GatedProblem | ThreeLayerProblem):
+            wanted = "a GatedProblem or a ThreeLayerProblem"
+            _checks.fail("problem of FISTA", wanted, type(problem).__name__)
 
     def minimise(
         self, problem: Any, init: Array | None, tol: Array, progress: Progress | None

@@ -20,6 +20,7 @@ from stochsolvers.convex._interior_point import InteriorPoint
 from stochsolvers.convex._kernel_admm import KernelADMM
 from stochsolvers.convex._problems import GatedProblem
 from stochsolvers.convex._relu_problem import ReLUProblem
+from stochsolvers.convex._three_layer import ThreeLayerProblem
 from stochsolvers.losses import Squares
 from stochsolvers.solvers import Solution, Status
 
@@ -47,16 +48,16 @@ def solve(
     r"""The optimum of a convex program, to a certified relative gap: P(V) − min P ≤ tol P(V).
 
     Args:
-      problem: a `GatedProblem` or a `ReLUProblem`.
+      problem: a `GatedProblem`, a `ReLUProblem` or a `ThreeLayerProblem`.
       solver: `KernelADMM()`, `FISTA()`, `LandmarkADMM()` for gated programs, `ConeADMM()` and
-        `InteriorPoint()` for cone programs. None takes, of gated programs, `KernelADMM` for squares on up
-        to 8000 data and else `FISTA`; of cone programs, `ConeADMM`. `InteriorPoint` is more accurate for
-        small ones, outside `jit`.
+        `InteriorPoint()` for ReLU programs, `FISTA()` for those of three layers. None takes, of gated
+        programs, `KernelADMM` for squares on up to 8000 data and else `FISTA`; of ReLU programs,
+        `ConeADMM`. `InteriorPoint` is more accurate for small ones, outside `jit`.
       init: V_0, zero by default; the optimum for a nearby β as a warm start.
       tol: the relative gap, traced. In float32 gaps below about 1e-5 may be out of reach where β is small.
       certify: also return a bound on P(V) − min P that allows for round-off; see `Solution.certificate`. It
-        is computed in float64 on the host where arrays are concrete; within `jit` in their precision, and
-        looser.
+        is computed in float64 on the host where arrays are concrete; within `jit`, and for three layers, in
+        their precision, and looser.
       progress: called with the iteration, the objectives and the gaps, each time, from within the compiled
         program.
 
@@ -87,8 +88,9 @@ def solve(
     start = None if init is None else jnp.asarray(init, problem.dtype)
     traced, static = split_static(solver)
     tol = _inputs.scalar(tol, problem.dtype)
-    on_host = _bound.is_concrete(problem, start, tol, traced)
-    call = _solve if on_host and _is_small(problem) else _solve_within
+    concrete = _bound.is_concrete(problem, start, tol, traced)
+    on_host = concrete and not isinstance(problem, ThreeLayerProblem)
+    call = _solve if concrete and _is_small(problem) else _solve_within
     solution, point = call(
         problem,
         traced,
@@ -132,8 +134,10 @@ def _on_host(
 def _default(problem: Any) -> Algorithm:
     if isinstance(problem, ReLUProblem):
         return ConeADMM()
+    if isinstance(problem, ThreeLayerProblem):
+        return FISTA()
     if not isinstance(problem, GatedProblem):
-        wanted = "a GatedProblem or a ReLUProblem"
+        wanted = "a GatedProblem, a ReLUProblem or a ThreeLayerProblem"
         _checks.fail("problem of convex.solve", wanted, type(problem).__name__)
     if isinstance(problem.loss, Squares) and problem.inputs.shape[-1] <= _MOST_DATA:
         return KernelADMM()

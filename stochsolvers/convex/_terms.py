@@ -3,7 +3,8 @@ r"""The duality gap of a gated program from products that its solvers have anywa
     min_V Σ ℓ(A* V, y) + R(V)  ≥  D(s) = −Σ ℓ*(s, y) − R*(−A s)        for every s
 
 With r = ∂ℓ(u) at any u, g = A r and a norm R, every s = t r with t ≤ 1/gauge(g) is feasible, where gauge is
-the dual norm, for R = β Σ_i ||v_i|| the number max_i ||g_i|| / β. With a ridge, R* = ||·||²/(2 λ).
+the dual norm, for R = β Σ_i ||v_i|| the number max_i ||g_i|| / β. With cones, which come with both signs of
+A, it is max_i ||Π_{K_i}(g_i)|| / β. With a ridge, R* = ||·||²/(2 λ).
 """
 
 import math
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from stochsolvers import _linalg
 from stochsolvers._typing import Array
+from stochsolvers.convex._cones import ConeGroupL2
 from stochsolvers.losses import Squares
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import L1, GroupL2, NuclearNorm, Zero, _balls
@@ -37,7 +39,7 @@ def has_gauge(problem: LayerProblem) -> bool:
     prior = problem.prior
     if isinstance(prior, NuclearNorm):
         return prior.weights is None
-    return isinstance(prior, L1 | GroupL2 | Zero)
+    return isinstance(prior, L1 | GroupL2 | ConeGroupL2 | Zero)
 
 
 def gauge(problem: LayerProblem, image: Array, error: Array | float = 0.0) -> Array:
@@ -71,6 +73,10 @@ def _norms(prior: Any, image: Array) -> tuple[Array, Array]:
         norms = _balls.weighted_norm(
             prior._axes(image), image, jnp.ones((1,) * image.ndim, image.dtype)
         )
+        weights = prior._gamma(image)
+    elif isinstance(prior, ConeGroupL2):
+        inside, _ = prior.cones.project(image)
+        norms = jnp.sqrt(jnp.sum(inside**2, -1))
         weights = prior._gamma(image)
     else:
         matrices, scale = scaled(_matrices(prior, image))

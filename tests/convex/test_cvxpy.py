@@ -13,6 +13,7 @@ from stochsolvers.convex import (
     ThreeLayerProblem,
     enumerate_patterns,
     sample_patterns,
+    solve,
 )
 
 cp = pytest.importorskip("cvxpy")
@@ -117,9 +118,17 @@ def cone_program(blocks, cones, loss, y):
     return optimum, np.array([[v.value for v in part] for part in U])
 
 
-def test_three_layer_programs(rng):
+@pytest.mark.parametrize("loss", [ss.losses.Squares(), ss.losses.Logistic()])
+def test_three_layer_programs(rng, loss):
     X, y = rng.normal(size=(3, 2)), rng.normal(size=3)
-    problem = ThreeLayerProblem(X, y, enumerate_patterns(X), BETA)
+    y = np.sign(y) if isinstance(loss, ss.losses.Logistic) else y
+    problem = ThreeLayerProblem(X, y, enumerate_patterns(X), BETA, loss=loss)
     blocks, cones = np.asarray(problem.base_map.kernel), np.asarray(problem.cones.matrices)
     optimum, U = cone_program(list(blocks), list(cones), problem.loss, y)
     check(problem, problem.project(U), optimum)
+    solution = solve(problem, tol=1e-7)
+    assert solution.status == ss.Status.CONVERGED
+    found = solution.objectives[-1]
+    np.testing.assert_allclose(found, optimum, rtol=2e-7)
+    np.testing.assert_allclose(problem.objective(solution.value), found, rtol=1e-12)
+    assert 0 <= solution.certificate <= 1e-5 * found

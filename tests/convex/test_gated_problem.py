@@ -1,6 +1,7 @@
 """The gated program: its regularisers and losses, dual values, gaps and the largest useful β."""
 
 import functools
+import math
 
 import convex_oracles as oracles
 import jax
@@ -10,7 +11,15 @@ import pytest
 import scipy.special
 
 import stochsolvers as ss
-from stochsolvers.convex import FISTA, GatedProblem, KernelADMM, Patterns, sample_patterns, solve
+from stochsolvers.convex import (
+    FISTA,
+    GatedMap,
+    GatedProblem,
+    KernelADMM,
+    Patterns,
+    sample_patterns,
+    solve,
+)
 
 BETA, N, D, C = 0.6, 14, 3, 3
 
@@ -260,6 +269,40 @@ def test_single_precision_certificates_hold(rng):
     truth = [float(problem.objective(np.float64(V))) - optimum for V in points]
     assert np.all(np.asarray(gaps, np.float64) >= truth)
     assert gaps[-1] <= 1e-4 * optimum
+
+
+@ss.value_object
+class Short(GatedMap):
+    """A(r) too near zero by 4 log2(2n) eps Σ|terms|, the most that certificates take products to be off."""
+
+    def __call__(self, x):
+        image = super().__call__(x)
+        sizes = GatedMap(jnp.abs(self.X), self.patterns)(jnp.abs(x))
+        off = 4 * math.log2(2 * len(self.X)) * jnp.finfo(x.dtype).eps * sizes
+        return jnp.sign(image) * jnp.maximum(jnp.abs(image) - off, 0)
+
+
+def test_the_round_off_of_the_dual_norm_is_counted():
+    """The products of one neuron cancel; its norm, as computed, allows a dual point that is none.
+
+    min ½(v_1 − 2)² + ½ Σ_j (v_2 − y_j)² + β(|v_1| + |v_2|) at v = (2 − β, 0), where |Σ_j y_j| > β: the gap is
+    (|Σ_j y_j| − β)²/(2m) for m data y_j.
+    """
+    m, beta = 1024, 1.0
+    off = 4 * np.log2(2 * (m + 1)) * np.finfo(np.float32).eps * 1000 * m
+    y = np.float32(np.append(2.0, 1000 * (-1.0) ** np.arange(m)))
+    y[1] += beta + 0.9 * off
+    mask = np.arange(m + 1)[:, None] > 0
+    patterns = Patterns(np.ones((1, 2), np.float32), np.concatenate([~mask, mask], 1))
+    problem = GatedProblem(np.ones((m + 1, 1), np.float32), y, patterns, np.float32(beta))
+    rounded = Short(problem.X, problem.patterns)
+    object.__setattr__(problem, "linear_map", rounded)
+    V = np.float32([[2 - beta], [0.0]])
+    truth = (abs(np.sum(np.float64(y[1:]))) - beta) ** 2 / (2 * m)
+    assert truth > 0.01
+    image = np.abs(np.asarray(rounded(jnp.asarray(y) - problem.linear_map.adjoint(V))))
+    assert np.all(image <= beta)  # as if s = 1 were feasible
+    assert truth <= problem.certificate(V) < np.inf
 
 
 @pytest.mark.parametrize("solver", [KernelADMM(), FISTA()], ids=["KernelADMM", "FISTA"])

@@ -84,6 +84,29 @@ def test_more_data_begin_with_fista(rng, monkeypatch, max_iters):
         np.testing.assert_allclose(solution.objectives[-1], truth, rtol=1e-7)
 
 
+PYSCNN = 13.254362725424699
+"""With pyscnn 0.0.10 in float32, the same after 1,000 and 20,000 iterations; of these arrays, in benchmarks/:
+
+    from _convex_peer import PySCNN
+    peer = PySCNN({"X": X, "y": y, "gates": gates, "mask": X @ gates >= 0, "beta": np.float32(0.8)}, 30.0)
+    peer.objective(peer.run(20_000))
+"""
+
+
+def test_reaches_the_objective_of_an_independent_package(rng):
+    X, gates = (np.float32(rng.standard_normal(shape)) for shape in ((40, 4), (4, 12)))
+    y = np.where(rng.standard_normal(40) > 0, 1.0, -1.0)
+    wide = X.astype(float)
+    patterns = convex.Patterns(jnp.asarray(gates, float), jnp.asarray(X @ gates >= 0))
+    problem = convex.GatedProblem(wide, y, patterns, float(np.float32(0.8)))
+    solution = convex.solve(problem, tol=1e-8)
+    V, mask = np.asarray(solution.value), X @ gates >= 0
+    residual = np.einsum("np,nd,pd->n", mask, wide, V) - y
+    found = 0.5 * residual @ residual + np.float32(0.8) * np.linalg.norm(V, axis=1).sum()
+    assert found <= PYSCNN * (1 + 1e-8)
+    assert PYSCNN - solution.certificate <= found <= PYSCNN + solution.certificate + 1e-6
+
+
 def test_logistic_loss(rng):
     X, y, patterns = instance(rng)
     problem = convex.GatedProblem(X, jnp.asarray(y), patterns, 0.5, loss=ss.losses.Logistic())
