@@ -1,5 +1,6 @@
 """Plain Flax networks, as anybody writes them, for the reports: ResNet-18 and a U-Net, NNX and Linen."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -60,7 +61,7 @@ class UNet(nnx.Module):
         self.down = nnx.List(
             [nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in zip((3, *widths), widths, strict=False)]
         )
-        pairs = list(zip(widths, widths[1:], strict=False))[::-1]
+        pairs = list(itertools.pairwise(widths))[::-1]
         self.up = nnx.List([nnx.Conv(a + b, a, (3, 3), rngs=rngs) for a, b in pairs])
         self.head = nnx.Conv(widths[0], 1, (1, 1), rngs=rngs)
 

@@ -25,7 +25,6 @@ from stochsolvers.problems import LayerProblem, NormalizedProblem
 from stochsolvers.reports._norms import least_eigenvalue, squared_norm
 from stochsolvers.solvers import Solver
 
-
 _HOST = 1024  # order of a Gram matrix that is decomposed within a program's run
 
 
@@ -54,7 +53,8 @@ def norms_of(linear_map: LinearMap) -> tuple[Array, Array, Array]:
         layer = jax.tree.unflatten(jax.tree.structure(linear_map), [np.asarray(kernel)])
         ends = squared_norm(layer)
         least = least_eigenvalue(layer)
-        assert ends is not None and least is not None
+        assert ends is not None
+        assert least is not None
         rounding = 2 * np.finfo(dtype).eps
         factors = (1 - rounding, 1 + rounding, 1 - rounding)
         return np.asarray((*ends, least) * np.asarray(factors), dtype)

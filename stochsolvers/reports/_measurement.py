@@ -20,6 +20,7 @@ from stochsolvers.reports._bounds import (
     squared_norm_bracket,
 )
 from stochsolvers.reports._norms import least_eigenvalue, squared_norm
+from stochsolvers.reports._progress import Progress
 from stochsolvers.reports._propagation import LayerBound
 from stochsolvers.reports._trace import Trace
 
@@ -93,16 +94,19 @@ Numbers = tuple[float, float, float]
 """Lower and upper bound on a layer's norm, and its Lipschitz constant."""
 
 
-def measured(parts: Sequence[Part]) -> list[Numbers]:
+def measured(parts: Sequence[Part], progress: bool | None = None) -> list[Numbers]:
     """Of each part; of layers that share a kernel once."""
     found: dict[Any, Numbers] = {}
     numbers = []
-    for part in parts:
+    note = Progress("norms of layers", len(parts), progress)
+    for done, part in enumerate(parts):
+        note(done)
         leaves, structure = jax.tree.flatten(_arrays_of(part))
         key = part.kind, structure, tuple(map(id, leaves))
         if key not in found:
             found[key] = _measured(part)
         numbers.append(found[key])
+    note(len(parts))
     return numbers
 
 
@@ -194,8 +198,7 @@ def _scales(part: Part) -> np.ndarray:
     """γ / sqrt(v + ε) of a batch normalisation."""
     scale, variance, epsilon = cast(Any, part.normalisation)
     inverse = 1 / np.sqrt(np.asarray(variance, np.float64) + float(epsilon))
-    scales = inverse if scale is None else np.asarray(scale, np.float64) * inverse
-    return scales
+    return inverse if scale is None else np.asarray(scale, np.float64) * inverse
 
 
 def _scaling(part: Part) -> tuple[float, float, float]:

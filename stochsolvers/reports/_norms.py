@@ -1,15 +1,16 @@
 r"""Norms of layers on the host, in float64 and without compilation, for reports that are read once.
 
-lower ≤ ||A||² ≤ upper, as `lipschitz_bracket` and `operator_bracket` of `stochsolvers.lipschitz` have them for
-programs. A circular convolution is block-diagonal in the frequencies f, and its Gram matrices are trigonometric
-polynomials in few real matrices (lemma 2 of Bibi et al. 2019, with the strides folded in):
+lower ≤ ||A||² ≤ upper, as `lipschitz_bracket` and `operator_bracket` of `stochsolvers.lipschitz` have them
+for programs. A circular convolution is block-diagonal in the frequencies f, and its Gram matrices are
+trigonometric polynomials in few real matrices (lemma 2 of Bibi et al. 2019, with the strides folded in):
 
-    Â(f) Â(f)ᴴ = Σ_δ C_δ exp(i f·δ),     C_δ = Σ_t K_tᵀ K_{t+δ},     δ a multiple of the strides,
+    Â(f) Â(f)ᴴ = Σ_δ C_δ exp(i f·δ),   C_δ = Σ_t K_tᵀ K_{t+δ},   δ a multiple of the strides,
 
-or with K_t K_{t+δ}ᵀ, of the order of the inputs, without strides. The upper end is a level τ at which τ I less
-each of them has a Cholesky factorisation, the lower end a Rayleigh quotient. Under zero padding the layer is a
-part of the circular one on a larger torus, which gives the upper end, and the lower is from Lanczos steps with
-the layer itself; one of up to four million entries is written out.
+or with K_t K_{t+δ}ᵀ, of the order of the inputs, without strides. The upper end is a level τ at which τ I
+less each of them has a Cholesky factorisation, whose round-off is at most n² u τ (Higham 2002, theorem
+10.3), the lower end a Rayleigh quotient. Under zero padding the layer is a part of the circular one on a
+larger torus, which gives the upper end, and the lower is from Lanczos steps with the layer itself; one of up
+to four million entries is written out.
 """
 
 import functools
