@@ -23,8 +23,8 @@ class Block(nnx.Module):
         self.norm2 = nnx.BatchNorm(outputs, rngs=rngs)
         same = stride == 1 and inputs == outputs
         project = nnx.Conv(inputs, outputs, (1, 1), strides=stride, use_bias=False, rngs=rngs)
-        self.project = nnx.data(None if same else project)
-        self.norm = nnx.data(None if same else nnx.BatchNorm(outputs, rngs=rngs))
+        self.project: Any = nnx.data(None if same else project)
+        self.norm: Any = nnx.data(None if same else nnx.BatchNorm(outputs, rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nnx.relu(self.norm1(self.conv1(x)))

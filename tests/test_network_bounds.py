@@ -134,7 +134,7 @@ def test_a_scan_over_a_stack_has_the_product_of_its_layers():
     assert len(report.rows) == 3
 
 
-# Functions with a known constant: the bound must be at least the Jacobian's norm, and the number given at most.
+# Functions, and a number that their bound must not exceed.
 BOUNDED = {
     "sort": (lambda x: jnp.sort(x), 1.0),
     "top_k": (lambda x: jax.lax.top_k(x, 2)[0], 1.0),

@@ -141,9 +141,8 @@ def guarantee(
         return none
     convexity, modulus = jnp.asarray(problem.ridge), problem.loss.strong_convexity
     if not isinstance(modulus, int | float) or modulus > 0:
-        if least is None:
-            least = strong_convexity(problem.linear_map, upper=upper)
-        convexity = convexity + modulus * least
+        known = strong_convexity(problem.linear_map, upper=upper) if least is None else least
+        convexity = convexity + modulus * known
     factor = _expansion(sizes[0], convexity, problem.smoothness(upper))
     return jnp.where(jnp.all(sizes == sizes[0]), factor, none)
 

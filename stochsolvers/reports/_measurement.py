@@ -35,13 +35,13 @@ class Standardisation(NamedTuple):
       scale: γ or None.
       bias: β or None.
       epsilon: ε.
-      count: the most entries that share their moments.
+      entries: the most of them that share their moments.
     """
 
     scale: Array | None
     bias: Array | None
     epsilon: Scalar
-    count: int
+    entries: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _layer_bound(part: Part, numbers: Sequence[Any], joined: float) -> LayerBoun
             default if array is None else float(np.max(np.abs(np.asarray(array, np.float64))))
             for array, default in ((part.standardised.scale, 1.0), (part.standardised.bias, 0.0))
         )
-        largest = math.sqrt(part.standardised.count) * scale + bias
+        largest = math.sqrt(part.standardised.entries) * scale + bias
     return LayerBound(constant, side, largest, joined)
 
 
