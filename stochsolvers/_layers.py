@@ -388,9 +388,12 @@ def run(
         return solution
     if not certify and (record is None or observe is None):
         return solution
-    gap = problem.certificate(solution.value)
-    if record is not None and observe is not None:
-        record(observe(solver, problem, solution, gap, constant, deterministic))
+    if record is None or observe is None:
+        gap = problem.certificate(solution.value)
+    else:  # which needs the same norms as the certificate
+        seen = observe(solver, problem, solution, None, constant, deterministic)
+        record(seen)
+        gap = seen.gap
     return dataclasses.replace(solution, certificate=gap) if certify else solution
 
 

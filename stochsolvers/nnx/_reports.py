@@ -118,6 +118,7 @@ def lipschitz_report(
     *,
     dtype: Any = None,
     radius: float | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> reports.LipschitzReport:
     r"""Spectral norms of the layers of a network at inference, and a bound on its Lipschitz constant.
@@ -148,6 +149,8 @@ def lipschitz_report(
       input_shape: of its input, batch axis included: (1, 32, 32, 3).
       dtype: of its input; float32 by default.
       radius: r, if the bound is to hold for inputs x of this shape with ||x|| ≤ r; None for all inputs.
+      progress: whether to show on the standard error how many layers are done; None for a terminal, after
+        two seconds.
       **options: keyword arguments of the model's call, static.
 
     Returns:
@@ -177,7 +180,7 @@ def lipschitz_report(
             if any(other.startswith(wrapped) for other in strays.keys() - {name}):
                 del strays[name]
     kinds = {name: type(modules[name]).__name__ for name in strays}
-    return _lipschitz.norms_report(trace, parts, strays, kinds, radius)
+    return _lipschitz.norms_report(trace, parts, strays, kinds, radius, progress)
 
 
 def _owner(path: tuple[Any, ...], modules: Mapping[str, nnx.Module]) -> str:

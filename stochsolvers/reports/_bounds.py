@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from stochsolvers._layers import Settings
 from stochsolvers._typing import Array
 from stochsolvers.equilibrium import EquilibriumProblem, Regularized
-from stochsolvers.linear_maps import LinearMap
+from stochsolvers.linear_maps import Dense, LinearMap
 from stochsolvers.lipschitz import (
     Bracket,
     is_exact,
@@ -21,13 +22,47 @@ from stochsolvers.lipschitz import (
 )
 from stochsolvers.losses import Loss, Squares
 from stochsolvers.problems import LayerProblem, NormalizedProblem
+from stochsolvers.reports._norms import least_eigenvalue, squared_norm
 from stochsolvers.solvers import Solver
+
+_HOST = 1024  # order of a Gram matrix that is decomposed within a program's run
 
 
 def squared_norm_bracket(linear_map: LinearMap) -> Bracket:
     """lower ≤ ||A||² ≤ upper: up to round-off where it is exact, else of the layer as it is."""
     exact = is_exact(linear_map)
     return lipschitz_bracket(linear_map) if exact else operator_bracket(linear_map)
+
+
+def norms_of(linear_map: LinearMap) -> tuple[Array, Array, Array]:
+    """lower ≤ ||A||² ≤ upper and a lower bound on λ_min(A A*), within a program.
+
+    Of a dense layer on one device they are computed on the host: a program that finds them takes seconds to
+    compile.
+    """
+    if (
+        not isinstance(linear_map, Dense)
+        or jax.device_count() > 1
+        or min(linear_map.kernel.shape) > _HOST
+    ):
+        bracket = squared_norm_bracket(linear_map)
+        return bracket.lower, bracket.upper, strong_convexity(linear_map, upper=bracket.upper)
+    dtype = jnp.result_type(linear_map.dtype, jnp.float32)
+
+    def norms(kernel: Any) -> np.ndarray:
+        layer = jax.tree.unflatten(jax.tree.structure(linear_map), [np.asarray(kernel)])
+        ends = squared_norm(layer)
+        least = least_eigenvalue(layer)
+        assert ends is not None
+        assert least is not None
+        rounding = 2 * np.finfo(dtype).eps
+        factors = (1 - rounding, 1 + rounding, 1 - rounding)
+        return np.asarray((*ends, least) * np.asarray(factors), dtype)
+
+    result = jax.ShapeDtypeStruct((3,), dtype)
+    (kernel,) = jax.tree.leaves(linear_map)
+    lower, upper, least = jax.pure_callback(norms, result, kernel, vmap_method="sequential")
+    return lower, upper, least
 
 
 def first_step(
@@ -39,7 +74,11 @@ def first_step(
 
 
 def solver_bound(
-    settings: Settings, linear_map: LinearMap, upper: Array, constant: Array | None
+    settings: Settings,
+    linear_map: LinearMap,
+    upper: Array,
+    constant: Array | None,
+    least: Array | None = None,
 ) -> Array:
     r"""A Lipschitz constant of x ↦ z_K, or w_K, for K steps along the full gradient from zero.
 
@@ -56,13 +95,14 @@ def solver_bound(
       linear_map: A.
       upper: an upper bound on ||A||².
       constant: the current one of the layer, or None.
+      least: a lower bound on λ_min(A A*), where it is known.
     """
     solver, inputs = settings.solver, jnp.zeros(linear_map.in_shape, linear_map.dtype)
     plain = settings.problem(linear_map, inputs, None, None)
     problem, constant = settings.prepared(plain, constant)
     steps = solver.schedule(problem, constant, deterministic=True)
-    convexity = plain.ridge + strong_convexity(linear_map, upper=upper)
-    smoothness = plain.ridge + upper
+    least = strong_convexity(linear_map, upper=upper) if least is None else least
+    convexity, smoothness = plain.ridge + least, plain.ridge + upper
     if isinstance(problem, NormalizedProblem):
         convexity, smoothness = convexity / problem.scale, smoothness / problem.scale
 
@@ -83,6 +123,7 @@ def guarantee(
     upper: Array,
     step_constant: Array | None,
     deterministic: bool,
+    least: Array | None = None,
 ) -> Array:
     r"""max(|1 − η μ|, |1 − η (λ + upper)|) if every step is that of one η along the full gradient, else +∞.
 
@@ -100,7 +141,8 @@ def guarantee(
         return none
     convexity, modulus = jnp.asarray(problem.ridge), problem.loss.strong_convexity
     if not isinstance(modulus, int | float) or modulus > 0:
-        convexity = convexity + modulus * strong_convexity(problem.linear_map, upper=upper)
+        known = strong_convexity(problem.linear_map, upper=upper) if least is None else least
+        convexity = convexity + modulus * known
     factor = _expansion(sizes[0], convexity, problem.smoothness(upper))
     return jnp.where(jnp.all(sizes == sizes[0]), factor, none)
 

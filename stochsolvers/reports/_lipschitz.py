@@ -8,11 +8,11 @@ the root of the sum of their squares. For a chain f = h_n ∘ f_n ∘ … ∘ h_
 
 for a residual connection x + f(x) it is 1 + ℓ_f.
 
-ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference (of it and
-the layer before it ||diag(γ / sqrt(v + ε)) A_i||), max_c |γ_c| / sqrt(ε) for a normalisation by the variance
-of its own input, `solver_bound` for a solver, `equilibrium_bound` for an equilibrium layer (of the map to the
-equilibrium, which its solver approximates to a tolerance); the c_i are those of the operations between the
-layers. Where a layer has no norm or an operation no constant that is known, the bound is infinite, and the
+ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference (together
+with the layer before it ||diag(γ / sqrt(v + ε)) A_i||), max_c |γ_c| / sqrt(ε) for a normalisation by the
+variance of its own input, `solver_bound` for a solver, `equilibrium_bound` for an equilibrium layer (of the
+map to the equilibrium, which its solver approximates to a tolerance); the c_i are those of the operations
+between the layers. Where a layer has no norm or an operation no constant that is known, the bound is infinite, and the
 report names the cause.
 """
 
@@ -20,24 +20,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from stochsolvers import _checks, _layers
-from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import Conv, Dense, LinearMap
-from stochsolvers.lipschitz import operator_bracket
+from stochsolvers import _checks
 from stochsolvers.reports import _table
-from stochsolvers.reports._bounds import (
-    equilibrium_bound,
-    has_bound,
-    solver_bound,
-    squared_norm_bracket,
-)
 from stochsolvers.reports._entries import Entries, sizes_at_zero
+from stochsolvers.reports._measurement import Part as Part
+from stochsolvers.reports._measurement import Standardisation as Standardisation
+from stochsolvers.reports._measurement import layer_bounds, measured
 from stochsolvers.reports._propagation import LayerBound, names_between, propagate
 from stochsolvers.reports._trace import Call, Trace
 
@@ -62,68 +52,6 @@ def lipschitz_report(model: Any, *args: Any, **options: Any) -> "LipschitzReport
       `LipschitzReport`.
     """
     _checks.fail("model", "an nnx.Module or a linen.Module", type(model).__name__)
-
-
-class Standardisation(NamedTuple):
-    """A normalisation (x − m) / sqrt(v + ε) γ + β by the moments of its own input, or without m.
-
-    Attributes:
-      scale: γ or None.
-      bias: β or None.
-      epsilon: ε.
-      count: the most entries that share their moments.
-    """
-
-    scale: Array | None
-    bias: Array | None
-    epsilon: Scalar
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What a Flax room knows of one layer.
-
-    Attributes:
-      kind: name of the layer's class.
-      linear_map: A, or None.
-      normalisation: γ or None, v and ε of a normalisation at inference, which scales its channels by
-        γ / sqrt(v + ε); or None.
-      settings: of a solver layer, or None.
-      kept: the constant that a solver layer keeps, or None.
-      reference: the fingerprint of what it is of, or None.
-      equilibrium: the problem of an equilibrium layer, and the map U of each of its layers, None for the
-        identity; or None.
-      standardised: of a normalisation by the moments of its own input, or None.
-
-    A part that is none of these has no bound.
-    """
-
-    kind: str
-    linear_map: LinearMap | None = None
-    normalisation: tuple[Array | None, Array, Scalar] | None = None
-    settings: _layers.Settings | None = None
-    kept: Array | None = None
-    reference: Array | None = None
-    equilibrium: tuple[Any, tuple[LinearMap | None, ...]] | None = None
-    standardised: "Standardisation | None" = None
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there is a norm to compute."""
-        kinds = self.linear_map, self.normalisation, self.equilibrium, self.standardised
-        return any(kind is not None for kind in kinds)
-
-    @property
-    def measured(self) -> bool:
-        """Whether its norm is that of a map."""
-        return self.linear_map is not None or self.equilibrium is not None
-
-    @property
-    def has_solver_bound(self) -> bool:
-        """Whether it is a solver layer for which `solver_bound` holds."""
-        settings = self.settings
-        return settings is not None and has_bound(settings.solver, settings.loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +171,9 @@ def norms_report(
     strays: Mapping[str, int],
     kinds: Mapping[str, str],
     radius: float | None = None,
+    progress: bool | None = None,
 ) -> LipschitzReport:
-    """The report on a traced network, all norms from one compiled call.
+    """The report on a traced network, with the norms of its layers.
 
     Args:
       trace: of the forward pass.
@@ -252,29 +181,12 @@ def norms_report(
       strays: position of each module with parameters that no known layer accounts for, by name.
       kinds: its class, by name.
       radius: of the ball of inputs that the bound is to hold for, or None for all inputs.
+      progress: whether to show how many layers are done; None for a terminal, after two seconds.
     """
     if radius is not None and not (isinstance(radius, int | float) and 0 <= radius < math.inf):
         _checks.fail("radius", "a finite number ≥ 0, or None", radius)
-    joined = {i: A for i, part in enumerate(parts) if (A := _joined(trace, parts, i)) is not None}
-    arrays = [
-        (
-            p.linear_map,
-            p.settings if p.has_solver_bound else None,
-            p.kept,
-            p.reference,
-            p.equilibrium,
-        )
-        for p in parts
-        if p.measured
-    ] + [(A, None, None, None, None) for A in joined.values()]
-    measured = iter(jax.device_get(_measure(arrays)) if arrays else ())
-    numbers = [next(measured) if p.measured else _scaling(p) for p in parts]
-    together = {i: float(next(measured)[1]) for i in joined}
-    layers = [
-        _layer_bound(part, number, together.get(i, math.inf))
-        for i, (part, number) in enumerate(zip(parts, numbers, strict=True))
-    ]
-
+    numbers = measured(parts, progress)
+    layers = layer_bounds(trace, parts, numbers)
     entries = Entries(trace.program, trace.dependent)
     plain = propagate(trace, [LayerBound()] * len(layers), entries)
     ball = math.inf if radius is None else float(radius)
@@ -305,112 +217,6 @@ def norms_report(
         factor = proved.constant / product if product else plain.constant
         report = dataclasses.replace(report, factor=factor)
     return report
-
-
-def _joined(trace: Trace, parts: Sequence[Part], index: int) -> LinearMap | None:
-    """diag(γ / sqrt(v + ε)) A of a batch normalisation directly after an affine layer, or None."""
-    before = trace.calls[index].follows
-    if before is None or parts[index].normalisation is None:
-        return None
-    first, call = parts[before], trace.calls[before]
-    A = first.linear_map
-    if first.settings is not None or not isinstance(A, Conv | Dense):
-        return None
-    shape = (*call.input_shape[: len(call.input_shape) - len(A.in_shape)], *A.out_shape)
-    span = trace.spans[before]
-    seen = trace.program.avals[trace.program.steps[span.stop].writes[0]].shape
-    scale = _scales(parts[index])
-    if not seen == shape == trace.calls[index].input_shape or scale.shape != (A.kernel.shape[-1],):
-        return None
-    kernel = np.asarray(A.kernel)
-    return dataclasses.replace(A, kernel=jnp.asarray((kernel * scale).astype(kernel.dtype)))
-
-
-def _scales(part: Part) -> np.ndarray:
-    """γ / sqrt(v + ε) of a batch normalisation."""
-    scale, variance, epsilon = cast(Any, part.normalisation)
-    inverse = 1 / np.sqrt(np.asarray(variance, np.float64) + float(epsilon))
-    scales = inverse if scale is None else np.asarray(scale, np.float64) * inverse
-    return scales
-
-
-def _scaling(part: Part) -> tuple[float, float, float]:
-    """Lower and upper bounds on the norm, and the constant, of what is no map."""
-    if part.normalisation is not None:
-        largest = float(np.max(np.abs(_scales(part))))
-    elif part.standardised is not None:
-        scale = 1.0 if part.standardised.scale is None else part.standardised.scale
-        epsilon = float(part.standardised.epsilon)
-        largest = float(np.max(np.abs(np.asarray(scale, np.float64))))
-        largest = largest / math.sqrt(epsilon) if epsilon > 0 else math.inf
-    else:
-        return 0.0, math.inf, math.inf
-    return largest, largest, largest
-
-
-def _layer_bound(part: Part, numbers: Sequence[Any], joined: float) -> LayerBound:
-    """What the propagation needs of one call."""
-    _, upper, constant = map(float, numbers)
-    side = math.inf
-    if not part.bounded or (part.settings is not None and not part.has_solver_bound):
-        return LayerBound(math.inf, math.inf)
-    if part.has_solver_bound and upper > 0:
-        side = constant / upper
-    largest = math.inf
-    if part.standardised is not None:
-        scale, bias = (
-            default if array is None else float(np.max(np.abs(np.asarray(array, np.float64))))
-            for array, default in ((part.standardised.scale, 1.0), (part.standardised.bias, 0.0))
-        )
-        largest = math.sqrt(part.standardised.count) * scale + bias
-    return LayerBound(constant, side, largest, joined)
-
-
-@jax.jit
-def _measure(parts: list[Any]) -> list[tuple[Array, Array, Array]]:
-    """Lower and upper bounds on each norm, and the layer's constant.
-
-    Layers of the same structure and shapes are one loop, so that a deep network compiles as fast as
-    its different layers.
-    """
-    groups: dict[Any, list[int]] = {}
-    for i, part in enumerate(parts):
-        leaves, structure = jax.tree.flatten(part)
-        key = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        groups.setdefault(key, []).append(i)
-    results: dict[int, tuple[Array, Array, Array]] = {}
-    for members in groups.values():
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(parts[i] for i in members))
-        measured = jax.lax.map(lambda part: _measure_one(*part), stacked)
-        for place, i in enumerate(members):
-            results[i] = jax.tree.map(lambda array, place=place: array[place], measured)
-    return [results[i] for i in range(len(parts))]
-
-
-def _measure_one(linear_map, settings, kept, reference, equilibrium):
-    if equilibrium is not None:
-        return _measure_equilibrium(*equilibrium)
-    bracket = squared_norm_bracket(linear_map)
-    lower, upper = jnp.sqrt(bracket.lower), jnp.sqrt(bracket.upper)
-    if settings is None:
-        return lower, upper, upper
-    constant = _layers.current_constant(settings, linear_map, kept, reference)
-    return lower, upper, solver_bound(settings, linear_map, bracket.upper, constant)
-
-
-def _measure_equilibrium(
-    problem: Any, input_maps: Sequence[LinearMap | None]
-) -> tuple[Array, Array, Array]:
-    one = jnp.ones((), problem.dtype)
-    inputs = [
-        (one, one) if A is None else tuple(jnp.sqrt(end) for end in squared_norm_bracket(A))
-        for A in input_maps
-    ]
-    layers = getattr(problem, "equilibria", (problem,))
-    squared_norms = [operator_bracket(layer.linear_map).upper for layer in layers]
-    bound = equilibrium_bound(problem, squared_norms, [upper for _, upper in inputs])
-    lower = jnp.max(jnp.stack([lower for lower, _ in inputs]))
-    return lower, jnp.linalg.norm(jnp.stack([upper for _, upper in inputs])), bound
 
 
 def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:

@@ -1,15 +1,16 @@
 r"""Norms of layers on the host, in float64 and without compilation, for reports that are read once.
 
-lower ≤ ||A||² ≤ upper, as `lipschitz_bracket` and `operator_bracket` of `stochsolvers.lipschitz` have them for
-programs. A circular convolution is block-diagonal in the frequencies f, and its Gram matrices are trigonometric
-polynomials in few real matrices (lemma 2 of Bibi et al. 2019, with the strides folded in):
+lower ≤ ||A||² ≤ upper, as `lipschitz_bracket` and `operator_bracket` of `stochsolvers.lipschitz` have them
+for programs. A circular convolution is block-diagonal in the frequencies f, and its Gram matrices are
+trigonometric polynomials in few real matrices (lemma 2 of Bibi et al. 2019, with the strides folded in):
 
-    Â(f) Â(f)ᴴ = Σ_δ C_δ exp(i f·δ),     C_δ = Σ_t K_tᵀ K_{t+δ},     δ a multiple of the strides,
+    Â(f) Â(f)ᴴ = Σ_δ C_δ exp(i f·δ),   C_δ = Σ_t K_tᵀ K_{t+δ},   δ a multiple of the strides,
 
-or with K_t K_{t+δ}ᵀ, of the order of the inputs, without strides. The upper end is a level τ at which τ I less
-each of them has a Cholesky factorisation, the lower end a Rayleigh quotient. Under zero padding the layer is a
-part of the circular one on a larger torus, which gives the upper end, and the lower is from Lanczos steps with
-the layer itself; one of up to four million entries is written out.
+or with K_t K_{t+δ}ᵀ, of the order of the inputs, without strides. The upper end is a level τ at which τ I
+less each of them has a Cholesky factorisation, whose round-off is at most n² u τ (Higham 2002, theorem
+10.3), the lower end a Rayleigh quotient. Under zero padding the layer is a part of the circular one on a
+larger torus, which gives the upper end, and the lower is from Lanczos steps with the layer itself; one of up
+to four million entries is written out.
 """
 
 import functools
@@ -29,6 +30,7 @@ _UNIT = 2.0**-53
 _GAP = 1e-3  # of the upper end, relative
 _SMALL = 32  # orders whose eigenvalues are all computed
 _DENSE = 2**22  # entries of a matrix that is written out
+_DECOMPOSED = 2048  # order of a Gram matrix whose eigenvalues are computed for the least one
 _LARGEST = 4096  # order of a dense Gram matrix
 _CHUNK = 2**22  # entries of the Gram matrices formed at once
 _STEPS = 8  # of Lanczos
@@ -54,12 +56,30 @@ def squared_norm(linear_map: LinearMap) -> tuple[float, float] | None:
     return None if ends is None else (ends[0] * scale**2, ends[1] * scale**2)
 
 
+def least_eigenvalue(linear_map: LinearMap) -> float | None:
+    """A lower bound on λ_min(A A*), 0 for more outputs than inputs; None for maps other than dense ones."""
+    if not isinstance(linear_map, Dense):
+        return None if is_exact(linear_map) else 0.0
+    kernel = np.asarray(linear_map.kernel).astype(np.float64)
+    rows, columns = kernel.shape
+    if columns > rows or not np.all(np.isfinite(kernel)):
+        return 0.0 if columns > rows else math.nan
+    if columns > _DECOMPOSED:
+        return None
+    gram = kernel.T @ kernel
+    error = (4 * (rows + columns) + 16 * columns) * _UNIT * float(np.trace(gram))
+    return max(0.0, float(np.linalg.eigvalsh(gram)[0]) - error)
+
+
 def _of_blocks(linear_map: LinearMap) -> tuple[float, float] | None:
     """Of a block-diagonal map; blocks that are sums of products are left to programs."""
     blocks = linear_map.blocks()  # pyright: ignore[reportAttributeAccessIssue]
     if blocks.size != sum(leaf.size for leaf in jax.tree.leaves(linear_map)):
         return None
-    ends = [squared_norm(Matrix(block, block.shape[:1], block.shape[1:])) for block in np.asarray(blocks)]
+    ends = [
+        squared_norm(Matrix(block, block.shape[:1], block.shape[1:]))
+        for block in np.asarray(blocks)
+    ]
     if any(end is None for end in ends):
         return None
     lower, upper = np.max(np.asarray(ends), axis=0)
@@ -99,19 +119,17 @@ def _on_torus(conv: Conv, kernel: np.ndarray, grid: str) -> tuple[float, float, 
     frequencies = np.stack(np.unravel_index(half_spectrum(folded), folded), axis=-1)
     angles = 2 * math.pi * frequencies / np.asarray(shape)
 
-    best = (0.0, 0.0, np.zeros(0), 0, 0)
+    ends, top, place = (0.0, 0.0), np.zeros(0), (0, 0)
     for group, own in enumerate(taps):
         shifts, matrices = _correlations(own, places, np.asarray(strides))
         norms = np.linalg.norm(own.reshape(len(own), -1), axis=1)
         error = 64 * (sum(own.shape) + len(shifts)) * _UNIT * float(np.sum(norms)) ** 2
         turns = angles @ shifts.T  # (frequencies, δ)
-        lower, upper, at, vector = _top(_grams(turns, matrices), error, best[1])
-        best = (max(best[0], lower), max(best[1], upper), *best[2:])
+        lower, upper, at, vector = _top(_grams(turns, matrices), error, ends[1])
+        ends = max(ends[0], lower), max(ends[1], upper)
         if vector is not None:
-            best = (*best[:2], vector, at, group)
-    lower, upper, vector, at, group = best
-    start = _plane_wave(conv, vector, angles[at], group, of_inputs)
-    return lower, upper, start
+            top, place = vector, (at, group)
+    return *ends, _plane_wave(conv, top, angles[place[0]], place[1], of_inputs)
 
 
 def _correlations(
@@ -191,7 +209,7 @@ def _is_below(matrix: np.ndarray, level: float) -> bool:
     """Whether level I − matrix has a Cholesky factorisation: λ_max ≤ level, up to n² u of it."""
     shifted = -matrix
     shifted[np.diag_indices(len(matrix))] += level
-    factor = scipy.linalg.lapack.zpotrf if np.iscomplexobj(matrix) else scipy.linalg.lapack.dpotrf
+    (factor,) = scipy.linalg.get_lapack_funcs(("potrf",), (shifted,))
     return factor(shifted, lower=True, clean=False, overwrite_a=True)[1] == 0
 
 
@@ -261,7 +279,9 @@ def _windows(conv: Conv, padded: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
     for t, place in enumerate(np.ndindex(*taps)):
         cut = tuple(
             slice(p * d, p * d + s * (n - 1) + 1, s)
-            for p, d, s, n in zip(place, conv.kernel_dilation, conv.strides, conv.out_shape, strict=False)
+            for p, d, s, n in zip(
+                place, conv.kernel_dilation, conv.strides, conv.out_shape, strict=False
+            )
         )
         yield t, padded[cut]
 
@@ -288,14 +308,20 @@ def _adjoint(conv: Conv, kernel: np.ndarray, z: np.ndarray) -> np.ndarray:
     columns = z.reshape(-1, groups, n2 // groups).transpose(1, 0, 2)
     for t, window in _windows(conv, padded):
         window += (columns @ taps[t]).transpose(1, 0, 2).reshape(window.shape)
-    cut = tuple(slice(low, low + n) for (low, _), n in zip(conv.pads, conv.spatial_shape, strict=True))
+    cut = tuple(
+        slice(low, low + n) for (low, _), n in zip(conv.pads, conv.spatial_shape, strict=True)
+    )
     return padded[cut]
 
 
 def _written(conv: Conv, kernel: np.ndarray) -> np.ndarray:
     """The matrix (inputs, outputs)."""
     pixels, out = math.prod(conv.spatial_shape), math.prod(conv.out_shape[:-1])
-    mode = {"mode": "wrap"} if conv.padding == "CIRCULAR" else {"mode": "constant", "constant_values": -1}
+    mode = (
+        {"mode": "wrap"}
+        if conv.padding == "CIRCULAR"
+        else {"mode": "constant", "constant_values": -1}
+    )
     numbers = np.arange(pixels).reshape(*conv.spatial_shape, 1)
     padded = np.pad(numbers, (*conv.pads, (0, 0)), **mode)  # pyright: ignore
     groups, (n1, n2) = conv.feature_group_count, kernel.shape[-2:]

@@ -16,7 +16,7 @@ from stochsolvers.reports._bounds import (
     equilibrium_numbers,
     first_step,
     guarantee,
-    squared_norm_bracket,
+    norms_of,
 )
 from stochsolvers.solvers import Solution, Solver, Status
 
@@ -86,12 +86,15 @@ def observe(
     step_constant: Array | None,
     deterministic: bool,
 ) -> Observation:
-    """Measure one solve, whose certificate is `gap`; None where there is no objective."""
+    """Measure one solve.
+
+    `gap` is the certificate of an equilibrium problem, None where there is no objective; that of a layer's
+    problem is computed here, from the same norms as the rest.
+    """
     problem, solution = lax.stop_gradient((problem, solution))
     call = jnp.asarray(next(_calls.get() or itertools.repeat(0)))
     if isinstance(problem, LayerProblem):
-        assert gap is not None
-        return _of_layer(call, solver, problem, solution, gap, step_constant, deterministic)
+        return _of_layer(call, solver, problem, solution, step_constant, deterministic)
     return _of_equilibrium(call, solver, problem, solution, gap)
 
 
@@ -100,23 +103,23 @@ def _of_layer(
     solver: Solver,
     problem: LayerProblem,
     solution: Solution,
-    gap: Array,
     step_constant: Array | None,
     deterministic: bool,
 ) -> Observation:
     linear_map = problem.linear_map
-    bracket = squared_norm_bracket(linear_map)
-    constant = 0.5 * (bracket.lower + bracket.upper)
+    lower, upper, least = norms_of(linear_map)
+    gap = problem.certificate(solution.value, squared_norm=upper, strong_convexity=least)
+    constant = 0.5 * (lower + upper)
     if not is_exact(linear_map):
         constant = lipschitz_constant(linear_map)
     step = first_step(solver, problem, step_constant, deterministic)
     return Observation(
         call=call,
         lipschitz=constant,
-        lower=bracket.lower,
-        upper=bracket.upper,
+        lower=lower,
+        upper=upper,
         step_size=jnp.max(step),
-        contraction_bound=guarantee(solver, problem, bracket.upper, step_constant, deterministic),
+        contraction_bound=guarantee(solver, problem, upper, step_constant, deterministic, least),
         num_iters=_taken(solution),
         contraction=_measured(problem, solution),
         objective=problem.objective(solution.value),
