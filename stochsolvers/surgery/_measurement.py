@@ -140,11 +140,17 @@ def rows_of(
             normalization=one.normalization or "",
             dropout=one.dropout or "",
             tau=one.tau,
-            note=one.note,
+            note="; ".join(filter(None, (one.note, _of_gap(float(values["gap"]))))),
             **{name: float(value) for name, value in values.items()},
         )
         for label, values in zip(labels, measured or [nan], strict=True)
     ]
+
+
+def _of_gap(gap: float) -> str:
+    if not np.isinf(gap):
+        return ""
+    return "no curvature and no dual point for its certificate: a ridge gives it one"
 
 
 def iterations(solver: Any) -> int:
