@@ -16,8 +16,10 @@ from stochsolvers.nnx._dropout import linear_map_of
 from stochsolvers.nnx._equilibrium import DeepEquilibrium, EquilibriumConv, EquilibriumLinear
 from stochsolvers.nnx._equilibrium_base import Equilibrium, promotes_plainly
 from stochsolvers.nnx._layers import SolverConv, SolverLinear
+from stochsolvers.nnx._linear_general import SolverLinearGeneral
 from stochsolvers.nnx._proxprop import ProxPropConv, ProxPropLinear
 from stochsolvers.nnx._solver_layer import SolverLayer, SolverRecord
+from stochsolvers.nnx._stand_ins import FrozenBatchNorm
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged
 
@@ -202,11 +204,12 @@ _LINEAR_MAPS: dict[type, Callable[[Any, tuple[int, ...]], LinearMap]] = {
     nnx.Einsum: linear_map_of,
     SolverLinear: linear_map_of,
     SolverConv: linear_map_of,
+    SolverLinearGeneral: linear_map_of,
     ProxPropLinear: linear_map_of,
     ProxPropConv: linear_map_of,
 }
 _EQUILIBRIA = (EquilibriumLinear, EquilibriumConv, DeepEquilibrium)
-_NORMALISATIONS = (nnx.BatchNorm,)
+_NORMALISATIONS = (nnx.BatchNorm, FrozenBatchNorm)
 
 
 _OPERATIONS = (
@@ -269,6 +272,8 @@ def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschit
         inputs = jnp.zeros(call.input_shape)
         maps = tuple(unit.maps(inputs)[0] for unit in units)
         return _lipschitz.Part(kind, equilibrium=(layer.problem(inputs), maps))
+    if isinstance(layer, SolverLayer) and layer.fold_scale is not None:
+        return _lipschitz.Part(kind)  # its output is to be normalised
     is_normalisation = isinstance(layer, _NORMALISATIONS)
     weight = layer.scale if is_normalisation else layer.kernel
     own = [] if weight is None else [weight.get_value()]

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import export
 
 import stochsolvers as ss
+from stochsolvers.nnx._survey import survey
 
 ACTIVATIONS = {
     "relu": nnx.relu,
@@ -402,5 +403,25 @@ def test_a_given_prior_and_wrong_inputs(network):
     assert report.rows[0].activation == ""
     with pytest.raises((TypeError, ValueError)):
         replace(network, "hidden", inputs=jnp.ones((2, 5, 5, 3), jnp.float32))
-    with pytest.raises(ValueError, match="expected an nnx.Module"):
+    with pytest.raises(ValueError, match=r"expected an nnx.Module"):
         replace(nnx.relu)
+
+
+def test_a_model_that_others_wrote(monkeypatch):
+    """VGG16 of lpips-nnx: all 13 layers by their activations, one pair replaced, to the last bit."""
+    from lpips_nnx import vgg
+
+    monkeypatch.setattr(vgg.VGG16Features, "_load_weights", lambda self: None)
+    model = vgg.VGG16Features(rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(0), (1, 16, 16, 3), jnp.float32)
+    found = survey(model, (images,), {})
+    assert [call.prior for call in found.layers] == [ss.prox.NonNegative()] * 13
+    assert [call.input_shape[1] for call in found.layers] == [16] * 2 + [8] * 2 + [4] * 3 + [
+        2
+    ] * 3 + [1] * 3
+    plain = model(images)
+    replace(model, ["conv_0", "conv_5"], inputs=images, solver=ss.ProxGD(1))
+    assert type(model.conv_0) is ss.nnx.SolverConv
+    assert same(model(images), plain)
+    ss.nnx.restore_layers(model)
+    assert same(model(images), plain)
