@@ -87,8 +87,10 @@ def measured(
 
     try:
         plain, records = outputs()
-    except (errors.TraceContextError, TypeError, ValueError) as error:
-        if "__captures__" not in str(error) and not isinstance(error, errors.TraceContextError):
+        numbers = {name: _numbers(records, name) for name in switches}
+    except (errors.TraceContextError, TypeError, ValueError, KeyError) as error:
+        known = isinstance(error, errors.TraceContextError | KeyError)
+        if not known and "__captures__" not in str(error):
             raise
         return {}
     changes = {
@@ -96,9 +98,8 @@ def measured(
         "(all)": Changes({}, _relative(outputs(**{"": _ALL})[0], plain)),
     }
     for name in switches:
-        changes[name] = Changes(
-            _numbers(records, name), _relative(outputs(**{name: _ALL})[0], plain)
-        )
+        alone = _relative(outputs(**{name: _ALL})[0], plain)
+        changes[name] = Changes(numbers[name], alone)
     return changes
 
 

@@ -17,8 +17,10 @@ from stochsolvers.nnx._dropout import linear_map_of
 from stochsolvers.nnx._equilibrium import DeepEquilibrium, EquilibriumConv, EquilibriumLinear
 from stochsolvers.nnx._equilibrium_base import Equilibrium, promotes_plainly
 from stochsolvers.nnx._layers import SolverConv, SolverLinear
+from stochsolvers.nnx._linear_general import SolverLinearGeneral
 from stochsolvers.nnx._proxprop import ProxPropConv, ProxPropLinear
 from stochsolvers.nnx._solver_layer import SolverLayer, SolverRecord
+from stochsolvers.nnx._stand_ins import FrozenBatchNorm
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged
 
@@ -215,12 +217,14 @@ _LINEAR_MAPS: dict[type, Callable[[Any, tuple[int, ...]], LinearMap]] = {
     nnx.Einsum: linear_map_of,
     SolverLinear: linear_map_of,
     SolverConv: linear_map_of,
+    SolverLinearGeneral: linear_map_of,
     ProxPropLinear: linear_map_of,
     ProxPropConv: linear_map_of,
 }
 _EQUILIBRIA = (EquilibriumLinear, EquilibriumConv, DeepEquilibrium)
-_NORMALISATIONS = (nnx.BatchNorm,)
+_NORMALISATIONS = (nnx.BatchNorm, FrozenBatchNorm)
 _STANDARDISATIONS = (nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
+
 
 _OPERATIONS = (
     "dot_general", "dot_general_cls", "conv_general_dilated", "einsum_op", "promote_dtype",
@@ -285,6 +289,8 @@ def _marking(cls: Any) -> Any:
 def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschitz.Part:
     """What the report needs of a layer for one call, given all of the network's parameters."""
     kind = type(layer).__name__
+    if isinstance(layer, SolverLayer) and layer.fold_scale is not None:
+        return _lipschitz.Part(kind)  # its output is to be normalised
     path = call.slice_of(_indices(_weights(layer), parameters))
     if path is None:
         return _lipschitz.Part(kind)  # called with another kernel or scale

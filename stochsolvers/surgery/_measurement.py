@@ -1,6 +1,6 @@
 """How much a solver in a layer's place changes its output and the model's: the arithmetic of the report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -150,11 +150,11 @@ def relative_change(outputs: Any, plain: Any) -> float:
 
 
 def rows_of(
-    path: str, kind: str, one: Replacement, measured: Sequence[Mapping[str, float]], model: float
+    path: str, kind: str, one: Replacement, measured: Sequence[dict[str, Any]], model: float
 ) -> list[ReplacedLayer]:
     """The rows of a layer: one for each measurement, of a stack of layers one for each of the stack."""
     labels = [f"{path}[{i}]" for i in range(len(measured))] if len(measured) > 1 else [path]
-    nan = dict.fromkeys(MEASURED, np.nan)
+    nan: dict[str, Any] = dict.fromkeys(MEASURED, np.nan)
     return [
         ReplacedLayer(
             name=label,
