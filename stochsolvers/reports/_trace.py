@@ -160,7 +160,7 @@ def _call(
     for number in _outside_reads(program.steps, span):
         origin: Origin | None = program.origins.get(number)
         if origin is not None and origin.path:
-            slices[origin.argument] = origin.path
+            others |= slices.setdefault(origin.argument, origin.path) != origin.path
         elif origin is not None:
             parameters.add(number)
         elif number in program.known:
@@ -174,7 +174,7 @@ def _call(
         on_every_path=on_every_path,
         parameters=frozenset(parameters),
         reads_others=others,
-        slices=slices,
+        slices={} if others else slices,
         constants=tuple(array for array in constants if np.ndim(array)),
         iteration=program.steps[span.start].iteration,
         follows=follows,
