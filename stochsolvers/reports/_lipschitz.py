@@ -12,8 +12,8 @@ for a residual connection x + f(x) it is 1 + ℓ_f.
 with the layer before it ||diag(γ / sqrt(v + ε)) A_i||), max_c |γ_c| / sqrt(ε) for a normalisation by the
 variance of its own input, `solver_bound` for a solver, `equilibrium_bound` for an equilibrium layer (of the
 map to the equilibrium, which its solver approximates to a tolerance); the c_i are those of the operations
-between the layers. Where a layer has no norm or an operation no constant that is known, the bound is infinite, and the
-report names the cause.
+between the layers. Where a layer has no norm or an operation no constant that is known, the bound is
+infinite, and the report names the cause.
 """
 
 import dataclasses

@@ -128,7 +128,9 @@ def _measured(part: Part) -> Numbers:
     if least is None:
         least = strong_convexity(part.linear_map, upper=jnp.asarray(upper**2))
     known = settings, part.linear_map, upper**2 * (1 + _NARROW), least * (1 - _NARROW)
-    constant, is_current = jax.device_get(_measure_solver(*known, part.kept, part.reference))
+    constant, is_current = math.nan, False
+    if part.reference is not None and np.any(np.asarray(part.reference)):  # zeros are of no kernel
+        constant, is_current = jax.device_get(_measure_solver(*known, part.kept, part.reference))
     if not is_current:
         constant, _ = jax.device_get(_measure_solver(*known, None, None))
     return lower, upper, float(constant)

@@ -151,15 +151,17 @@ class _Propagation:
                 value = dataclasses.replace(
                     value, entries=lambda number=number: self.entries(number)
                 )
-            elif any(operand.constant for operand in operands):
+            else:
                 value = self._bounded(value, number)
             self.values[number] = value
             self.positions[value] = position
 
     def _bounded(self, value: Value, number: int) -> Value:
         """A value with its constant and its size."""
-        match = softmax_of(value) or activation_of(value)
-        constant = constant_of(value)
+        match, constant = None, 0.0
+        if any(operand.constant for operand in value.operands):
+            match = softmax_of(value) or activation_of(value)
+            constant = constant_of(value)
         if match is not None:
             constant = min(constant, match.constant(value.aval.shape))
         value = dataclasses.replace(value, constant=constant)
