@@ -64,10 +64,10 @@ class ConvNet(nnx.Module):
 def network():
     model = ConvNet(nnx.Rngs(0, dropout=1))
     keys = jax.random.split(jax.random.key(2), 4)
-    model.norm.mean[...] = jax.random.normal(keys[0], (6,))
-    model.norm.var[...] = jax.random.uniform(keys[1], (6,), minval=0.5)
-    model.norm.scale[...] = jnp.asarray([1.0, -0.5, 0.0, 2.0, 1.5, 0.7])
-    model.norm.bias[...] = jax.random.normal(keys[2], (6,))
+    model.norm.mean[...] = jax.random.normal(keys[0], (6,), jnp.float32)
+    model.norm.var[...] = jax.random.uniform(keys[1], (6,), jnp.float32, minval=0.5)
+    model.norm.scale[...] = jnp.asarray([1.0, -0.5, 0.0, 2.0, 1.5, 0.7], jnp.float32)
+    model.norm.bias[...] = jax.random.normal(keys[2], (6,), jnp.float32)
     model.eval()
     return model
 
