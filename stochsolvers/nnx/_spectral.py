@@ -100,7 +100,9 @@ class SpectralNorm(KeepsConstant):
         self.spatial_shape = spatial_shape
         self.layer_instance = layer_instance
         self.use_running_average = not update_stats
-        self.vector = self.norm = self.checksum = nnx.data(None)
+        self.vector: Any = nnx.data(None)
+        self.norm: Any = nnx.data(None)
+        self.checksum: Any = nnx.data(None)
         kept = self._kept_map(kernel)
         if kept is not None:
             self._keep(norm_state(kept))
