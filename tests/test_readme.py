@@ -16,6 +16,7 @@ PAGES = {
     "docs/equilibrium_networks.md": 3,
     "docs/convex_networks.md": 3,
     "docs/swapping_layers.md": 3,
+    "docs/norms.md": 3,
 }
 EXAMPLE = re.compile(r"```python\n(.*?)```\n```text\n(.*?)```", re.DOTALL)
 BLOCKS = {
