@@ -391,8 +391,7 @@ def run(
     if record is None or observe is None:
         gap = problem.certificate(solution.value)
     else:  # which needs the same norms as the certificate
-        seen = observe(solver, problem, solution, None, constant, deterministic)
-        record(seen)
+        record(seen := observe(solver, problem, solution, None, constant, deterministic))
         gap = seen.gap
     return dataclasses.replace(solution, certificate=gap) if certify else solution
 

@@ -30,7 +30,7 @@ def multiplied(result: Value) -> float:
         return product(x.constant, y.size) + product(y.constant, x.size)
     free, known, side = (x, y, 1) if x.constant else (y, x, 0)
     norm = matrix_norm(known.entries(), contracted[side], batch[side])
-    return product(free.constant, norm)
+    return product(free.constant, min(norm, known.size))
 
 
 def matrix_norm(
