@@ -308,7 +308,6 @@ def test_layers_of_another_kind_than_they_seem_prove_nothing():
     for layer in (
         Jitted(3, 3, rngs=rngs),
         nnx.Linear(3, 3, rngs=rngs, **integers),
-        nnx.Conv(3, 3, 2, rngs=rngs, **integers),
         nnx.Linear(3, 3, dtype=jnp.float8_e4m3fn, rngs=rngs),
     ):
         assert ss.lipschitz_report(layer, (2, 3)).bound == np.inf
