@@ -1,6 +1,8 @@
 """Plain Flax networks, as anybody writes them, for the reports: ResNet-18 and a U-Net, NNX and Linen."""
 
+import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,8 @@ class Block(nnx.Module):
         self.norm2 = nnx.BatchNorm(outputs, rngs=rngs)
         same = stride == 1 and inputs == outputs
         project = nnx.Conv(inputs, outputs, (1, 1), strides=stride, use_bias=False, rngs=rngs)
-        self.project = nnx.data(None if same else project)
-        self.norm = nnx.data(None if same else nnx.BatchNorm(outputs, rngs=rngs))
+        self.project: Any = nnx.data(None if same else project)
+        self.norm: Any = nnx.data(None if same else nnx.BatchNorm(outputs, rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nnx.relu(self.norm1(self.conv1(x)))
@@ -60,7 +62,7 @@ class UNet(nnx.Module):
         self.down = nnx.List(
             [nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in zip((3, *widths), widths, strict=False)]
         )
-        pairs = list(zip(widths, widths[1:], strict=False))[::-1]
+        pairs = list(itertools.pairwise(widths))[::-1]
         self.up = nnx.List([nnx.Conv(a + b, a, (3, 3), rngs=rngs) for a, b in pairs])
         self.head = nnx.Conv(widths[0], 1, (1, 1), rngs=rngs)
 

@@ -25,6 +25,7 @@ NAMES = (
     "sampling",
     "masks",
     "certificates",
+    "reports",
     "equilibrium",
     "training",
     "spectral_norm",

@@ -3,7 +3,7 @@
     python -m benchmarks.spectral_norm
 
 Flax divides a kernel by one step of the power method on the kernel reshaped to a matrix, ours by the norm of
-the layer, zero padding included, from one Krylov step on the layer itself.
+the layer, zero padding included, from four Krylov steps on the layer itself.
 """
 
 import functools

@@ -238,9 +238,9 @@ def stochastic(config: Any) -> tuple[Numbers, Drawing]:
             left.plot(x, values, f"C{color}o-", ms=3, label=f"SGD on the {name}")
             right.plot(x, accuracies, f"C{color}o-", ms=3)
         left.axhline(lower, color="k", ls="--", label="certified lower bound of the convex program")
-        left.set(yscale="log", xlabel="epoch", ylabel="objective")
+        left.set(yscale="log", xlabel="epoch", ylabel="objective", ylim=(lower / 3, None))
         right.set(xlabel="epoch", ylabel="validation accuracy (%)")
-        left.legend(fontsize=8)
+        left.legend(fontsize=8, loc="lower left")
 
     return numbers, draw
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from experiments import objectives, panels, plots, results, terminal
+from experiments import gains, objectives, panels, plots, results, terminal
 from experiments.panels import Rows, diverged, grouped, name_of
 
 CSV, PAGE, NOTES = "summary.csv", "README.md", "NOTES.md"
@@ -35,6 +35,8 @@ PICTURES = {
     "seconds of compilation and training, of the first seed",
     "path.png": "validation accuracy and neurons of the gated program over β/β_max, mean over the seeds, "
     "band from least to greatest",
+    "gains.png": "gain in test accuracy over the network finetuned as long; bars are means over seeds, dots "
+    "the seeds",
 }
 OLD = ("table2.csv",)
 """File names of earlier revisions for the summary; such files are removed."""
@@ -69,7 +71,7 @@ def summarise(rows: Rows) -> list[dict[str, Any]]:
     common = [
         _summary(dataset, name, group, baselines) for (dataset, name), group in groups.items()
     ]
-    more = objectives.summaries(rows) or [{}] * len(common)
+    more = objectives.summaries(rows) or gains.summaries(rows) or [{}] * len(common)
     return [summary | further for summary, further in zip(common, more, strict=True)]
 
 
@@ -96,10 +98,10 @@ def _summary(
     paper = first.get("paper_accuracy") if comparable else None
     swapped = _role(first) not in (None, "baseline", *BASELINES)
     pairs = [(row["accuracy"], baselines.get(_family(row)) if swapped else None) for row in group]
-    gains = [  # seed by seed: both networks had the same validation split
+    each = [  # seed by seed: both networks had the same validation split
         {"gain": None if None in pair else pair[0] - pair[1]} for pair in pairs
     ]
-    gain, gain_std = _over_seeds(gains, "gain")
+    gain, gain_std = _over_seeds(each, "gain")
     return {
         "dataset": dataset,
         "name": name,
@@ -142,8 +144,10 @@ def table(rows: Rows) -> str:
     header = ["network", "test %", "± trials", "full gradient", "validation %", "gain", "paper"]
     seeds = len({row["seed"] for row in finals})
     summaries, cells = summarise(rows), _cells
-    if of_objectives := panels.is_descent(rows):
+    if panels.is_descent(rows):
         header, cells = objectives.HEADER, objectives.cells
+    elif gains.are_swapped(rows):
+        header, cells = gains.HEADER, _swapped_cells
     lines = [
         results.format_table(header, list(map(cells, summaries))),
         f"{panels.title_of(finals)}, {seeds} seed{'s' if seeds > 1 else ''}"
@@ -151,11 +155,12 @@ def table(rows: Rows) -> str:
     ]
     if any("finetune_epochs" in row for row in finals):
         epochs = f"{finals[0]['epochs']} + {finals[0]['finetune_epochs']}"
-        lines.append(f"Epochs: {epochs} here, 300 + finetuning in the paper.")
+        paper = "" if gains.are_swapped(rows) else " here, 300 + finetuning in the paper"
+        lines.append(f"Epochs: {epochs}{paper}.")
         lines.append("The gain is over the baseline that was finetuned for the same epochs.")
     if any(row.get("method") == "backpropagation" for row in finals):
         lines.append("The gain is over backpropagation, seed by seed. The paper has curves only.")
-    elif not of_objectives and all(row["paper_accuracy"] is None for row in summaries):
+    elif cells is _cells and all(row["paper_accuracy"] is None for row in summaries):
         datasets = ", ".join(dict.fromkeys(row["dataset"] for row in finals))
         lines.append(f"The paper has no numbers for this network on {datasets}.")
     return "\n".join(lines)
@@ -171,6 +176,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         results.percent(row["gain"], row["gain_seed_std"]),
         results.percent(row["paper_accuracy"], row["paper_std"]),
     ]
+
+
+def _swapped_cells(row: Mapping[str, Any]) -> list[str]:
+    return gains.cells(row, _cells(row))
 
 
 CAPTION = """\
@@ -216,6 +225,8 @@ def _markdown(rows: Rows) -> tuple[list[str], list[list[str]]]:
     if panels.is_descent(rows):
         header = [*objectives.HEADER, "β/β_max"]
         lines = [[*objectives.cells(row), row["fraction"]] for row in summaries]
+    elif gains.are_swapped(rows):
+        header, lines = gains.HEADER, [_swapped_cells(row) for row in summaries]
     else:
         header = ["network", "paper", "ours, test %", "± trials", "full gradient", "difference"]
         header += ["validation %", "gain"]
@@ -231,6 +242,8 @@ def _markdown(rows: Rows) -> tuple[list[str], list[list[str]]]:
 def _caption(rows: Rows) -> str:
     if panels.is_descent(rows):
         return objectives.CAPTION
+    if gains.are_swapped(rows):
+        return gains.CAPTION
     implicit = any(row.get("method") == "backpropagation" for row in rows if row["kind"] == "final")
     return IMPLICIT if implicit else CAPTION
 
@@ -273,6 +286,7 @@ def write(folder: Path, rows: Rows) -> list[str]:
     """
     rows, remarks = panels.ordered(rows), []
     columns = COLUMNS + objectives.COLUMNS * panels.is_descent(rows)
+    columns += gains.COLUMNS * gains.are_swapped(rows)
     results.write_csv(folder / CSV, columns, summarise(rows))
     for name in OLD:
         if (folder / name).exists():
@@ -286,6 +300,7 @@ def write(folder: Path, rows: Rows) -> list[str]:
         (panels.progress(rows), plots.progress),
         (panels.descent(rows), plots.descent),
         (panels.path(rows), plots.path),
+        (gains.of(rows), gains.draw),
     )
     for name, (contents, draw) in zip(PICTURES, drawings, strict=True):
         if contents:

@@ -46,7 +46,7 @@ class SpectralOptions:
         return wide.astype(kernel.dtype if self.dtype is None else self.dtype)
 
     def norm_of(self, linear_map: LinearMap, *, training: bool) -> Array:
-        """||A|| without a state: after Lanczos steps from a fixed start, or in full."""
+        """||A|| without a state: after steps from a fixed start, or in full."""
         if not training:
             return full_norm(linear_map, self.certified)
         return norm_step(linear_map, norm_state(linear_map), num_steps=self.n_steps)[0]

@@ -15,6 +15,8 @@ PAGES = {
     "docs/proximal_backpropagation.md": 1,
     "docs/equilibrium_networks.md": 3,
     "docs/convex_networks.md": 3,
+    "docs/swapping_layers.md": 3,
+    "docs/norms.md": 3,
 }
 EXAMPLE = re.compile(r"```python\n(.*?)```\n```text\n(.*?)```", re.DOTALL)
 BLOCKS = {

@@ -52,13 +52,14 @@ def test_norm_bracket_rank_and_condition_are_those_of_the_matrix(name, rng):
     sigma = np.linalg.svd(matrix_of(A, A.in_shape), compute_uv=False)
     lower, upper = ss.spectral_norm_bracket(A)
     assert lower <= sigma[0] <= upper
-    assert upper - lower <= 1e-6 * upper
-    np.testing.assert_allclose(ss.spectral_norm(A), sigma[0], rtol=1e-9)
-    np.testing.assert_allclose(ss.stable_rank(A), np.sum(sigma**2) / sigma[0] ** 2, rtol=1e-9)
+    accuracy = 1e-9 if A.dtype == jnp.float64 else 1e-4
+    assert upper - lower <= 1e2 * accuracy * upper
+    np.testing.assert_allclose(ss.spectral_norm(A), sigma[0], rtol=accuracy)
+    np.testing.assert_allclose(ss.stable_rank(A), np.sum(sigma**2) / sigma[0] ** 2, rtol=accuracy)
     values = np.asarray(ss.singular_values(A, grid="operator"))
-    np.testing.assert_allclose(values[: len(sigma)], sigma, atol=1e-10 * sigma[0])
-    assert not np.any(values[len(sigma) :] > 1e-10 * sigma[0])
-    np.testing.assert_allclose(ss.condition_number(A), values[0] / values[-1], rtol=1e-9)
+    np.testing.assert_allclose(values[: len(sigma)], sigma, atol=accuracy * sigma[0])
+    assert not np.any(values[len(sigma) :] > accuracy * sigma[0])
+    np.testing.assert_allclose(ss.condition_number(A), values[0] / values[-1], rtol=1e-6)
 
 
 def test_the_squared_constants_are_squares_where_lemma_2_is_exact(rng):
@@ -177,7 +178,9 @@ def test_the_true_norm_of_a_normalised_layer_is_the_bound(number, rng):
     theirs, twin = nn.SpectralNorm(linen_layer), ss.linen.SpectralNorm(linen_layer)
     key = jax.random.key(0)
     variables, own = (m.init(key, x, update_stats=False) for m in (theirs, twin))
-    jax.tree.map(np.testing.assert_array_equal, variables["params"], own["params"])
+    assert jax.tree.structure(variables["params"]) == jax.tree.structure(own["params"])
+    other = ss.linen.SpectralNorm(linen_layer, bound=3.0).init(key, x, update_stats=False)
+    jax.tree.map(np.testing.assert_array_equal, own["params"], other["params"])  # not normalised
     own = {**own, **twin.apply(own, x, update_stats=True, mutable="batch_stats")[1]}
     np.testing.assert_allclose(
         norm(lambda x: twin.apply(own, x, update_stats=False)), 1.0, rtol=1e-4

@@ -35,11 +35,12 @@ def measured(
 ) -> tuple[list[surgery.ReplacedLayer], float, float]:
     """The rows of the report, and the relative changes of the network's output with one iteration and all."""
     paths = [name(one.path) for one in replaced.layers]
-    seen: dict[str, list[dict[str, Any]]] = {path: [] for path in paths}
+    seen: dict[str, list[_measurement.Measurement]] = {path: [] for path in paths}
     traced, static = split_static((arguments, options))
 
-    def store(index: int, values: _measurement.Measurement) -> None:
-        seen[paths[index]].append({k: np.asarray(v) for k, v in values._asdict().items()})
+    def store(index: int, structure: Any, *leaves: Array) -> None:
+        copies = [np.array(leaf) for leaf in leaves]
+        seen[paths[index]].append(jax.tree.unflatten(structure, copies))
 
     @jax.jit
     def run(variables: Any, rngs: Any, traced: Any, switches: Array) -> Any:
@@ -60,7 +61,7 @@ def measured(
         return result
 
     plain = outputs([_PLAIN] * len(paths))
-    of_plain = {path: list(values) for path, values in seen.items()}
+    of_plain = {path: [_measurement.numbers(one) for one in calls] for path, calls in seen.items()}
 
     def change(switches: Any) -> float:
         return _measurement.relative_change(outputs(switches), plain)
@@ -96,7 +97,8 @@ def _switching(replaced: ReplacedLayers, switches: Array, store: Callable[..., N
             return call(*args, **kwargs)
         index = indices[layer.path]
         results, values = _of_layer(layer, replaced.layers[index], call(*args), *args)
-        jax.debug.callback(functools.partial(store, index), values)
+        leaves, structure = jax.tree.flatten(values)
+        jax.debug.callback(functools.partial(store, index, structure), *leaves)
         which = switches[index]
         return jnp.where(
             which == _PLAIN, results.plain, jnp.where(which == _ONE, results.one, results.all)

@@ -98,8 +98,8 @@ class SolverLayer(nn.Module):
     def in_its_place(self, inputs: Array, output: Array, plain: Callable[[], Array]) -> Array:
         """What a layer returns in whose place the solver runs, the plain layer's bits for one iteration.
 
-        Before a normalisation y ↦ s y + t that is the u with s u + t = w. Where the library's convolution adds
-        in another order than XLA's it is y + (w − w₁), with the first iterate w₁.
+        Before a normalisation y ↦ s y + t that is the u with s u + t = w. Where the library's convolution
+        adds in another order than XLA's it is y + (w − w₁), with the first iterate w₁.
 
         Args:
           inputs: of the layer.
@@ -147,7 +147,8 @@ def _adds_in_another_order(linear_map: LinearMap) -> bool:
     if not isinstance(linear_map, Conv):
         return False
     sizes = zip(linear_map.in_shape, linear_map.dilated_kernel_shape, strict=False)
-    return any(n < k for n, k in sizes) or not any(map(any, linear_map.pads))
+    is_padded = any(map(any, linear_map.pads)) or max(linear_map.kernel.shape[:-2]) == 1
+    return any(n < k for n, k in sizes) or not is_padded
 
 
 class SolverDense(SolverLayer, nn.Dense, kw_only=True):

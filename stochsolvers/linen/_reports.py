@@ -137,6 +137,7 @@ def lipschitz_report(
     *,
     dtype: Any = None,
     radius: float | None = None,
+    progress: bool | None = None,
     rngs: dict[str, Array] | None = None,
     **options: Any,
 ) -> reports.LipschitzReport:
@@ -144,7 +145,8 @@ def lipschitz_report(
 
     As `stochsolvers.nnx.lipschitz_report`, for `nn.Dense`, `DenseGeneral`, `Einsum`, `Conv`,
     `ConvTranspose`, the solver and ProxProp layers, `nn.BatchNorm` and `nn.LayerNorm`, `RMSNorm`, `GroupNorm`
-    and `InstanceNorm`. Batch normalisation has a bound where it is called with `use_running_average`, so pass what your network needs for that among the options.
+    and `InstanceNorm`. Batch normalisation has a bound where it is called with `use_running_average`, so pass
+    what your network needs for that among the options.
     Solvers count as deterministic.
 
     Args:
@@ -153,6 +155,8 @@ def lipschitz_report(
       input_shape: of its input, batch axis included: (1, 32, 32, 3).
       dtype: of its input; float32 by default.
       radius: r, if the bound is to hold for inputs x of this shape with ||x|| ≤ r; None for all inputs.
+      progress: whether to show on the standard error how many layers are done; None for a terminal, after
+        two seconds.
       rngs: keys of the random streams, where the call needs them.
       **options: keyword arguments of the network's call, static, such as `train=False`.
 
@@ -235,7 +239,7 @@ def lipschitz_report(
         if not inner.isdisjoint(strays):
             strays.pop(wrapper, None)
     kinds = dict.fromkeys(strays, "parameters")
-    return _lipschitz.norms_report(trace, parts, strays, kinds, radius)
+    return _lipschitz.norms_report(trace, parts, strays, kinds, radius, progress)
 
 
 def _label(path: tuple[str, ...]) -> str:

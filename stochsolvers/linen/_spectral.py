@@ -69,17 +69,25 @@ class SpectralNorm(nn.Module):
         """
         shape = jnp.shape(args[0] if args else kwargs["inputs"])
 
+        originals: list[Any] = []
+
         def normalise(path: Any, value: Array) -> Array:
-            names = [str(getattr(key, "key", key)) for key in path]
-            if names[-1] != "kernel":
+            if str(getattr(path[-1], "key", path[-1])) != "kernel":
                 return value
             return self._normalised(value, shape, update_stats)
 
+        def normalised(tree: Any) -> Any:
+            originals.append(tree)
+            return jax.tree_util.tree_map_with_path(normalise, tree)
+
+        def as_they_were(tree: Any) -> Any:  # of initialisation alone
+            return originals[-1] if originals else tree
+
         return nn.map_variables(
             lambda layer: layer(*args, **kwargs),
-            trans_in_fn=lambda tree: jax.tree_util.tree_map_with_path(normalise, tree),
+            trans_in_fn=normalised,
+            trans_out_fn=as_they_were,
             init=self.is_initializing(),
-            mutable=True,
         )(self.layer_instance)
 
     def _normalised(self, kernel: Array, shape: tuple[int, ...], training: bool) -> Array:

@@ -72,7 +72,8 @@ def clip_singular_values(
         options: Any = {"taps": taps, "tolerance": tolerance, "num_iters": num_iters}
         return clip_singular_values(base.base, bound, **options).T  # pyright: ignore
     if isinstance(base, Dense | Matrix):
-        return dataclasses.replace(base, kernel=_clipped_kernel(base.kernel, bound))
+        kernel = _clipped_kernel(base.kernel, bound)
+        return dataclasses.replace(base, kernel=kernel)  # pyright: ignore
     if isinstance(base, Contraction):
         return _of_contraction(base, bound)  # pyright: ignore
     if not isinstance(base, Conv):

@@ -20,8 +20,12 @@ from stochsolvers.lipschitz._matrix_free import FAILURE, STEPS, image_norm, ritz
 from stochsolvers.lipschitz._operator import operator_bracket
 from stochsolvers.lipschitz._torus import is_exact
 from stochsolvers.lipschitz._types import Bracket, compute_dtype
-from stochsolvers.lipschitz.machinery.blocks import scale_of
+from stochsolvers.lipschitz.machinery.blocks import best_of_all, block_size, scale_of
+from stochsolvers.lipschitz.machinery.taps import taps_and_phases
+from stochsolvers.lipschitz.machinery.top import top_square
 from stochsolvers.lipschitz.machinery.written import base_of, checked, entries, has_blocks, is_small
+
+_EIGENVALUES = 512  # up to this order, eigenvalues rather than a search
 
 
 @replicated
@@ -57,7 +61,7 @@ def spectral_norm(linear_map: LinearMap) -> Array:
     if hasattr(base, "kernel"):
         scale = scale_of(base.kernel.astype(scale.dtype))  # pyright: ignore
         base = base.astype(scale.dtype).scaled(1 / scale)
-    return root(lipschitz_constant(base)) * scale
+    return root(_square(base)) * scale
 
 
 @functools.partial(jax.jit, static_argnames=("num_iters", "failure_probability"))
@@ -133,6 +137,16 @@ def condition_number(linear_map: LinearMap) -> Array:
     values = singular_values(linear_map, grid="operator")
     least = values[-1]
     return jnp.where(least > 0, values[0] / jnp.where(least > 0, least, 1.0), jnp.inf)
+
+
+def _square(linear_map: LinearMap) -> Array:
+    """L; of a few matrices of modest order from their eigenvalues, a program that is soon compiled."""
+    if isinstance(linear_map, Conv):
+        return lipschitz_constant(linear_map)
+    taps, phases = taps_and_phases(linear_map, "layer")
+    if block_size(taps, phases) > _EIGENVALUES:
+        return lipschitz_constant(linear_map)
+    return top_square(taps, phases, best_of_all(lax.stop_gradient(taps), phases))
 
 
 def _written(linear_map: LinearMap) -> Matrix:

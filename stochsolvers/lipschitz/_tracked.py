@@ -18,13 +18,14 @@ from stochsolvers import _checks
 from stochsolvers._shards import replicated, varying
 from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.linear_maps import LinearMap
-from stochsolvers.lipschitz._matrix_free import image_norm, ritz_vector, smaller_side
+from stochsolvers.lipschitz._matrix_free import image_norm, smaller_side
 from stochsolvers.lipschitz._norm import spectral_norm, spectral_norm_bracket
 from stochsolvers.lipschitz._types import compute_dtype
+from stochsolvers.lipschitz.machinery import spectra
 from stochsolvers.lipschitz.machinery.blocks import scale_of
 from stochsolvers.lipschitz.machinery.written import base_of, checked, sizes
 
-_COLD_STEPS = 32
+_STEPS, _COLD_STEPS = 4, 48
 
 
 @value_object
@@ -43,7 +44,7 @@ class NormState:
 
 
 def norm_state(linear_map: LinearMap) -> NormState:
-    """The state that knows nothing: the first step takes 32 Lanczos steps from a fixed start."""
+    """The state that knows nothing: the first `norm_step` takes 48 steps from a fixed start."""
     dtype = compute_dtype(linear_map)
     vector = jnp.zeros(min(sizes(linear_map)), dtype)
     return NormState(vector, jnp.zeros((), dtype), jnp.zeros(2, jnp.uint32))
@@ -71,17 +72,9 @@ def norm_step(
     if state.vector.shape != (size,):
         _checks.fail("vector of the state of norm_step", f"shape {(size,)}", state.vector.shape)
     linear_map = checked(base_of(linear_map))
-    constant = jax.tree.map(lax.stop_gradient, linear_map)
-    vector = lax.cond(
-        jnp.any(state.vector != 0),
-        lambda v: varying(_improved(constant, v, num_steps), constant),
-        lambda v: varying(ritz_vector(constant, _COLD_STEPS, None)[0], constant),
-        lax.stop_gradient(state.vector),
-    )
-    # a kernel that is not finite leaves the vector alone
-    known = jnp.where(jnp.all(jnp.isfinite(vector)), vector, state.vector)
+    vector = _tracking(linear_map, state.vector, num_steps)
     value = image_norm(linear_map, vector)
-    return value, NormState(known, state.norm, state.checksum)
+    return value, NormState(_known(vector, state), state.norm, state.checksum)
 
 
 @replicated
@@ -89,8 +82,7 @@ def norm_step(
 def norm_refresh(linear_map: LinearMap, state: NormState, *, certified: bool = False) -> NormState:
     """The state with `spectral_norm(A)`, or the upper end of its bracket if `certified`, for `kept_norm`."""
     linear_map = jax.tree.map(lax.stop_gradient, linear_map)
-    vector = ritz_vector(checked(base_of(linear_map)), _COLD_STEPS, None)[0]
-    vector = jnp.where(jnp.all(jnp.isfinite(vector)), vector, state.vector)
+    vector = _known(_tracking(checked(base_of(linear_map)), state.vector, _STEPS), state)
     return NormState(vector, full_norm(linear_map, certified), checksum(linear_map))
 
 
@@ -139,6 +131,26 @@ def normalising_factor(
     return jnp.where(above, bound / jnp.where(above, norm, 1.0), 1.0)
 
 
+def _tracking(linear_map: LinearMap, vector: Array, num_steps: int) -> Array:
+    """v after `num_steps` Krylov steps; after several times as many from a fixed start if it is zero."""
+    linear_map = jax.tree.map(lax.stop_gradient, linear_map)
+    vector = lax.stop_gradient(vector)
+    is_warm = jnp.any(vector != 0)
+    start = jnp.where(is_warm, vector, spectra.fixed_start(vector.size, vector.dtype))
+    rounds = jnp.where(is_warm, 1, -(-_COLD_STEPS // num_steps))
+    return lax.fori_loop(
+        0,
+        rounds,
+        lambda _, v: varying(_improved(linear_map, v, num_steps), linear_map),
+        varying(start, linear_map),
+    )
+
+
+def _known(vector: Array, state: NormState) -> Array:
+    """The vector, or the state's where a kernel was not finite."""
+    return jnp.where(jnp.all(jnp.isfinite(vector)), vector, state.vector)
+
+
 def _improved(linear_map: LinearMap, vector: Array, num_steps: int) -> Array:
     """The Ritz vector of the Krylov space of A*A from v, by products with A and A* alone."""
     forward, backward, shape = smaller_side(linear_map)
@@ -147,7 +159,7 @@ def _improved(linear_map: LinearMap, vector: Array, num_steps: int) -> Array:
         scale = scale_of(image)
         basis, images = vector[None], image[None] / scale
         for _ in range(num_steps):
-            residual = backward((images[-1]).reshape(_image_shape(linear_map))).ravel() / scale
+            residual = backward(images[-1].reshape(_image_shape(linear_map))).ravel() / scale
             for _ in range(2):
                 residual = residual - (basis @ residual) @ basis
             norm = jnp.sqrt(jnp.sum(residual**2))

@@ -5,8 +5,9 @@ and returns the one that a switch in its state says. With all switches at "plain
 in the plain model.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,17 +33,24 @@ class _Measurement(NamedTuple):
     step_size: Array
     change_one: Array
     change: Array
-    gap: Array
-    relative_gap: Array
+
+
+class _Record(NamedTuple):
+    """What a call leaves: its numbers, and what its certificate is computed of, outside of the pass."""
+
+    numbers: _Measurement
+    problem: Any
+    value: Array
 
 
 class Changes(NamedTuple):
     """Of one replaced layer: its measurements, and how much it alone changes the model's output.
 
-    The entries "(one)" and "(all)" are those of the model with every layer replaced.
+    The entries "(one)" and "(all)" are those of the model with every layer replaced. Of a stack of layers the
+    numbers are arrays.
     """
 
-    measured: Any
+    numbers: dict[str, np.ndarray]
     model: float
 
 
@@ -57,7 +65,7 @@ def measured(
         name = _survey.name(path)
         if name in found.replaced and isinstance(module, SolverLayer):
             stack = _survey.stack_shape(module)
-            module.surgery_switch = SolverRecordSwitch(jnp.zeros(stack, jnp.int32))
+            module.surgery_switch = _Switch(jnp.zeros(stack, jnp.int32))
             switches[name] = module.surgery_switch
             object.__setattr__(module, "__class__", _switching(type(module)))
     traced, static = split_static((arguments, options))
@@ -79,102 +87,72 @@ def measured(
 
     try:
         plain, records = outputs()
-    except (errors.TraceContextError, TypeError, ValueError) as error:
-        if "__captures__" not in str(error) and not isinstance(error, errors.TraceContextError):
+        numbers = {name: _numbers(records, name) for name in switches}
+    except (errors.TraceContextError, TypeError, ValueError, KeyError) as error:
+        known = isinstance(error, errors.TraceContextError | KeyError)
+        if not known and "__captures__" not in str(error):
             raise
         return {}
     changes = {
-        "(one)": Changes(None, _relative(outputs(**{"": _ONE})[0], plain)),
-        "(all)": Changes(None, _relative(outputs(**{"": _ALL})[0], plain)),
+        "(one)": Changes({}, _relative(outputs(**{"": _ONE})[0], plain)),
+        "(all)": Changes({}, _relative(outputs(**{"": _ALL})[0], plain)),
     }
     for name in switches:
-        changes[name] = Changes(
-            _record(records, name), _relative(outputs(**{name: _ALL})[0], plain)
-        )
+        alone = _relative(outputs(**{name: _ALL})[0], plain)
+        changes[name] = Changes(numbers[name], alone)
     return changes
 
 
-class SolverRecordSwitch(nnx.Variable):
+class _Switch(nnx.Variable):
     """Which output a layer of the measured copy returns."""
 
 
 @functools.cache
 def _switching(cls: Any) -> Any:
     def call(self: Any, inputs: Array, **options: Any) -> Array:
-        plain = self._plain_call(inputs)
-        settings = _layers.Settings.of(self)
-        fold = self._fold()
-        reached, results = {}, {_PLAIN: plain}
-        for switch, solver in (
-            (_ONE, _plan.one_iteration(settings.solver)),
-            (_ALL, settings.solver),
-        ):
-            solved = _solve(self, inputs, solver, certify=switch == _ALL)
-            reached[switch] = solved
-            w = jnp.asarray(solved.pre_activation, plain.dtype)
-            if fold is not None:
-                w = surgery.unfolded(w, plain, self._plain_problem(inputs, None), fold)
-            results[switch] = w
-        self.sow(SolverRecord, "surgery", _measure(self, inputs, results, reached[_ALL]))
+        plain, fold = self._plain_call(inputs), self._fold()
+        settings, problem = _layers.Settings.of(self), self._plain_problem(inputs, None)
+        kept = self._kept()[0]  # of this very kernel
+        with _layers.precision_context(self.precision):
+            solved, constant = settings.prepared(
+                problem, settings.constant(problem.linear_map) if kept is None else kept
+            )
+            one, many = (
+                solver.solve(
+                    None, solved, step_constant=constant, deterministic=True, pre_activation=True
+                )
+                for solver in (_plan.one_iteration(settings.solver), settings.solver)
+            )
+        results = [plain, *(jnp.asarray(each.pre_activation, plain.dtype) for each in (one, many))]
+        if fold is not None:
+            results[1:] = [surgery.unfolded(w, plain, problem, fold) for w in results[1:]]  # pyright: ignore
+        step = _bounds.first_step(settings.solver, solved, constant, True)
+        numbers = _measure(fold, solved, constant, step, [r.astype(solved.dtype) for r in results])
+        self.sow(SolverRecord, "surgery", _Record(numbers, solved, many.value))
         which = self.surgery_switch[...]
-        return jnp.where(
-            which == _PLAIN, plain, jnp.where(which == _ONE, results[_ONE], results[_ALL])
-        )
+        return jnp.where(which == _PLAIN, plain, jnp.where(which == _ONE, *results[1:]))
 
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-def _solve(layer: Any, inputs: Array, solver: Any, *, certify: bool) -> Any:
-    given = layer.solver
-    layer_solver = solver if solver is not given else given
-    settings = _layers.Settings.of(layer)
-    settings = _layers.Settings(
-        layer_solver,
-        settings.prior,
-        settings.ridge,
-        settings.loss,
-        settings.normalize,
-        settings.output,
-    )
-    return _layers.run(
-        settings,
-        None,
-        layer._plain_problem(inputs, None),
-        kept=layer._kept()[0],
-        reference=layer._kept()[1],
-        deterministic=True,
-        precision=layer.precision,
-        dtype=layer._plain_call(inputs).dtype,
-        certify=certify,
-    )
-
-
-def _measure(layer: Any, inputs: Array, results: Mapping[int, Array], solved: Any) -> _Measurement:
-    settings, fold = _layers.Settings.of(layer), layer._fold()
-    problem = layer._plain_problem(inputs, None)
-    constant = _layers.current_constant(settings, problem.linear_map, *layer._kept())
-    problem, constant = settings.prepared(problem, constant)
-    step = _bounds.first_step(settings.solver, problem, constant, True)
+def _measure(
+    fold: Any, problem: Any, constant: Array | None, step: Array, results: Sequence[Array]
+) -> _Measurement:
+    """The numbers of a call."""
     scale = problem.scale if isinstance(problem, NormalizedProblem) else constant
 
     def activated(y: Array) -> Array:
-        y = y.astype(problem.dtype)
         if fold is not None:
             s, t = (jnp.expand_dims(one.astype(y.dtype), range(y.ndim - 1)) for one in fold)
             y = s * y + t
-        return settings.prior.prox(y, 1.0)
+        return problem.prior.prox(y, 1.0)
 
-    plain, one, many = (activated(results[which]) for which in (_PLAIN, _ONE, _ALL))
-    objective = jnp.abs(problem.objective(solved.value))
-    gap = solved.certificate
-    relative = jnp.where(gap > 0, gap / jnp.where(objective > 0, objective, 1), 0)
+    plain, one, many = map(activated, results)
     return _Measurement(
         lipschitz=jnp.asarray(jnp.inf if scale is None else jnp.max(scale)),
         step_size=jnp.max(step),
         change_one=_change(one, plain),
         change=_change(many, plain),
-        gap=jnp.max(gap),
-        relative_gap=jnp.max(relative),
     )
 
 
@@ -195,13 +173,26 @@ def _relative(outputs: Any, plain: Any) -> float:
     return float(np.sqrt(squares[0] / squares[1])) if squares[1] else float(np.sqrt(squares[0]))
 
 
-def _record(records: Any, path: str) -> Any:
+def _numbers(records: Any, path: str) -> dict[str, np.ndarray]:
+    """The measurements of a layer, its certified gap and that relative to its objective."""
     for part in path.split(".") if path != "(model)" else ():
-        records = records.get(part, records.get(int(part)) if part.isdigit() else None)
-        if records is None:
-            return None
-    record = records.get("surgery")
-    return record[0] if isinstance(record, tuple | list) else record
+        records = records[part] if part in records else records[int(part)]
+    (record,) = records["surgery"]
+    numbers = {name: np.asarray(array) for name, array in record.numbers._asdict().items()}
+    stack = numbers["change"].shape
+    gaps, relative = np.zeros(stack), np.zeros(stack)
+    for index in np.ndindex(stack):
+        problem, value = jax.tree.map(lambda leaf, i=index: leaf[i], (record.problem, record.value))
+        gap, objective = (np.asarray(one, np.float64) for one in _certified(problem, value))
+        gaps[index] = gap.max()
+        relative[index] = np.where(gap > 0, gap / np.where(objective > 0, objective, 1), 0).max()
+    return {**numbers, "gap": gaps, "relative_gap": relative}
+
+
+@jax.jit
+def _certified(problem: Any, value: Array) -> tuple[Array, Array]:
+    value = value.astype(problem.dtype)
+    return problem.certificate(value), jnp.abs(problem.objective(value))
 
 
 def rows(
@@ -210,32 +201,31 @@ def rows(
     """The rows of the report."""
     result = []
     for path, one in found.replaced.items():
-        own = changes.get(path)
-        nan = np.full((), np.nan)
-        numbers: Any = _Measurement(*[nan] * len(_Measurement._fields))
-        if own is not None and own.measured is not None:
-            numbers = _Measurement(*map(np.asarray, own.measured))
-        for index in np.ndindex(numbers.change.shape):
-            values = {
-                field: float(array[index])
-                for field, array in zip(_Measurement._fields, numbers, strict=True)
-            }
-            result.append(
-                surgery.ReplacedLayer(
-                    name=path + "".join(f"[{i}]" for i in index),
-                    kind=candidates[path].kind,
-                    activation=one.activation,
-                    prior=repr(one.prior),
-                    num_iters=_iterations(one.solver),
-                    model_change=np.nan if own is None else own.model,
-                    normalization=one.normalization or "",
-                    dropout=one.dropout or "",
-                    tau=one.tau,
-                    note=one.note,
-                    **values,
-                )
+        own = changes.get(path, Changes({}, np.nan))
+        for index in np.ndindex(own.numbers.get("change", np.zeros(())).shape):
+            values = {field: float(own.numbers.get(field, _UNKNOWN)[index]) for field in _FIELDS}
+            row = surgery.ReplacedLayer(
+                name=path + "".join(f"[{i}]" for i in index),
+                kind=candidates[path].kind,
+                activation=one.activation,
+                prior=repr(one.prior),
+                num_iters=_iterations(one.solver),
+                model_change=own.model,
+                normalization=one.normalization or "",
+                dropout=one.dropout or "",
+                tau=one.tau,
+                note=one.note,
+                **values,
             )
+            if np.isinf(row.gap):
+                why = "no curvature and no dual point for its certificate: a ridge gives it one"
+                row = dataclasses.replace(row, note="; ".join(filter(None, (row.note, why))))
+            result.append(row)
     return tuple(result)
+
+
+_FIELDS = (*_Measurement._fields, "gap", "relative_gap")
+_UNKNOWN = np.full((), np.nan)
 
 
 def _iterations(solver: Any) -> int:
@@ -246,5 +236,5 @@ def _iterations(solver: Any) -> int:
 
 def totals(changes: Mapping[str, Changes]) -> tuple[float, float]:
     """How much one iteration and all change the model's output."""
-    one, many = (changes.get(name, Changes(None, np.nan)).model for name in ("(one)", "(all)"))
+    one, many = (changes.get(name, Changes({}, np.nan)).model for name in ("(one)", "(all)"))
     return one, many

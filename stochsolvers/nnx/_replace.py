@@ -95,22 +95,26 @@ def replace_layers(
     )
     for path, one in found.replaced.items():
         _check_random(modules, path, one, rngs)
+    changed: list[Any] = []
     try:
         for path, one in found.replaced.items():
             settings = _layers.Settings(
                 one.solver, one.prior, ridge, Squares(), normalize, "pre_activation"
             )
-            _replace(modules, path, one, settings, rngs)
+            _replace(modules, path, one, settings, rngs, changed)
         changes = _changes.measured(model, found, arguments, options) if measure else {}
     except BaseException:
-        restore_layers(model)
+        for module in changed:
+            _stand_ins.restore(module)
         raise
     rows = _changes.rows(found, candidates, changes)
     left = tuple(
         surgery.LayerLeft(path, candidates[path].kind, reason)
         for path, reason in found.left.items()
     )
-    return surgery.ReplacementReport(rows, left, *_changes.totals(changes), _notes(found))
+    return surgery.ReplacementReport(
+        rows, left, *_changes.totals(changes), _notes(found, measure and not changes)
+    )
 
 
 def restore_layers(model: nnx.Module) -> None:
@@ -123,8 +127,14 @@ def restore_layers(model: nnx.Module) -> None:
 
 
 def _replace(
-    modules: Any, path: str, one: _plan.Replacement, settings: _layers.Settings, rngs: Any
+    modules: Any,
+    path: str,
+    one: _plan.Replacement,
+    settings: _layers.Settings,
+    rngs: Any,
+    changed: list[Any],
 ) -> None:
+    """Change one layer, its BatchNorm and its Dropout; what is changed is appended to `changed`."""
     layer = modules[path]
     base = inherits_unchanged(type(layer), tuple(_survey.SOLVERS))
     stack = _survey.stack_shape(layer)
@@ -135,19 +145,24 @@ def _replace(
     if one.normalization is not None:
         norm: Any = modules[one.normalization]
         _stand_ins.become(norm, _stand_ins.FrozenBatchNorm)
+        changed.append(norm)
         fold = norm.fold()
     before = set(vars(layer))
     _stand_ins.become(layer, _survey.SOLVERS[base])
+    changed.append(layer)
     if isinstance(layer, nnx.Conv):
         layer.spatial_shape = _survey.spatial_shape(layer, one.input_shape)
     layer.folds = tuple((one.normalization or "").split(".")) if one.normalization else ()
     layer.init_stochastic(deterministic, "dropout", None)
     if stream is not None:
         layer.rngs = stream
-    layer._init_solver(settings, trained=True, fold=fold)
-    _stand_ins.keep_track(layer, set(vars(layer)) - before)
+    try:
+        layer._init_solver(settings, trained=True, fold=fold)
+    finally:
+        _stand_ins.keep_track(layer, set(vars(layer)) - before)
     if dropout is not None and type(dropout) is not _stand_ins.AbsorbedDropout:
         _stand_ins.become(dropout, _stand_ins.AbsorbedDropout)
+        changed.append(dropout)
 
 
 def _deterministic(modules: Any, dropout: Any) -> bool:
@@ -187,8 +202,12 @@ def _stream(path: str, one: _plan.Replacement, dropout: Any, rngs: Any, stack: A
     return nnx.RngStream(keys.reshape(key.shape), tag="dropout")
 
 
-def _notes(found: _plan.Plan) -> tuple[str, ...]:
+def _notes(found: _plan.Plan, unmeasured: bool) -> tuple[str, ...]:
     notes = []
+    if unmeasured:
+        notes.append(
+            "Changes and gaps are not measured: a transformation around a layer drops its records."
+        )
     if any(one.normalization for one in found.replaced.values()):
         notes.append(
             "BatchNorms that are folded in keep their running statistics, in training too; after training, "

@@ -17,8 +17,10 @@ from stochsolvers.nnx._dropout import linear_map_of
 from stochsolvers.nnx._equilibrium import DeepEquilibrium, EquilibriumConv, EquilibriumLinear
 from stochsolvers.nnx._equilibrium_base import Equilibrium, promotes_plainly
 from stochsolvers.nnx._layers import SolverConv, SolverLinear
+from stochsolvers.nnx._linear_general import SolverLinearGeneral
 from stochsolvers.nnx._proxprop import ProxPropConv, ProxPropLinear
 from stochsolvers.nnx._solver_layer import SolverLayer, SolverRecord
+from stochsolvers.nnx._stand_ins import FrozenBatchNorm
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged, keeps_digits
 
@@ -118,6 +120,7 @@ def lipschitz_report(
     *,
     dtype: Any = None,
     radius: float | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> reports.LipschitzReport:
     r"""Spectral norms of the layers of a network at inference, and a bound on its Lipschitz constant.
@@ -148,6 +151,8 @@ def lipschitz_report(
       input_shape: of its input, batch axis included: (1, 32, 32, 3).
       dtype: of its input; float32 by default.
       radius: r, if the bound is to hold for inputs x of this shape with ||x|| ≤ r; None for all inputs.
+      progress: whether to show on the standard error how many layers are done; None for a terminal, after
+        two seconds.
       **options: keyword arguments of the model's call, static.
 
     Returns:
@@ -177,7 +182,7 @@ def lipschitz_report(
             if any(other.startswith(wrapped) for other in strays.keys() - {name}):
                 del strays[name]
     kinds = {name: type(modules[name]).__name__ for name in strays}
-    return _lipschitz.norms_report(trace, parts, strays, kinds, radius)
+    return _lipschitz.norms_report(trace, parts, strays, kinds, radius, progress)
 
 
 def _owner(path: tuple[Any, ...], modules: Mapping[str, nnx.Module]) -> str:
@@ -212,12 +217,14 @@ _LINEAR_MAPS: dict[type, Callable[[Any, tuple[int, ...]], LinearMap]] = {
     nnx.Einsum: linear_map_of,
     SolverLinear: linear_map_of,
     SolverConv: linear_map_of,
+    SolverLinearGeneral: linear_map_of,
     ProxPropLinear: linear_map_of,
     ProxPropConv: linear_map_of,
 }
 _EQUILIBRIA = (EquilibriumLinear, EquilibriumConv, DeepEquilibrium)
-_NORMALISATIONS = (nnx.BatchNorm,)
+_NORMALISATIONS = (nnx.BatchNorm, FrozenBatchNorm)
 _STANDARDISATIONS = (nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
+
 
 _OPERATIONS = (
     "dot_general", "dot_general_cls", "conv_general_dilated", "einsum_op", "promote_dtype",
@@ -284,6 +291,8 @@ def _marking(cls: Any) -> Any:
 def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschitz.Part:
     """What the report needs of a layer for one call, given all of the network's parameters."""
     kind = type(layer).__name__
+    if isinstance(layer, SolverLayer) and layer.fold_scale is not None:
+        return _lipschitz.Part(kind)  # its output is to be normalised
     path = call.slice_of(_indices(_weights(layer), parameters))
     if path is None:
         return _lipschitz.Part(kind)  # called with another kernel or scale

@@ -20,6 +20,12 @@ SOLVERS: dict[type, type[SolverLayer]] = {
     nnx.LinearGeneral: SolverLinearGeneral,
 }
 _OTHERS = (nnx.ConvTranspose, nnx.Einsum, nnx.LoRA, nnx.LoRALinear)
+_ATTRIBUTES = frozenset(
+    (
+        "solver", "prior", "ridge", "loss", "normalize", "output", "lipschitz", "reference", "rngs",
+        "deterministic", "rng_collection", "fold_scale", "fold_shift", "folds", "spatial_shape",
+    )
+)  # fmt: skip
 _WRAPPERS = (nnx.SpectralNorm, nnx.WeightNorm)
 NORM, DROPOUT = nnx.BatchNorm, nnx.Dropout
 
@@ -118,6 +124,9 @@ def _obstacle(module: Any) -> str:
         return f"it is no {', '.join(f'nnx.{kind.__name__}' for kind in SOLVERS)}"
     if inherits_unchanged(type(module), (base,)) is None:
         return f"its class {type(module).__name__} has methods of its own, which would be lost"
+    taken = sorted(_ATTRIBUTES.intersection(vars(module)))
+    if taken:
+        return f"it has an attribute {taken[0]!r} of its own, which a solver layer needs"
     reason = _options_obstacle(module)
     if not reason and isinstance(module, nnx.LinearGeneral):
         axes = tuple(axis if axis < 0 else None for axis in module.axis)

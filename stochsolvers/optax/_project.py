@@ -17,7 +17,7 @@ from stochsolvers.optax._leaves import moved
 class ProjectState(NamedTuple):
     """The number of steps."""
 
-    count: Array
+    num_steps: Array
 
 
 def dense_kernels(path: str, leaf: Any) -> LinearMap | None:
@@ -72,8 +72,8 @@ def project_spectral_norm(
         del params
         return ProjectState(jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: ProjectState, params: Any = None) -> tuple[Any, ProjectState]:
-        count = state.count + 1
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        count = state.num_steps + 1
 
         def project_all(updates):
             return moved(project, updates, params, "project_spectral_norm")

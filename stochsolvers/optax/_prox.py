@@ -15,7 +15,7 @@ from stochsolvers.prox import Prior
 class ProxState(NamedTuple):
     """The number of steps, for a schedule of η."""
 
-    count: Array
+    num_steps: Array
 
 
 def prox(
@@ -59,13 +59,13 @@ def prox(
         del params
         return ProxState(jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: ProxState, params: Any = None) -> tuple[Any, ProxState]:
-        step = learning_rate(state.count) if callable(learning_rate) else learning_rate
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        step = learning_rate(state.num_steps) if callable(learning_rate) else learning_rate
 
         def applied(path, point):
             g = prior_of(path, point)
             return None if g is None else g.prox(point, step)
 
-        return moved(applied, updates, params, "prox"), ProxState(state.count + 1)
+        return moved(applied, updates, params, "prox"), ProxState(state.num_steps + 1)
 
     return optax.GradientTransformation(init, update)

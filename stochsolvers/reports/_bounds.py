@@ -25,7 +25,6 @@ from stochsolvers.problems import LayerProblem, NormalizedProblem
 from stochsolvers.reports._norms import least_eigenvalue, squared_norm
 from stochsolvers.solvers import Solver
 
-
 _HOST = 1024  # order of a Gram matrix that is decomposed within a program's run
 
 
@@ -54,7 +53,8 @@ def norms_of(linear_map: LinearMap) -> tuple[Array, Array, Array]:
         layer = jax.tree.unflatten(jax.tree.structure(linear_map), [np.asarray(kernel)])
         ends = squared_norm(layer)
         least = least_eigenvalue(layer)
-        assert ends is not None and least is not None
+        assert ends is not None
+        assert least is not None
         rounding = 2 * np.finfo(dtype).eps
         factors = (1 - rounding, 1 + rounding, 1 - rounding)
         return np.asarray((*ends, least) * np.asarray(factors), dtype)
@@ -141,9 +141,8 @@ def guarantee(
         return none
     convexity, modulus = jnp.asarray(problem.ridge), problem.loss.strong_convexity
     if not isinstance(modulus, int | float) or modulus > 0:
-        if least is None:
-            least = strong_convexity(problem.linear_map, upper=upper)
-        convexity = convexity + modulus * least
+        known = strong_convexity(problem.linear_map, upper=upper) if least is None else least
+        convexity = convexity + modulus * known
     factor = _expansion(sizes[0], convexity, problem.smoothness(upper))
     return jnp.where(jnp.all(sizes == sizes[0]), factor, none)
 

@@ -8,12 +8,12 @@ the root of the sum of their squares. For a chain f = h_n ∘ f_n ∘ … ∘ h_
 
 for a residual connection x + f(x) it is 1 + ℓ_f.
 
-ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference (of it and
-the layer before it ||diag(γ / sqrt(v + ε)) A_i||), max_c |γ_c| / sqrt(ε) for a normalisation by the variance
-of its own input, `solver_bound` for a solver, `equilibrium_bound` for an equilibrium layer (of the map to the
-equilibrium, which its solver approximates to a tolerance); the c_i are those of the operations between the
-layers. Where a layer has no norm or an operation no constant that is known, the bound is infinite, and the
-report names the cause.
+ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference (together
+with the layer before it ||diag(γ / sqrt(v + ε)) A_i||), max_c |γ_c| / sqrt(ε) for a normalisation by the
+variance of its own input, `solver_bound` for a solver, `equilibrium_bound` for an equilibrium layer (of the
+map to the equilibrium, which its solver approximates to a tolerance); the c_i are those of the operations
+between the layers. Where a layer has no norm or an operation no constant that is known, the bound is
+infinite, and the report names the cause.
 """
 
 import dataclasses
@@ -171,6 +171,7 @@ def norms_report(
     strays: Mapping[str, int],
     kinds: Mapping[str, str],
     radius: float | None = None,
+    progress: bool | None = None,
 ) -> LipschitzReport:
     """The report on a traced network, with the norms of its layers.
 
@@ -180,10 +181,11 @@ def norms_report(
       strays: position of each module with parameters that no known layer accounts for, by name.
       kinds: its class, by name.
       radius: of the ball of inputs that the bound is to hold for, or None for all inputs.
+      progress: whether to show how many layers are done; None for a terminal, after two seconds.
     """
     if radius is not None and not (isinstance(radius, int | float) and 0 <= radius < math.inf):
         _checks.fail("radius", "a finite number ≥ 0, or None", radius)
-    numbers = measured(parts)
+    numbers = measured(parts, progress)
     layers = layer_bounds(trace, parts, numbers)
     entries = Entries(trace.program, trace.dependent)
     plain = propagate(trace, [LayerBound()] * len(layers), entries)

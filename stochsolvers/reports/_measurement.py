@@ -20,6 +20,7 @@ from stochsolvers.reports._bounds import (
     squared_norm_bracket,
 )
 from stochsolvers.reports._norms import least_eigenvalue, squared_norm
+from stochsolvers.reports._progress import Progress
 from stochsolvers.reports._propagation import LayerBound
 from stochsolvers.reports._trace import Trace
 
@@ -34,13 +35,13 @@ class Standardisation(NamedTuple):
       scale: γ or None.
       bias: β or None.
       epsilon: ε.
-      count: the most entries that share their moments.
+      entries: the most of them that share their moments.
     """
 
     scale: Array | None
     bias: Array | None
     epsilon: Scalar
-    count: int
+    entries: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +94,19 @@ Numbers = tuple[float, float, float]
 """Lower and upper bound on a layer's norm, and its Lipschitz constant."""
 
 
-def measured(parts: Sequence[Part]) -> list[Numbers]:
+def measured(parts: Sequence[Part], progress: bool | None = None) -> list[Numbers]:
     """Of each part; of layers that share a kernel once."""
     found: dict[Any, Numbers] = {}
     numbers = []
-    for part in parts:
+    note = Progress("norms of layers", len(parts), progress)
+    for done, part in enumerate(parts):
+        note(done)
         leaves, structure = jax.tree.flatten(_arrays_of(part))
         key = part.kind, structure, tuple(map(id, leaves))
         if key not in found:
             found[key] = _measured(part)
         numbers.append(found[key])
+    note(len(parts))
     return numbers
 
 
@@ -124,7 +128,9 @@ def _measured(part: Part) -> Numbers:
     if least is None:
         least = strong_convexity(part.linear_map, upper=jnp.asarray(upper**2))
     known = settings, part.linear_map, upper**2 * (1 + _NARROW), least * (1 - _NARROW)
-    constant, is_current = jax.device_get(_measure_solver(*known, part.kept, part.reference))
+    constant, is_current = math.nan, False
+    if part.reference is not None and np.any(np.asarray(part.reference)):  # zeros are of no kernel
+        constant, is_current = jax.device_get(_measure_solver(*known, part.kept, part.reference))
     if not is_current:
         constant, _ = jax.device_get(_measure_solver(*known, None, None))
     return lower, upper, float(constant)
@@ -194,8 +200,7 @@ def _scales(part: Part) -> np.ndarray:
     """γ / sqrt(v + ε) of a batch normalisation."""
     scale, variance, epsilon = cast(Any, part.normalisation)
     inverse = 1 / np.sqrt(np.asarray(variance, np.float64) + float(epsilon))
-    scales = inverse if scale is None else np.asarray(scale, np.float64) * inverse
-    return scales
+    return inverse if scale is None else np.asarray(scale, np.float64) * inverse
 
 
 def _scaling(part: Part) -> tuple[float, float, float]:
@@ -226,7 +231,7 @@ def _layer_bound(part: Part, numbers: Sequence[Any], joined: float) -> LayerBoun
             default if array is None else float(np.max(np.abs(np.asarray(array, np.float64))))
             for array, default in ((part.standardised.scale, 1.0), (part.standardised.bias, 0.0))
         )
-        largest = math.sqrt(part.standardised.count) * scale + bias
+        largest = math.sqrt(part.standardised.entries) * scale + bias
     return LayerBound(constant, side, largest, joined)
 
 

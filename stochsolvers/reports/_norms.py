@@ -1,15 +1,16 @@
 r"""Norms of layers on the host, in float64 and without compilation, for reports that are read once.
 
-lower ≤ ||A||² ≤ upper, as `lipschitz_bracket` and `operator_bracket` of `stochsolvers.lipschitz` have them for
-programs. A circular convolution is block-diagonal in the frequencies f, and its Gram matrices are trigonometric
-polynomials in few real matrices (lemma 2 of Bibi et al. 2019, with the strides folded in):
+lower ≤ ||A||² ≤ upper, as `lipschitz_bracket` and `operator_bracket` of `stochsolvers.lipschitz` have them
+for programs. A circular convolution is block-diagonal in the frequencies f, and its Gram matrices are
+trigonometric polynomials in few real matrices (lemma 2 of Bibi et al. 2019, with the strides folded in):
 
-    Â(f) Â(f)ᴴ = Σ_δ C_δ exp(i f·δ),     C_δ = Σ_t K_tᵀ K_{t+δ},     δ a multiple of the strides,
+    Â(f) Â(f)ᴴ = Σ_δ C_δ exp(i f·δ),   C_δ = Σ_t K_tᵀ K_{t+δ},   δ a multiple of the strides,
 
-or with K_t K_{t+δ}ᵀ, of the order of the inputs, without strides. The upper end is a level τ at which τ I less
-each of them has a Cholesky factorisation, the lower end a Rayleigh quotient. Under zero padding the layer is a
-part of the circular one on a larger torus, which gives the upper end, and the lower is from Lanczos steps with
-the layer itself; one of up to four million entries is written out.
+or with K_t K_{t+δ}ᵀ, of the order of the inputs, without strides. The upper end is a level τ at which τ I
+less each of them has a Cholesky factorisation, whose round-off is at most n² u τ (Higham 2002, theorem
+10.3), the lower end a Rayleigh quotient. Under zero padding the layer is a part of the circular one on a
+larger torus, which gives the upper end, and the lower is from Lanczos steps with the layer itself; one of up
+to four million entries is written out.
 """
 
 import functools
@@ -118,19 +119,17 @@ def _on_torus(conv: Conv, kernel: np.ndarray, grid: str) -> tuple[float, float, 
     frequencies = np.stack(np.unravel_index(half_spectrum(folded), folded), axis=-1)
     angles = 2 * math.pi * frequencies / np.asarray(shape)
 
-    best = (0.0, 0.0, np.zeros(0), 0, 0)
+    ends, top, place = (0.0, 0.0), np.zeros(0), (0, 0)
     for group, own in enumerate(taps):
         shifts, matrices = _correlations(own, places, np.asarray(strides))
         norms = np.linalg.norm(own.reshape(len(own), -1), axis=1)
         error = 64 * (sum(own.shape) + len(shifts)) * _UNIT * float(np.sum(norms)) ** 2
         turns = angles @ shifts.T  # (frequencies, δ)
-        lower, upper, at, vector = _top(_grams(turns, matrices), error, best[1])
-        best = (max(best[0], lower), max(best[1], upper), *best[2:])
+        lower, upper, at, vector = _top(_grams(turns, matrices), error, ends[1])
+        ends = max(ends[0], lower), max(ends[1], upper)
         if vector is not None:
-            best = (*best[:2], vector, at, group)
-    lower, upper, vector, at, group = best
-    start = _plane_wave(conv, vector, angles[at], group, of_inputs)
-    return lower, upper, start
+            top, place = vector, (at, group)
+    return *ends, _plane_wave(conv, top, angles[place[0]], place[1], of_inputs)
 
 
 def _correlations(
@@ -210,7 +209,7 @@ def _is_below(matrix: np.ndarray, level: float) -> bool:
     """Whether level I − matrix has a Cholesky factorisation: λ_max ≤ level, up to n² u of it."""
     shifted = -matrix
     shifted[np.diag_indices(len(matrix))] += level
-    factor = scipy.linalg.lapack.zpotrf if np.iscomplexobj(matrix) else scipy.linalg.lapack.dpotrf
+    (factor,) = scipy.linalg.get_lapack_funcs(("potrf",), (shifted,))
     return factor(shifted, lower=True, clean=False, overwrite_a=True)[1] == 0
 
 

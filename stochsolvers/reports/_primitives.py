@@ -11,9 +11,9 @@ arrays (0 for what does not depend on it), the result's is at most
     x y, of bounded entries     max|y| ℓ_1 + max|x| ℓ_2
     x²                          2 max|x| ℓ_1       exp(x)            exp(max|x|) ℓ_1
 
-for windows of n entries, each entry in o of them at most; those of `_contractions` for products of matrices,
-convolutions and gathers; `activation_of` for the activations of `jax.nn` and `softmax_of`; and ∞ for everything
-else. The entries are bounded where the inputs are, in a ball.
+for windows of n entries, each entry in o of them at most; those of `_contractions` for products of
+matrices, convolutions and gathers; `activation_of` for the activations of `jax.nn` and `softmax_of`; and ∞
+for everything else. The entries are bounded where the inputs are, in a ball.
 
 The constants hold in exact arithmetic. Rounding moves a value by up to its relative precision (2⁻⁹ in
 bfloat16), so that a cast to bfloat16 is not 1-Lipschitz between points closer than that. Quantisers coarser
@@ -186,8 +186,8 @@ def _ells(result: Value) -> list[float]:
 
 
 REARRANGED = (
-    "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "split", "unstack", "dynamic_slice", "copy",
-    "copy_p", "name", "sharding_constraint", "stop_gradient", "sort",
+    "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "split", "unstack", "dynamic_slice",
+    "copy", "copy_p", "name", "sharding_constraint", "stop_gradient", "sort",
 )  # fmt: skip
 _RULES: dict[str, Callable[[Value], float]] = {  # for integers, too
     **dict.fromkeys((*REARRANGED, "pad", "reduce_max", "reduce_min"), _same),

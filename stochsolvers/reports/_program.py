@@ -139,7 +139,7 @@ def known_number(equation: Any, operands: Sequence[Value]) -> float | None:
 
 
 def largest_entry(value: Value) -> float:
-    """A bound on max |entry|: of what is constant from its entries, else for inputs in a ball; ∞ if not known."""
+    """A bound on max |entry|: from its entries, or for inputs in a ball; ∞ if there is none."""
     if value.number is not None:
         return abs(value.number) if math.isfinite(value.number) else math.inf
     if value.constant:

@@ -116,7 +116,7 @@ class _Propagation:
             self.values[number] = Value(aval, 1.0, size=size.norm, largest=size.largest)
         spans = {span.start: (span, i) for i, span in enumerate(self.trace.spans)}
         within = marked(program.steps)
-        for position, step in enumerate(program.steps):
+        for position in range(len(program.steps)):
             if position in spans:
                 self._layer(*spans[position])
             elif not within[position]:
@@ -126,7 +126,7 @@ class _Propagation:
         return Bound(total, self._unknown(results))
 
     def _value(self, number: int) -> Value:
-        """One that was computed, or one that does not depend on the input; what leaks from a layer has no ℓ."""
+        """One that was computed, or does not depend on the input; what leaks from a layer has no ℓ."""
         if number not in self.values:
             program = self.trace.program
             known = number_of(program.known[number]) if number in program.known else None
@@ -151,15 +151,17 @@ class _Propagation:
                 value = dataclasses.replace(
                     value, entries=lambda number=number: self.entries(number)
                 )
-            elif any(operand.constant for operand in operands):
+            else:
                 value = self._bounded(value, number)
             self.values[number] = value
             self.positions[value] = position
 
     def _bounded(self, value: Value, number: int) -> Value:
         """A value with its constant and its size."""
-        match = softmax_of(value) or activation_of(value)
-        constant = constant_of(value)
+        match, constant = None, 0.0
+        if any(operand.constant for operand in value.operands):
+            match = softmax_of(value) or activation_of(value)
+            constant = constant_of(value)
         if match is not None:
             constant = min(constant, match.constant(value.aval.shape))
         value = dataclasses.replace(value, constant=constant)
@@ -210,7 +212,7 @@ class _Propagation:
         self.sources[output] = tuple(sources)
 
     def _sides(self, span: Span) -> list[int | None]:
-        """What the layer reads of the input beside its own, by number; None where it is no addition to its bias."""
+        """What the layer reads of the network's input beside its own; None if not added to its bias."""
         steps, dependent = self.trace.program.steps, self.trace.dependent
         inside = set(steps[span.start].writes)
         sides: list[int | None] = []
@@ -253,7 +255,7 @@ def _begins(value: Value) -> bool:
 
 
 def _times(factor: float, ell: float) -> float:
-    """The constant of a layer times that of its input; 0 for an input that does not depend on the network's."""
+    """The constant of a layer times that of its input; 0 for an input that does not vary."""
     if not ell:
         return 0.0
     return factor * ell if math.isfinite(factor) and math.isfinite(ell) else math.inf

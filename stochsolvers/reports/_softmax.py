@@ -1,8 +1,8 @@
 r"""The softmax along an axis, recognised by its program.
 
-exp(u) / Σ exp(u), where the sum is over some axes of the same exp(u), is softmax(u), which is 1-Lipschitz: its
-Jacobian is diag(p) − p pᵀ. It is softmax(v) for u = v − c too, whatever c is, if c is constant along these
-axes, as the maximum that every implementation subtracts.
+exp(u) / Σ exp(u), where the sum is over some axes of the same exp(u), is softmax(u), which is 1-Lipschitz:
+its Jacobian is diag(p) − p pᵀ. It is softmax(v) for u = v − c too, whatever c is, if c is constant along
+these axes, as the maximum that every implementation subtracts.
 """
 
 from stochsolvers.reports._activations import Match

@@ -1,4 +1,4 @@
-"""A jaxpr as one list of operations: calls replaced by their bodies, loops of known length by their iterations.
+"""A jaxpr as one list of operations: calls become their bodies, loops of known length their iterations.
 
 Within the calls of marked layers nothing is replaced but calls that contain marks.
 """

@@ -145,7 +145,7 @@ def trace(function: Callable[..., Any], parameters: Any, inputs: Any) -> Trace:
         alone = _reads_its_input_alone(steps, span, dependent)
         on_every_path = span in everywhere and alone
         follows = outputs.get(steps[span.start].reads[0])
-        calls.append(_call(program, span, on_every_path, follows, dependent))
+        calls.append(_call(program, span, on_every_path, follows))
     strays = _strays(program, marked(steps), weights)
     return Trace(
         tuple(calls), tuple(spans), strays, program, tuple(inputs), frozenset(dependent),
@@ -153,14 +153,13 @@ def trace(function: Callable[..., Any], parameters: Any, inputs: Any) -> Trace:
     )  # fmt: skip
 
 
-def _call(
-    program: Program, span: Span, on_every_path: bool, follows: int | None, dependent: set[int]
-) -> Call:
+def _call(program: Program, span: Span, on_every_path: bool, follows: int | None) -> Call:
+    """One call of a marked layer, and where what it reads comes from."""
     parameters, slices, constants, others = set(), {}, [], False
     for number in _outside_reads(program.steps, span):
         origin: Origin | None = program.origins.get(number)
         if origin is not None and origin.path:
-            slices[origin.argument] = origin.path
+            others |= slices.setdefault(origin.argument, origin.path) != origin.path
         elif origin is not None:
             parameters.add(number)
         elif number in program.known:
@@ -174,7 +173,7 @@ def _call(
         on_every_path=on_every_path,
         parameters=frozenset(parameters),
         reads_others=others,
-        slices=slices,
+        slices={} if others else slices,
         constants=tuple(array for array in constants if np.ndim(array)),
         iteration=program.steps[span.start].iteration,
         follows=follows,

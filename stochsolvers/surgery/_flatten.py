@@ -2,7 +2,7 @@
 
 The front ends call `mark_input` and `mark_output` around every layer that may be replaced, every Dropout
 and every normalisation. The marks are `checkpoint_name`s, identities that JAX's transformations keep, so
-that they are found within `jit`, `remat` and `vmap`. What is in loops and branches (scan, while, cond) says so.
+that they are found within `jit`, `remat` and `vmap`, and in loops and branches (scan, while, cond).
 """
 
 import dataclasses

@@ -50,8 +50,8 @@ def unfolded(
 ) -> Array:
     r"""The u with s u + t = w, for w that a solver returned: u = y + (w − w₁)/s.
 
-    y = A x + b is the plain layer's output and w₁ = s y + t the first iterate, as the solver computes it: if w
-    is w₁, then u is y to the last bit. u = y where s = 0.
+    y = A x + b is the plain layer's output and w₁ = s y + t the first iterate, as the solver computes it: if
+    w is w₁, then u is y to the last bit. u = y where s = 0.
 
     Args:
       output: w.

@@ -1,6 +1,6 @@
 """How much a solver in a layer's place changes its output and the model's: the arithmetic of the report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +18,19 @@ from stochsolvers.surgery._report import ReplacedLayer
 
 
 class Measurement(NamedTuple):
-    """One call of a replaced layer; fields as in `ReplacedLayer`."""
+    """One call of a replaced layer; fields as in `ReplacedLayer`.
+
+    Attributes:
+      problem: that was solved.
+      value: z_K; `gaps` certifies it, outside of the pass, where layers of one shape share a program.
+    """
 
     lipschitz: Array
     step_size: Array
     change_one: Array
     change: Array
-    gap: Array
-    relative_gap: Array
+    problem: LayerProblem
+    value: Array
 
 
 class Outputs(NamedTuple):
@@ -93,17 +98,38 @@ def _measurement(
         return settings.prior.prox(y, 1.0)
 
     plain, one, many = map(activated, outputs)
-    objective = jnp.abs(problem.objective(solution.value))
-    gap = problem.certificate(solution.value)
-    relative = jnp.where(gap > 0, gap / jnp.where(objective > 0, objective, 1), 0)
     return Measurement(
         lipschitz=jnp.asarray(jnp.nan if scale is None else jnp.max(scale)),
         step_size=jnp.max(step),
         change_one=_change(one, plain),
         change=_change(many, plain),
-        gap=jnp.max(gap),
-        relative_gap=jnp.max(relative),
+        problem=problem,
+        value=solution.value,
     )
+
+
+def numbers(measurement: Measurement) -> dict[str, float]:
+    """The columns of the report that are measured."""
+    value = measurement.value
+
+    def as_solved(leaf: Any) -> Any:
+        is_real = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        return jnp.asarray(leaf, value.dtype) if is_real else leaf
+
+    problem = jax.tree.map(as_solved, measurement.problem)
+    gap, objective = (np.asarray(one, np.float64) for one in _certified(problem, value))
+    relative = np.where(gap > 0, gap / np.where(objective > 0, objective, 1), 0)
+    found = {name: float(getattr(measurement, name)) for name in MEASURED[:4]}
+    return {**found, "gap": float(gap.max()), "relative_gap": float(relative.max())}
+
+
+MEASURED = ("lipschitz", "step_size", "change_one", "change", "gap", "relative_gap")
+
+
+@jax.jit
+def _certified(problem: LayerProblem, value: Array) -> tuple[Array, Array]:
+    value = value.astype(problem.dtype)
+    return problem.certificate(value), jnp.abs(problem.objective(value))
 
 
 def _change(one: Array, other: Array) -> Array:
@@ -124,11 +150,11 @@ def relative_change(outputs: Any, plain: Any) -> float:
 
 
 def rows_of(
-    path: str, kind: str, one: Replacement, measured: Sequence[Mapping[str, Any]], model: float
+    path: str, kind: str, one: Replacement, measured: Sequence[dict[str, Any]], model: float
 ) -> list[ReplacedLayer]:
     """The rows of a layer: one for each measurement, of a stack of layers one for each of the stack."""
     labels = [f"{path}[{i}]" for i in range(len(measured))] if len(measured) > 1 else [path]
-    nan = dict.fromkeys(Measurement._fields, np.nan)
+    nan: dict[str, Any] = dict.fromkeys(MEASURED, np.nan)
     return [
         ReplacedLayer(
             name=label,
@@ -140,11 +166,17 @@ def rows_of(
             normalization=one.normalization or "",
             dropout=one.dropout or "",
             tau=one.tau,
-            note=one.note,
-            **{name: float(value) for name, value in values.items()},
+            note="; ".join(filter(None, (one.note, _of_gap(values["gap"])))),
+            **values,
         )
         for label, values in zip(labels, measured or [nan], strict=True)
     ]
+
+
+def _of_gap(gap: float) -> str:
+    if not np.isinf(gap):
+        return ""
+    return "no curvature and no dual point for its certificate: a ridge gives it one"
 
 
 def iterations(solver: Any) -> int:

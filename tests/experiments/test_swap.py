@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import swap, training
+from experiments import gains, swap, training
 from experiments.networks import ModernConfig
 
 
@@ -63,6 +63,10 @@ def test_a_run_from_end_to_end(images, tmp_path, monkeypatch):
     # one iteration is the network as it was
     assert finals["one"]["start_validation_accuracy"] == finals["baseline"]["validation_accuracy"]
     assert finals["sampled"]["std"] is not None
-    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("accuracy.png", "gains.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    gain = finals["one"]["accuracy"] - finals["control"]["accuracy"]
+    assert gains.of(rows)["CNN"]["one iteration"] == [gain]
+    assert "as swapped" in (tmp_path / "out" / "README.md").read_text()
     monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run(*arguments)[0] == rows

@@ -12,12 +12,12 @@ import stochsolvers as ss
 
 @pytest.fixture(scope="module")
 def network():
-    """A ResNet of four basic blocks with trained-looking statistics, its variables, and images."""
+    """A ResNet of two basic blocks with trained-looking statistics, its variables, and images."""
     rng = np.random.default_rng(5)
     module = jax_resnet.ResNet(
-        jax_resnet.ResNetBlock, stage_sizes=[1, 1, 1, 1], n_classes=5, hidden_sizes=(8, 8, 16, 16)
+        jax_resnet.ResNetBlock, stage_sizes=[1, 1], n_classes=5, hidden_sizes=(8, 16)
     )
-    x = jnp.asarray(rng.normal(size=(2, 32, 32, 3)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32)
     variables = jax.jit(module.init)(jax.random.key(0), x)
     draw = lambda a: jnp.asarray(rng.uniform(0.5, 1.5, size=a.shape), jnp.float32)  # noqa: E731
     variables = {**variables, "batch_stats": jax.tree.map(draw, variables["batch_stats"])}
@@ -35,11 +35,11 @@ def test_resnet(network):
         module, variables, "*", solver=ss.ProxGD(1), inputs=x, measure=False
     )
     # the stem and the first convolution of each block; the second ones are added to a shortcut
-    names = [f"layers_{i}/ConvBlock_0/Conv_0" for i in (0, 2, 3, 4, 5)]
+    names = [f"layers_{i}/ConvBlock_0/Conv_0" for i in (0, 2, 3)]
     assert [row.name for row in report.rows] == names
     assert all(row.normalization for row in report.rows)
     reasons = [one.reason for one in report.left]
-    assert sum("another array is added" in reason for reason in reasons) == 8
+    assert sum("another array is added" in reason for reason in reasons) == 4
     kept = traverse_util.flatten_dict(own["solver_state"], sep="/")
     assert sorted({path.rpartition("/")[0] for path in kept}) == names
     np.testing.assert_array_equal(jax.jit(swapped.apply)(own, x), plain)
