@@ -43,7 +43,9 @@ def test_activations_of_rearranged_outputs_are_found():
             replace(Net(function))
     shrunk = replace(Net(lambda y: (lambda v: 0.5 * v + 0.5 * jnp.tanh(v))(y.T.reshape(2, 8))))
     assert [row.activation for row in shrunk.rows] == ["custom"]
-    assert [row.activation for row in replace(Net(lambda y: jax.nn.relu(y.T[None])[0])).rows] == ["relu"]
+    assert [row.activation for row in replace(Net(lambda y: jax.nn.relu(y.T[None])[0])).rows] == [
+        "relu"
+    ]
 
 
 def test_a_subclass_whose_call_is_no_function_is_left():
