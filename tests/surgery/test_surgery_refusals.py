@@ -56,3 +56,13 @@ def test_a_subclass_whose_call_is_no_function_is_left():
 
     with pytest.raises(ValueError, match="Jitted has methods of its own"):
         replace(Net(jax.nn.relu, Jitted))
+
+
+def test_the_lines_of_a_report_are_not_long():
+    reason = "another array is added before the activation, " * 6
+    left = ss.surgery.LayerLeft("blocks.0.convolution", "Conv", reason)
+    report = ss.surgery.ReplacementReport((), (left,), 0.0, 0.0, (reason,))
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert [line.strip() for line in lines] == [line for line in map(str.strip, lines) if line]
+    assert str(report).split().count("array") == 12
