@@ -169,6 +169,7 @@ BOUNDED = {
         lambda x: jax.lax.scan(lambda c, r: (c + r, (c, 2 * r)), jnp.zeros(4), x), 4.0
     ),
     "erf": (lambda x: jax.scipy.special.erf(x) + x, 2.13),
+    "tile": (lambda x: jnp.tile(x, (2, 3)), 2.45),
     "nearest": (lambda x: jax.image.resize(x, (6, 8), "nearest"), 2.46),
     "linear": (lambda x: jax.image.resize(x, (6, 8), "linear"), 2.6),
     "stop_gradient": (lambda x: jax.lax.stop_gradient(3 * x), 3.0),
@@ -299,6 +300,27 @@ def test_normalisations_have_the_constant_of_no_variance(kind, rng):
     np.testing.assert_allclose(
         ss.lipschitz_report(module, variables, (1, 5, 4)).bound, report.bound
     )
+
+
+class Jitted(nnx.Linear):
+    """Its call is a method of its own, though no Python function."""
+
+    @nnx.jit
+    def __call__(self, x):
+        return 5 * nnx.Linear.__call__(self, x)
+
+
+def test_layers_of_another_kind_than_they_seem_prove_nothing():
+    rngs, integers = nnx.Rngs(0), {"preferred_element_type": jnp.int32}
+    for layer in (
+        Jitted(3, 3, rngs=rngs),
+        nnx.Linear(3, 3, rngs=rngs, **integers),
+        nnx.Linear(3, 3, dtype=jnp.float8_e4m3fn, rngs=rngs),
+    ):
+        assert ss.lipschitz_report(layer, (2, 3)).bound == np.inf
+    module = nn.Einsum((3, 3), "ab,bc->ac", **integers)
+    variables = {"params": {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}}
+    assert ss.lipschitz_report(module, variables, (2, 3)).bound == np.inf
 
 
 def test_a_leak_and_a_closed_over_variance_prove_nothing():

@@ -276,6 +276,22 @@ def test_a_loaded_kernel_is_not_normalised_by_the_norm_of_another(rng):
     np.testing.assert_allclose(top(matrix_of(model, (4,), jnp.float32)), 1.0, rtol=1e-5)
 
 
+def test_a_kept_norm_is_not_that_of_images_of_another_shape():
+    """8 × 2 and 4 × 4 pixels: the kept vector has the size of both, the layers have different norms."""
+    module = ss.linen.SpectralNorm(nn.Conv(1, (1, 3)))
+    kernel, x = jnp.ones((1, 3, 1, 1)), jnp.zeros((1, 8, 2, 1))
+    variables = module.init(jax.random.key(0), x, update_stats=False)
+    variables["params"] = jax.tree.map(
+        lambda leaf: kernel if leaf.ndim == 4 else leaf, variables["params"]
+    )
+    _, kept = module.apply(variables, x, update_stats=False, mutable="batch_stats")
+    variables = {**variables, **kept}
+    matrix = matrix_of(
+        lambda x: module.apply(variables, x, update_stats=False), (4, 4, 1), jnp.float32
+    )
+    np.testing.assert_allclose(top(matrix), 1.0, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["dense", "contraction", "circular"])
 def test_clipping_is_min_of_every_singular_value_and_the_bound(name, rng):
     A = MAPS[name](rng)

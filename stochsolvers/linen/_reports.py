@@ -35,7 +35,7 @@ from stochsolvers.linen._layers import (
 from stochsolvers.linen._proxprop import ProxPropConv, ProxPropDense
 from stochsolvers.linen._replaced import fresh_traces, is_replaced, takes_a_place
 from stochsolvers.reports import _certificates, _lipschitz, _trace
-from stochsolvers.reports._known_layers import inherits_unchanged
+from stochsolvers.reports._known_layers import inherits_unchanged, keeps_digits
 
 
 @reports.certify.register(nn.Module)
@@ -273,7 +273,7 @@ def _is_known(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> b
         return None not in kinds and all(map(promotes_plainly, units))
     known: Any = (*_LINEAR_MAPS, *_NORMALISATIONS, *_STANDARDISATIONS)
     base: Any = inherits_unchanged(type(layer), known)
-    if not args or base is None:
+    if not args or base is None or not keeps_digits(layer):
         return False
     if base in _NORMALISATIONS:
         given = (*args[1:], kwargs.get("use_running_average"))[0]

@@ -6,6 +6,7 @@ one step to the next, so that ||A v|| stays at the norm, from below.
 """
 
 import functools
+import zlib
 from typing import Any
 
 import jax
@@ -191,8 +192,12 @@ def _scaled_to(norm: Array, value: Array) -> Array:
 
 
 def checksum(tree: Any) -> Array:
-    """Two 32-bit numbers that depend on every bit of the tree's arrays, and not on the order of a sum."""
-    lanes = jnp.zeros(2, jnp.uint32)
+    """Two 32-bit numbers that depend on every bit of the tree's arrays, and not on the order of a sum.
+
+    They depend on its structure too: the same kernel has another norm on images of another shape.
+    """
+    structure = np.uint32(zlib.crc32(str(jax.tree.structure(tree)).encode()))
+    lanes = jnp.full(2, structure, jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(tree)):
         words = _words(lax.stop_gradient(leaf))
         place = lax.iota(jnp.uint32, words.size) * np.uint32(0x9E3779B9) + np.uint32(number + 1)

@@ -22,7 +22,7 @@ from stochsolvers.nnx._proxprop import ProxPropConv, ProxPropLinear
 from stochsolvers.nnx._solver_layer import SolverLayer, SolverRecord
 from stochsolvers.nnx._stand_ins import FrozenBatchNorm
 from stochsolvers.reports import _certificates, _lipschitz, _trace
-from stochsolvers.reports._known_layers import inherits_unchanged
+from stochsolvers.reports._known_layers import inherits_unchanged, keeps_digits
 
 
 @reports.certify.register(nnx.Module)
@@ -241,8 +241,10 @@ def _is_known(module: Any) -> bool:
     base = inherits_unchanged(type(module), known)
     if base in _STANDARDISATIONS and not _is_plain(module):
         return False
-    return base is not None and all(
-        getattr(module, name) is default for name, default in _operations(base).items()
+    return (
+        base is not None
+        and keeps_digits(module)
+        and all(getattr(module, name) is default for name, default in _operations(base).items())
     )
 
 

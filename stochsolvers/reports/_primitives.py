@@ -192,7 +192,7 @@ REARRANGED = (
 _RULES: dict[str, Callable[[Value], float]] = {  # for integers, too
     **dict.fromkeys((*REARRANGED, "pad", "reduce_max", "reduce_min"), _same),
     "optimization_barrier": _passed,
-    "broadcast_in_dim": _copies,
+    **dict.fromkeys(("broadcast_in_dim", "tile"), _copies),
     "concatenate": _concatenated,
     "stack": _concatenated,
     "dynamic_update_slice": _updated,

@@ -41,7 +41,7 @@ def size_of(value: Value) -> Size:
         return Size(math.hypot(*(s.norm for s in sizes)), max(s.largest for s in sizes))
     if operation in (*REARRANGED, "neg", "abs", "convert_element_type", "reduce_max", "reduce_min"):
         return _of(operands[0])
-    if operation == "broadcast_in_dim":
+    if operation in ("broadcast_in_dim", "tile"):
         return _repeated(operands[0], value)
     return UNKNOWN
 

@@ -89,7 +89,8 @@ class Function:
 def function_of(steps: Mapping[int, Step], argument: int, result: int) -> Function | None:
     """The elementwise function that makes `result` of `argument`; None where it is none.
 
-    Casts between floating-point dtypes, permutations and reshapes of all entries are left out.
+    Casts between floating-point dtypes, permutations and reshapes of all entries are left out. A function of
+    entries at different places, as x + x[::-1], is not elementwise.
 
     Args:
       steps: the step that writes each array.
@@ -97,25 +98,44 @@ def function_of(steps: Mapping[int, Step], argument: int, result: int) -> Functi
       result: σ(x).
     """
     operations: list[Any] = []
-    places: dict[Any, int] = {argument: ARGUMENT}
+    # of each array its place among the operations, and the order of its entries
+    places: dict[Any, tuple[int, tuple[Any, ...]]] = {argument: (ARGUMENT, ())}
 
-    def place(operand: Any) -> int | float | None:
+    def place(operand: Any) -> tuple[int | float, tuple[Any, ...]] | None:
         if isinstance(operand, Constant):
-            return _float(operand.number)
+            return _float(operand.number), ()
         if operand in places:
             return places[operand]
         step = steps.get(operand) if isinstance(operand, int) else None
         if step is None:
             return None
+        inputs = [place(one) for one in step.operands]
+        if any(one is None for one in inputs):
+            return None
         if is_identity(step):
-            found = place(step.operands[0])
+            ((index, order),) = inputs
+            found = index, order + _rearrangement(step)
         else:
-            found = _append(step, [place(one) for one in step.operands], operations)
-        if isinstance(found, int):
+            orders = {order for index, order in inputs if isinstance(index, int)}
+            index = _append(step, [index for index, _ in inputs], operations)
+            if index is None or len(orders) > 1:  # entries of different places meet
+                return None
+            found = index, orders.pop() if orders else ()
+        if isinstance(found[0], int):
             places[operand] = found
         return found
 
-    return Function(tuple(operations)) if isinstance(place(result), int) else None
+    found = place(result)
+    return None if found is None or isinstance(found[0], float) else Function(tuple(operations))
+
+
+def _rearrangement(step: Step) -> tuple[Any, ...]:
+    """How a step changes the order of the entries; () if it does not."""
+    names = (*REARRANGEMENTS, "broadcast_in_dim")
+    if step.name not in names or step.name.startswith("copy"):
+        return ()
+    shape = step.equation.invars[0].aval.shape
+    return ((step.name, shape, str(sorted(step.equation.params.items()))),)
 
 
 def _append(step: Step, operands: list[Any], operations: list[Any]) -> int | None:
@@ -150,6 +170,10 @@ def is_identity(step: Step) -> bool:
     if step.name == "convert_element_type":
         dtypes = step.equation.invars[0].aval.dtype, step.equation.outvars[0].aval.dtype
         return all(map(_is_real, dtypes))
+    if len(step.operands) != 1:
+        return False
+    if step.name == "broadcast_in_dim":  # y[None]
+        return step.equation.invars[0].aval.size == step.equation.outvars[0].aval.size
     return step.name in _IDENTITIES or (step.name == "name" and step.mark is None)
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import textwrap
 from typing import Any
 
 from stochsolvers.reports import _table
 
 STRONG = 0.5
 """The relative change above which the report warns."""
+_WIDTH = 120  # of the lines below the table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +113,8 @@ class ReplacementReport:
             "layer", "kind", "activation", "L", "step", "iterations", "1 iteration", "all", "model", "gap",
             "relative",
         ]  # fmt: skip
+        table = [_table.text(headers, [_cells(row) for row in self.rows])] if self.rows else []
         lines = []
-        if self.rows:
-            lines = [_table.text(headers, [_cells(row) for row in self.rows])]
         if not math.isnan(self.model_change):
             lines.append(
                 f"The model's output changes by {_percent(self.model_change_one)} for one iteration, by "
@@ -131,7 +132,7 @@ class ReplacementReport:
         if self.left:
             lines += ["Left as they are:"]
             lines += [f"  {one.name} ({one.kind}): {one.reason}" for one in self.left]
-        return "\n".join(lines)
+        return "\n".join(table + [_wrapped(line) for line in lines])
 
     def plot(self, ax: Any = None) -> Any:
         """Bars of the change of every layer's output, and of the model's by each alone.
@@ -153,6 +154,11 @@ def _cells(row: ReplacedLayer) -> list[str]:
         _number(row.step_size, ".3g"), str(row.num_iters), _percent(row.change_one), _percent(row.change),
         _percent(row.model_change), _number(row.gap, ".1e"), _number(row.relative_gap, ".1e"),
     ]  # fmt: skip
+
+
+def _wrapped(line: str) -> str:
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.fill(line, _WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _percent(value: float) -> str:

@@ -230,7 +230,10 @@ def _obstacle(graph: _Graph, step: Step, affected: set[int]) -> str:
         return f"its output leaves {where} without an activation"
     if step.mark is not None:
         words = {"layer": "layer", "dropout": "Dropout", "norm": "normalisation"}
-        return f"the {words[step.mark.kind]} {step.mark.label!r} follows, and no activation"
+        what = f"the {words[step.mark.kind]} {step.mark.label!r} follows"
+        if step.mark.kind == "norm":
+            return f"{what}, which can be folded in only where it alone reads the layer's output, as it is"
+        return f"{what}, and no activation"
     if is_identity(step):
         return ""
     if not is_elementwise(step):

@@ -1,0 +1,68 @@
+"""Layers that look as if a solver could take their place, and in whose model it would change the function."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import stochsolvers as ss
+
+
+class Net(nnx.Module):
+    """A function of one layer's output."""
+
+    def __init__(self, function, layer=nnx.Linear):
+        self.layer, self.function = layer(4, 4, rngs=nnx.Rngs(0)), function
+
+    def __call__(self, x):
+        return self.function(self.layer(x))
+
+
+def replace(model, where="layer"):
+    options = {"solver": ss.ProxGD(3), "inputs": jnp.ones((4, 4)), "measure": False}
+    return ss.nnx.replace_layers(model, where, **options)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: jax.nn.relu(0.5 * y + 0.5 * y.T),
+        lambda y: jnp.maximum(y, y[:, ::-1]),
+        lambda y: jax.nn.relu((y + y.reshape(2, 8).T.reshape(4, 4)) / 2),
+        lambda y: jax.nn.relu(jax.lax.optimization_barrier((jnp.ones((4, 4)), y))[0] - y),
+    ],
+)
+def test_functions_of_entries_at_different_places_are_no_activations(function):
+    with pytest.raises(ValueError, match="layer 'layer': expected one that a solver can replace"):
+        replace(Net(function))
+
+
+def test_activations_of_rearranged_outputs_are_found():
+    for function in (lambda y: jax.nn.silu(-y.T), lambda y: jnp.tanh(y.T).T + 0 * y):
+        with pytest.raises(ValueError, match="expected one that a solver can replace"):
+            replace(Net(function))
+    shrunk = replace(Net(lambda y: (lambda v: 0.5 * v + 0.5 * jnp.tanh(v))(y.T.reshape(2, 8))))
+    assert [row.activation for row in shrunk.rows] == ["custom"]
+    assert [row.activation for row in replace(Net(lambda y: jax.nn.relu(y.T[None])[0])).rows] == [
+        "relu"
+    ]
+
+
+def test_a_subclass_whose_call_is_no_function_is_left():
+    class Jitted(nnx.Linear):
+        @nnx.jit
+        def __call__(self, x):
+            return 5 * nnx.Linear.__call__(self, x)
+
+    with pytest.raises(ValueError, match="Jitted has methods of its own"):
+        replace(Net(jax.nn.relu, Jitted))
+
+
+def test_the_lines_of_a_report_are_not_long():
+    reason = "another array is added before the activation, " * 6
+    left = ss.surgery.LayerLeft("blocks.0.convolution", "Conv", reason)
+    report = ss.surgery.ReplacementReport((), (left,), 0.0, 0.0, (reason,))
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert [line.strip() for line in lines] == [line for line in map(str.strip, lines) if line]
+    assert str(report).split().count("array") == 12
