@@ -19,8 +19,6 @@ from stochsolvers.lipschitz import (
     strong_convexity,
 )
 
-pytestmark = pytest.mark.optimized
-
 CIRCULAR = {
     "odd": Geometry((4, 5), (3, 3), 2, 3, "CIRCULAR"),
     "even": Geometry((5, 4), (2, 4), 3, 2, "CIRCULAR"),
@@ -132,6 +130,7 @@ def test_dense_constants_are_exact(shape, rng):
     np.testing.assert_allclose(certified, smallest, atol=1e-12 * norm(kernel))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_strong_convexity_at_the_ends_of_the_range(dtype):
     floats = jnp.finfo(dtype)
@@ -149,6 +148,7 @@ def test_strong_convexity_at_the_ends_of_the_range(dtype):
     assert jnp.isnan(strong_convexity(ss.Dense(jnp.full((4, 2), jnp.nan, dtype))))
 
 
+@pytest.mark.optimized
 def test_strong_convexity_of_a_rank_deficient_map_is_not_invented(rng):
     column = rng.normal(size=(6, 1))
     kernel = np.concatenate([column, 3 * column, column], axis=1)  # rank 1: λ_min is exactly 0
@@ -292,6 +292,7 @@ def test_gradient_at_equal_eigenvalues_is_finite():
     np.testing.assert_allclose(jnp.vdot(gradient, delta), 2.0, rtol=1e-12)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("grid", GRIDS)
 def test_single_precision(grid, rng):
     kernel = rng.normal(size=(3, 3, 8, 16))

@@ -22,8 +22,8 @@ from stochsolvers.lipschitz import (
 )
 from stochsolvers.lipschitz.machinery import hermitian, spectra, written
 
-pytestmark = pytest.mark.optimized
-
+# whose round-off is tested as users have it
+SINGLE = pytest.param(jnp.float32, marks=pytest.mark.optimized)
 RTOL = {jnp.float32: 1e-5, jnp.float64: 1e-9}
 
 
@@ -100,6 +100,7 @@ CASES = [(name, jnp.float32) for name in ADVERSARIES] + [
 ]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda part: getattr(part, "__name__", part))
 def test_constant_and_bracket_of_adversaries(name, dtype):
     kernel, shape = ADVERSARIES[name]
@@ -114,6 +115,7 @@ def test_constant_and_bracket_of_adversaries(name, dtype):
         assert upper <= lower * (1.01 if dtype == jnp.float32 else 1 + 1e-8)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("features", [(20, 40), (5, 8)])
 def test_brackets_hold_for_many_kernels(features, rng):
     kernels = rng.normal(size=(100, 3, 3, *features))
@@ -127,6 +129,7 @@ def test_brackets_hold_for_many_kernels(features, rng):
         np.testing.assert_allclose(value, exact, rtol=RTOL[jnp.float32])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda part: getattr(part, "__name__", part))
 def test_strong_convexity_of_adversaries(name, dtype):
     kernel, shape = ADVERSARIES[name]
@@ -141,7 +144,7 @@ def test_strong_convexity_of_adversaries(name, dtype):
         assert exact - certified <= slack * squares.max()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [SINGLE, jnp.float64])
 @pytest.mark.parametrize("given", [None, 0.0, 1e3], ids=["search", "too small", "far above"])
 def test_strong_convexity_of_large_maps(dtype, given, rng):
     orthogonal = np.linalg.qr(rng.normal(size=(150, 70)))[0]
@@ -177,6 +180,7 @@ def test_strong_convexity_of_strides_and_groups(rng):
     np.testing.assert_allclose(jax.vmap(scaled)(jnp.array([1.0, 2.0])), [certified, 4 * certified])
 
 
+@pytest.mark.optimized
 def test_large_layer_in_single_precision(rng):
     for kernel in (rng.normal(size=(3, 3, 160, 160)), low_pass(rng, 3, 160, 160)):
         kernel = jnp.asarray(kernel, jnp.float32)
@@ -205,6 +209,7 @@ def blocks_of_several_leaves():
     yield 0 * plain
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_blocks_of_several_leaves(dtype):
     for kernel in blocks_of_several_leaves():
@@ -216,6 +221,7 @@ def test_blocks_of_several_leaves(dtype):
             assert upper <= lower * (1.01 if dtype == jnp.float32 else 1 + 1e-8)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("name", "factored"), [("plain", 1.0), ("low pass", 0.1)])
 def test_most_frequencies_need_no_eigenvalue(name, factored, monkeypatch):
     """Of 514 blocks, Lanczos steps for the records alone; a kernel that decays needs few factors."""
@@ -404,7 +410,7 @@ ZERO_PADDED = {
 
 
 @pytest.mark.parametrize("name", ZERO_PADDED)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [SINGLE, jnp.float64])
 def test_operator_bracket_is_tight_for_small_layers(name, dtype, rng):
     geometry = ZERO_PADDED[name]
     kernel = geometry.kernel(rng).astype(dtype)
@@ -415,6 +421,7 @@ def test_operator_bracket_is_tight_for_small_layers(name, dtype, rng):
     assert upper <= lower * (1.003 if dtype == jnp.float32 else 1 + 1e-8)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_operator_bracket_of_many_channels_on_few_pixels(dtype, rng):
     """The factors are of an order above a thousand."""
@@ -427,6 +434,7 @@ def test_operator_bracket_of_many_channels_on_few_pixels(dtype, rng):
     assert upper <= lower * (1.02 if dtype == jnp.float32 else 1 + 1e-8)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("geometry", "dtype", "loss"),
     [
