@@ -144,12 +144,8 @@ def _surroundings_obstacle(survey: Survey, call: LayerCall, prior: Any, fold: bo
         if survey.normalizations.count(norm) > 1:
             return f"the BatchNorm {norm!r} behind it is used more than once"
     if prior == "auto" and call.prior is None:
-<<<<<<< HEAD
         given = "a prior of your own" if call.activation else "prior=ss.prox.Zero(), say,"
         return f"{call.reason}; {given} replaces it all the same"
-=======
-        return f"{call.reason}; to replace it all the same, give a prior, such as ss.prox.Zero()"
->>>>>>> h-R
     return ""
 
 
