@@ -62,6 +62,7 @@ def measured(
     graph, state = nnx.split(model)
     copy = nnx.merge(graph, state, copy=True)
     switches = {}
+    module: Any
     for path, module in list(nnx.iter_modules(copy)):
         name = _survey.name(path)
         if name in found.replaced and isinstance(module, SolverLayer):
