@@ -62,13 +62,12 @@ def measured(
     graph, state = nnx.split(model)
     copy = nnx.merge(graph, state, copy=True)
     switches = {}
-    module: Any
     for path, module in list(nnx.iter_modules(copy)):
         name = _survey.name(path)
         if name in found.replaced and isinstance(module, SolverLayer):
             stack = _survey.stack_shape(module)
-            module.surgery_switch = _Switch(jnp.zeros(stack, jnp.int32))
-            switches[name] = module.surgery_switch
+            switches[name] = _Switch(jnp.zeros(stack, jnp.int32))
+            module.surgery_switch = switches[name]  # pyright: ignore[reportAttributeAccessIssue]
             object.__setattr__(module, "__class__", _switching(type(module)))
     traced, static = split_static((arguments, options))
 
