@@ -66,3 +66,20 @@ def test_the_lines_of_a_report_are_not_long():
     assert max(map(len, lines)) <= 120
     assert [line.strip() for line in lines] == [line for line in map(str.strip, lines) if line]
     assert str(report).split().count("array") == 12
+
+
+def test_a_layer_that_the_library_has_no_map_for_does_not_stop_the_others():
+    class Padded(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.same = nnx.Conv(2, 2, (3, 3), rngs=rngs)
+            self.reflect = nnx.Conv(2, 2, (3, 3), padding="REFLECT", rngs=rngs)
+
+        def __call__(self, x):
+            return jax.nn.relu(self.reflect(jax.nn.relu(self.same(x))))
+
+    report = ss.nnx.replace_layers(
+        Padded(), nnx.Conv, solver=ss.ProxGD(1), inputs=jnp.ones((1, 5, 5, 2)), measure=False
+    )
+    assert [row.name for row in report.rows] == ["same"]
+    assert "padding 'REFLECT'" in report.left[0].reason
