@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import stochsolvers as ss
@@ -83,3 +84,18 @@ def test_a_layer_that_the_library_has_no_map_for_does_not_stop_the_others():
     )
     assert [row.name for row in report.rows] == ["same"]
     assert "padding 'REFLECT'" in report.left[0].reason
+
+
+def test_inputs_by_name_are_inputs_in_linen():
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dropout(0.5)(inputs=x, deterministic=True)
+            return jax.nn.relu(nn.Dense(4)(inputs=x))
+
+    x = jnp.ones((2, 3), jnp.float32)
+    variables = Named().init(jax.random.key(0), x)
+    found = ss.linen.replace_layers(Named(), variables, "*", solver=ss.ProxGD(1), inputs=x)
+    assert [row.activation for row in found.report.rows] == ["relu"]
+    plain = Named().apply(variables, x)
+    assert jnp.array_equal(found.module.apply(found.variables, x), plain)
