@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
-    {"_typing", "_checks"},
+    {"_typing", "_checks", "_compilation"},
     {"_shards"},
     {"_convolution", "_linalg", "_symmetric"},
     {"linear_maps", "losses", "prox", "tensor_product"},

@@ -1,7 +1,6 @@
 """One call from a convex program to its certified optimum."""
 
 import dataclasses
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from stochsolvers import _checks
+from stochsolvers._compilation import LIGHT
 from stochsolvers._shards import automatic
 from stochsolvers._typing import Array, Scalar, join_static, split_static
 from stochsolvers.convex import _bound, _inputs, _terms
@@ -27,13 +27,6 @@ from stochsolvers.solvers import Solution, Status
 _MOST_DATA = 8000
 """Beyond, the n × n kernel is not factored."""
 _FEW_DATA = 2048
-_QUICK: dict[str, Any] = {
-    "xla_backend_optimization_level": 1,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-"""Halves what compiling for a CPU takes, at the same speed; outside of other transformations."""
-if version("jaxlib").startswith("0.10."):  # later ones do not have it
-    _QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 def solve(
@@ -199,7 +192,7 @@ def _minimised(
 
 _STATIC = ("static", "certify", "progress")
 _solve_within = jax.jit(_solve_program, static_argnames=_STATIC)
-_solve = jax.jit(_solve_program, static_argnames=_STATIC, compiler_options=_QUICK)
+_solve = jax.jit(_solve_program, static_argnames=_STATIC, compiler_options=LIGHT)
 
 
 def regularization_path(

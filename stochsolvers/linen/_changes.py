@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from stochsolvers import surgery
+from stochsolvers._compilation import jit_once
 from stochsolvers._typing import Array, join_static, split_static
 from stochsolvers.linen._evaluation import in_evaluation
 from stochsolvers.linen._replaced import ReplacedLayers, base_of, fresh_traces, twin_of
@@ -42,7 +43,7 @@ def measured(
         copies = [np.array(leaf) for leaf in leaves]
         seen[paths[index]].append(jax.tree.unflatten(structure, copies))
 
-    @jax.jit
+    @jit_once
     def run(variables: Any, rngs: Any, traced: Any, switches: Array) -> Any:
         inputs, options = join_static(traced, static)
 

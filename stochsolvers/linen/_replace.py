@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 from flax import linen as nn
 from flax import traverse_util
 
 from stochsolvers import _checks, _layers, surgery
+from stochsolvers._compilation import jit_once
 from stochsolvers._typing import Array, Scalar, join_static, split_static
 from stochsolvers.linen import _changes, _survey
 from stochsolvers.linen._blocks import refresh_lipschitz
@@ -173,7 +173,7 @@ def _with_constants(
     """The variables with the solvers' constants."""
     traced, static = split_static((arguments, options))
 
-    @jax.jit
+    @jit_once
     def constants(variables: Any, rngs: Any, traced: Any) -> Any:
         inputs, options = join_static(traced, static)
         return refresh_lipschitz(replaced, variables, *inputs, rngs=rngs, **options)[STATE]

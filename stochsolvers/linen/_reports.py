@@ -13,6 +13,7 @@ from flax import traverse_util
 from flax.core import tracers
 
 from stochsolvers import _checks, _equilibria, _layers, reports, surgery
+from stochsolvers._compilation import jit_once
 from stochsolvers._typing import Array, join_static, split_static
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.linen._equilibrium import (
@@ -79,7 +80,7 @@ def certify(
         hash(module)
         observe = functools.partial(_observations, module)
     except TypeError:  # arrays among its attributes: nothing to remember the compilation by
-        observe = jax.jit(functools.partial(_observe, module), static_argnums=3)
+        observe = jit_once(functools.partial(_observe, module), static_argnums=3)
     return _certificates.certificate_report(observe(variables, rngs, traced, static))
 
 
@@ -126,7 +127,7 @@ def _check_variables(variables: Any) -> None:
         _checks.fail("variables", "the collections that init returns (see Module.unbind)", got)
 
 
-_observations = functools.partial(jax.jit, static_argnums=(0, 4))(_observe)
+_observations = functools.partial(jit_once, static_argnums=(0, 4))(_observe)
 
 
 @reports.lipschitz_report.register(nn.Module)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import errors, nnx
 
 from stochsolvers import _layers, surgery
+from stochsolvers._compilation import jit_once
 from stochsolvers._typing import Array, join_static, split_static
 from stochsolvers.nnx import _survey
 from stochsolvers.nnx._solver_layer import SolverLayer, SolverRecord
@@ -61,6 +62,7 @@ def measured(
     graph, state = nnx.split(model)
     copy = nnx.merge(graph, state, copy=True)
     switches = {}
+    module: Any
     for path, module in list(nnx.iter_modules(copy)):
         name = _survey.name(path)
         if name in found.replaced and isinstance(module, SolverLayer):
@@ -70,7 +72,7 @@ def measured(
             object.__setattr__(module, "__class__", _switching(type(module)))
     traced, static = split_static((arguments, options))
 
-    @jax.jit
+    @jit_once
     def run(state: Any, traced: Any) -> Any:
         copy = nnx.merge(graph, state, copy=True)
         copy.eval()
@@ -189,7 +191,7 @@ def _numbers(records: Any, path: str) -> dict[str, np.ndarray]:
     return {**numbers, "gap": gaps, "relative_gap": relative}
 
 
-@jax.jit
+@jit_once
 def _certified(problem: Any, value: Array) -> tuple[Array, Array]:
     value = value.astype(problem.dtype)
     return problem.certificate(value), jnp.abs(problem.objective(value))

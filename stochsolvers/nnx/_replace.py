@@ -135,7 +135,7 @@ def _replace(
     changed: list[Any],
 ) -> None:
     """Change one layer, its BatchNorm and its Dropout; what is changed is appended to `changed`."""
-    layer = modules[path]
+    layer: Any = modules[path]
     base = inherits_unchanged(type(layer), tuple(_survey.SOLVERS))
     stack = _survey.stack_shape(layer)
     dropout = modules[one.dropout] if one.dropout is not None else None
@@ -150,8 +150,9 @@ def _replace(
     before = set(vars(layer))
     _stand_ins.become(layer, _survey.SOLVERS[base])
     changed.append(layer)
-    if isinstance(layer, nnx.Conv):
-        layer.spatial_shape = _survey.spatial_shape(layer, one.input_shape)
+    pixels = _survey.spatial_shape(layer, one.input_shape)
+    if pixels is not None:
+        layer.spatial_shape = pixels
     layer.folds = tuple((one.normalization or "").split(".")) if one.normalization else ()
     layer.init_stochastic(deterministic, "dropout", None)
     if stream is not None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import errors, nnx
 
 from stochsolvers import _layers, reports
+from stochsolvers._compilation import jit_once
 from stochsolvers._typing import join_static, split_static
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.nnx._dropout import linear_map_of
@@ -59,7 +60,7 @@ def certify(
     return _certificates.certificate_report(seen)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+@functools.partial(jit_once, static_argnums=(0, 3, 4))
 def _observations(graph, state, traced, static, deterministic):
     model = nnx.merge(graph, state, copy=True)
     if deterministic is not None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stochsolvers import _layers
+from stochsolvers._compilation import jit_once
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
 from stochsolvers.lipschitz import operator_bracket, strong_convexity
@@ -145,7 +146,7 @@ def norm_of(linear_map: LinearMap) -> tuple[float, float]:
     return math.sqrt(squares[0]), math.sqrt(squares[1])
 
 
-@jax.jit
+@jit_once
 def _measure_solver(settings, linear_map, upper, least, kept, reference):
     """`solver_bound`, and whether the constant that the layer keeps is of its kernel."""
     dtype = linear_map.dtype
@@ -235,7 +236,7 @@ def _layer_bound(part: Part, numbers: Sequence[Any], joined: float) -> LayerBoun
     return LayerBound(constant, side, largest, joined)
 
 
-@jax.jit
+@jit_once
 def _measure_equilibrium(
     problem: Any, input_maps: Sequence[LinearMap | None]
 ) -> tuple[Array, Array, Array]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.core
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
@@ -132,11 +133,12 @@ def _enter(
                 leaving = _enter(part, constants, fresh, program, numbers, own, calls)
                 program.steps.append(Step("results", None, tuple(leaving), (), own, calls))
             folded = _folded(equation, operands)
-            results = [next(numbers) for _ in equation.outvars] if folded is None else [folded]
+            results = [folded]
             if folded is None:
-                step = Step(
-                    name, equation, tuple(operands), tuple(results), loops, calls, _mark(equation)
-                )
+                results = [next(numbers) for _ in equation.outvars]
+                writes = tuple(results)
+                mark = _mark(equation)
+                step = Step(name, equation, tuple(operands), writes, loops, calls, mark)
                 program.steps.append(step)
         values.update(zip(equation.outvars, results, strict=True))
     return read(jaxpr.outvars)

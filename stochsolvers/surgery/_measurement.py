@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stochsolvers import _layers
+from stochsolvers._compilation import jit_once
 from stochsolvers._typing import Array
 from stochsolvers.problems import LayerProblem, NormalizedProblem
 from stochsolvers.reports import _bounds
@@ -126,7 +127,7 @@ def numbers(measurement: Measurement) -> dict[str, float]:
 MEASURED = ("lipschitz", "step_size", "change_one", "change", "gap", "relative_gap")
 
 
-@jax.jit
+@jit_once
 def _certified(problem: LayerProblem, value: Array) -> tuple[Array, Array]:
     value = value.astype(problem.dtype)
     return problem.certificate(value), jnp.abs(problem.objective(value))

@@ -62,7 +62,7 @@ GENERAL = {
     "log sigmoid": jax.nn.log_sigmoid,
     "hard sigmoid": jax.nn.hard_sigmoid,
     "squareplus": jax.nn.squareplus,
-    "flat tanh": lambda x: 0.5 * jnp.tanh(2 * x) + 1,
+    "flat tanh": lambda x: 0.5 * jnp.tanh(2 * x),
     "soft threshold": lambda x: jnp.sign(x) * jnp.maximum(jnp.abs(x) - 0.5, 0),
     "product": lambda x: (x > 0) * x,
 }
