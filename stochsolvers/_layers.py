@@ -46,12 +46,10 @@ def conv_map(
       ValueError: for unsupported options.
     """
     rank = _spatial_rank(layer, kernel)
-    input_dilation = 1 if layer.input_dilation is None else layer.input_dilation
-    if any(d != 1 for d in np.broadcast_to(input_dilation, (rank,))):
-        _checks.fail(f"input_dilation of {what}", "1", input_dilation)
+    if any(d != 1 for d in np.broadcast_to(layer.input_dilation or 1, (rank,))):
+        _checks.fail(f"input_dilation of {what}", "1", layer.input_dilation)
     if layer.mask is not None:
-        got = f"an array of shape {layer.mask.shape}"
-        _checks.fail(f"mask of {what}", "None", got)
+        _checks.fail(f"mask of {what}", "None", f"an array of shape {layer.mask.shape}")
     padding = layer.padding
     if isinstance(padding, int):
         padding = ((padding, padding),) * rank

@@ -310,10 +310,12 @@ class Jitted(nnx.Linear):
         return 5 * nnx.Linear.__call__(self, x)
 
 
-def test_layers_of_another_kind_than_they_seem_prove_nothing():
+def test_layers_of_another_kind_than_they_seem_are_bounded_by_their_operations():
     rngs, integers = nnx.Rngs(0), {"preferred_element_type": jnp.int32}
+    jitted = Jitted(3, 3, rngs=rngs)
+    norm = np.linalg.norm(np.asarray(jitted.kernel[...], np.float64), 2)
+    np.testing.assert_allclose(ss.lipschitz_report(jitted, (2, 3)).bound, 5 * norm, rtol=1e-6)
     for layer in (
-        Jitted(3, 3, rngs=rngs),
         nnx.Linear(3, 3, rngs=rngs, **integers),
         nnx.Linear(3, 3, dtype=jnp.float8_e4m3fn, rngs=rngs),
     ):

@@ -279,7 +279,7 @@ def test_a_loaded_kernel_is_not_normalised_by_the_norm_of_another(rng):
 def test_a_kept_norm_is_not_that_of_images_of_another_shape():
     """8 × 2 and 4 × 4 pixels: the kept vector has the size of both, the layers have different norms."""
     module = ss.linen.SpectralNorm(nn.Conv(1, (1, 3)))
-    kernel, x = jnp.ones((1, 3, 1, 1)), jnp.zeros((1, 8, 2, 1))
+    kernel, x = jnp.ones((1, 3, 1, 1), jnp.float32), jnp.zeros((1, 8, 2, 1), jnp.float32)
     variables = module.init(jax.random.key(0), x, update_stats=False)
     variables["params"] = jax.tree.map(
         lambda leaf: kernel if leaf.ndim == 4 else leaf, variables["params"]

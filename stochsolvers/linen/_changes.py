@@ -19,7 +19,7 @@ from stochsolvers._compilation import jit_once
 from stochsolvers._typing import Array, join_static, split_static
 from stochsolvers.linen._evaluation import in_evaluation
 from stochsolvers.linen._replaced import ReplacedLayers, base_of, fresh_traces, twin_of
-from stochsolvers.linen._survey import name
+from stochsolvers.linen._survey import inputs_first, name
 from stochsolvers.surgery import _measurement, _plan
 
 _PLAIN, _ONE, _ALL = range(3)
@@ -90,6 +90,7 @@ def _switching(replaced: ReplacedLayers, switches: Array, store: Callable[..., N
         layer = context.module
         if context.method_name != "__call__" or layer.scope is None:
             return call(*args, **kwargs)
+        args, kwargs = inputs_first(args, kwargs)
         if layer.path in dropouts and isinstance(layer, nn.Dropout):
             return args[0]
         if layer.path in norms and isinstance(layer, nn.BatchNorm):

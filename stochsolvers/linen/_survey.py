@@ -82,6 +82,7 @@ def look(
                 wrappers.pop()
         if wrappers:
             rewritten.setdefault(label, wrappers[-1])
+        args, kwargs = inputs_first(args, kwargs)
         kind = _kind(one, args, kwargs)
         if kind is None or not args:
             return call(*args, **kwargs)
@@ -104,6 +105,13 @@ def look(
     survey = in_evaluation(surveyed)
     flat = traverse_util.flatten_dict(cast(Any, nn.unbox(dict(variables))), sep="/")
     return Network(modules, survey, roots, rewritten, flat)
+
+
+def inputs_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The arguments of a layer's call, its inputs by position where they are given by name."""
+    if args or "inputs" not in kwargs:
+        return args, kwargs
+    return (kwargs["inputs"],), {name: one for name, one in kwargs.items() if name != "inputs"}
 
 
 def _root(scope: Any) -> int:

@@ -27,6 +27,7 @@ _ATTRIBUTES = frozenset(
     )
 )  # fmt: skip
 _WRAPPERS = (nnx.SpectralNorm, nnx.WeightNorm)
+_PADDINGS = ("SAME", "VALID", "CIRCULAR")
 NORM, DROPOUT = nnx.BatchNorm, nnx.Dropout
 
 
@@ -147,6 +148,9 @@ def _options_obstacle(module: Any) -> str:
         given = getattr(module, option, None)
         if not any(given is value for value in values):
             return f"it has the option {option}, which a solver layer does not support"
+    padding = getattr(module, "padding", None)
+    if isinstance(padding, str) and padding.upper() not in _PADDINGS:
+        return f"it has the padding {padding!r}, which a solver layer does not support"
     dilation = getattr(module, "input_dilation", None)
     if dilation is not None and any(
         d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)

@@ -110,20 +110,21 @@ def function_of(steps: Mapping[int, Step], argument: int, result: int) -> Functi
         if step is None:
             return None
         inputs = [place(one) for one in step.operands]
-        if any(one is None for one in inputs):
+        known = [one for one in inputs if one is not None]
+        if len(known) < len(inputs):
             return None
         if is_identity(step):
-            ((index, order),) = inputs
-            found = index, order + _rearrangement(step)
+            ((index, order),) = known
+            order += _rearrangement(step)
         else:
-            orders = {order for index, order in inputs if isinstance(index, int)}
-            index = _append(step, [index for index, _ in inputs], operations)
+            orders = {order for index, order in known if isinstance(index, int)}
+            index = _append(step, [index for index, _ in known], operations)
             if index is None or len(orders) > 1:  # entries of different places meet
                 return None
-            found = index, orders.pop() if orders else ()
-        if isinstance(found[0], int):
-            places[operand] = found
-        return found
+            order = orders.pop() if orders else ()
+        if isinstance(index, int):
+            places[operand] = index, order
+        return index, order
 
     found = place(result)
     return None if found is None or isinstance(found[0], float) else Function(tuple(operations))

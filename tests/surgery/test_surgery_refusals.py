@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import stochsolvers as ss
@@ -66,3 +67,35 @@ def test_the_lines_of_a_report_are_not_long():
     assert max(map(len, lines)) <= 120
     assert [line.strip() for line in lines] == [line for line in map(str.strip, lines) if line]
     assert str(report).split().count("array") == 12
+
+
+def test_a_layer_that_the_library_has_no_map_for_does_not_stop_the_others():
+    class Padded(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.same = nnx.Conv(2, 2, (3, 3), rngs=rngs)
+            self.reflect = nnx.Conv(2, 2, (3, 3), padding="REFLECT", rngs=rngs)
+
+        def __call__(self, x):
+            return jax.nn.relu(self.reflect(jax.nn.relu(self.same(x))))
+
+    report = ss.nnx.replace_layers(
+        Padded(), nnx.Conv, solver=ss.ProxGD(1), inputs=jnp.ones((1, 5, 5, 2)), measure=False
+    )
+    assert [row.name for row in report.rows] == ["same"]
+    assert "padding 'REFLECT'" in report.left[0].reason
+
+
+def test_inputs_by_name_are_inputs_in_linen():
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dropout(0.5)(inputs=x, deterministic=True)
+            return jax.nn.relu(nn.Dense(4)(inputs=x))
+
+    x = jnp.ones((2, 3), jnp.float32)
+    variables = Named().init(jax.random.key(0), x)
+    found = ss.linen.replace_layers(Named(), variables, "*", solver=ss.ProxGD(1), inputs=x)
+    assert [row.activation for row in found.report.rows] == ["relu"]
+    plain = Named().apply(variables, x)
+    assert jnp.array_equal(found.module.apply(found.variables, x), plain)
