@@ -108,7 +108,7 @@ def test_norms_without_a_derivative_by_the_book(rng):
     broken = ss.Dense(jnp.full((3, 4), jnp.nan, jnp.float32))
     norm, after = lipschitz.norm_step(broken, state)
     assert np.isnan(norm)
-    np.testing.assert_array_equal(after.vector, state.vector)
+    np.testing.assert_array_equal(after.vectors, state.vectors)
 
 
 def test_a_large_zero_padded_layer(rng):
@@ -447,7 +447,7 @@ def test_errors(rng):
         ),
         "^bound: expected a number >= 0": lambda: ss.spectral_penalty(dense, -1.0),
         "maps of spectral_penalty": lambda: ss.spectral_penalty([jnp.ones((2, 2))], 1.0),
-        "vector of the state of norm_step": lambda: lipschitz.norm_step(
+        "vectors of the state of norm_step": lambda: lipschitz.norm_step(
             MAPS["circular"](rng), state
         ),
         "^prior: expected a Prior": lambda: ss.optax.prox("l1", 0.1),

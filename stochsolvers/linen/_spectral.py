@@ -104,17 +104,17 @@ class SpectralNorm(nn.Module):
         name = f"{self.layer_instance.name}/kernel"
         if not (
             self.is_mutable_collection(self.collection_name)
-            or self.has_variable(self.collection_name, f"{name}/vector")
+            or self.has_variable(self.collection_name, f"{name}/vectors")
         ):
             return options.norm_of(linear_map, training=training)
         variables = {
             part: self.variable(
                 self.collection_name, f"{name}/{part}", lambda p=part: getattr(fresh, p)
             )
-            for part in ("vector", "norm", "checksum")
+            for part in ("vectors", "norm", "checksum")
         }
         state = NormState(**{part: variable.value for part, variable in variables.items()})
-        if state.vector.shape != fresh.vector.shape:  # images of another size
+        if state.vectors.shape != fresh.vectors.shape:  # images of another size
             return options.norm_of(linear_map, training=training)
         writes = self.is_mutable_collection(self.collection_name) and not self.is_initializing()
         if training:

@@ -1,8 +1,9 @@
 r"""||A|| followed through a training, by a few Krylov steps on the layer as it is.
 
-v is a unit vector on the side of the inputs or of the outputs, whichever is smaller. A step looks for the
-largest ||A w|| / ||w|| in the span of v, A*A v, …, (A*A)^k v, and keeps the w. The kernel moves little from
-one step to the next, so that ||A v|| stays at the norm, from below.
+v and w are orthogonal unit vectors on the side of the inputs or of the outputs, whichever is smaller. A step
+takes the two top Ritz vectors of A*A in the span of w, v, A*A v, …, (A*A)^k v: v is the one at which ||A v||
+is largest, and w the direction most likely to overtake it. The kernel moves little from one step to the
+next, so that ||A v|| stays at the norm, from below.
 """
 
 import functools
@@ -33,12 +34,12 @@ class NormState:
     """What is kept of a layer's norm from one training step to the next.
 
     Attributes:
-      vector: v, unit, of the smaller side; zeros before the first step.
+      vectors: v and w, (2, entries of the smaller side); zeros before the first step.
       norm: the norm, or a bound on it, as it was last computed in full.
       checksum: of the kernel that it was computed from; zeros are that of nothing.
     """
 
-    vector: Array
+    vectors: Array
     norm: Array
     checksum: Array
 
@@ -46,8 +47,8 @@ class NormState:
 def norm_state(linear_map: LinearMap) -> NormState:
     """The state that knows nothing: the first `norm_step` takes 48 steps from a fixed start."""
     dtype = compute_dtype(linear_map)
-    vector = jnp.zeros(min(sizes(linear_map)), dtype)
-    return NormState(vector, jnp.zeros((), dtype), jnp.zeros(2, jnp.uint32))
+    vectors = jnp.zeros((2, min(sizes(linear_map))), dtype)
+    return NormState(vectors, jnp.zeros((), dtype), jnp.zeros(2, jnp.uint32))
 
 
 @replicated
@@ -55,7 +56,7 @@ def norm_state(linear_map: LinearMap) -> NormState:
 def norm_step(
     linear_map: LinearMap, state: NormState, *, num_steps: int = 4
 ) -> tuple[Array, NormState]:
-    r"""(||A v||, the state with v) for the v that maximises ||A v|| in the span of v, A*A v, …, (A*A)^k v.
+    r"""(||A v||, the state with v) for the v that maximises ||A v|| in the span of w, v, …, (A*A)^k v.
 
     A lower bound on ||A|| that reaches it as the steps add up; its derivative is <u, dA v>, u ∝ A v.
 
@@ -68,13 +69,13 @@ def norm_step(
       ValueError: at trace time, if the state is that of a map of another size.
     """
     num_steps = _checks.count("num_steps", num_steps)
-    size = min(sizes(linear_map))
-    if state.vector.shape != (size,):
-        _checks.fail("vector of the state of norm_step", f"shape {(size,)}", state.vector.shape)
+    shape = (2, min(sizes(linear_map)))
+    if state.vectors.shape != shape:
+        _checks.fail("vectors of the state of norm_step", f"shape {shape}", state.vectors.shape)
     linear_map = checked(base_of(linear_map))
-    vector = _tracking(linear_map, state.vector, num_steps)
-    value = image_norm(linear_map, vector)
-    return value, NormState(_known(vector, state), state.norm, state.checksum)
+    vectors = _tracking(linear_map, state.vectors, num_steps)
+    value = image_norm(linear_map, vectors[0])
+    return value, NormState(_known(vectors, state), state.norm, state.checksum)
 
 
 @replicated
@@ -82,8 +83,8 @@ def norm_step(
 def norm_refresh(linear_map: LinearMap, state: NormState, *, certified: bool = False) -> NormState:
     """The state with `spectral_norm(A)`, or the upper end of its bracket if `certified`, for `kept_norm`."""
     linear_map = jax.tree.map(lax.stop_gradient, linear_map)
-    vector = _known(_tracking(checked(base_of(linear_map)), state.vector, _STEPS), state)
-    return NormState(vector, full_norm(linear_map, certified), checksum(linear_map))
+    vectors = _known(_tracking(checked(base_of(linear_map)), state.vectors, _STEPS), state)
+    return NormState(vectors, full_norm(linear_map, certified), checksum(linear_map))
 
 
 @replicated
@@ -96,7 +97,7 @@ def kept_norm(linear_map: LinearMap, state: NormState, *, certified: bool = Fals
     is_current = jnp.all(state.checksum == checksum(linear_map))
     return lax.cond(
         is_current,
-        lambda A: varying(_with_derivative(state.norm, A, state.vector), A),
+        lambda A: varying(_with_derivative(state.norm, A, state.vectors[0]), A),
         lambda A: varying(full_norm(A, certified), A),
         linear_map,
     )
@@ -131,47 +132,62 @@ def normalising_factor(
     return jnp.where(above, bound / jnp.where(above, norm, 1.0), 1.0)
 
 
-def _tracking(linear_map: LinearMap, vector: Array, num_steps: int) -> Array:
-    """v after `num_steps` Krylov steps; after several times as many from a fixed start if it is zero."""
+def _tracking(linear_map: LinearMap, vectors: Array, num_steps: int) -> Array:
+    """v and w after `num_steps` Krylov steps; after several times as many from a fixed start if v is zero."""
     linear_map = jax.tree.map(lax.stop_gradient, linear_map)
-    vector = lax.stop_gradient(vector)
-    is_warm = jnp.any(vector != 0)
-    start = jnp.where(is_warm, vector, spectra.fixed_start(vector.size, vector.dtype))
+    vectors = lax.stop_gradient(vectors)
+    is_warm = jnp.any(vectors[0] != 0)
+    start = spectra.fixed_start(vectors.shape[1], vectors.dtype)
+    start = jnp.where(is_warm, vectors, jnp.stack([start, start[::-1]]))
     rounds = jnp.where(is_warm, 1, -(-_COLD_STEPS // num_steps))
     return lax.fori_loop(
         0,
         rounds,
-        lambda _, v: varying(_improved(linear_map, v, num_steps), linear_map),
+        lambda _, pair: varying(_improved(linear_map, pair, num_steps), linear_map),
         varying(start, linear_map),
     )
 
 
-def _known(vector: Array, state: NormState) -> Array:
-    """The vector, or the state's where a kernel was not finite."""
-    return jnp.where(jnp.all(jnp.isfinite(vector)), vector, state.vector)
+def _known(vectors: Array, state: NormState) -> Array:
+    """The vectors, or the state's where a kernel was not finite."""
+    return jnp.where(jnp.all(jnp.isfinite(vectors)), vectors, state.vectors)
 
 
-def _improved(linear_map: LinearMap, vector: Array, num_steps: int) -> Array:
-    """The Ritz vector of the Krylov space of A*A from v, by products with A and A* alone."""
+def _improved(linear_map: LinearMap, vectors: Array, num_steps: int) -> Array:
+    """The two top Ritz vectors of the span of w, v, A*A v, …, by products with A and A* alone."""
     forward, backward, shape = smaller_side(linear_map)
+    image_shape = _image_shape(linear_map)
+
+    def image(vector):
+        return forward(vector.reshape(shape)).ravel()
+
+    def orthogonal(vector, basis):
+        """The unit vector of what is orthogonal to the basis, or zero where that is round-off."""
+        before = jnp.sqrt(jnp.sum(vector**2))
+        for _ in range(2):
+            vector = vector - (basis @ vector) @ basis
+        norm = jnp.sqrt(jnp.sum(vector**2))
+        keep = norm > 16 * jnp.finfo(norm.dtype).eps * before
+        return jnp.where(keep, vector / jnp.where(keep, norm, 1.0), 0.0)
+
     with jax.default_matmul_precision("highest"):
-        image = forward(vector.reshape(shape)).ravel()
-        scale = scale_of(image)
-        basis, images = vector[None], image[None] / scale
-        for _ in range(num_steps):
-            residual = backward(images[-1].reshape(_image_shape(linear_map))).ravel() / scale
-            for _ in range(2):
-                residual = residual - (basis @ residual) @ basis
-            norm = jnp.sqrt(jnp.sum(residual**2))
-            # what is left of an invariant space is round-off
-            keep = norm > 16 * jnp.finfo(norm.dtype).eps * jnp.sum(images[-1] ** 2)
-            following = jnp.where(keep, residual / jnp.where(keep, norm, 1.0), 0.0)
+        norm = jnp.sqrt(jnp.sum(vectors[0] ** 2))
+        basis = vectors[:1] / jnp.where(norm > 0, norm, 1.0)  # zero after a zero map
+        first = image(basis[0])
+        scale = scale_of(first)
+        images = [first / scale]
+        following = orthogonal(vectors[1], basis)
+        last = images[0]
+        for step in range(num_steps + 1):
+            if step:
+                product = backward(last.reshape(image_shape)).ravel() / scale
+                following = orthogonal(product, basis)
             basis = jnp.concatenate([basis, following[None]])
-            image = forward(following.reshape(shape)).ravel() / scale
-            images = jnp.concatenate([images, image[None]])
-        weights = jnp.linalg.eigh(images @ images.T)[1][:, -1]
-        vector = weights @ basis
-    return vector / jnp.sqrt(jnp.sum(vector**2))
+            images.append(image(following) / scale)
+            last = images[-1] if step else images[0]
+        stacked = jnp.stack(images)
+        weights = jnp.linalg.eigh(stacked @ stacked.T)[1]
+        return weights[:, :-3:-1].T @ basis
 
 
 def _image_shape(linear_map: LinearMap) -> tuple[int, ...]:

@@ -100,7 +100,7 @@ class SpectralNorm(KeepsConstant):
         self.spatial_shape = spatial_shape
         self.layer_instance = layer_instance
         self.use_running_average = not update_stats
-        self.vector: Any = nnx.data(None)
+        self.vectors: Any = nnx.data(None)
         self.norm: Any = nnx.data(None)
         self.checksum: Any = nnx.data(None)
         kept = self._kept_map(kernel)
@@ -172,10 +172,10 @@ class SpectralNorm(KeepsConstant):
 
     def norm_state(self) -> NormState:
         """What is kept of the norm, for `lipschitz.norm_step`; of a layer whose norm needs no inputs."""
-        return NormState(self.vector[...], self.norm[...], self.checksum[...])
+        return NormState(self.vectors[...], self.norm[...], self.checksum[...])
 
     def _keep(self, state: NormState) -> None:
-        for name in ("vector", "norm", "checksum"):
+        for name in ("vectors", "norm", "checksum"):
             value, variable = getattr(state, name), getattr(self, name)
             if variable is None:
                 setattr(self, name, SpectralStat(value))
