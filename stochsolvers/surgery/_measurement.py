@@ -1,6 +1,6 @@
 """How much a solver in a layer's place changes its output and the model's: the arithmetic of the report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -150,27 +150,48 @@ def relative_change(outputs: Any, plain: Any) -> float:
     return float(np.sqrt(squares[0] / squares[1])) if squares[1] else float(np.sqrt(squares[0]))
 
 
+def row(
+    path: str,
+    index: tuple[int, ...],
+    kind: str,
+    one: Replacement,
+    measured: Mapping[str, float],
+    model: float,
+) -> ReplacedLayer:
+    """The row of a layer, or of one of a stack of layers.
+
+    Args:
+      path: of the layer.
+      index: in the stack, () of a layer by itself.
+      kind: its class.
+      one: what replaces it.
+      measured: what `numbers` returns; empty if nothing was measured.
+      model: how much it alone changes the model's output.
+    """
+    values = {name: measured.get(name, np.nan) for name in MEASURED}
+    return ReplacedLayer(
+        name=path + "".join(f"[{i}]" for i in index),
+        kind=kind,
+        activation=one.activation,
+        prior=repr(one.prior),
+        num_iters=iterations(one.solver),
+        model_change=model,
+        normalization=one.normalization or "",
+        dropout=one.dropout or "",
+        tau=one.tau,
+        note="; ".join(filter(None, (one.note, _of_gap(values["gap"])))),
+        **values,
+    )
+
+
 def rows_of(
-    path: str, kind: str, one: Replacement, measured: Sequence[dict[str, Any]], model: float
+    path: str, kind: str, one: Replacement, measured: Sequence[Mapping[str, float]], model: float
 ) -> list[ReplacedLayer]:
     """The rows of a layer: one for each measurement, of a stack of layers one for each of the stack."""
-    labels = [f"{path}[{i}]" for i in range(len(measured))] if len(measured) > 1 else [path]
-    nan: dict[str, Any] = dict.fromkeys(MEASURED, np.nan)
+    indices = [(i,) for i in range(len(measured))] if len(measured) > 1 else [()]
     return [
-        ReplacedLayer(
-            name=label,
-            kind=kind,
-            activation=one.activation,
-            prior=repr(one.prior),
-            num_iters=iterations(one.solver),
-            model_change=model,
-            normalization=one.normalization or "",
-            dropout=one.dropout or "",
-            tau=one.tau,
-            note="; ".join(filter(None, (one.note, _of_gap(values["gap"])))),
-            **values,
-        )
-        for label, values in zip(labels, measured or [nan], strict=True)
+        row(path, index, kind, one, values, model)
+        for index, values in zip(indices, measured or [{}], strict=True)
     ]
 
 
