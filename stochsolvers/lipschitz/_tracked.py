@@ -170,8 +170,10 @@ def _improved(linear_map: LinearMap, vector: Array, num_steps: int) -> Array:
             image = forward(following.reshape(shape)).ravel() / scale
             images = jnp.concatenate([images, image[None]])
         weights = jnp.linalg.eigh(images @ images.T)[1][:, -1]
-        vector = weights @ basis
-    return vector / jnp.sqrt(jnp.sum(vector**2))
+        found = weights @ basis
+    norm = jnp.sqrt(jnp.sum(found**2))
+    # all images of A = 0 are zero, and the weights may be those of a vector that was not kept
+    return jnp.where(norm == 0, vector, found / jnp.where(norm == 0, 1.0, norm))
 
 
 def _image_shape(linear_map: LinearMap) -> tuple[int, ...]:
