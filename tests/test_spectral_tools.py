@@ -282,6 +282,16 @@ def test_an_array_or_a_layer_is_no_map():
             ss.spectral_norm(wrong)
 
 
+def test_training_leaves_a_singular_vector_that_is_no_longer_the_first():
+    model = ss.nnx.SpectralNorm(nnx.Linear(6, 6, use_bias=False, rngs=nnx.Rngs(0)))
+    eye = jnp.eye(6, dtype=jnp.float32)
+    for scale in (1.0, 20.0):  # the kept vector is the first unit vector, exactly
+        model.layer_instance.kernel[...] = eye.at[0, 0].set(2.0).at[3, 3].set(scale)
+        for _ in range(3):
+            model(eye)
+    np.testing.assert_allclose(np.linalg.norm(model(eye), 2), 1.0, rtol=1e-3)
+
+
 def test_a_kernel_of_zeros_stays_finite():
     model = ss.nnx.SpectralNorm(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), bound=0.5)
     model.layer_instance.kernel[...] = jnp.zeros((4, 3), jnp.float32)

@@ -26,6 +26,7 @@ from stochsolvers.lipschitz.machinery.blocks import scale_of
 from stochsolvers.lipschitz.machinery.written import base_of, checked, sizes
 
 _STEPS, _COLD_STEPS = 4, 48
+_NUDGE = 2.0**-8
 
 
 @value_object
@@ -136,7 +137,9 @@ def _tracking(linear_map: LinearMap, vector: Array, num_steps: int) -> Array:
     linear_map = jax.tree.map(lax.stop_gradient, linear_map)
     vector = lax.stop_gradient(vector)
     is_warm = jnp.any(vector != 0)
-    start = jnp.where(is_warm, vector, spectra.fixed_start(vector.size, vector.dtype))
+    fixed = spectra.fixed_start(vector.size, vector.dtype)
+    start = jnp.where(is_warm, vector + _NUDGE * fixed, fixed)  # leaves invariant spaces of A*A
+    start = start / jnp.sqrt(jnp.sum(start**2))
     rounds = jnp.where(is_warm, 1, -(-_COLD_STEPS // num_steps))
     return lax.fori_loop(
         0,
