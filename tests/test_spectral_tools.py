@@ -276,6 +276,35 @@ def test_a_loaded_kernel_is_not_normalised_by_the_norm_of_another(rng):
     np.testing.assert_allclose(top(matrix_of(model, (4,), jnp.float32)), 1.0, rtol=1e-5)
 
 
+def test_an_array_or_a_layer_is_no_map():
+    for wrong in (jnp.eye(3), nnx.Linear(3, 3, rngs=nnx.Rngs(0))):
+        with pytest.raises(ValueError, match="map of spectral_norm: expected a LinearMap such as"):
+            ss.spectral_norm(wrong)
+
+
+def test_training_leaves_a_singular_vector_that_is_no_longer_the_first():
+    model = ss.nnx.SpectralNorm(nnx.Linear(6, 6, use_bias=False, rngs=nnx.Rngs(0)))
+    eye = jnp.eye(6, dtype=jnp.float32)
+    for scale in (1.0, 20.0):  # the kept vector is the first unit vector, exactly
+        model.layer_instance.kernel[...] = eye.at[0, 0].set(2.0).at[3, 3].set(scale)
+        for _ in range(3):
+            model(eye)
+    np.testing.assert_allclose(np.linalg.norm(model(eye), 2), 1.0, rtol=1e-3)
+
+
+def test_a_kernel_of_zeros_stays_finite():
+    model = ss.nnx.SpectralNorm(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), bound=0.5)
+    model.layer_instance.kernel[...] = jnp.zeros((4, 3), jnp.float32)
+    x = jnp.ones((2, 4), jnp.float32)
+    gradient = nnx.grad(lambda model: jnp.sum((model(x) - 1) ** 2))(model)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradient))
+    model.eval()
+    report = ss.lipschitz_report(model, (1, 4))
+    assert report.bound < 1e-6
+    model.layer_instance.kernel[...] = jnp.ones((4, 3), jnp.float32)
+    np.testing.assert_allclose(ss.lipschitz_report(model, (1, 4)).bound, 0.5, rtol=1e-5)
+
+
 def test_a_kept_norm_is_not_that_of_images_of_another_shape():
     """8 × 2 and 4 × 4 pixels: the kept vector has the size of both, the layers have different norms."""
     module = ss.linen.SpectralNorm(nn.Conv(1, (1, 3)))

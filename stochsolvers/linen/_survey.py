@@ -16,11 +16,12 @@ from stochsolvers.linen._evaluation import in_evaluation
 from stochsolvers.linen._following import Path
 from stochsolvers.linen._layers import SolverLayer, linear_map_of
 from stochsolvers.linen._replaced import TWINS, ReplacedLayers, fresh_traces
+from stochsolvers.linen._spectral import SpectralNorm
 from stochsolvers.reports._known_layers import inherits_unchanged
 from stochsolvers.surgery._plan import Candidate
 
 _OTHERS = (nn.ConvTranspose, nn.ConvLocal, nn.Einsum, SolverLayer)
-_WRAPPERS = (nn.SpectralNorm, nn.WeightNorm)
+_WRAPPERS = (nn.SpectralNorm, nn.WeightNorm, SpectralNorm)
 
 
 @dataclasses.dataclass

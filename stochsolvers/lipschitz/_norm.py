@@ -49,6 +49,9 @@ def spectral_norm(linear_map: LinearMap) -> Array:
     Returns:
       scalar, in float32 or the map's wider dtype. Differentiable, `jit`-able.
     """
+    if not isinstance(linear_map, LinearMap):
+        got = "an array" if hasattr(linear_map, "shape") else type(linear_map).__name__
+        _checks.fail("map of spectral_norm", "a LinearMap such as Dense(W) or Conv(W, shape)", got)
     base = base_of(linear_map)
     if isinstance(base, Conv) and not is_exact(base):
         if not is_small(base):

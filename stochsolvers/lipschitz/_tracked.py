@@ -27,6 +27,7 @@ from stochsolvers.lipschitz.machinery.blocks import scale_of
 from stochsolvers.lipschitz.machinery.written import base_of, checked, sizes
 
 _STEPS, _COLD_STEPS = 4, 48
+_NUDGE = 2.0**-12
 
 
 @value_object
@@ -137,8 +138,9 @@ def _tracking(linear_map: LinearMap, vectors: Array, num_steps: int) -> Array:
     linear_map = jax.tree.map(lax.stop_gradient, linear_map)
     vectors = lax.stop_gradient(vectors)
     is_warm = jnp.any(vectors[0] != 0)
-    start = spectra.fixed_start(vectors.shape[1], vectors.dtype)
-    start = jnp.where(is_warm, vectors, jnp.stack([start, start[::-1]]))
+    fixed = spectra.fixed_start(vectors.shape[1], vectors.dtype)
+    warm = vectors.at[0].add(_NUDGE * fixed)  # leaves invariant spaces of A*A
+    start = jnp.where(is_warm, warm, jnp.stack([fixed, fixed[::-1]]))
     rounds = jnp.where(is_warm, 1, -(-_COLD_STEPS // num_steps))
     return lax.fori_loop(
         0,

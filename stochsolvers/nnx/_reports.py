@@ -21,6 +21,7 @@ from stochsolvers.nnx._layers import SolverConv, SolverLinear
 from stochsolvers.nnx._linear_general import SolverLinearGeneral
 from stochsolvers.nnx._proxprop import ProxPropConv, ProxPropLinear
 from stochsolvers.nnx._solver_layer import SolverLayer, SolverRecord
+from stochsolvers.nnx._spectral import SpectralNorm
 from stochsolvers.nnx._stand_ins import FrozenBatchNorm
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged, keeps_digits
@@ -192,7 +193,7 @@ def _owner(path: tuple[Any, ...], modules: Mapping[str, nnx.Module]) -> str:
     return next(name for name in names if name in modules)
 
 
-_WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm)  # they call layers with other kernels
+_WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm, SpectralNorm)  # they call layers with other kernels
 
 
 def _mark_layers(model: nnx.Module) -> None:

@@ -11,6 +11,7 @@ from stochsolvers._typing import join_static, split_static
 from stochsolvers.nnx._layers import SolverConv, SolverLinear
 from stochsolvers.nnx._linear_general import SolverLinearGeneral
 from stochsolvers.nnx._solver_layer import SolverLayer
+from stochsolvers.nnx._spectral import SpectralNorm
 from stochsolvers.reports._known_layers import inherits_unchanged
 from stochsolvers.surgery._plan import Candidate
 
@@ -26,7 +27,7 @@ _ATTRIBUTES = frozenset(
         "deterministic", "rng_collection", "fold_scale", "fold_shift", "folds", "spatial_shape",
     )
 )  # fmt: skip
-_WRAPPERS = (nnx.SpectralNorm, nnx.WeightNorm)
+_WRAPPERS = (nnx.SpectralNorm, nnx.WeightNorm, SpectralNorm)
 _PADDINGS = ("SAME", "VALID", "CIRCULAR")
 NORM, DROPOUT = nnx.BatchNorm, nnx.Dropout
 

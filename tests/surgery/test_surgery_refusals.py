@@ -99,3 +99,23 @@ def test_inputs_by_name_are_inputs_in_linen():
     assert [row.activation for row in found.report.rows] == ["relu"]
     plain = Named().apply(variables, x)
     assert jnp.array_equal(found.module.apply(found.variables, x), plain)
+
+
+def test_layers_that_the_library_normalises_are_left():
+    with pytest.raises(ValueError, match="made by SpectralNorm: remove that first"):
+        replace(
+            Net(jax.nn.relu, lambda *args, rngs: ss.nnx.SpectralNorm(nnx.Linear(*args, rngs=rngs))),
+            "*",
+        )
+
+    class Normalised(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jax.nn.relu(ss.linen.SpectralNorm(nn.Dense(4))(x, update_stats=False))
+
+    x = jnp.ones((2, 4), jnp.float32)
+    variables = Normalised().init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="SpectralNorm: remove that first"):
+        ss.linen.replace_layers(
+            Normalised(), variables, "*", solver=ss.ProxGD(2), inputs=x, measure=False
+        )
