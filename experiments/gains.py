@@ -20,7 +20,7 @@ network with the solvers in place, before it is finetuned. Gain: test accuracy o
 was, finetuned as long, seed by seed. ± is the sample standard deviation over seeds (n − 1); ± trials that
 over repeated tests of one network (n), which samples; full gradient: the same network without sampling."""
 
-TICKS = (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
+TICKS = (-50, -20, -5, -2, -1, 0, 1, 2, 5, 20, 50)
 Gains = dict[str, dict[str, list[float]]]
 """For each network and arm, the gain of each seed."""
 
