@@ -20,6 +20,7 @@ network with the solvers in place, before it is finetuned. Gain: test accuracy o
 was, finetuned as long, seed by seed. ± is the sample standard deviation over seeds (n − 1); ± trials that
 over repeated tests of one network (n), which samples; full gradient: the same network without sampling."""
 
+TICKS = (-50, -20, -5, -2, -1, 0, 1, 2, 5, 20, 50)
 Gains = dict[str, dict[str, list[float]]]
 """For each network and arm, the gain of each seed."""
 
@@ -69,8 +70,10 @@ def of(rows: Rows) -> Gains:
 
 
 def draw(path: Path, contents: Gains, *, title: str) -> None:
-    """A bar for each arm, its mean over the seeds, and a dot for each seed."""
+    """A bar for each arm, its mean over the seeds, and a dot for each seed; logarithmic beyond one point."""
     arms = list(dict.fromkeys(arm for group in contents.values() for arm in group))
+    every = [value for group in contents.values() for values in group.values() for value in values]
+    low, high = min(*every, -1.0), max(*every, 1.0)
     with mpl.rc_context(plots.STYLE):
         size = (2.6 + 2.2 * len(contents), 1.2 + 0.35 * len(arms))
         figure = Figure(figsize=size, layout="constrained")
@@ -82,7 +85,12 @@ def draw(path: Path, contents: Gains, *, title: str) -> None:
                     axes.barh(place, np.mean(values), color="C0", alpha=0.4, height=0.6)
                     axes.plot(values, [place] * len(values), "o", color="C0", markersize=4)
             axes.axvline(0, color="0.3", linewidth=0.8)
-            axes.set(title=name, xlabel="gain (points)")
+            axes.set(title=name, xlabel="gain (points)", axisbelow=True)
+            axes.set_xscale("symlog", linthresh=1.0, linscale=0.5)
+            axes.set_xlim(1.4 * low, 1.4 * high)
+            shown = [tick for tick in TICKS if low <= tick <= high]
+            axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+            axes.minorticks_off()
         grid[0].set_yticks(range(len(arms)), arms)
         grid[0].invert_yaxis()
         figure.suptitle(title)
