@@ -2,7 +2,7 @@
 
 Most of the time of these tests is XLA's. Programs are therefore compiled without most optimisations, but
 in tests marked `optimized`: those of round-off, of equality to the last bit, of memory and operations.
-README's examples run with the settings of a user.
+README's examples run with the settings of a user, but for that.
 """
 
 import gc

@@ -52,9 +52,13 @@ def test_the_objects_of_a_users_own_are_short():
 
 @pytest.mark.parametrize(("code", "printed"), BLOCKS.values(), ids=BLOCKS)
 def test_examples_print_what_the_page_shows(code, printed, users_environment):
+    quickly_compiled = {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1",
+    }
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env=users_environment,
+        env={**users_environment, **quickly_compiled},
         capture_output=True,
         text=True,
         check=True,
