@@ -168,6 +168,12 @@ LAYERS = {
         ss.nnx.SolverConv(2, 3, (2, 2), solver=ss.ProxGD(2), spatial_shape=(3, 3), rngs=streams()),
         IMAGES,
     ),
+    "nnx.SolverLinearGeneral": lambda: Layer(
+        ss.nnx.SolverLinearGeneral(4, 3, solver=ss.ProxGD(2), rngs=streams()), VECTORS
+    ),
+    "linen.SolverDenseGeneral": lambda: linen(
+        ss.linen.SolverDenseGeneral(3, solver=ss.ProxGD(2)), VECTORS
+    ),
     "linen.SolverDense": lambda: linen(ss.linen.SolverDense(3, solver=ss.ProxSG(0.5, 3)), VECTORS),
     "linen.SolverConv": lambda: linen(ss.linen.SolverConv(3, (2, 2), solver=ss.ProxGD(2)), IMAGES),
 }

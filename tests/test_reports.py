@@ -921,8 +921,8 @@ def test_a_layer_that_computes_something_else_is_not_bounded_by_its_kernel():
     )
 
     class SteepDense(ss.linen.SolverDense):
-        def _solve(self, linear_map, inputs, *args):
-            return super()._solve(linear_map, 10 * inputs, *args)
+        def assembled(self, inputs):
+            return super().assembled(10 * inputs)
 
     class Shifted(nn.Module):
         @nn.compact
