@@ -486,6 +486,10 @@ def test_errors(rng):
         "map of kernel: expected one with the leaf": lambda: strange.update(
             params, strange.init(params), params
         ),
+        r"params of project_spectral_norm: .* give maps, .* got conv/kernel of shape \(3, 3, 2, 4\)": (
+            lambda: project.init({"conv": {"kernel": jnp.ones((3, 3, 2, 4))}})
+        ),
+        "params of project_spectral_norm: .* got no leaves": lambda: project.init({}),
         "method: expected one of 'clip', 'scale'": lambda: ss.optax.project_spectral_norm(
             method="x"
         ),

@@ -1,5 +1,6 @@
 """A solver in the place of layers of a trained Linen network, and back."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +58,8 @@ def replace_layers(
     optimiser states go both ways. What is particular to Linen:
 
     - A solver that samples does so where the Dropout before its layer would, if its rate was absorbed; else
-      where the random stream "dropout" is given to `apply`.
+      where the random stream "dropout" is given to `apply`. A Dropout stays where a lifted transform is
+      around it and not around the layer, or the other way round.
     - The scale and the bias of a BatchNorm that is folded in are those of the variables at hand. It keeps its
       running statistics in training too.
     - The constants are kept in "solver_state", which `refresh_lipschitz` recomputes. A layer within `nn.scan`
@@ -108,6 +110,7 @@ def replace_layers(
         rates={p: m.rate for p, m in network.modules.items() if isinstance(m, nn.Dropout)},
         dropout=dropout,
         fold=fold_batch_norm,
+        apart=functools.partial(_survey.apart, network),
     )
     layers = tuple(
         _replacement(

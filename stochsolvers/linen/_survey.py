@@ -21,7 +21,11 @@ from stochsolvers.reports._known_layers import inherits_unchanged
 from stochsolvers.surgery._plan import Candidate
 
 _OTHERS = (nn.ConvTranspose, nn.ConvLocal, nn.Einsum, SolverLayer)
-_WRAPPERS = (nn.SpectralNorm, nn.WeightNorm, SpectralNorm)
+_WRAPPERS: dict[type, str] = {
+    nn.SpectralNorm: "nn.SpectralNorm",
+    nn.WeightNorm: "nn.WeightNorm",
+    SpectralNorm: "ss.linen.SpectralNorm",
+}
 
 
 @dataclasses.dataclass
@@ -32,6 +36,7 @@ class Network:
       modules: by path as text, in the order of their first calls.
       survey: what stands around its layers.
       roots: by path, the number of modules that contain both a module and the lifted transforms around it.
+      traces: by path, what JAX traces while a module is called: the network, or a lifted transform in it.
       rewritten: the wrappers that call a layer with another kernel, by the layer's path.
       variables: of the network, by path as text.
     """
@@ -39,6 +44,7 @@ class Network:
     modules: dict[str, Any]
     survey: surgery.Survey
     roots: dict[str, int]
+    traces: dict[str, list[Any]]
     rewritten: dict[str, str]
     variables: dict[str, Any]
 
@@ -65,6 +71,7 @@ def look(
         _checks.fail("module", "a plain network (see restore_layers)", "one with replaced layers")
     modules: dict[str, Any] = {}
     roots: dict[str, int] = {}
+    traces: dict[str, list[Any]] = {}
     rewritten: dict[str, str] = {}
     wrappers: list[str] = []
 
@@ -75,8 +82,11 @@ def look(
         label = name(one.path)
         modules.setdefault(label, one)
         roots.setdefault(label, _root(one.scope))
-        if isinstance(one, _WRAPPERS):
-            wrappers.append(type(one).__name__)
+        trace, seen = one.scope.root.trace_level, traces.setdefault(label, [])
+        if trace not in seen:
+            seen.append(trace)
+        if isinstance(one, tuple(_WRAPPERS)):
+            wrappers.append(_WRAPPERS.get(type(one), type(one).__name__))
             try:
                 return call(*args, **kwargs)
             finally:
@@ -95,6 +105,7 @@ def look(
 
     def forward(variables: Any, rngs: Any, traced: Any, mutable: Any) -> Any:
         inputs, options = join_static(traced, static)
+        traces.clear()  # of a pass that failed
         with fresh_traces(), nn.intercept_methods(mark):
             return module.apply(variables, *inputs, rngs=rngs, mutable=mutable, **options)[0]
 
@@ -105,7 +116,7 @@ def look(
 
     survey = in_evaluation(surveyed)
     flat = traverse_util.flatten_dict(cast(Any, nn.unbox(dict(variables))), sep="/")
-    return Network(modules, survey, roots, rewritten, flat)
+    return Network(modules, survey, roots, traces, rewritten, flat)
 
 
 def inputs_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -144,9 +155,7 @@ def candidates(network: Network, chosen: Mapping[str, surgery.Chosen]) -> dict[s
         reason = _obstacle(module)
         if label in network.rewritten and not reason:
             wrapper = network.rewritten[label]
-            reason = (
-                f"its kernel is another one at each call, made by nn.{wrapper}: remove that first"
-            )
+            reason = f"its kernel is another one at each call, made by {wrapper}: remove that first"
         reason = reason or _far_norm(network, label) or _map_obstacle(network, label)
         found[label] = Candidate(kind, reason, _stacked(network, label))
     return found
@@ -167,6 +176,17 @@ def _far_norm(network: Network, label: str) -> str:
                     "nn.remat or nn.jit around it"
                 )
     return ""
+
+
+def apart(network: Network, dropout: str, layer: str) -> str:
+    """Whether a transform is around a Dropout and not around a layer behind it, or the other way round.
+
+    The solver learns while JAX traces whether the Dropout samples; of a program that `nn.jit` keeps it would
+    learn that once.
+    """
+    if network.traces[dropout] == network.traces[layer]:
+        return ""
+    return "an nn.jit, nn.remat, nn.vmap, nn.scan or the like is around one of the two alone"
 
 
 def _map_obstacle(network: Network, label: str) -> str:

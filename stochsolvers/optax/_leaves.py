@@ -18,6 +18,22 @@ def path_string(path: Any) -> str:
     return "/".join(keys)
 
 
+def matches(function: Callable[[str, Any], Any], params: Any) -> tuple[bool, str]:
+    """Whether f(path, leaf) is not None for a leaf, computing nothing; the leaves as text, 8 of them."""
+    found: list[bool] = []
+
+    def look(path: Any, leaf: Any) -> None:
+        found.append(function(path_string(path), leaf) is not None)
+
+    jax.eval_shape(lambda tree: jax.tree_util.tree_map_with_path(look, tree), params)
+    leaves = [
+        f"{path_string(path) or 'an array'} of shape {tuple(getattr(leaf, 'shape', ()))}"
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
+    more = [f"{len(leaves) - 8} more"] if len(leaves) > 8 else []
+    return any(found), ", ".join(leaves[:8] + more) or "no leaves"
+
+
 def moved(function: Callable[[str, Any], Any], updates: Any, params: Any, what: str) -> Any:
     """The updates u that lead to f(path, θ + u) wherever that is not None: f(θ + u) − θ.
 

@@ -11,7 +11,7 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Dense, LinearMap, Transposed
 from stochsolvers.lipschitz import clip_singular_values, normalising_factor, spectral_norm
-from stochsolvers.optax._leaves import moved
+from stochsolvers.optax._leaves import matches, moved
 
 
 class ProjectState(NamedTuple):
@@ -48,8 +48,8 @@ def project_spectral_norm(
       every: the number of steps from one projection to the next.
 
     Raises:
-      ValueError: for a bound ≤ 0; in `update`, without parameters, or for maps that do not hold the leaf as
-        their kernel.
+      ValueError: for a bound ≤ 0; in `init`, if `maps` names no leaf of the parameters; in `update`, without
+        parameters, or for maps that do not hold the leaf as their kernel.
     """
     _checks.positive("bound", bound)
     _checks.member("method", method, ("clip", "scale"))
@@ -69,7 +69,14 @@ def project_spectral_norm(
         return clip_singular_values(kept, bound).kernel
 
     def init(params: Any) -> ProjectState:
-        del params
+        found, leaves = matches(maps, params)
+        if not found:
+            _checks.fail(
+                "params of project_spectral_norm",
+                "a leaf that maps makes a LinearMap (by default one named kernel with two axes): give maps, "
+                "from a path and an array to an ss.Conv(array, image_shape), say, or None",
+                leaves,
+            )
         return ProjectState(jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

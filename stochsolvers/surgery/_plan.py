@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from stochsolvers import _checks
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solver
-from stochsolvers.surgery._survey import LayerCall, Survey
+from stochsolvers.surgery._survey import DropoutCall, LayerCall, Survey
 from stochsolvers.surgery._where import Chosen
 
 Dropout = Literal["absorb", "keep"]
@@ -78,6 +78,7 @@ def plan(
     rates: Mapping[str, float],
     dropout: Dropout,
     fold: bool,
+    apart: Callable[[str, str], str] = lambda dropout, layer: "",
 ) -> Plan:
     """Decide for each layer.
 
@@ -90,6 +91,8 @@ def plan(
       rates: of the model's Dropouts, by path.
       dropout: whether a solver that samples takes over the rate of a Dropout directly before its layer.
       fold: whether a BatchNorm between a layer and its activation is folded in.
+      apart: of the paths of a Dropout and of a layer behind it, why the one's rate cannot become the other's
+        sampling, or "".
 
     Raises:
       ValueError: for a layer named by its path or by a predicate that must be left, and where all must.
@@ -116,7 +119,7 @@ def plan(
         reasons = "; ".join(f"{path}: {reason}" for path, reason in list(left.items())[:6])
         _checks.fail("where", "a layer that a solver can replace", reasons or "no linear layer")
     if dropout == "absorb":
-        _absorb(survey, replaced, solver, rates)
+        _absorb(survey, replaced, solver, rates, apart)
     return Plan(replaced, left)
 
 
@@ -170,14 +173,18 @@ def _replacement(call: LayerCall, solver: Solver, prior: Any) -> Replacement:
 
 
 def _absorb(
-    survey: Survey, replaced: dict[str, Replacement], solver: Solver, rates: Mapping[str, float]
+    survey: Survey,
+    replaced: dict[str, Replacement],
+    solver: Solver,
+    rates: Mapping[str, float],
+    apart: Callable[[str, str], str],
 ) -> None:
     """Give the rates of Dropouts to the solvers behind them, where these sample the inputs."""
-    by_label: dict[str, list[Any]] = {}
+    by_label: dict[str, list[DropoutCall]] = {}
     for call in survey.dropouts:
         by_label.setdefault(call.label, []).append(call)
     for label, calls in by_label.items():
-        readers = {reader for call in calls for reader in call.readers if reader in replaced}
+        readers = sorted({one for call in calls for one in call.readers if one in replaced})
         if not readers:
             continue
         tau = 1.0 - rates[label]
@@ -189,14 +196,29 @@ def _absorb(
             or any(set(call.readers) - set(replaced) for call in calls)
         ):
             reason = "something else reads what it returns"
+        reason = reason or next(filter(None, (apart(label, one) for one in readers)), "")
         for reader in readers:
             one = replaced[reader]
             if reason:
                 note = f"the Dropout {label} before it stays: {reason}"
                 replaced[reader] = dataclasses.replace(one, note=_joined(one.note, note))
             else:
-                sampling = _with_tau(solver, tau)
-                replaced[reader] = dataclasses.replace(one, solver=sampling, dropout=label, tau=tau)
+                replaced[reader] = dataclasses.replace(
+                    one,
+                    solver=_with_tau(solver, tau),
+                    dropout=label,
+                    tau=tau,
+                    note=_joined(one.note, _of_others(calls, label, reader)),
+                )
+
+
+def _of_others(calls: list[DropoutCall], label: str, reader: str) -> str:
+    """What to know where a layer shares the masks of an absorbed Dropout with other layers."""
+    others = sorted({one for call in calls if reader in call.readers for one in call.readers})
+    others = ", ".join(one for one in others if one != reader)
+    if not others:
+        return ""
+    return f"the Dropout {label} is before {others} too: each layer samples by itself, not one mask for all"
 
 
 def _keeps(solver: Solver) -> str:

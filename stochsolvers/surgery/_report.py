@@ -110,7 +110,7 @@ class ReplacementReport:
     def __str__(self) -> str:
         """The aligned table of the replaced layers; those that were left; what to know."""
         headers = [
-            "layer", "kind", "activation", "L", "step", "iterations", "1 iteration", "all", "model", "gap",
+            "layer", "kind", "activation", "L", "step", "K", "change, K = 1", "change", "of model", "gap",
             "relative",
         ]  # fmt: skip
         table = [_table.text(headers, [_cells(row) for row in self.rows])] if self.rows else []

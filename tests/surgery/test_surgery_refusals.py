@@ -1,5 +1,7 @@
 """Layers that look as if a solver could take their place, and in whose model it would change the function."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -119,3 +121,32 @@ def test_layers_that_the_library_normalises_are_left():
         ss.linen.replace_layers(
             Normalised(), variables, "*", solver=ss.ProxGD(2), inputs=x, measure=False
         )
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "named"),
+    [(nn.SpectralNorm, "nn.SpectralNorm"), (ss.linen.SpectralNorm, "ss.linen.SpectralNorm")],
+)
+def test_the_wrapper_that_makes_another_kernel_is_named(wrapper, named):
+    class Wrapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.Dense(4, name="dense")
+            return nn.relu(wrapper(dense, name="wrapper")(x, update_stats=False))
+
+    x = jnp.ones((2, 4))
+    variables = Wrapped().init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=f"made by {named}: remove that first"):
+        ss.linen.replace_layers(
+            Wrapped(), variables, "dense", solver=ss.ProxGD(3), inputs=x, measure=False
+        )
+
+
+def test_the_columns_of_a_report_say_what_they_are():
+    long = replace(Net(jax.nn.relu), "layer")
+    name = "encoder.blocks.10.mlp.up.0"
+    number = dict.fromkeys(("lipschitz", "step_size", "change_one", "change", "gap"), 0.0123456)
+    row = dataclasses.replace(long.rows[0], name=name, activation="leaky_relu", **number)
+    header, rule, *_ = str(dataclasses.replace(long, rows=(row,))).splitlines()
+    assert "  K  change, K = 1  change  of model" in header
+    assert len(rule) < 120
