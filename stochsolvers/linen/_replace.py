@@ -189,7 +189,8 @@ def _notes(found: _plan.Plan, variables: Mapping[str, Any], normalize: bool) -> 
     notes = []
     if any(one.normalization for one in found.replaced.values()):
         notes.append(
-            "BatchNorms that are folded in keep their running statistics, in training too."
+            "BatchNorms that are folded in keep their running statistics, in training too; their values are "
+            "read from the variables at every call."
         )
     if any(one.dropout for one in found.replaced.values()):
         notes.append("Dropouts whose rates the solvers sample with are off until restore_layers.")

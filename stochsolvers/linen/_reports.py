@@ -336,7 +336,11 @@ def _part(
         variance = own[f"batch_stats/{prefix}var"]
         if call.reads_others or not call.reads(variance):
             return _lipschitz.Part(kind)  # with another variance
-        return _lipschitz.Part(kind, normalisation=(own.get(weights[0]), variance, layer.epsilon))
+        return _lipschitz.Part(
+            kind,
+            normalisation=(own.get(weights[0]), variance, layer.epsilon),
+            channels_last=layer.axis in (-1, len(call.input_shape) - 1),
+        )
     linear_map_for = _LINEAR_MAPS[inherits_unchanged(type(layer), _LINEAR_MAPS)]
     kernel, following = own[weights[0]], getattr(layer, "following", None)
     if following is not None:

@@ -45,7 +45,8 @@ def replace_layers(
 
     - The BatchNorm y ↦ s y + t is folded in: the problem has the map s A and the bias s b + t, and the layer
       returns y + (w_K − w_1)/s, which the model's BatchNorm makes w_K. It keeps its running statistics, in
-      training too; s and t are kept as L is, and follow at `refresh_lipschitz`.
+      training too. The layer holds copies of s and t, as it holds L: after other values of the BatchNorm are
+      loaded or trained, call `refresh_lipschitz(model)`.
     - The Dropout's rate p becomes the sampling τ = 1 − p of a solver that samples inputs, and the Dropout is
       switched off. Other solvers leave it.
 
@@ -211,8 +212,9 @@ def _notes(found: _plan.Plan, unmeasured: bool) -> tuple[str, ...]:
         )
     if any(one.normalization for one in found.replaced.values()):
         notes.append(
-            "BatchNorms that are folded in keep their running statistics, in training too; after training, "
-            "refresh_lipschitz folds their present scale and bias."
+            "BatchNorms that are folded in keep their running statistics, in training too. The solvers hold "
+            "copies of their scales and shifts: after other values are loaded or trained, call "
+            "refresh_lipschitz(model)."
         )
     if any(one.dropout for one in found.replaced.values()):
         notes.append("Dropouts whose rates the solvers sample with are off until restore_layers.")

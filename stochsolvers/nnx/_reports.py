@@ -135,7 +135,9 @@ def lipschitz_report(
     whose norm is its largest scale, and `LayerNorm`, `RMSNorm`, `GroupNorm` and `InstanceNorm`, which have
     max|γ| / sqrt(ε), reached at inputs without variance. The norm is exact for contractions and circular
     padding, and a bracket under zero padding. Subclasses count if they override no method, and layers if
-    they have Flax's own `dot_general` and `promote_dtype` and are called with their own kernel. Within
+    they have Flax's own `dot_general` and `promote_dtype` and are called with their own kernel. A solver
+    layer and the BatchNorm that `replace_layers` has folded into it share a row, with the constant of both
+    together; if the BatchNorm has changed since, they have none before `refresh_lipschitz`. Within
     `nnx.scan` over a stack of layers each of them has a row.
 
     The bound is that of the graph of the forward pass: residual connections, concatenations and other
@@ -271,7 +273,7 @@ def _marking(cls: Any) -> Any:
     """The class of a layer, with its input and output marked."""
 
     def call(self: Any, inputs, *args, **options):
-        if issubclass(cls, _NORMALISATIONS):
+        if issubclass(cls, nnx.BatchNorm) and not issubclass(cls, FrozenBatchNorm):
             given = (*args, options.get("use_running_average"))[0]
             if not (self.use_running_average if given is None else given):  # the batch's statistics
                 return cls.__call__(self, inputs, *args, **options)
@@ -293,8 +295,6 @@ def _marking(cls: Any) -> Any:
 def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschitz.Part:
     """What the report needs of a layer for one call, given all of the network's parameters."""
     kind = type(layer).__name__
-    if isinstance(layer, SolverLayer) and layer.fold_scale is not None:
-        return _lipschitz.Part(kind)  # its output is to be normalised
     path = call.slice_of(_indices(_weights(layer), parameters))
     if path is None:
         return _lipschitz.Part(kind)  # called with another kernel or scale
@@ -309,8 +309,19 @@ def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschit
         if call.reads_others or not call.reads(layer.var[...]):
             return _lipschitz.Part(kind)  # with another variance
         scale = None if layer.scale is None else layer.scale[...]
-        return _lipschitz.Part(kind, normalisation=(scale, layer.var[...], layer.epsilon))
+        return _lipschitz.Part(
+            kind,
+            normalisation=(scale, layer.var[...], layer.epsilon),
+            fold=layer.fold() if isinstance(layer, FrozenBatchNorm) else None,
+            channels_last=layer.axis in (-1, len(call.input_shape) - 1),
+        )
     linear_map_for = _LINEAR_MAPS[inherits_unchanged(type(layer), _LINEAR_MAPS)]
+    fold = layer._fold() if isinstance(layer, SolverLayer) else None
+    if fold is not None:
+        if call.reads_others or not call.reads(fold[0]) or layer.output != "pre_activation":
+            return _lipschitz.Part(kind)  # with another scale
+        layer = nnx.clone(layer)
+        layer.kernel[...] = layer._folded_kernel()
     try:
         linear_map = linear_map_for(layer, call.input_shape)
     except ValueError:
@@ -327,6 +338,7 @@ def _part(layer: Any, call: _trace.Call, parameters: Sequence[Any]) -> _lipschit
         settings=_layers.Settings.of(layer),
         kept=constant,
         reference=reference,
+        fold=fold,
     )
 
 

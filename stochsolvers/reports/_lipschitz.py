@@ -9,7 +9,8 @@ the root of the sum of their squares. For a chain f = h_n ∘ f_n ∘ … ∘ h_
 for a residual connection x + f(x) it is 1 + ℓ_f.
 
 ℓ_i is ||A_i|| for an affine layer, max_c |γ_c| / sqrt(v_c + ε) for batch normalisation at inference (together
-with the layer before it ||diag(γ / sqrt(v + ε)) A_i||), max_c |γ_c| / sqrt(ε) for a normalisation by the
+with the layer before it ||diag(γ / sqrt(v + ε)) A_i||, or what `solver_bound` gives for that map if it is
+folded into a solver), max_c |γ_c| / sqrt(ε) for a normalisation by the
 variance of its own input, `solver_bound` for a solver, `equilibrium_bound` for an equilibrium layer (of the
 map to the equilibrium, which its solver approximates to a tolerance); the c_i are those of the operations
 between the layers. Where a layer has no norm or an operation no constant that is known, the bound is
@@ -27,12 +28,13 @@ from stochsolvers.reports import _table
 from stochsolvers.reports._entries import Entries, sizes_at_zero
 from stochsolvers.reports._measurement import Part as Part
 from stochsolvers.reports._measurement import Standardisation as Standardisation
-from stochsolvers.reports._measurement import layer_bounds, measured
+from stochsolvers.reports._measurement import folded_pairs, layer_bounds, measured
 from stochsolvers.reports._propagation import LayerBound, names_between, propagate
 from stochsolvers.reports._trace import Call, Trace
 
 _BYPASSED = "on one of several paths"
 _NOT_BOUNDED = "not bounded"
+_STALE = "not bounded: its BatchNorm has changed, call refresh_lipschitz"
 _BETWEEN = "counted between the layers"
 _ON_A_BALL = frozenset(("mul", "dot_general", "square", "integer_pow", "exp", "_einsum"))
 _STANDARDISED = "reached where the variance vanishes"
@@ -195,10 +197,7 @@ def norms_report(
     unknown = proved.unknown if math.isfinite(ball) else plain.unknown
     is_bounded = math.isfinite(proved.constant)
 
-    rows = [
-        (call.position, _row(call, part, number))
-        for call, part, number in zip(trace.calls, parts, numbers, strict=True)
-    ]
+    rows = _rows(trace, parts, numbers)
     constant, note = (1.0, _BETWEEN) if is_bounded else (math.inf, _NOT_BOUNDED)
     for name, position in strays.items():
         missing = LayerNorm(name, kinds[name], (), 0.0, math.inf, constant, note)
@@ -217,6 +216,32 @@ def norms_report(
         factor = proved.constant / product if product else plain.constant
         report = dataclasses.replace(report, factor=factor)
     return report
+
+
+def _rows(
+    trace: Trace, parts: Sequence[Part], numbers: Sequence[Any]
+) -> list[tuple[int, LayerNorm]]:
+    """A row for each call, with its position; one for a solver layer and the normalisation in it."""
+    pairs = folded_pairs(trace, parts)
+    solvers = {before: (index, ratio) for index, (before, ratio) in pairs.items()}
+    rows = []
+    for i, (call, part, number) in enumerate(zip(trace.calls, parts, numbers, strict=True)):
+        if i in pairs:
+            continue
+        row = _row(call, part, number)
+        if i in solvers:
+            index, ratio = solvers[i]
+            if math.isinf(ratio):
+                row = dataclasses.replace(row, constant=math.inf, note=_STALE)
+            elif not row.note:
+                note = "" if trace.calls[index].on_every_path else _BYPASSED
+                row = dataclasses.replace(row, constant=ratio * row.constant, note=note)
+        elif part.settings is not None and part.fold is not None:
+            row = LayerNorm(
+                call.name, part.kind, call.input_shape, 0.0, math.inf, math.inf, _NOT_BOUNDED
+            )
+        rows.append((call.position, row))
+    return rows
 
 
 def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:

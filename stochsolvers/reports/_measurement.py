@@ -60,6 +60,9 @@ class Part:
       equilibrium: the problem of an equilibrium layer, and the map U of each of its layers, None for the
         identity; or None.
       standardised: of a normalisation by the moments of its own input, or None.
+      fold: (s, t) of a solver layer that returns the u with s u + t = w_K, where `linear_map` is that of w_K;
+        of a normalisation y ↦ s y + t behind such a layer, its own; or None.
+      channels_last: whether a normalisation is along the last axis.
 
     A part that is none of these has no bound.
     """
@@ -72,6 +75,8 @@ class Part:
     reference: Array | None = None
     equilibrium: tuple[Any, tuple[LinearMap | None, ...]] | None = None
     standardised: "Standardisation | None" = None
+    fold: tuple[Array, Array] | None = None
+    channels_last: bool = True
 
     @property
     def bounded(self) -> bool:
@@ -169,17 +174,62 @@ def layer_bounds(
     trace: Trace, parts: Sequence[Part], numbers: Sequence[Numbers]
 ) -> list[LayerBound]:
     """What the propagation needs of each call."""
-    bounds = []
+    bounds, pairs = [], folded_pairs(trace, parts)
     for index, (part, number) in enumerate(zip(parts, numbers, strict=True)):
-        A = _joined(trace, parts, index)
-        bounds.append(_layer_bound(part, number, math.inf if A is None else norm_of(A)[1]))
+        A, joined = _joined(trace, parts, index), math.inf
+        if A is not None:
+            joined = norm_of(A)[1]
+        elif index in pairs:
+            before, ratio = pairs[index]
+            joined = ratio * numbers[before][2] if math.isfinite(ratio) else math.inf
+        bounds.append(_layer_bound(part, number, joined))
     return bounds
+
+
+def folded_pairs(trace: Trace, parts: Sequence[Part]) -> dict[int, tuple[int, float]]:
+    r"""The normalisations y ↦ s' y + t' that are folded into the solver layer directly before them.
+
+    With the (s, t) that the solver layer keeps, it and the normalisation are together
+
+        x ↦ s' (y + (w_K − w_1) / s) + t' = (s' / s) w_K + const.,    w_1 = s y + t,
+
+    which has max|s' / s| times the constant of w_K.
+
+    Returns:
+      for the index of each such normalisation, that of the solver layer and max|s' / s|: about 1, or +∞ if
+      (s', t') and (s, t) differ by more than round-off.
+    """
+    pairs = {}
+    for index, (part, call) in enumerate(zip(parts, trace.calls, strict=True)):
+        if call.follows is None or part.normalisation is None or part.fold is None:
+            continue
+        first, span = parts[call.follows], trace.spans[call.follows]
+        if first.settings is None or first.fold is None or first.linear_map is None:
+            continue
+        batch = span.input_shape[: len(span.input_shape) - len(first.linear_map.in_shape)]
+        seen = trace.program.avals[trace.program.steps[span.stop].writes[0]].shape
+        if seen == call.input_shape == (*batch, *first.linear_map.out_shape):
+            pairs[index] = call.follows, _ratio(part.fold, first.fold)
+    return pairs
+
+
+def _ratio(present: tuple[Array, Array], kept: tuple[Array, Array]) -> float:
+    """max|s' / s| for (s', t') and (s, t) that are equal to round-off; else +∞."""
+    tolerance = 64 * float(jnp.finfo(jnp.result_type(*kept)).eps)
+    (s, t), (s0, t0) = (
+        tuple(np.asarray(one, np.float64) for one in pair) for pair in (present, kept)
+    )
+    if s.shape != s0.shape or not np.all(np.abs(s - s0) <= tolerance * np.abs(s0)):
+        return math.inf
+    if not np.all(np.abs(t - t0) <= tolerance * (np.abs(t0) + np.max(np.abs(t0)) + 1)):
+        return math.inf
+    return float(np.max(np.abs(s[s0 != 0] / s0[s0 != 0]), initial=1.0))
 
 
 def _joined(trace: Trace, parts: Sequence[Part], index: int) -> LinearMap | None:
     """diag(γ / sqrt(v + ε)) A of a batch normalisation directly after an affine layer, or None."""
     before = trace.calls[index].follows
-    if before is None or parts[index].normalisation is None:
+    if before is None or parts[index].normalisation is None or not parts[index].channels_last:
         return None
     first, call = parts[before], trace.calls[before]
     A = first.linear_map
@@ -223,6 +273,10 @@ def _layer_bound(part: Part, numbers: Sequence[Any], joined: float) -> LayerBoun
     _, upper, constant = map(float, numbers)
     side = math.inf
     if not part.bounded or (part.settings is not None and not part.has_solver_bound):
+        return LayerBound(math.inf, math.inf)
+    if (
+        part.settings is not None and part.fold is not None
+    ):  # with the normalisation behind it alone
         return LayerBound(math.inf, math.inf)
     if part.has_solver_bound and upper > 0:
         side = constant / upper

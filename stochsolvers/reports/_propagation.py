@@ -190,6 +190,8 @@ class _Propagation:
         sources = [x]
         constant = _times(layer.constant, x.constant)
         before = self.trace.calls[index].follows
+        if before is not None and self._sides(self.trace.spans[before]):
+            before = None  # it is not a function of its input alone
         if before is not None and math.isfinite(layer.joined):
             first = self._value(program.steps[self.trace.spans[before].start].reads[0])
             constant = min(constant, _times(layer.joined, first.constant))
