@@ -67,7 +67,7 @@ def test_residual_networks_and_unets_have_a_bound(make, rng):
     assert true <= report.bound < np.inf
     assert report.unknown == ()
     twin = {ResNet: LinenResNet, UNet: LinenUNet}[make]((3, 4))
-    variables = twin.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    variables = jax.jit(twin.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
     report = ss.lipschitz_report(twin, variables, (1, 4, 4, 3))
     true = steepest(functools.partial(twin.apply, variables), (1, 4, 4, 3), rng)
     assert true <= report.bound < np.inf
