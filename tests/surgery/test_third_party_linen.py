@@ -6,6 +6,7 @@ import jax_resnet
 import numpy as np
 import pytest
 from flax import traverse_util
+from linen_variables import drawn
 
 import stochsolvers as ss
 
@@ -18,13 +19,7 @@ def network():
         jax_resnet.ResNetBlock, stage_sizes=[1, 1], n_classes=5, hidden_sizes=(8, 16)
     )
     x = jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32)
-    variables = jax.jit(module.init)(jax.random.key(0), x)
-    draw = lambda a: jnp.asarray(rng.uniform(0.5, 1.5, size=a.shape), jnp.float32)  # noqa: E731
-    variables = {**variables, "batch_stats": jax.tree.map(draw, variables["batch_stats"])}
-    scales = jax.tree_util.tree_map_with_path(
-        lambda path, a: draw(a) if path[-1].key == "scale" else a, variables["params"]
-    )
-    return module, {**variables, "params": scales}, x
+    return module, drawn(module, rng, x), x
 
 
 @pytest.mark.optimized
