@@ -1,6 +1,7 @@
 """The Python blocks of README and of docs/ run, and print what the page says they print."""
 
 import ast
+import json
 import pathlib
 import re
 import subprocess
@@ -50,21 +51,43 @@ def test_the_objects_of_a_users_own_are_short():
             assert all(node.end_lineno - node.lineno < 30 for node in classes)
 
 
-@pytest.mark.parametrize(("code", "printed"), BLOCKS.values(), ids=BLOCKS)
-def test_examples_print_what_the_page_shows(code, printed, users_environment):
+RUN = """
+import contextlib, io, json, sys
+import jax
+
+for code in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+    jax.config.update("jax_enable_x64", False)
+    print(json.dumps(printed.getvalue()))
+"""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_print_what_the_page_shows(page, users_environment):
+    """The blocks of a page, one after the other in one process, each by itself."""
+    blocks = [block for name, block in BLOCKS.items() if name.startswith(page)]
     quickly_compiled = {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1",
     }
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", RUN],
+        input=json.dumps([code for code, _ in blocks]),
         env={**users_environment, **quickly_compiled},
         capture_output=True,
         text=True,
-        check=True,
-        timeout=300,
+        check=False,
+        timeout=600,
     )
-    for ours, theirs in zip(run.stdout.splitlines(), printed.splitlines(), strict=True):
+    assert run.returncode == 0, run.stderr
+    outputs = map(json.loads, run.stdout.splitlines())
+    for output, (_, printed) in zip(outputs, blocks, strict=True):
+        compare(output, printed)
+
+
+def compare(output, printed):
+    for ours, theirs in zip(output.splitlines(), printed.splitlines(), strict=True):
         assert text(ours) == text(theirs)
         for a, b in zip(NUMBER.findall(ours), NUMBER.findall(theirs), strict=True):
             if 0 < abs(float(b)) < 1e-4:  # round-off, which differs between machines
