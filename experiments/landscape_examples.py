@@ -11,7 +11,7 @@ import optax
 from matplotlib.figure import Figure
 
 import stochsolvers as ss
-from experiments import data, vectors
+from experiments import data, stochastic_descent, vectors
 
 Numbers = dict[str, Any]
 Drawing = Callable[[Figure], None]
@@ -215,7 +215,9 @@ def stochastic(config: Any) -> tuple[Numbers, Drawing]:
     for k in range(epochs):
         V, *scores = epoch(jax.random.fold_in(jax.random.key(config.seed), k), problem, V)
         convex.append([float(score) for score in scores])
-    network = _sgd(config.seed, X, y, problem, (held, labels), epochs, batch)
+    network = stochastic_descent.best_curve(
+        config.seed, X, y, problem, (held, labels), epochs, batch
+    )
     lower = float(problem.objective(optimum.value)) * (1 - relative_gap(problem, optimum))
     numbers = {
         "data": list(X.shape),
@@ -243,53 +245,6 @@ def stochastic(config: Any) -> tuple[Numbers, Drawing]:
         left.legend(fontsize=8, loc="lower left")
 
     return numbers, draw
-
-
-RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
-
-
-def _sgd(seed, X, y, problem, validation, epochs, batch):
-    """The curve of SGD on a ReLU network of the same width, at the rate with the least final objective."""
-    curves = [_curve(seed, X, y, problem, validation, epochs, batch, rate) for rate in RATES]
-    return min(curves, key=lambda curve: np.nan_to_num(curve[-1][0], nan=np.inf))
-
-
-def _curve(seed, X, y, problem, validation, epochs, batch, rate):
-    """Objective and validation accuracy after each epoch."""
-    first, second = jax.random.split(jax.random.key(seed))
-    width, classes = problem.patterns.num, len(y)
-    network: Any = ss.convex.Network(
-        jax.random.normal(first, (X.shape[1], width)) * np.sqrt(2 / X.shape[1]),
-        jax.random.normal(second, (width, classes)) * np.sqrt(1 / width),
-    )
-    steps, (held, labels) = len(X) // batch, validation
-    optimiser = optax.sgd(optax.cosine_decay_schedule(rate, epochs * steps), momentum=0.9)
-
-    def objective(network, X, y, part):
-        return network.objective(X, y, problem.beta * part, loss=problem.loss)
-
-    @jax.jit
-    def epoch(key, network, state):
-        order = jax.random.permutation(key, len(X))[: steps * batch].reshape(steps, batch)
-
-        def step(carry, chosen):
-            network, state = carry
-            slope = jax.grad(objective)(network, X[chosen], y[:, chosen], batch / len(X))
-            slope = jax.tree.map(lambda g: g / batch, slope)
-            updates, state = optimiser.update(slope, state)
-            return (optax.apply_updates(network, updates), state), None
-
-        (network, state), _ = jax.lax.scan(step, (network, state), order)
-        trained: Any = network
-        hits = jnp.argmax(trained(held), axis=0) == labels
-        return network, state, objective(network, X, y, 1.0), 100 * jnp.mean(hits)
-
-    state, curve = optimiser.init(network), []
-    for k in range(epochs):
-        key = jax.random.fold_in(jax.random.key(seed), k)
-        network, state, *scores = epoch(key, network, state)
-        curve.append([float(score) for score in scores])
-    return curve
 
 
 def gan(config: Any) -> tuple[Numbers, Drawing]:
