@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,15 +43,15 @@ PEER = pathlib.Path(__file__).with_name("_convex_peer.py")
 PYTHONS = {"pyscnn": "SCNN_PYTHON", "adelie": "ADELIE_PYTHON"}
 THREADS = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 FLAGS = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+ONE_THREAD = {**THREADS, "XLA_FLAGS": FLAGS}
 
 
 class Process:
-    """A process that answers lines of JSON; one thread."""
+    """A process that answers lines of JSON, by default with one thread."""
 
-    def __init__(self, *command: str):
-        environment = {**os.environ, **THREADS, "XLA_FLAGS": FLAGS}
+    def __init__(self, *command: str, environment: Mapping[str, str] = ONE_THREAD):
         self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
 

@@ -51,19 +51,21 @@ def interleaved(
         spinning for a while, at the expense of the next.
     """
     for call in sides.values():
-        _seconds(call, 1)
+        seconds_of(call, 1)
     repeats = {
-        name: max(1, round(seconds / max(_seconds(call, 1), 1e-7))) for name, call in sides.items()
+        name: max(1, round(seconds / max(seconds_of(call, 1), 1e-7)))
+        for name, call in sides.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
             time.sleep(pause)
-            samples[name].append(_seconds(call, repeats[name]))
+            samples[name].append(seconds_of(call, repeats[name]))
     return {name: Timing(tuple(times)) for name, times in samples.items()}
 
 
-def _seconds(call: Callable[[], Any], repeats: int) -> float:
+def seconds_of(call: Callable[[], Any], repeats: int) -> float:
+    """The mean time of so many calls, each waited for."""
     start = time.perf_counter()
     for _ in range(repeats):
         jax.block_until_ready(call())

@@ -28,6 +28,7 @@ NAMES = (
     "reports",
     "equilibrium",
     "training",
+    "training_step",
     "spectral_norm",
     "proxprop",
     "convex",

@@ -26,9 +26,13 @@ METHODS: tuple[Method, ...] = (
 
 
 def training_step(method: Method, pixels: int, seed: int = 0) -> tuple[Callable[..., Any], Any]:
-    """A compiled step of SGD with momentum, and its state."""
+    """A compiled step of SGD with momentum of the LeNet, and its state."""
     config = LeNetConfig((pixels, pixels, 3), 10, "D-D", BlockConfig(method))
-    model = LeNet(config, rngs=nnx.Rngs(seed, dropout=1))
+    return step_of(LeNet(config, rngs=nnx.Rngs(seed, dropout=1)))
+
+
+def step_of(model: Any) -> tuple[Callable[..., Any], Any]:
+    """A compiled step of SGD with momentum of a network, and its state."""
     model.train()
     ss.nnx.refresh_lipschitz(model)
     graph, params, rest = nnx.split(model, nnx.Param, ...)

@@ -4,10 +4,10 @@
     python -m experiments.table2 --dataset cifar10 --data-dir DIR --epochs 12 --seeds 0 1 2
 
 Two hidden layers of 120 and 84 units can be marked D: D-ND is the penultimate, ND-D the last, D-D both.
-A marked layer has dropout (p = 0.5) before it, or is solved by 10 iterations of Prox-SG with
-τ = n1/2, or by another method. All networks are trained from scratch and tested once, after the last
-epoch; those with stochastic solvers, which sample at test time as well, in 20 trials. Nothing is
-chosen by the test set. A run that was stopped is resumed by the same command.
+A marked layer is plain ("none", a control that the paper lacks), has dropout (p = 0.5) before it, or is
+solved by 10 iterations of Prox-SG with τ = n1/2, or by another method. All networks are trained from
+scratch and tested once, after the last epoch; those with stochastic solvers, which sample at test time as
+well, in 20 trials. Nothing is chosen by the test set. A run that was stopped is resumed by the same command.
 
 References:
   Bibi, Ghanem, Koltun and Ranftl, Deep Layers as Stochastic Solvers, ICLR 2019, section 4, table 2.
@@ -45,8 +45,8 @@ class Config(options.Options):
     """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     variants: tuple[Variant, ...] = ("D-D", "D-ND", "ND-D")
     """Which of the two hidden layers, penultimate-last, are marked D."""
-    methods: tuple[Method, ...] = ("dropout", "prox-sg")
-    """What a layer marked D is: dropout before it, or the solver."""
+    methods: tuple[Method, ...] = ("dropout", "none", "prox-sg")
+    """What a layer marked D is: plain (none), with dropout before it, or the solver."""
     num_iters: int = 10
     """Iterations of the solvers."""
     decay: float = 0.9

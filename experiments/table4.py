@@ -4,8 +4,9 @@
     python -m experiments.table4 --dataset cifar100 --data-dir DIR
 
 The network has two fully-connected ReLU layers with dropout, p = 0.5, before each. It is trained, then
-the last layer (ND-D) or both (D-D) become Prox-SG with τ = n1/2, or both become Prox-GD behind the
-dropout that stays; then it is finetuned. For comparison, the plain network is finetuned as long.
+the last layer (ND-D) or both (D-D) become Prox-SG with τ = n1/2, or lose their dropout ("none", a
+control that the paper lacks), or both become Prox-GD behind the dropout that stays; then it is finetuned.
+For comparison, the plain network is finetuned as long.
 
 References:
   Bibi, Ghanem, Koltun and Ranftl, Deep Layers as Stochastic Solvers, ICLR 2019, section 4, table 4.
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Literal
 from flax import nnx
 
 from experiments import data, finetune, options
-from experiments.networks import NAMES, VGG16, BlockConfig, Method, VGG16Config, swap_hidden
+from experiments.networks import FULL, NAMES, VGG16, BlockConfig, Method, VGG16Config, swap_hidden
 
 Marks = Literal["ND-D", "D-D"]
 
@@ -57,7 +58,7 @@ class Config(options.FinetuneOptions):
     batch_norm: bool = True
     """Batch normalisation after every convolution; the paper does not say whether it has any."""
     methods: tuple[Method, ...] = ("prox-sg", "prox-gd")
-    """The solvers; prox-gd and fista keep the dropout."""
+    """The solvers; prox-gd and fista keep the dropout. none is the plain layer without dropout."""
 
     smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {
         "variants": SMOKE_VARIANTS,
@@ -73,7 +74,7 @@ class Config(options.FinetuneOptions):
 
 
 def arms(config: Config, paper: dict[str, finetune.Accuracy]) -> list[finetune.Arm]:
-    """Solvers that sample in the last layer or in both; Prox-GD and FISTA in both."""
+    """Solvers that sample, and plain layers, in the last layer or in both; full gradients in both."""
 
     def arm(method: Method, marks: Marks) -> finetune.Arm:
         block = BlockConfig(
@@ -92,9 +93,7 @@ def arms(config: Config, paper: dict[str, finetune.Accuracy]) -> list[finetune.A
     return [
         arm(method, marks)
         for method in dict.fromkeys(config.methods)
-        for marks in (
-            ("D-D",) if method in ("prox-gd", "fista") else dict.fromkeys(config.variants)
-        )
+        for marks in (dict.fromkeys(config.variants) if method not in FULL else ("D-D",))
     ]
 
 

@@ -5,9 +5,9 @@
     python -m experiments.table5 --dataset cifar10 --data-dir DIR --network lenet --epochs 12
 
 For every rate a network is trained with dropout before its last hidden layer, then that layer becomes
-a solver and the network is finetuned; for comparison, the plain network is finetuned as long. VGG16 keeps
-dropout, p = 0.5, before its other hidden layer; LeNet and AlexNet have none elsewhere. --layer
-penultimate does the same in the layer before.
+a solver, or loses its dropout ("none"), and the network is finetuned; for comparison, the plain network
+is finetuned as long. VGG16 keeps dropout, p = 0.5, before its other hidden layer; LeNet and AlexNet have
+none elsewhere. --layer penultimate does the same in the layer before.
 
 References:
   Bibi, Ghanem, Koltun and Ranftl, Deep Layers as Stochastic Solvers, ICLR 2019, section 4, table 5.
@@ -59,7 +59,7 @@ class Config(options.FinetuneOptions):
     decay: float = 0.9
     """Factor of the step size, 1/L at first, from one iteration to the next."""
     methods: tuple[Method, ...] = ("prox-sg",)
-    """The solvers; prox-gd and fista keep the dropout."""
+    """The solvers; prox-gd and fista keep the dropout. none is the plain layer without dropout."""
 
     smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {"rates": SMOKE_RATES}
 

@@ -20,6 +20,7 @@ from benchmarks import (
     proxprop,
     record,
     sampling,
+    training_step,
 )
 from benchmarks.record import Figure, Goal
 
@@ -94,7 +95,18 @@ def test_the_stored_page_is_the_one_of_the_stored_results():
 
 @pytest.mark.parametrize(
     "module",
-    [certificates, convex, convolution, derivatives, equilibrium, forms, masks, proxprop, sampling],
+    [
+        certificates,
+        convex,
+        convolution,
+        derivatives,
+        equilibrium,
+        forms,
+        masks,
+        proxprop,
+        sampling,
+        training_step,
+    ],
     ids=lambda m: m.__name__,
 )
 def test_commands_run(module):

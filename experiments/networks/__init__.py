@@ -6,7 +6,9 @@ replaces plain layers by solvers with the same parameters, so a network can be t
 
 from experiments.networks.alexnet import AlexNet as AlexNet
 from experiments.networks.alexnet import AlexNetConfig as AlexNetConfig
+from experiments.networks.blocks import FULL as FULL
 from experiments.networks.blocks import NAMES as NAMES
+from experiments.networks.blocks import PLAIN as PLAIN
 from experiments.networks.blocks import BlockConfig as BlockConfig
 from experiments.networks.blocks import ConvReLU as ConvReLU
 from experiments.networks.blocks import DropoutReLU as DropoutReLU

@@ -11,36 +11,53 @@ import stochsolvers as ss
 
 Variant = Literal["D-D", "D-ND", "ND-D"]
 Method = Literal[
-    "dropout", "prox-sg", "ms2gd", "importance", "expected-smoothness", "prox-gd", "fista"
+    "dropout",
+    "prox-sg",
+    "ms2gd",
+    "importance",
+    "expected-smoothness",
+    "prox-gd",
+    "fista",
+    "none",
+    "prox-sg-constant",
+    "prox-gd-no-dropout",
 ]
 
 NAMES: dict[Method, str] = {
     "dropout": "dropout",
+    "none": "no dropout",
     "prox-sg": "Prox-SG",
+    "prox-sg-constant": "Prox-SG at 1/L",
     "ms2gd": "mS2GD",
     "importance": "importance",
     "expected-smoothness": "exp. smoothness",
     "prox-gd": "Prox-GD",
     "fista": "FISTA",
+    "prox-gd-no-dropout": "Prox-GD, p = 0",
 }
-"""The methods as tables and pictures name them."""
+"""The methods as tables and pictures name them; "none" is the plain layer, without dropout."""
 
-_DETERMINISTIC: tuple[Method, ...] = ("prox-gd", "fista")
+PLAIN: tuple[Method, ...] = ("none", "dropout")
+"""The methods that are no solvers."""
+BEHIND_DROPOUT: tuple[Method, ...] = ("prox-gd", "fista")
+FULL: tuple[Method, ...] = (*BEHIND_DROPOUT, "prox-gd-no-dropout")
+"""The solvers with full gradients."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """Dropout or the solver of a ReLU layer that is marked D.
+    """What a ReLU layer is that is marked D: plain, behind dropout, or a solver.
 
     Attributes:
-      method: "dropout" drops inputs before the layer. The others solve the layer's problem: "prox-sg",
-        "importance" (p_i ∝ L_i) and "expected-smoothness" (steps 1/(2𝓛)) sample inputs; "ms2gd"
-        samples in two outer iterations, each with one full gradient; "prox-gd" and "fista" take full
-        gradients, with dropout before the layer.
+      method: "none" is the plain layer; "dropout" drops inputs before it. The others solve the layer's
+        problem: "prox-sg", "prox-sg-constant" (without decay), "importance" (p_i ∝ L_i) and
+        "expected-smoothness" (steps 1/(2𝓛)) sample inputs; "ms2gd" samples in two outer iterations,
+        each with one full gradient; "prox-gd" and "fista" take full gradients, with dropout before the
+        layer, and "prox-gd-no-dropout" takes them without.
       rate: dropout rate p; a solver that samples takes τ = (1 − p) n1 inputs.
       num_iters: iterations of the solver; for "ms2gd" the total of inner iterations.
-      decay: factor on the step size from one iteration to the next; ignored by "ms2gd", "prox-gd" and
-        "fista", which converge without it.
+      decay: factor on the step size from one iteration to the next; ignored by "prox-sg-constant",
+        and by "ms2gd", "prox-gd" and "fista", which converge without it.
       ridge: λ of the solver's problem.
       step_size: a constant step size in place of 1/L or 1/(2𝓛).
       normalize: solve with the map A/√L and the inputs √L x, so that the first iterate is the plain
@@ -63,11 +80,16 @@ class BlockConfig:
         if not 0 <= self.rate < 1:
             raise ValueError(f"rate: expected a dropout rate in [0, 1), got {self.rate}")
 
+    @property
+    def dropout_rate(self) -> float:
+        """Rate of the dropout before a plain layer or one with full gradients."""
+        return 0.0 if self.method in ("none", "prox-gd-no-dropout") else self.rate
+
     def solver(self) -> ss.Solver:
         """The solver's configuration.
 
         Raises:
-          ValueError: for "dropout", which has no solver.
+          ValueError: for "none" and "dropout", which have no solver.
         """
         if self.method not in _SOLVERS:
             raise ValueError(f"method: expected one that solves, got {self.method}")
@@ -94,12 +116,21 @@ def _ms2gd(block: BlockConfig, tau: float, steps: dict[str, Any]) -> Any:
     return ss.MS2GD(tau, num_outer=outer, num_inner=inner, step_size=block.step_size)
 
 
+def _prox_gd(block: BlockConfig, tau: float, steps: dict[str, Any]) -> Any:
+    del tau, steps
+    return ss.ProxGD(block.num_iters, step_size=block.step_size)
+
+
 _SOLVERS: dict[Method, Callable[[BlockConfig, float, dict[str, Any]], Any]] = {
     "prox-sg": lambda block, tau, steps: ss.ProxSG(tau, block.num_iters, **steps),
+    "prox-sg-constant": lambda block, tau, _: ss.ProxSG(
+        tau, block.num_iters, step_size=block.step_size
+    ),
     "ms2gd": _ms2gd,
     "importance": _importance,
     "expected-smoothness": _smooth,
-    "prox-gd": lambda block, _, __: ss.ProxGD(block.num_iters, step_size=block.step_size),
+    "prox-gd": _prox_gd,
+    "prox-gd-no-dropout": _prox_gd,
     "fista": lambda block, _, __: ss.ProxGD(
         block.num_iters, step_size=block.step_size, momentum=True
     ),
@@ -177,19 +208,20 @@ class ConvReLU(nnx.Module):
 def hidden_layer(
     in_features: int, out_features: int, *, marked: bool, block: BlockConfig, rngs: nnx.Rngs
 ) -> HiddenLayer:
-    """A fully-connected ReLU layer, with dropout or a solver if it is marked D."""
-    if marked and block.method != "dropout":
+    """A fully-connected ReLU layer; plain where it is not marked D, else what `block` says."""
+    if marked and block.method not in PLAIN:
         linear = nnx.Linear(in_features, out_features, rngs=rngs)
         return _solve(linear, block, rngs)
-    return DropoutReLU(in_features, out_features, rate=block.rate if marked else 0.0, rngs=rngs)
+    rate = block.dropout_rate if marked else 0.0
+    return DropoutReLU(in_features, out_features, rate=rate, rngs=rngs)
 
 
 def swap_hidden(layer: HiddenLayer, block: BlockConfig, *, rngs: nnx.Rngs) -> HiddenLayer:
-    """A layer with the same parameters, and the dropout or solver of `block`."""
+    """A layer with the same parameters, plain or with the dropout or solver of `block`."""
     linear = layer if isinstance(layer, ss.nnx.SolverLinear) else layer.linear
-    if block.method != "dropout":
+    if block.method not in PLAIN:
         return _solve(linear, block, rngs)
-    plain = DropoutReLU(1, 1, rate=block.rate, rngs=rngs)
+    plain = DropoutReLU(1, 1, rate=block.dropout_rate, rngs=rngs)
     if isinstance(linear, ss.nnx.SolverLinear):
         raise ValueError("swap_hidden: expected a plain layer to swap for dropout, got a solver")
     plain.linear = linear
@@ -205,8 +237,8 @@ def _solve(linear: nnx.Linear, block: BlockConfig, rngs: nnx.Rngs) -> HiddenLaye
         normalize=block.normalize,
         rngs=rngs,
     )
-    if block.method in _DETERMINISTIC:
-        return DropoutSolver(block.rate, twin, rngs=rngs)
+    if block.method in FULL:
+        return DropoutSolver(block.dropout_rate, twin, rngs=rngs)
     return twin
 
 
@@ -222,10 +254,9 @@ def swap_conv(
       block: a method with full gradients; the dropout rate is not used.
       spatial_shape: height and width of the layer's inputs.
     """
-    if block.method not in _DETERMINISTIC:
+    if block.method not in BEHIND_DROPOUT:
         raise ValueError(
-            f"method of a convolution: expected one of {', '.join(_DETERMINISTIC)}, "
-            f"got {block.method}"
+            f"method of a convolution: expected one of {', '.join(BEHIND_DROPOUT)}, got {block.method}"
         )
     if layer.norm is not None:
         raise ValueError("swap_conv: expected a layer without batch normalisation")

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 from flax import nnx
 
+from experiments.networks import patches
 from experiments.networks.blocks import (
     BlockConfig,
     HiddenLayer,
@@ -44,8 +45,8 @@ class LeNetFeatures(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Features (batch, size) of normalised images (batch, height, width, channels)."""
-        x = nnx.relu(nnx.max_pool(self.conv1(images), (2, 2), (2, 2)))
-        x = nnx.relu(nnx.max_pool(self.conv2(x), (2, 2), (2, 2)))
+        x = nnx.relu(patches.pooled(self.conv1, images, block=(2, 2)))
+        x = nnx.relu(patches.pooled(self.conv2, x, block=(2, 2)))
         return x.reshape(len(x), -1)
 
 

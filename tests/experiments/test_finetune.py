@@ -220,7 +220,8 @@ def test_table4_from_end_to_end(images, tmp_path):
 
 
 def test_table4_swaps_what_it_says(images):
-    config = table4.Config(dataset="halves.npz", width=0.03, num_iters=2)
+    methods = ("prox-sg", "prox-gd", "none", "prox-gd-no-dropout")
+    config = table4.Config(dataset="halves.npz", width=0.03, num_iters=2, methods=methods)
     dataset = data.load(str(images), images.parent, seed=0)
     (study,) = table4.studies(config, dataset)
 
@@ -229,14 +230,14 @@ def test_table4_swaps_what_it_says(images):
         arm.swap(model, nnx.Rngs(1))
         return model
 
-    names = {}
+    names, rates = {}, {}
     for arm in study.arms:
         model = nnx.eval_shape(lambda arm=arm: swapped(arm))
         layers = (model.penultimate, model.last)
         names[arm.name] = tuple(type(layer).__name__ for layer in layers)
         for layer in layers:
-            if isinstance(layer, networks.DropoutSolver):
-                assert layer.dropout.rate == 0.5
+            if hasattr(layer, "dropout"):
+                rates.setdefault(arm.name, []).append(layer.dropout.rate)
             solver = networks.solver_of(layer)
             if solver is not None and solver.solver.stochastic:
                 assert solver.solver.tau == 0.5
@@ -244,6 +245,16 @@ def test_table4_swaps_what_it_says(images):
         "prox-sg-ND-D": ("DropoutReLU", "SolverLinear"),
         "prox-sg-D-D": ("SolverLinear", "SolverLinear"),
         "prox-gd-D-D": ("DropoutSolver", "DropoutSolver"),
+        "none-ND-D": ("DropoutReLU", "DropoutReLU"),
+        "none-D-D": ("DropoutReLU", "DropoutReLU"),
+        "prox-gd-no-dropout-D-D": ("DropoutSolver", "DropoutSolver"),
+    }
+    assert rates == {
+        "prox-sg-ND-D": [0.5],
+        "prox-gd-D-D": [0.5, 0.5],
+        "none-ND-D": [0.5, 0.0],
+        "none-D-D": [0.0, 0.0],
+        "prox-gd-no-dropout-D-D": [0.0, 0.0],
     }
 
 

@@ -26,8 +26,10 @@ from experiments.networks import (
 )
 from experiments.training import count_parameters
 
-SAMPLING = ("prox-sg", "ms2gd", "importance", "expected-smoothness")
+SAMPLING = ("prox-sg", "prox-sg-constant", "ms2gd", "importance", "expected-smoothness")
 FOLLOWING = ("prox-gd", "fista")
+FULL = (*FOLLOWING, "prox-gd-no-dropout")
+WITHOUT = ("none", "prox-gd-no-dropout")
 
 
 def images_for(config, count=2):
@@ -110,15 +112,17 @@ def test_nonsense_is_refused():
 
 
 def test_the_methods_are_the_solvers_they_say():
-    solvers = {method: BlockConfig(method, rate=0.25).solver() for method in SAMPLING + FOLLOWING}
+    solvers = {method: BlockConfig(method, rate=0.25).solver() for method in SAMPLING + FULL}
     assert solvers["prox-sg"] == ss.ProxSG(tau=0.75, num_iters=10, decay=0.9)
+    assert solvers["prox-sg-constant"] == ss.ProxSG(tau=0.75, num_iters=10)
     assert solvers["importance"].sampling == ss.estimators.Importance(0.75, by="lipschitz")
     smooth = solvers["expected-smoothness"]
     assert smooth.step_size == ss.InverseExpectedSmoothness(decay=0.9)
     assert (solvers["ms2gd"].num_outer, solvers["ms2gd"].num_inner) == (2, 5)
-    assert solvers["prox-gd"] == ss.ProxGD(10)
+    assert solvers["prox-gd"] == solvers["prox-gd-no-dropout"] == ss.ProxGD(10)
     assert solvers["fista"] == ss.ProxGD(10, momentum=True)
-    assert set(networks.NAMES) == set(get_args(Method)) == {"dropout", *solvers}
+    assert set(networks.NAMES) == set(get_args(Method)) == {*networks.PLAIN, *solvers}
+    assert set(networks.FULL) == set(FULL)
 
 
 @pytest.mark.parametrize("method", get_args(Method))
@@ -133,11 +137,11 @@ def test_every_method_in_a_layer(method):
 
     varies = {mode: not np.array_equal(*outputs(mode)) for mode in ("train", "test")}
     # dropout is for training, sampling is for the test as well
-    assert varies == {"train": True, "test": method in SAMPLING}
+    assert varies == {"train": method not in WITHOUT, "test": method in SAMPLING}
     networks.set_mode(layer, "deterministic")
     np.testing.assert_array_equal(layer(x), layer(x))
     assert networks.has_stochastic_solver(layer) == (method in SAMPLING)
-    assert isinstance(layer, DropoutSolver) == (method in FOLLOWING)
+    assert isinstance(layer, DropoutSolver) == (method in FULL)
     assert count_parameters(layer) == dense(20, 6)
 
     def loss(layer):
@@ -147,11 +151,24 @@ def test_every_method_in_a_layer(method):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
 
 
+def test_the_control_is_the_plain_layer():
+    block = BlockConfig("none", rate=0.9)
+    layer = networks.hidden_layer(20, 6, marked=True, block=block, rngs=nnx.Rngs(0))
+    dropped = networks.hidden_layer(
+        20, 6, marked=True, block=BlockConfig("dropout"), rngs=nnx.Rngs(0)
+    )
+    x = jax.random.normal(jax.random.key(1), (5, 20))
+    kernel, bias = (np.asarray(value[...]) for value in (layer.linear.kernel, layer.linear.bias))
+    np.testing.assert_array_equal(dropped.linear.kernel[...], kernel)  # the same initial weights
+    networks.set_mode(layer, "train")
+    np.testing.assert_allclose(layer(x), np.maximum(x @ kernel + bias, 0), rtol=1e-5, atol=1e-6)
+
+
 def test_a_swap_shares_parameters_and_keeps_the_rest():
     plain = networks.hidden_layer(
         12, 5, marked=True, block=BlockConfig("dropout"), rngs=nnx.Rngs(0)
     )
-    for method in SAMPLING + FOLLOWING:
+    for method in SAMPLING + FULL:
         twin = networks.swap_hidden(plain, BlockConfig(method), rngs=nnx.Rngs(1))
         solver = networks.solver_of(twin)
         assert solver.kernel is plain.linear.kernel
@@ -159,6 +176,8 @@ def test_a_swap_shares_parameters_and_keeps_the_rest():
         assert solver.ridge == 1e-3
     other = networks.swap_hidden(plain, BlockConfig("dropout", rate=0.9), rngs=nnx.Rngs(1))
     assert (other.dropout.rate, other.linear is plain.linear) == (0.9, True)
+    other = networks.swap_hidden(plain, BlockConfig("none", rate=0.9), rngs=nnx.Rngs(1))
+    assert (other.dropout.rate, other.linear is plain.linear) == (0.0, True)
     with pytest.raises(ValueError, match="expected a plain layer"):
         networks.swap_hidden(twin.linear, BlockConfig("dropout"), rngs=nnx.Rngs(1))
 

@@ -198,6 +198,7 @@ def test_a_diverging_network_does_not_stop_the_others(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "train_together", train)
     options = ["--seeds", "4", "1", "--seeds-at-once", "--variants", "ND-D", "--out", str(tmp_path)]
+    options += ["--methods", "dropout", "prox-sg"]
     with pytest.raises(SystemExit, match=r"^error: diverged: ND-D dropout, seed 4; ND-D dropout"):
         table2.main(options)
     assert calls == [
