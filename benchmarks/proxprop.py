@@ -18,7 +18,6 @@ from threadpoolctl import threadpool_limits
 import stochsolvers as ss
 from benchmarks import measure
 from benchmarks.record import HERE, Figure, Goal, Options, main
-from experiments import results, steps
 from experiments.networks.proxprop import (
     BATCH_SIZE,
     DEFAULTS,
@@ -27,8 +26,10 @@ from experiments.networks.proxprop import (
     ProxPropConfig,
     ProxPropNet,
 )
+from experiments.output import runs
+from experiments.training.training_step import Rates, optimizer
 
-STORED = HERE.parent / "experiments" / "results" / "proxprop_mlp_cifar10" / results.ROWS
+STORED = HERE.parent / "experiments" / "results" / "proxprop_mlp_cifar10" / runs.ROWS
 IN_PARAMETERS = "conjugate gradients of the parameters, 3 steps"
 GOALS = {
     ("mlp", "exact"): Goal("≤", 1.15),
@@ -96,8 +97,8 @@ def training_step(model: ProxPropNet, kind: Kind) -> tuple[Callable[..., Any], A
     """A compiled step of the paper's optimiser, and its state."""
     graph, params = nnx.split(model)
     paper = DEFAULTS[kind]
-    rates = steps.Rates(paper["plain"], paper["momentum"], 0.0)
-    optimizer = steps.optimizer(rates, paper["optimizer"])
+    rates = Rates(paper["plain"], paper["momentum"], 0.0)
+    descent = optimizer(rates, paper["optimizer"])
 
     @jax.jit
     def step(state: Any, images: jax.Array, labels: jax.Array) -> Any:
@@ -108,10 +109,10 @@ def training_step(model: ProxPropNet, kind: Kind) -> tuple[Callable[..., Any], A
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         value, d = jax.value_and_grad(loss)(params)
-        updates, memory = optimizer.update(d, memory, params)
+        updates, memory = descent.update(d, memory, params)
         return (optax.apply_updates(params, updates), memory), value
 
-    return step, (params, optimizer.init(params))
+    return step, (params, descent.init(params))
 
 
 def benchmark(options: Options) -> Sequence[Figure]:
@@ -156,7 +157,7 @@ def _stored_accuracies() -> list[Figure]:
     """Of the stored run of `experiments.proxprop`: the least difference over its seeds after one epoch."""
     if not STORED.exists():
         return []
-    rows = [json.loads(line) for line in results.read_text(STORED).splitlines()]
+    rows = [json.loads(line) for line in runs.read_text(STORED).splitlines()]
     first = {
         (row["method"], row["seed"]): row["validation_accuracy"]
         for row in rows

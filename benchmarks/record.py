@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from benchmarks import measure
-from experiments import results, terminal
+from experiments.output import runs, terminal
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
@@ -95,8 +95,8 @@ def main(
     figures = list(benchmark(options))
     if not options.quick:
         write(name, options, figures)
-        results.write_text(PAGE, page(read_all()))
-    print(results.format_table(*_table([{"figures": [as_dict(f) for f in figures]}])))
+        runs.write_text(PAGE, page(read_all()))
+    print(runs.format_table(*_table([{"figures": [as_dict(f) for f in figures]}])))
 
 
 def as_dict(figure: Figure) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def as_dict(figure: Figure) -> dict[str, Any]:
 
 def write(name: str, options: Options, figures: Sequence[Figure]) -> None:
     """One file for each benchmark and kind of device."""
-    environment = results.environment()
+    environment = runs.environment()
     rates = {"matmul_flops": measure.matmul_rate(), "bytes": measure.bandwidth()}
     content = {
         "benchmark": name,
@@ -117,26 +117,26 @@ def write(name: str, options: Options, figures: Sequence[Figure]) -> None:
         "figures": [as_dict(figure) for figure in figures],
     }
     path = RESULTS / f"{name}-{jax.default_backend()}.json"
-    results.write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    runs.write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_all() -> list[dict[str, Any]]:
     """The stored results, in the order of the page."""
-    contents = [json.loads(results.read_text(path)) for path in sorted(RESULTS.glob("*.json"))]
+    contents = [json.loads(runs.read_text(path)) for path in sorted(RESULTS.glob("*.json"))]
     return sorted(contents, key=lambda content: NAMES.index(content["benchmark"]))
 
 
 def page(contents: Sequence[dict[str, Any]]) -> str:
     """The page in Markdown: a table for each device, then how and on what it was measured."""
-    parts = [results.read_text(HERE / "HEADER.md").rstrip()]
+    parts = [runs.read_text(HERE / "HEADER.md").rstrip()]
     for backend in dict.fromkeys(content["hardware"]["device"] for content in contents):
         chosen = [c for c in contents if c["hardware"]["device"] == backend]
         hardware = chosen[0]["hardware"]
         parts.append(f"## {hardware['cores']} cores, {hardware['processor'] or backend}")
-        parts.append(results.markdown_table(*_table(chosen)))
-        runs = [_provenance(content) for content in chosen]
-        parts.append("Runs:\n\n" + "\n".join(f"- {run}" for run in runs))
-    parts.append(results.read_text(HERE / "NOTES.md").rstrip())
+        parts.append(runs.markdown_table(*_table(chosen)))
+        measured = [_provenance(content) for content in chosen]
+        parts.append("Runs:\n\n" + "\n".join(f"- {run}" for run in measured))
+    parts.append(runs.read_text(HERE / "NOTES.md").rstrip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -168,5 +168,5 @@ def _provenance(content: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    results.write_text(PAGE, page(read_all()))
+    runs.write_text(PAGE, page(read_all()))
     print(f"written to {PAGE.relative_to(HERE.parent)}")

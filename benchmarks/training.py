@@ -16,8 +16,8 @@ from flax import nnx
 import stochsolvers as ss
 from benchmarks import measure
 from benchmarks.record import Figure, Goal, Options, main
-from experiments import steps
 from experiments.networks import NAMES, BlockConfig, LeNet, LeNetConfig, Method
+from experiments.training.training_step import stack
 
 BATCH = 128
 METHODS: tuple[Method, ...] = (
@@ -89,7 +89,7 @@ def _seeds_at_once(
     step, first = training_step(method, pixels)
     second = training_step(method, pixels, seed=1)[1]
     stacked, both_images, both_labels = (
-        steps.stack(pair) for pair in ((first, second), (images, images), (labels, labels))
+        stack(pair) for pair in ((first, second), (images, images), (labels, labels))
     )
     together = jax.jit(jax.vmap(step))
     times = measure.interleaved(

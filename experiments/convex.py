@@ -13,7 +13,7 @@ with P neurons for each of C outputs: one output ±1 for two classes, else one o
 | gated | 1[x·g_i ≥ 0] u | the convex program over v_ci = w_ci a_ci, to a certified relative gap |
 | gated-adam | the same gates | Adam on w and a: the optimum of the convex program is the least it can reach |
 | relu | max(u, 0) | `stochsolvers.convex.train_network`: gated start, polish, separation of new neurons |
-| adam, sgd | max(u, 0) | minibatches, see `experiments.descent` |
+| adam, sgd | max(u, 0) | minibatches, see `experiments.training.descent` |
 
 The gates are normal. The gated program chooses β on the validation images, along a path of fractions of
 β_max (of several best, the largest); it is the same for all methods. The learning rate is chosen likewise
@@ -32,17 +32,10 @@ from typing import Annotated, Any, ClassVar, Self
 
 import tyro
 
-from experiments import (
-    data,
-    nonconvex,
-    options,
-    programs,
-    results,
-    steps,
-    tables,
-    training,
-    vectors,
-)
+from experiments import data
+from experiments.data import vectors
+from experiments.output import runs, terminal
+from experiments.training import loop, nonconvex, options, programs, tables, training_step
 
 NAMES: dict[programs.Method, str] = {
     "gated": "gated program",
@@ -89,7 +82,7 @@ class Config(options.Options):
     trials: tyro.conf.Suppress[int] = 1
     normalize: tyro.conf.Suppress[bool] = False
     augment: tyro.conf.Suppress[bool] = False
-    precision: tyro.conf.Suppress[steps.Precision] = "float32"
+    precision: tyro.conf.Suppress[training_step.Precision] = "float32"
     tensorboard: tyro.conf.Suppress[bool] = False
 
     counts: ClassVar[tuple[str, ...]] = (
@@ -174,12 +167,12 @@ def prepared(source: data.Source, config: Config, seed: int) -> programs.Task:
     count = len(dataset.train)
     if config.batch_size > count:
         most = f"at most {count}, the training images of {dataset.name}"
-        raise training.ConfigurationError(f"batch_size: expected {most}, got {config.batch_size}")
+        raise loop.ConfigurationError(f"batch_size: expected {most}, got {config.batch_size}")
     return programs.prepared(dataset, seed, config.width, config.components)
 
 
 def _train_and_test(
-    method: programs.Method, task: programs.Task, config: Config, stored: results.Run
+    method: programs.Method, task: programs.Task, config: Config, stored: runs.Run
 ) -> list[tables.Row]:
     """The rows of one method from one seed: its curve, and the final row."""
     study = f"TwoLayer{config.width}"
@@ -194,19 +187,19 @@ def _train_and_test(
         "parameters": task.outputs * task.width * (features + 1),
         "schedule": _schedule(method, config),
         "config": {"network": {"outputs": task.outputs, "width": task.width, "features": features}},
-        **results.environment(),
+        **runs.environment(),
     }
     try:
         trained = _trained(method, task, config, stored)
     except nonconvex.DivergenceError as error:
-        tables.say(str(error))
+        terminal.say(str(error))
         return [{"kind": "final", **tags, "accuracy": None, **final, "error": str(error)}]
     final |= trained.final | {
         "train_seconds": trained.curve[-1]["seconds"],
         "validation_accuracy": programs.accuracy(trained.predict, task.data.validation),
         "accuracy": programs.accuracy(trained.predict, task.data.test),
     }
-    tables.say(
+    terminal.say(
         f"{tags['name']}, seed {task.seed}: {final['accuracy']:.2f} %, objective "
         f"{final['objective']:.5g} in {final['train_seconds']:.1f} s"
     )
@@ -216,7 +209,7 @@ def _train_and_test(
 
 
 def _trained(
-    method: programs.Method, task: programs.Task, config: Config, stored: results.Run
+    method: programs.Method, task: programs.Task, config: Config, stored: runs.Run
 ) -> programs.Trained:
     """The network of a method, with the β and, of gated networks, the bound of the gated program."""
     if method == "gated":

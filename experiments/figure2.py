@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import stochsolvers as ss
-from experiments import plots, results, terminal
+from experiments.output import plots, runs, terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def main(args: list[str] | None = None) -> None:
             raise ValueError(f"points: expected at least 2, got {config.points}")
         apart: dict[str, float] = {}
         target = config.out / "figure2.png"
-        results.write_figure(target, lambda path: apart.update(draw(path, config.points)))
+        runs.write_figure(target, lambda path: apart.update(draw(path, config.points)))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for name, distance in apart.items():

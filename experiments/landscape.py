@@ -30,7 +30,10 @@ import matplotlib as mpl
 import tyro
 from matplotlib.figure import Figure
 
-from experiments import archive, data, landscape_examples, plots, results, terminal
+from experiments import data
+from experiments.data import archive
+from experiments.output import plots, runs, terminal
+from experiments.training import landscape_examples
 
 NAMES = ("three", "starts", "path", "stochastic", "gan", "layers")
 
@@ -75,16 +78,16 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
         numbers, draw = getattr(landscape_examples, name)(config)
         if draw is not None:
             target = config.out / f"{name}.png"
-            results.write_figure(target, lambda path, draw=draw: _figure(path, draw))
+            runs.write_figure(target, lambda path, draw=draw: _figure(path, draw))
         found[name] = numbers
         print(f"{name}: {landscape_examples.sentence(name, numbers)}", flush=True)
     settings = dataclasses.asdict(dataclasses.replace(config, out=Path(), data_dir=Path()))
     stored = {
         "settings": {k: v for k, v in settings.items() if k not in ("out", "data_dir")},
         "examples": found,
-        **results.environment(),
+        **runs.environment(),
     }
-    results.write_text(config.out / "landscape.json", json.dumps(stored, indent=1) + "\n")
+    runs.write_text(config.out / "landscape.json", json.dumps(stored, indent=1) + "\n")
     return found
 
 

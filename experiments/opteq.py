@@ -25,8 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import stochsolvers as ss
-from experiments import data, evaluation, networks, options, results, steps, tables, training
+from experiments import data, networks
 from experiments.networks import EquilibriumMethod, EquilibriumNet, EquilibriumNetConfig
+from experiments.output import runs, terminal
+from experiments.training import evaluation, loop, options, tables, training_step
 
 PUBLISHED = (
     "Published, CIFAR-10 without augmentation, 40 epochs: monDEQ (Winston and Kolter 2020) 74.0 % with 172k "
@@ -81,7 +83,7 @@ class Config(options.Options):
             "widths": WIDTHS.get(self.dataset, CIFAR_WIDTHS),
         }
 
-    def train_config(self, seed: int) -> steps.TrainConfig:
+    def train_config(self, seed: int) -> training_step.TrainConfig:
         """AdamW at three rates; call `filled` first."""
         rates = tuple(float(f"{self.learning_rate * part:.6g}") for part in RATES)
         return dataclasses.replace(
@@ -124,7 +126,7 @@ def run(config: Config) -> list[tables.Row]:
                 if not job.stored.final(seed=seed, **about):
                     _run_network(network, dataset, seed, config, job)
     if config.dataset == "cifar10":
-        tables.say(PUBLISHED)
+        terminal.say(PUBLISHED)
     return job.stored.rows
 
 
@@ -148,11 +150,11 @@ def _run_network(
         "batch_size": optimiser.batch_size,
         "train_examples": len(dataset.train),
         "config": {"network": dataclasses.asdict(network), "training": optimiser.settings()},
-        **results.environment(),
+        **runs.environment(),
     }
     board = job.stored.board(study, method, seed)
     try:
-        trained = training.train(
+        trained = loop.train(
             lambda rngs: EquilibriumNet(network, rngs=rngs),
             dataset,
             optimiser,
@@ -161,7 +163,7 @@ def _run_network(
             mesh=job.mesh,
             watch=board.show,
         )
-    except training.DivergenceError as error:
+    except loop.DivergenceError as error:
         job.stored.add(tables.diverged(tags, error, final))
         return
     scores = tables.scored(trained, dataset, config.trials, job.mesh)

@@ -29,7 +29,7 @@ import tyro
 from threadpoolctl import threadpool_limits
 
 import stochsolvers as ss
-from experiments import data, options, results, steps, tables, training
+from experiments import data
 from experiments.networks.proxprop import (
     BATCH_SIZE,
     DEFAULTS,
@@ -39,6 +39,8 @@ from experiments.networks.proxprop import (
     ProxPropConfig,
     ProxPropNet,
 )
+from experiments.output import runs
+from experiments.training import loop, options, tables, training_step
 
 Method = Literal["backpropagation", "exact", "cg3", "cg5", "cg10"]
 EPOCHS = {"digits": 20}
@@ -103,7 +105,7 @@ class Config(options.Options):
         every = super().settings(table).items()
         return {name: value for name, value in every if name not in unused}
 
-    def train_config(self, seed: int, method: Method = "exact") -> steps.TrainConfig:
+    def train_config(self, seed: int, method: Method = "exact") -> training_step.TrainConfig:
         """The configuration of the optimiser for a method; call `filled` first."""
         paper = DEFAULTS[self.network]
         rate = self.plain_rate if method == "backpropagation" else self.rate
@@ -193,11 +195,11 @@ def _train_and_test(
             "network": described | {"step": None if network.step is None else repr(network.step)},
             "training": optimiser.settings(),
         },
-        **results.environment(),
+        **runs.environment(),
     }
     board = job.stored.board(method, seed)
     try:
-        trained = training.train(
+        trained = loop.train(
             lambda rngs: ProxPropNet(network, rngs=rngs),
             dataset,
             optimiser,
@@ -206,7 +208,7 @@ def _train_and_test(
             mesh=job.mesh,
             watch=board.show,
         )
-    except training.DivergenceError as error:
+    except loop.DivergenceError as error:
         return tables.diverged(tags, error, final)
     scores = tables.scored(trained, dataset, 1, job.mesh)
     board.finish(scores["accuracy"])

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 import stochsolvers as ss
-from experiments import data, finetune, options, steps
-from experiments.evaluation import normalise
+from experiments import data
 from experiments.networks import MODERN_NAMES, ModernConfig, ModernName
+from experiments.training import finetune, options, training_step
+from experiments.training.evaluation import normalise
 
 ArmName = Literal["one", "all", "paper", "first", "last", "sampled"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
@@ -99,7 +100,7 @@ class Config(options.FinetuneOptions):
             found |= {"epochs": EPOCHS[0], "finetune_epochs": EPOCHS[1]}
         return found | {"finetune_learning_rate": FINETUNE_SHARE * self.learning_rate}
 
-    def train_config(self, seed: int) -> steps.TrainConfig:
+    def train_config(self, seed: int) -> training_step.TrainConfig:
         """AdamW at three rates; call `filled` first."""
         rates = tuple(float(f"{self.learning_rate * part:.6g}") for part in RATES)
         return dataclasses.replace(

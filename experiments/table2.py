@@ -22,8 +22,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, evaluation, networks, options, results, tables, training
+from experiments import data, networks
 from experiments.networks import BlockConfig, LeNet, LeNetConfig, Method, Variant
+from experiments.output import runs
+from experiments.training import evaluation, loop, options, tables
 
 PAPER: dict[tuple[str, str], tuple[float, float | None]] = {
     ("D-D", "dropout"): (64.39, None),
@@ -103,7 +105,7 @@ def _run_network(
     while datasets:
         try:
             job.stored.add(_train_and_test(network, datasets, config, job))
-        except training.DivergenceError as error:
+        except loop.DivergenceError as error:
             tags, final = _about(network, datasets.pop(error.seed), config, error.seed)
             job.stored.add(tables.diverged(tags, error, final))
         else:
@@ -116,7 +118,7 @@ def _train_and_test(
     """The rows of one network, from each seed: epochs, residuals of its solvers, the final row."""
     variant, method = network.variant, network.block.method
     boards = {seed: job.stored.board(variant, method, seed) for seed in datasets}
-    trained = training.train_together(
+    trained = loop.train_together(
         lambda rngs: LeNet(network, rngs=rngs),
         datasets,
         config.train_config(config.seeds[0]),
@@ -157,7 +159,7 @@ def _about(
             "network": dataclasses.asdict(network),
             "training": optimiser.settings(),
         },
-        **results.environment(),
+        **runs.environment(),
     }
 
 

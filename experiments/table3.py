@@ -15,8 +15,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import data, finetune, options
+from experiments import data
 from experiments.networks import NAMES, AlexNet, AlexNetConfig, BlockConfig, ConvReLU, swap_conv
+from experiments.training import finetune, options
 
 PAPER = {"cifar10": (77.30, 78.51), "cifar100": (44.20, 45.53)}
 """Accuracy in percent of AlexNet, and of AlexNet-Prox-GD."""

@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Literal
 
 from flax import nnx
 
-from experiments import data, finetune, options
+from experiments import data
 from experiments.networks import FULL, NAMES, VGG16, BlockConfig, Method, VGG16Config, swap_hidden
+from experiments.training import finetune, options
 
 Marks = Literal["ND-D", "D-D"]
 

@@ -20,8 +20,9 @@ from typing import Any, ClassVar, Literal
 
 from flax import nnx
 
-from experiments import data, finetune, networks, options
+from experiments import data, networks
 from experiments.networks import NAMES, BlockConfig, Method, swap_hidden
+from experiments.training import finetune, options
 
 Head = Literal["vgg16", "alexnet", "lenet"]
 Layer = Literal["last", "penultimate"]

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from experiments import archive
+from experiments.data import archive
 
 CLASSES = [f"class {k}".encode() for k in range(10)]
 

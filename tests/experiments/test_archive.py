@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from archives import files_under, python2_pickle, tiny_records100, write_archive
 
-from experiments import archive
+from experiments.data import archive
 
 NOWHERE = dataclasses.replace(archive.CIFAR10, url="file:///nonexistent/cifar-10-python.tar.gz")
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import toys
 
-from experiments import checkpoints, steps, training
+from experiments.training import checkpoints, loop, training_step
 
 pytestmark = [
     pytest.mark.optimized,
@@ -73,7 +73,7 @@ def steps_in(folder):
 
 def test_a_finished_run_is_read_back(uninterrupted, folder, monkeypatch):
     assert steps_in(folder) == [2 * toys.STEPS, 3 * toys.STEPS]
-    monkeypatch.setattr(steps, "compiled_step", lambda *_, **__: None)
+    monkeypatch.setattr(training_step, "compiled_step", lambda *_, **__: None)
     again = toys.train(folder)
     assert_same(again, uninterrupted)
     assert again.seconds == uninterrupted[0].seconds
@@ -110,7 +110,7 @@ def test_kill_9_in_the_middle_of_a_save(uninterrupted, tmp_path):
 )
 def test_a_signal_saves_and_stops(uninterrupted, tmp_path, monkeypatch, capsys, step, number):
     before = signal.getsignal(number)
-    monkeypatch.setattr(training, "tqdm", toys.interrupted_bar(step, number))
+    monkeypatch.setattr(loop, "tqdm", toys.interrupted_bar(step, number))
     with pytest.raises(SystemExit) as caught:
         toys.train(tmp_path / "run")
     assert caught.value.code == 128 + number
@@ -261,7 +261,7 @@ def test_what_is_no_folder_of_checkpoints_is_refused(tmp_path, what):
 def test_divergence_keeps_the_last_good_checkpoint(folder, monkeypatch):
     shutil.rmtree(folder / str(3 * toys.STEPS))
     before = contents(folder)
-    compiled_step = steps.compiled_step
+    compiled_step = training_step.compiled_step
 
     def diverging(*args, **options):
         step = compiled_step(*args, **options)
@@ -272,7 +272,7 @@ def test_divergence_keeps_the_last_good_checkpoint(folder, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(steps, "compiled_step", diverging)
-    with pytest.raises(training.DivergenceError, match="the loss is nan at step 10"):
+    monkeypatch.setattr(training_step, "compiled_step", diverging)
+    with pytest.raises(loop.DivergenceError, match="the loss is nan at step 10"):
         toys.train(folder)
     assert contents(folder) == before

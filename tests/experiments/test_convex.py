@@ -7,19 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import (
-    archive,
-    convex,
-    data,
-    descent,
-    nonconvex,
-    objectives,
-    panels,
-    programs,
-    report,
-    results,
-    vectors,
-)
+from experiments import convex, data
+from experiments.data import archive, vectors
+from experiments.output import objectives, panels, runs, summary
+from experiments.training import descent, nonconvex, programs
 
 
 def blobs(count, rng):
@@ -144,7 +135,7 @@ def command(tmp_path_factory):
         arguments = [*common, *grids, "--out", str(folder / "out"), *options]
         with jax.enable_x64(False):
             convex.main(arguments)
-        return results.read_rows(folder / "out" / results.ROWS)
+        return runs.read_rows(folder / "out" / runs.ROWS)
 
     return run, folder / "out", run()
 
@@ -222,7 +213,7 @@ def test_gaps_are_from_the_best_bound_of_a_family():
         None,
     ]
     assert panels.accuracy(rows) == {}
-    assert "0.25" in report.table(rows)
+    assert "0.25" in summary.table(rows)
     other = [{k: v for k, v in each.items() if k != "objective"} for each in rows]
     assert panels.descent(other) == {}
     assert objectives.summaries(other) == []

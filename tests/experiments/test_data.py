@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from archives import files_under, tiny_records, tiny_records100, write_archive
 
-from experiments import archive, cifar, data
+from experiments.data import archive, cifar, datasets
 
 
 def assert_same(first: archive.Contents, second: archive.Contents):
@@ -85,26 +85,26 @@ def test_prepared_copy_of_another_length_is_refused(tiny_cifar):
 
 def test_hold_out_is_a_reproducible_partition():
     labels = np.arange(57, dtype=np.int32)
-    split = data.Split(np.zeros((57, 2, 2, 1), np.uint8) + labels[:, None, None, None], labels)
-    kept, held = data.hold_out(split, 0.1, seed=3)
+    split = datasets.Split(np.zeros((57, 2, 2, 1), np.uint8) + labels[:, None, None, None], labels)
+    kept, held = datasets.hold_out(split, 0.1, seed=3)
     assert (len(kept), len(held)) == (51, 6)
     np.testing.assert_array_equal(np.sort(np.concatenate([kept.labels, held.labels])), labels)
     np.testing.assert_array_equal(held.images[:, 0, 0, 0], held.labels)
-    np.testing.assert_array_equal(data.hold_out(split, 0.1, seed=3)[1].labels, held.labels)
-    assert set(data.hold_out(split, 0.1, seed=4)[1].labels) != set(held.labels)
+    np.testing.assert_array_equal(datasets.hold_out(split, 0.1, seed=3)[1].labels, held.labels)
+    assert set(datasets.hold_out(split, 0.1, seed=4)[1].labels) != set(held.labels)
 
 
 def test_pixel_statistics(rng):
     images = rng.integers(0, 256, (9, 5, 4, 3), dtype=np.uint8)
     images[..., 2] = 7  # a constant channel is left unscaled
-    mean, std = data.pixel_statistics(images)
+    mean, std = datasets.pixel_statistics(images)
     np.testing.assert_allclose(mean, images.mean(axis=(0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(std[:2], images.std(axis=(0, 1, 2))[:2], rtol=1e-6)
     assert std[2] == 1
 
 
 def test_digits(tmp_path):
-    digits = data.load("digits", tmp_path, seed=0)
+    digits = datasets.load("digits", tmp_path, seed=0)
     assert digits.image_shape == (32, 32, 1)
     assert (len(digits.train), len(digits.validation), len(digits.test)) == (1294, 144, 359)
     assert len(np.unique(digits.test.labels)) == len(digits.classes) == 10
@@ -115,8 +115,8 @@ def test_digits(tmp_path):
 
 def test_cifar100_is_prepared_beside_cifar10(tiny_cifar, rng):
     path = write_archive(tiny_cifar, tiny_records100(rng), layout=archive.CIFAR100)
-    ten = data.load("cifar10", tiny_cifar, seed=0)
-    hundred = data.load("cifar100", tiny_cifar, seed=0)
+    ten = datasets.load("cifar10", tiny_cifar, seed=0)
+    hundred = datasets.load("cifar100", tiny_cifar, seed=0)
     assert (len(ten.classes), len(hundred.classes)) == (10, 100)
     assert (len(hundred.train), len(hundred.validation), len(hundred.test)) == (54, 6, 30)
     direct = archive.read(path, archive.CIFAR100)
@@ -124,8 +124,8 @@ def test_cifar100_is_prepared_beside_cifar10(tiny_cifar, rng):
 
     path.write_bytes(b"no archive")
     with pytest.raises(archive.DataError, match="not a valid archive"):
-        data.load("cifar100", tiny_cifar, seed=0)
-    assert len(data.load("cifar10", tiny_cifar, seed=0).train) == 90
+        datasets.load("cifar100", tiny_cifar, seed=0)
+    assert len(datasets.load("cifar10", tiny_cifar, seed=0).train) == 90
 
 
 def npz_arrays(rng, **changes):
@@ -139,7 +139,9 @@ def npz_arrays(rng, **changes):
 def test_npz_without_a_test_split(tmp_path, rng):
     arrays = npz_arrays(rng)
     np.savez(tmp_path / "mine.npz", **arrays)
-    first, second = (data.load(str(tmp_path / "mine.npz"), tmp_path, seed=seed) for seed in (0, 1))
+    first, second = (
+        datasets.load(str(tmp_path / "mine.npz"), tmp_path, seed=seed) for seed in (0, 1)
+    )
     assert (first.name, first.classes, first.image_shape) == ("mine", ("0", "1", "2"), (9, 8, 1))
     assert (len(first.train), len(first.validation), len(first.test)) == (36, 4, 10)
     # the seed moves the validation split, not the test split
@@ -160,7 +162,7 @@ def test_npz_with_a_test_split_of_floats(tmp_path, rng):
     images = rng.normal(size=(20, 8, 8, 2))
     test = {"test_images": images[:5], "test_labels": np.zeros(5, np.int64)}
     np.savez(tmp_path / "mine.npz", **npz_arrays(rng, images=images, labels=[0, 1] * 10, **test))
-    dataset = data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
+    dataset = datasets.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (18, 2, 5)
     np.testing.assert_array_equal(dataset.test.images, images[:5].astype(np.float32))
     pixels = dataset.train.images.astype(np.float64)
@@ -195,7 +197,7 @@ def test_npz_with_a_test_split_of_floats(tmp_path, rng):
 def test_npz_that_does_not_fit(tmp_path, rng, changes, message):
     np.savez(tmp_path / "mine.npz", **npz_arrays(rng, **changes))
     with pytest.raises(archive.DataError, match=message):
-        data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
+        datasets.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
 
 
 def npy(array) -> bytes:
@@ -226,7 +228,7 @@ UNREADABLE = "cannot be read as an .npz file"
 SHAPED = "{'descr': '|u1', 'fortran_order': False, 'shape': %s, }"
 
 
-@pytest.mark.parametrize("name", [*data.TRAIN_ARRAYS, *data.TEST_ARRAYS])
+@pytest.mark.parametrize("name", [*datasets.TRAIN_ARRAYS, *datasets.TEST_ARRAYS])
 @pytest.mark.parametrize(
     ("member", "message"),
     [
@@ -257,7 +259,7 @@ def test_odd_members_are_one_clear_line(tmp_path, rng, name, member, message):
     members = members_of(npz_arrays(rng, **test)) | {f"{name}.npy": member}
     (tmp_path / "mine.npz").write_bytes(zipped(members))
     with pytest.raises(archive.DataError, match=re.escape(message)) as caught:
-        data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
+        datasets.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
     words = str(caught.value)
     assert "\n" not in words
     assert len(words) < 200 + len(str(tmp_path)) + 100
@@ -279,31 +281,31 @@ def test_damaged_files_are_refused_or_read(tmp_path, rng, compression):
     for content in damaged:
         (tmp_path / "mine.npz").write_bytes(content)
         with contextlib.suppress(archive.DataError):
-            assert len(data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0).train) == 36
+            assert len(datasets.load(str(tmp_path / "mine.npz"), tmp_path, seed=0).train) == 36
 
 
 def test_members_that_are_not_needed_are_not_read(tmp_path, rng):
     names = np.array(["cat", {}], object)
     np.savez(tmp_path / "mine.npz", **npz_arrays(rng, **{"names": names, "größe": names}))
-    assert len(data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0).train) == 36
+    assert len(datasets.load(str(tmp_path / "mine.npz"), tmp_path, seed=0).train) == 36
     np.savez(tmp_path / "mine.npz", **{f"größe{k}": 1 for k in range(99)})
     with pytest.raises(archive.DataError, match=r"lacks images; it holds größe0, .* … .*größe98$"):
-        data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
+        datasets.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
     np.savez(tmp_path / "mine.npz")
     with pytest.raises(archive.DataError, match="lacks images; it holds nothing"):
-        data.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
+        datasets.load(str(tmp_path / "mine.npz"), tmp_path, seed=0)
 
 
 def test_files_that_are_no_npz(tmp_path):
     with pytest.raises(archive.DataError, match="no such file"):
-        data.load(str(tmp_path / "absent.npz"), tmp_path, seed=0)
+        datasets.load(str(tmp_path / "absent.npz"), tmp_path, seed=0)
     for contents in (b"", b"PK\x03\x04 cut short", b"plain text"):
         (tmp_path / "bad.npz").write_bytes(contents)
         with pytest.raises(archive.DataError, match=r"cannot be read as an \.npz"):
-            data.load(str(tmp_path / "bad.npz"), tmp_path, seed=0)
+            datasets.load(str(tmp_path / "bad.npz"), tmp_path, seed=0)
     with open(tmp_path / "bad.npz", "wb") as file:
         np.save(file, np.zeros(3))
     with pytest.raises(archive.DataError, match=r"cannot be read as an \.npz"):
-        data.load(str(tmp_path / "bad.npz"), tmp_path, seed=0)
+        datasets.load(str(tmp_path / "bad.npz"), tmp_path, seed=0)
     with pytest.raises(archive.DataError, match="expected digits, cifar10, cifar100 or the path"):
-        data.load("mnist", tmp_path, seed=0)
+        datasets.load("mnist", tmp_path, seed=0)

@@ -16,21 +16,11 @@ import tyro
 from archives import files_under
 from flax import nnx
 
-from experiments import (
-    curves,
-    data,
-    evaluation,
-    finetune,
-    networks,
-    report,
-    results,
-    table2,
-    table3,
-    table4,
-    table5,
-    training,
-)
+from experiments import data, networks, table2, table3, table4, table5
+from experiments.data import datasets
 from experiments.networks import BlockConfig, LeNet, LeNetConfig
+from experiments.output import boards, runs, summary
+from experiments.training import evaluation, finetune, loop
 
 HANDFUL = [
     "--epochs",
@@ -83,7 +73,7 @@ def lenet_rows(images, tmp_path_factory):
 
 
 def test_test_images_are_read_once_after_the_training(images, tmp_path, monkeypatch):
-    happened, train, evaluate = [], training.train, evaluation.evaluate
+    happened, train, evaluate = [], loop.train, evaluation.evaluate
 
     def recorded_train(*args, **options):
         trained = train(*args, **options)
@@ -95,7 +85,7 @@ def test_test_images_are_read_once_after_the_training(images, tmp_path, monkeypa
             happened.append("full gradient" if deterministic else "tested")
         return evaluate(model, split, data, deterministic=deterministic, **options)
 
-    monkeypatch.setattr(training, "train", recorded_train)
+    monkeypatch.setattr(loop, "train", recorded_train)
     monkeypatch.setattr(evaluation, "evaluate", recorded_evaluate)
     options = ("--network", "lenet", "--rates", "0.5", "--num-iters", "2")
     run(table5, images, tmp_path / "out", *options)
@@ -125,13 +115,13 @@ def test_table5_rows_files_and_print(lenet_rows, images):
     assert len({row["parameters"] for row in finals(rows)}) == 1
     for name in ("accuracy.png", "rates.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    with (out / report.CSV).open() as file:
+    with (out / summary.CSV).open() as file:
         assert [line["name"] for line in csv.DictReader(file)] == [
             "LeNet p = 0.5 baseline",
             "LeNet p = 0.5 baseline, finetuned",
             "LeNet p = 0.5 Prox-SG",
         ]
-    for path in (out / "results.jsonl", out / "config.json", out / report.PAGE):
+    for path in (out / "results.jsonl", out / "config.json", out / summary.PAGE):
         assert str(images.parent) not in path.read_text()
     assert "LeNet p = 0.5 Prox-SG" in printed
     assert "The paper has no numbers for this network on halves." in printed
@@ -142,7 +132,7 @@ def test_a_stopped_run_goes_on(lenet_rows, images, tmp_path, monkeypatch):
     before = (out / "results.jsonl").read_text()
     options = ("--network", "lenet", "--rates", "0.5", "--num-iters", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", None)  # nothing is trained again
+        patch.setattr(loop, "train", None)  # nothing is trained again
         run(table5, images, out, *options)
     assert (out / "results.jsonl").read_text() == before
 
@@ -197,7 +187,7 @@ def test_table4_from_end_to_end(images, tmp_path):
         zip(arms, (1, 2, 2, 2), strict=True)
     )
 
-    page = (out / report.PAGE).read_text()
+    page = (out / summary.PAGE).read_text()
     cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| VGG16")]
     assert [line[0].removeprefix("| ") for line in cells] == names
     for line, row in zip(cells, finals(rows), strict=True):
@@ -210,9 +200,9 @@ def test_table4_from_end_to_end(images, tmp_path):
 
     # the curves say what the rows say
     for row, epoch in zip(finals(rows), epochs, strict=True):
-        folder = out / results.CURVES / f"vgg16-{row['arm']}-seed0"
-        points = {tag: (epoch["epoch"], epoch[key]) for key, tag in curves.TAGS.items()}
-        points[curves.TEST] = (epoch["epoch"], row["accuracy"])
+        folder = out / runs.CURVES / f"vgg16-{row['arm']}-seed0"
+        points = {tag: (epoch["epoch"], epoch[key]) for key, tag in boards.TAGS.items()}
+        points[boards.TEST] = (epoch["epoch"], row["accuracy"])
         found = {tag: (step, value) for tag, step, value in events.read(folder)}
         assert found.keys() == points.keys()
         for tag, point in points.items():
@@ -222,7 +212,7 @@ def test_table4_from_end_to_end(images, tmp_path):
 def test_table4_swaps_what_it_says(images):
     methods = ("prox-sg", "prox-gd", "none", "prox-gd-no-dropout")
     config = table4.Config(dataset="halves.npz", width=0.03, num_iters=2, methods=methods)
-    dataset = data.load(str(images), images.parent, seed=0)
+    dataset = datasets.load(str(images), images.parent, seed=0)
     (study,) = table4.studies(config, dataset)
 
     def swapped(arm):
@@ -266,7 +256,7 @@ def test_table4_swaps_what_it_says(images):
     ],
 )
 def test_table5_marks_the_layer(network, layer, images):
-    dataset = data.load(str(images), images.parent, seed=0)
+    dataset = datasets.load(str(images), images.parent, seed=0)
     config = table5.Config(network=network, layer=layer, rates=(0.9,), width=0.05)
     (study,) = table5.studies(config, dataset)
     model = nnx.eval_shape(lambda: study.build(nnx.Rngs(0)))
@@ -306,7 +296,7 @@ def test_the_papers_numbers_stand_where_they_are_comparable():
 
 
 def test_finetuning_leaves_the_baseline_alone(images):
-    dataset = data.load(str(images), images.parent, seed=0)
+    dataset = datasets.load(str(images), images.parent, seed=0)
     config = LeNetConfig(dataset.image_shape, 2, "ND-D", BlockConfig("dropout"))
     baseline = nnx.jit(lambda: LeNet(config, rngs=nnx.Rngs(0)))()
     before = parameters(baseline)
@@ -314,11 +304,11 @@ def test_finetuning_leaves_the_baseline_alone(images):
     def swap(model, rngs):
         model.last = networks.swap_hidden(model.last, BlockConfig(num_iters=2), rngs=rngs)
 
-    optimiser = training.TrainConfig(epochs=1, batch_size=8, learning_rates=(0.1,))
+    optimiser = loop.TrainConfig(epochs=1, batch_size=8, learning_rates=(0.1,))
     build = finetune.swapped(baseline, finetune.Arm("swap", "swap", swap))
     for mine, theirs in zip(before, parameters(build(nnx.Rngs(0))), strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    trained = training.train(build, dataset, optimiser, label="test").model
+    trained = loop.train(build, dataset, optimiser, label="test").model
     for mine, theirs in zip(before, parameters(trained), strict=True):
         assert np.any(mine != theirs)
     for mine, theirs in zip(before, parameters(baseline), strict=True):
@@ -331,18 +321,18 @@ def parameters(model):
 
 
 def test_a_diverging_swap_is_a_row(images, tmp_path, monkeypatch):
-    train = training.train
+    train = loop.train
 
     def diverging(build, dataset, config, *, label, **options):
         if "Prox-SG" in label:
-            raise training.DivergenceError(f"{label}: the loss is nan at step 3.", 0)
+            raise loop.DivergenceError(f"{label}: the loss is nan at step 3.", 0)
         return train(build, dataset, config, label=label, **options)
 
-    monkeypatch.setattr(training, "train", diverging)
+    monkeypatch.setattr(loop, "train", diverging)
     options = ("--network", "lenet", "--rates", "0.5", "--num-iters", "2")
     with pytest.raises(SystemExit, match=r"^error: diverged: LeNet p = 0.5 Prox-SG, seed 0$"):
         run(table5, images, tmp_path, *options)
-    rows = results.read_rows(tmp_path / results.ROWS)
+    rows = runs.read_rows(tmp_path / runs.ROWS)
     assert finals(rows)[-1]["accuracy"] is None
     assert "nan at step 3" in finals(rows)[-1]["error"]
 
@@ -352,9 +342,9 @@ def test_nothing_goes_on_from_a_baseline_that_diverged(images, tmp_path, monkeyp
 
     def diverging(build, dataset, config, *, label, **options):
         labels.append(label)
-        raise training.DivergenceError(f"{label}: the loss is nan at step 3.", 0)
+        raise loop.DivergenceError(f"{label}: the loss is nan at step 3.", 0)
 
-    monkeypatch.setattr(training, "train", diverging)
+    monkeypatch.setattr(loop, "train", diverging)
     options = ("--network", "lenet", "--rates", "0.9", "0.5")
     for _ in range(2):
         with pytest.raises(SystemExit, match=r"p = 0.9 baseline, seed 0; LeNet p"):
@@ -379,9 +369,9 @@ def test_a_folder_belongs_to_one_data_set(lenet_rows, images, tmp_path):
 
 def test_a_folder_is_written_by_one_command(images, tmp_path):
     message = f"^error: {tmp_path}: another command is writing there$"
-    with results.locked(tmp_path), pytest.raises(SystemExit, match=message):
+    with runs.locked(tmp_path), pytest.raises(SystemExit, match=message):
         run(table3, images, tmp_path)
-    with results.locked(tmp_path):  # it is released
+    with runs.locked(tmp_path):  # it is released
         pass
     assert not list(tmp_path.iterdir())
 
@@ -411,7 +401,7 @@ def test_the_table_separates_seeds_from_trials():
             ("prox-sg", 53.0 + 2 * seed, 0.25),
         )
     ]
-    lines = report.table(rows).splitlines()
+    lines = summary.table(rows).splitlines()
     control = "control 50.50 ± 0.707 50.50 ± 0.707 1.00 ± 0.000"
     assert lines[2].split() == control.split()
     solver = "prox-sg 54.00 ± 1.414 0.250 54.00 ± 1.414 1.00 ± 0.000 3.50 ± 0.707"
@@ -451,9 +441,7 @@ def test_bad_options(module, options, message, capsys):
 )
 def test_learning_rates_of_finetuning(options, rates):
     filled = table5.Config(dataset="cifar10", **options).filled()
-    assert filled.finetune_config(4) == training.TrainConfig(
-        epochs=200, learning_rates=rates, seed=4
-    )
+    assert filled.finetune_config(4) == loop.TrainConfig(epochs=200, learning_rates=rates, seed=4)
 
 
 @pytest.mark.parametrize("module", [table3, table4, table5])

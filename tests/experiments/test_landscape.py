@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from experiments import landscape, landscape_examples
+from experiments import landscape
+from experiments.training import landscape_examples
 
 
 def test_no_descent_goes_below_the_optimum_of_three_data():

@@ -11,7 +11,6 @@ from flax import nnx
 
 import stochsolvers as ss
 from experiments import networks
-from experiments.finetune import copied
 from experiments.networks import (
     VGG16,
     AlexNet,
@@ -24,7 +23,8 @@ from experiments.networks import (
     Method,
     VGG16Config,
 )
-from experiments.training import count_parameters
+from experiments.training.finetune import copied
+from experiments.training.loop import count_parameters
 
 SAMPLING = ("prox-sg", "prox-sg-constant", "ms2gd", "importance", "expected-smoothness")
 FOLLOWING = ("prox-gd", "fista")

@@ -10,9 +10,10 @@ import pytest
 from archives import tiny_records, write_archive
 from flax import nnx
 
-from experiments import opteq, training
+from experiments import opteq
 from experiments.networks import EquilibriumNet, EquilibriumNetConfig
-from experiments.training import count_parameters
+from experiments.training import loop
+from experiments.training.loop import count_parameters
 
 
 @pytest.mark.parametrize("method", ["plain", "unrolled", "equilibrium"])
@@ -61,6 +62,6 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch):
         for name in ("accuracy.png", "residual.png"):
             assert (out / name).read_bytes().startswith(b"\x89PNG")
 
-        monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
+        monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("trained again"))
         again, _ = run(archive, out, "--methods", "plain", "equilibrium")
         assert again == rows

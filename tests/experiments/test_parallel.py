@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import toys
 
-from experiments import parallel, steps, training
+from experiments.training import loop, parallel, training_step
 
 pytestmark = pytest.mark.optimized
 
@@ -41,7 +41,9 @@ def result(process, expected=0):
 @pytest.fixture(scope="module")
 def alone():
     with pytest.MonkeyPatch.context() as patch, jax.enable_x64(False):
-        patch.setattr(steps, "compiled_step", steps.compiled_step)  # put back at the end
+        patch.setattr(
+            training_step, "compiled_step", training_step.compiled_step
+        )  # put back at the end
         losses, history = toys.recorded_losses(), toys.train().history
     return {
         "steps": losses,
@@ -117,5 +119,5 @@ def test_devices_are_counted():
 
 def test_batches_are_split_evenly():
     mesh = jax.sharding.AbstractMesh((3,), (parallel.AXIS,))
-    with pytest.raises(training.ConfigurationError, match="a multiple of the 3 devices, got 16"):
-        training.steps_per_epoch(toys.dataset(), toys.CONFIG, mesh)
+    with pytest.raises(loop.ConfigurationError, match="a multiple of the 3 devices, got 16"):
+        loop.steps_per_epoch(toys.dataset(), toys.CONFIG, mesh)

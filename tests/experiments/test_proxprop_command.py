@@ -10,8 +10,9 @@ from archives import files_under
 from flax import nnx
 
 import stochsolvers as ss
-from experiments import evaluation, proxprop, training
+from experiments import proxprop
 from experiments.networks.proxprop import ProxPropConfig, ProxPropNet
+from experiments.training import evaluation, loop
 
 
 def run(tiny_cifar, out, *options):
@@ -42,7 +43,7 @@ def test_the_command(tiny_cifar, tmp_path, capsys, monkeypatch):
         assert 0 <= row["accuracy"] <= 100
     assert "share memory" in (out / "README.md").read_text()
     assert "gain is over backpropagation" in capsys.readouterr().out
-    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run(tiny_cifar, out, *options) == rows
     with pytest.raises(SystemExit, match="holds the results of another run"):
         run(tiny_cifar, out, *options, "--tau", "3")
@@ -66,7 +67,7 @@ def test_networks_are_the_paper_s():
     for kind, count in counts.items():
         config = ProxPropConfig(kind, step=ss.proxprop.Exact(0.1))
         model = nnx.eval_shape(lambda config=config: ProxPropNet(config, rngs=nnx.Rngs(0)))
-        assert training.count_parameters(model) == count + last[kind]
+        assert loop.count_parameters(model) == count + last[kind]
         logits = nnx.eval_shape(lambda m: m(jax.numpy.zeros((2, 32, 32, 3))), model)
         assert logits.shape == (2, 10)
         layers = [type(layer) for layer in model.features.layers]

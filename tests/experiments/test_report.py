@@ -5,7 +5,8 @@ import csv
 import numpy as np
 import pytest
 
-from experiments import panels, report, results
+from experiments import report
+from experiments.output import panels, runs, summary
 
 VERSIONS = {"versions": {"jax": "1.2"}, "hardware": {"device": "NVIDIA H200"}}
 
@@ -35,12 +36,12 @@ def folders(tmp_path):
         rows += rows_of(seed, 60.0, [40.0, 55.0], name="D-D dropout", std=None)
         for row in rows:
             row["variant"], row["method"] = "D-D", row["name"].split()[1].lower()
-        results.write_jsonl(tmp_path / str(seed) / "results.jsonl", rows)
+        runs.write_jsonl(tmp_path / str(seed) / "results.jsonl", rows)
     return [tmp_path / "0", tmp_path / "1"]
 
 
 def test_spread_over_seeds_and_over_trials_are_apart(folders):
-    solver, dropout = report.summarise(report.load(folders))
+    solver, dropout = summary.summarise(report.load(folders))
     assert solver["accuracy"] == 71.5
     np.testing.assert_allclose(solver["seed_std"], np.sqrt(4.5))
     assert solver["trial_std"] == 0.25
@@ -52,7 +53,7 @@ def test_spread_over_seeds_and_over_trials_are_apart(folders):
     assert (dropout["seed_std"], dropout["trial_std"]) == (0.0, None)
     assert dropout["full_gradient_accuracy"] == 60.0
     # of one seed there is no spread
-    assert report.summarise(report.load(folders[:1]))[0]["seed_std"] is None
+    assert summary.summarise(report.load(folders[:1]))[0]["seed_std"] is None
 
 
 def test_several_folders_make_one_page(folders, tmp_path, capsys):
@@ -95,10 +96,10 @@ def test_earlier_rows_without_names(tmp_path):
     for row in rows:
         del row["name"]
         row |= {"variant": "D-ND", "method": "prox-sg", "dataset": "digits"}
-    (summary,) = report.summarise(rows)
-    assert summary["name"] == "D-ND Prox-SG"
+    (row,) = summary.summarise(rows)
+    assert row["name"] == "D-ND Prox-SG"
     # the paper's number is of another data set
-    assert (summary["paper_accuracy"], summary["difference"]) == (None, None)
+    assert (row["paper_accuracy"], row["difference"]) == (None, None)
 
 
 def test_folders_that_do_not_fit(folders, tmp_path):
@@ -117,7 +118,7 @@ def test_gain_of_a_swapped_network_is_over_its_control():
         for seed, accuracy in enumerate(pair)
         for study, shift in (("p0", 0.0), ("p0.5", -20.0))
     ]
-    gains = {summary["name"]: summary["gain"] for summary in report.summarise(rows)}
+    gains = {row["name"]: row["gain"] for row in summary.summarise(rows)}
     assert gains == {"baseline": None, "control": None, "prox-sg": 4.0}
 
 
@@ -127,12 +128,12 @@ def test_a_seed_that_diverged_leaves_no_mean(folders):
         if row["kind"] == "final" and row["seed"] == 1 and row["method"] == "prox-sg":
             row |= dict.fromkeys(("accuracy", "full_gradient_accuracy", "std"))
             del row["validation_accuracy"]
-    solver, dropout = report.summarise(rows)
+    solver, dropout = summary.summarise(rows)
     for key in ("accuracy", "seed_std", "validation_accuracy", "difference", "gain"):
         assert solver[key] is None
     assert solver["diverged"] == "diverged 1 of 2"
     assert dropout["accuracy"] == 60.0
-    words = report.table(rows).splitlines()[2].split()
+    words = summary.table(rows).splitlines()[2].split()
     assert " ".join(words) == "D-D Prox-SG diverged 1 of 2 72.86 ± 0.177"
     assert panels.accuracy(rows)["D-D"][0].label == "Prox-SG, diverged 1 of 2"
 
@@ -142,12 +143,12 @@ def test_a_gain_over_a_baseline_that_diverged_is_none(folders):
     for row in rows:
         if row["kind"] == "final" and row["seed"] == 1 and row["method"] == "dropout":
             row["accuracy"] = None
-    assert [summary["gain"] for summary in report.summarise(rows)] == [None, None]
+    assert [row["gain"] for row in summary.summarise(rows)] == [None, None]
 
 
 def test_every_folder_below_is_redrawn(folders, tmp_path, capsys, monkeypatch):
-    rows = [row for row in results.read_rows(folders[1] / results.ROWS) if row["kind"] == "final"]
-    results.write_jsonl(folders[1] / results.ROWS, rows)
+    rows = [row for row in runs.read_rows(folders[1] / runs.ROWS) if row["kind"] == "final"]
+    runs.write_jsonl(folders[1] / runs.ROWS, rows)
     for name in ("table2.csv", "residual.png"):
         (folders[1] / name).write_text("of an earlier revision")
     monkeypatch.setattr(report, "STORED", tmp_path)
@@ -155,7 +156,7 @@ def test_every_folder_below_is_redrawn(folders, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.count("written to") == 2
     for folder in folders:
-        assert (folder / "README.md").read_text().startswith(report.MARK)
+        assert (folder / "README.md").read_text().startswith(summary.MARK)
         assert (folder / "summary.csv").exists()
     assert (folders[0] / "residual.png").read_bytes().startswith(b"\x89PNG")
     # what cannot be drawn any more is kept, and said
@@ -186,7 +187,7 @@ def test_rates_ascend_with_a_band_over_seeds(tmp_path):
     np.testing.assert_allclose(plain.band, [[50, 55, 59.5], [54, 59, 63.5]])
     np.testing.assert_allclose(solver.y, [61, np.nan, 70.5])
     assert (plain.label, plain.dashed, solver.label) == ("baseline", True, "prox-sg")
-    results.write_jsonl(tmp_path / results.ROWS, rows)
+    runs.write_jsonl(tmp_path / runs.ROWS, rows)
     report.main([str(tmp_path)])
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
     assert "\n# LeNet on toy\n" in (tmp_path / "README.md").read_text()
@@ -214,7 +215,7 @@ def test_a_label_has_one_colour_in_all_pictures(folders):
     ],
 )
 def test_damaged_rows_are_one_clear_line(tmp_path, line, message):
-    (tmp_path / results.ROWS).write_text(line)
+    (tmp_path / runs.ROWS).write_text(line)
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         report.main([str(tmp_path)])
 
@@ -235,7 +236,7 @@ def test_progress_of_comparisons_with_backpropagation(tmp_path):
     assert (plain.label, plain.dashed, exact.dashed) == ("backpropagation", True, False)
     np.testing.assert_array_equal(exact.x, [10.5, 20.5])
     np.testing.assert_array_equal(exact.y, [20.0, 40.0])
-    report.write(tmp_path, rows)
+    summary.write(tmp_path, rows)
     assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "README.md").read_text()
     assert "share memory" in page

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import gains, swap, training
+from experiments import swap
 from experiments.networks import ModernConfig
+from experiments.output import gains
+from experiments.training import loop
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,7 @@ def test_networks(name, count):
 
     assert nnx.eval_shape(logits).shape == (2, 10)
     model = nnx.eval_shape(lambda: ModernConfig(name).build(nnx.Rngs(0)))
-    assert training.count_parameters(model) == count
+    assert loop.count_parameters(model) == count
 
 
 @pytest.mark.parametrize("options", [{"name": "mlp"}, {"width": 0.0}, {"image_shape": (4, 4, 1)}])
@@ -68,5 +70,5 @@ def test_a_run_from_end_to_end(images, tmp_path, monkeypatch):
     gain = finals["one"]["accuracy"] - finals["control"]["accuracy"]
     assert gains.of(rows)["CNN"]["one iteration"] == [gain]
     assert "as swapped" in (tmp_path / "out" / "README.md").read_text()
-    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run(*arguments)[0] == rows

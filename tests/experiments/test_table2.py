@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from archives import files_under, tiny_records, write_archive
 
-from experiments import report, results, table2, training
+from experiments import table2
+from experiments.output import runs, summary
+from experiments.training import loop
 
 EPHEMERAL = ("seconds", "train_seconds")
 
@@ -73,7 +75,7 @@ def test_all_networks_and_files(everything):
 
     with (out / "summary.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert list(table[0]) == list(report.COLUMNS)
+    assert list(table[0]) == list(summary.COLUMNS)
     assert [float(row["accuracy"]) for row in table] == [row["accuracy"] for row in finals]
     assert all(row["full_gradient_accuracy"] and not row["seed_std"] for row in table)
 
@@ -87,15 +89,15 @@ def test_finished_networks_are_not_trained_again(everything, tmp_path, monkeypat
     tiny_cifar, out, rows, _ = everything
     folder = tmp_path / "out"
     shutil.copytree(out, folder)
-    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("trained again"))
     options = ["--variants", "ND-D", "--methods"]
     assert run(tiny_cifar, folder, *options, "dropout", "prox-sg") == rows
 
     # the final row of the last network is lost, its checkpoint is not
-    kept = [row for row in results.read_rows(folder / "results.jsonl") if row["method"] != "fista"]
-    results.write_jsonl(folder / "results.jsonl", kept)
+    kept = [row for row in runs.read_rows(folder / "results.jsonl") if row["method"] != "fista"]
+    runs.write_jsonl(folder / "results.jsonl", kept)
     monkeypatch.undo()
-    monkeypatch.setattr(training, "_epoch_steps", lambda *_: None)
+    monkeypatch.setattr(loop, "_epoch_steps", lambda *_: None)
     assert run(tiny_cifar, folder, *options, "fista") == rows
 
 
@@ -193,10 +195,10 @@ def test_a_diverging_network_does_not_stop_the_others(tmp_path, monkeypatch):
     def train(build, datasets, config, *, label, **options):
         calls.append((label, tuple(datasets)))
         if label == "ND-D dropout" and 4 in datasets:
-            raise training.DivergenceError(f"{label}, seed 4: the loss is nan at step 3.", 4)
-        raise training.DivergenceError(f"{label}: the loss is inf at step 1.", min(datasets))
+            raise loop.DivergenceError(f"{label}, seed 4: the loss is nan at step 3.", 4)
+        raise loop.DivergenceError(f"{label}: the loss is inf at step 1.", min(datasets))
 
-    monkeypatch.setattr(training, "train_together", train)
+    monkeypatch.setattr(loop, "train_together", train)
     options = ["--seeds", "4", "1", "--seeds-at-once", "--variants", "ND-D", "--out", str(tmp_path)]
     options += ["--methods", "dropout", "prox-sg"]
     with pytest.raises(SystemExit, match=r"^error: diverged: ND-D dropout, seed 4; ND-D dropout"):
@@ -205,7 +207,7 @@ def test_a_diverging_network_does_not_stop_the_others(tmp_path, monkeypatch):
         *[("ND-D dropout", (4, 1)), ("ND-D dropout", (1,))],
         *[("ND-D Prox-SG", (4, 1)), ("ND-D Prox-SG", (4,))],
     ]
-    rows = results.read_rows(tmp_path / "results.jsonl")
+    rows = runs.read_rows(tmp_path / "results.jsonl")
     assert [row["accuracy"] for row in rows] == [None] * 4
     assert "diverged 2 of 2" in (tmp_path / "README.md").read_text()
     calls.clear()
@@ -244,17 +246,17 @@ def test_smoke_and_defaults():
     assert optimiser(smoke=True, epochs=5).epochs == 5
     assert table2.Config(smoke=True).filled().variants == table2.SMOKE_VARIANTS
     assert table2.Config(smoke=True, variants=("ND-D",)).filled().variants == ("ND-D",)
-    assert optimiser(dataset="cifar10") == training.TrainConfig(seed=4)
+    assert optimiser(dataset="cifar10") == loop.TrainConfig(seed=4)
     changed = optimiser(dataset="cifar10", augment=True, precision="bf16", learning_rate=0.003)
-    assert changed == training.TrainConfig(
+    assert changed == loop.TrainConfig(
         learning_rates=(3e-3, 3e-4, 3e-5), seed=4, augment=True, precision="bf16"
     )
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "results.jsonl"
-    results.write_jsonl(path, [{"a": 1}])
+    runs.write_jsonl(path, [{"a": 1}])
     with pytest.raises(ValueError, match="not JSON compliant"):
-        results.write_jsonl(path, [{"a": float("nan")}])
+        runs.write_jsonl(path, [{"a": float("nan")}])
     assert json.loads(path.read_text()) == {"a": 1}
     assert files_under(tmp_path) == {"results.jsonl"}

@@ -11,7 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import checkpoints, data, report, results, table2, terminal
+from experiments import table2
+from experiments.data import datasets
+from experiments.output import runs, summary, terminal
+from experiments.training import checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
@@ -38,8 +41,8 @@ def finished(tmp_path, rng):
     options = {"dataset": str(tmp_path / "größe.npz"), "out": tmp_path / "out", "epochs": 1}
     options |= {"batch_size": 32}
     config = table2.Config(**options, variants=("ND-D",), methods=("prox-sg",), seeds=(0, 1))
-    source = data.read(config.dataset, tmp_path)
-    stored = results.Run(
+    source = datasets.read(config.dataset, tmp_path)
+    stored = runs.Run(
         config.out, {**config.filled().settings("table2"), "data_sha256": source.sha256()}
     )
     for seed, accuracy in enumerate((70.0, 73.0)):
@@ -48,7 +51,7 @@ def finished(tmp_path, rng):
         scores = {"accuracy": accuracy, "std": 0.25, "trials": 20, "full_gradient_accuracy": 74.0}
         epoch = {"kind": "epoch", **tags, "epoch": 1, "validation_accuracy": accuracy}
         stored.add([epoch, {"kind": "final", **tags, **scores}])
-    (config.out / report.NOTES).write_text("Größe: 60 ± 0 Bilder.\n", encoding="utf-8")
+    (config.out / summary.NOTES).write_text("Größe: 60 ± 0 Bilder.\n", encoding="utf-8")
     arguments = f"--dataset {config.dataset} --out {config.out} --epochs 1 --batch-size 32"
     arguments += " --variants ND-D --methods prox-sg --seeds 0 1"
     return arguments.split(), config.out
@@ -68,7 +71,7 @@ def test_a_table_in_an_ascii_terminal(finished):
     ends = [match.end() for match in re.finditer(r"-+", rule)]
     assert all(row[end : end + 2].isspace() or end >= len(row) for end in ends)
     written = files(out)
-    page = written[report.PAGE].decode("utf-8")
+    page = written[summary.PAGE].decode("utf-8")
     assert "71.50 ± 2.121" in page
     assert "LeNet on größe" in page
     assert "Größe: 60 ± 0 Bilder." in page
@@ -109,12 +112,12 @@ def test_undecodable_bytes_of_a_file_name_are_printed_as_they_are():
     for encoding in ("ascii", "utf-8"):
         assert name.encode(encoding, terminal.ERRORS) == b"\xff\xe4"
     assert terminal.as_unicode(name) == "��"
-    assert data.name_of("größe.npz") == "größe"
+    assert datasets.name_of("größe.npz") == "größe"
     with pytest.raises(UnicodeDecodeError):
         b"\xff".decode("ascii", terminal.ERRORS)
 
 
-@pytest.mark.parametrize("name", [results.ROWS, results.SETTINGS, report.NOTES])
+@pytest.mark.parametrize("name", [runs.ROWS, runs.SETTINGS, summary.NOTES])
 def test_a_file_in_another_encoding_is_one_clear_line(finished, name):
     options, out = finished
     (out / name).write_bytes(b"Gr\xf6\xdfe")

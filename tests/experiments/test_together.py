@@ -9,8 +9,10 @@ import pytest
 import toys
 from flax import nnx
 
-from experiments import checkpoints, data, table2, training
+from experiments import data, table2
+from experiments.data import datasets
 from experiments.networks import BlockConfig, LeNet, LeNetConfig
+from experiments.training import checkpoints, loop
 
 SEEDS = (0, 3)
 
@@ -29,21 +31,21 @@ def assert_close(found, expected, rtol):
 
 
 def test_digits():
-    config = training.TrainConfig(epochs=1, batch_size=24, learning_rates=(0.01,))
+    config = loop.TrainConfig(epochs=1, batch_size=24, learning_rates=(0.01,))
     network = LeNetConfig((32, 32, 1), 10, "ND-D", BlockConfig(num_iters=3))
     few = {}
     for seed in SEEDS:
-        whole = data.load("digits", None, seed=seed)
+        whole = datasets.load("digits", None, seed=seed)
         train = data.Split(whole.train.images[:100], whole.train.labels[:100])
         few[seed] = dataclasses.replace(whole, train=train)
 
     def build(rngs):
         return LeNet(network, rngs=rngs)
 
-    both = training.train_together(build, few, config, label="both")
+    both = loop.train_together(build, few, config, label="both")
     for seed, found in zip(SEEDS, both, strict=True):
         alone = dataclasses.replace(config, seed=seed)
-        assert_close(found, training.train(build, few[seed], alone, label="alone"), 2e-5)
+        assert_close(found, loop.train(build, few[seed], alone, label="alone"), 2e-5)
 
 
 TOYS = {seed: toys.dataset(seed) for seed in SEEDS}
@@ -51,7 +53,7 @@ CONFIG = dataclasses.replace(toys.CONFIG, augment=True)
 
 
 def together(folder=None, config=CONFIG, **options):
-    return training.train_together(
+    return loop.train_together(
         lambda rngs: toys.TinyNet(rngs=rngs),
         TOYS,
         config,
@@ -70,15 +72,13 @@ def uninterrupted():
 def test_statistics_dropout_and_augmentation(uninterrupted):
     for seed, found in zip(SEEDS, uninterrupted, strict=True):
         config = dataclasses.replace(CONFIG, seed=seed)
-        alone = training.train(
-            lambda rngs: toys.TinyNet(rngs=rngs), TOYS[seed], config, label="toy"
-        )
+        alone = loop.train(lambda rngs: toys.TinyNet(rngs=rngs), TOYS[seed], config, label="toy")
         assert_close(found, alone, 1e-4)
 
 
 def test_a_stopped_group_goes_on(uninterrupted, tmp_path, monkeypatch):
     bar = toys.interrupted_bar(toys.STEPS + 2, signal.SIGTERM)
-    monkeypatch.setattr(training, "tqdm", bar)
+    monkeypatch.setattr(loop, "tqdm", bar)
     with pytest.raises(SystemExit):
         together(tmp_path / "run")
     monkeypatch.undo()
@@ -94,7 +94,7 @@ def test_a_stopped_group_goes_on(uninterrupted, tmp_path, monkeypatch):
 
 def test_divergence_names_the_seed():
     config = dataclasses.replace(CONFIG, learning_rates=(1e30,))
-    with pytest.raises(training.DivergenceError, match=r"toys, seed [03]: the loss is"):
+    with pytest.raises(loop.DivergenceError, match=r"toys, seed [03]: the loss is"):
         together(config=config)
 
 
@@ -108,7 +108,7 @@ def test_table2_trains_what_remains_at_once(tmp_path, monkeypatch):
         groups.append((tuple(datasets), options["checkpoint"].name))
         raise EnoughError
 
-    monkeypatch.setattr(training, "train_together", train)
+    monkeypatch.setattr(loop, "train_together", train)
     for options in ({}, {"seeds_at_once": True}):
         with pytest.raises(EnoughError):
             table2.run(table2.Config(out=tmp_path, seeds=(4, 1), **options))

@@ -10,8 +10,9 @@ import toys
 from flax import nnx
 
 import stochsolvers as ss
-from experiments import evaluation, networks, steps, training
+from experiments import networks
 from experiments.networks import BlockConfig, LeNet, LeNetConfig
+from experiments.training import evaluation, loop, training_step
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_lenet_shapes(variant, method):
     assert model.last(hidden).shape == (4, 84)
     assert model(images).shape == (4, 10)
     # every variant and method has the same parameters
-    assert training.count_parameters(model) == 62_006
+    assert loop.count_parameters(model) == 62_006
 
     for layer, marked in zip((model.penultimate, model.last), variant.split("-"), strict=True):
         if method == "prox-sg" and marked == "D":
@@ -62,14 +63,17 @@ def test_modes():
 @pytest.mark.parametrize("rates", [(0.1,), (1e-3, 1e-4), (1e-2, 1e-3, 1e-4)])
 @pytest.mark.parametrize("total", [1, 2, 3, 9, 100])
 def test_learning_rates_take_equal_parts(rates, total):
-    found = [steps.staged(rates, step, total) for step in range(total)]
+    found = [training_step.staged(rates, step, total) for step in range(total)]
     starts = [-(-k * total // len(rates)) for k in range(len(rates) + 1)]  # ceil(k total / count)
     expected = np.repeat(rates, np.diff(starts))
     np.testing.assert_array_equal(found, expected)
 
 
 def test_optimiser_is_sgd_with_momentum_and_weight_decay(rng):
-    weight, optimizer = jnp.asarray(2.0), steps.optimizer(steps.Rates(1e-2, 0.9, 5e-4))
+    weight, optimizer = (
+        jnp.asarray(2.0),
+        training_step.optimizer(training_step.Rates(1e-2, 0.9, 5e-4)),
+    )
     state = optimizer.init(weight)
     expected, momentum = 2.0, 0.0
     for gradient in rng.normal(size=5):
@@ -82,7 +86,7 @@ def test_optimiser_is_sgd_with_momentum_and_weight_decay(rng):
 
 def test_other_optimisers_by_their_formulas(rng):
     rate, first, second, decay = 1e-2, 0.9, 0.99, 5e-4
-    rates, gradients = steps.Rates(rate, first, decay, second), rng.normal(size=5)
+    rates, gradients = training_step.Rates(rate, first, decay, second), rng.normal(size=5)
 
     def nesterov(w, g, m, v, k):
         g = g + decay * w
@@ -98,7 +102,7 @@ def test_other_optimisers_by_their_formulas(rng):
     formulas = {"nesterov": nesterov, "adam": adam}
     formulas["adamw"] = lambda *args: adam(*args, coupled=False)
     for kind, formula in formulas.items():
-        weight, optimizer = jnp.asarray(2.0), steps.optimizer(rates, kind)
+        weight, optimizer = jnp.asarray(2.0), training_step.optimizer(rates, kind)
         state, expected, m, v = optimizer.init(weight), 2.0, 0.0, 0.0
         for k, gradient in enumerate(gradients, start=1):
             expected, m, v = formula(expected, gradient, m, v, k)
@@ -108,9 +112,9 @@ def test_other_optimisers_by_their_formulas(rng):
 
 
 def test_settings_name_the_optimiser_only_where_it_is_another_one():
-    plain = training.TrainConfig()
+    plain = loop.TrainConfig()
     assert "optimizer" not in plain.settings()
-    assert set(dataclasses.asdict(plain)) - set(plain.settings()) == set(steps.ADDED)
+    assert set(dataclasses.asdict(plain)) - set(plain.settings()) == set(training_step.ADDED)
     adam = dataclasses.replace(plain, optimizer="adam")
     assert adam.settings() == {**plain.settings(), "optimizer": "adam"}
 
@@ -158,9 +162,7 @@ def test_training_reads_no_test_image(runs):
     sealed = dataclasses.replace(toys.dataset(), test=Sealed())
     with pytest.raises(AssertionError, match="the test split's images was read"):
         _ = sealed.test.images
-    history = training.train(
-        lambda rngs: toys.TinyNet(rngs=rngs), sealed, LONGER, label="toy"
-    ).history
+    history = loop.train(lambda rngs: toys.TinyNet(rngs=rngs), sealed, LONGER, label="toy").history
     assert [{**record, "seconds": 0} for record in history] == [
         {**record, "seconds": 0} for record in runs["plain"].history
     ]
@@ -185,7 +187,7 @@ def test_finetuning_starts_from_what_is_built(runs):
     trained = runs["plain"].model
     graph, state = nnx.split(trained)
     config = dataclasses.replace(toys.CONFIG, epochs=1, learning_rates=(0.0,), weight_decay=0.0)
-    tuned = training.train(
+    tuned = loop.train(
         lambda _: nnx.merge(graph, state, copy=True), toys.dataset(), config, label="toy"
     ).model
     for before, after in zip(
@@ -196,7 +198,7 @@ def test_finetuning_starts_from_what_is_built(runs):
 
 def test_bfloat16_leaves_parameters_and_solvers_alone():
     model = toys.TinyNet(rngs=nnx.Rngs(0))
-    steps.set_precision(model, "bf16")
+    training_step.set_precision(model, "bf16")
     images = jnp.ones((2, 8, 8, 1))
     features = model.features(images)
     assert features.dtype == jnp.bfloat16
@@ -227,7 +229,7 @@ def test_bfloat16_computes_what_float32_does(runs):
 
 def test_augmentation_crops_and_flips(rng):
     images = rng.integers(1, 255, (64, 8, 8, 1), dtype=np.uint8)
-    out = np.asarray(steps.augmented(jax.random.key(0), jnp.asarray(images)))
+    out = np.asarray(training_step.augmented(jax.random.key(0), jnp.asarray(images)))
     assert (out.shape, out.dtype) == (images.shape, images.dtype)
     seen = set()
     for image, found in zip(images, out, strict=True):
@@ -266,7 +268,7 @@ def test_trials_are_independent_and_reproducible():
 def test_divergence_names_the_step():
     config = dataclasses.replace(toys.CONFIG, learning_rates=(1e30,))
     with pytest.raises(
-        training.DivergenceError, match=r"toy, seed 1: the loss is (nan|inf) at step \d+"
+        loop.DivergenceError, match=r"toy, seed 1: the loss is (nan|inf) at step \d+"
     ):
         toys.train(config=config)
 
@@ -276,5 +278,5 @@ def test_divergence_names_the_step():
     [({"epochs": 0}, "epochs: expected at least 1"), ({"batch_size": 68}, "expected 1 to 67")],
 )
 def test_impossible_configurations(changes, message):
-    with pytest.raises(training.ConfigurationError, match=message):
+    with pytest.raises(loop.ConfigurationError, match=message):
         toys.train(config=dataclasses.replace(toys.CONFIG, **changes))

@@ -15,9 +15,12 @@ import numpy as np
 from flax import nnx
 
 import stochsolvers as ss
-from experiments import checkpoints, data, parallel, steps, training
+from experiments import data
+from experiments.data import datasets
+from experiments.output import terminal
+from experiments.training import checkpoints, loop, parallel, training_step
 
-CONFIG = training.TrainConfig(epochs=3, batch_size=16, learning_rates=(0.1, 0.01), seed=1)
+CONFIG = loop.TrainConfig(epochs=3, batch_size=16, learning_rates=(0.1, 0.01), seed=1)
 STEPS = 4
 """Of an epoch."""
 
@@ -63,13 +66,13 @@ def dataset(seed: int = 0) -> data.Dataset:
         return data.Split(images, labels)
 
     train = split(16 * STEPS + 3)
-    mean, std = data.pixel_statistics(train.images)
+    mean, std = datasets.pixel_statistics(train.images)
     return data.Dataset("toy", train, split(24), split(40), ("up", "down"), mean, std)
 
 
-def train(folder=None, *, config=CONFIG, tau=0.5, **options) -> training.Trained:
+def train(folder=None, *, config=CONFIG, tau=0.5, **options) -> loop.Trained:
     """Train the small network."""
-    return training.train(
+    return loop.train(
         lambda rngs: TinyNet(tau=tau, rngs=rngs),
         dataset(),
         config,
@@ -79,7 +82,7 @@ def train(folder=None, *, config=CONFIG, tau=0.5, **options) -> training.Trained
     )
 
 
-def digest(trained: training.Trained) -> str:
+def digest(trained: loop.Trained) -> str:
     """Of all numbers of the model: parameters, statistics, constants, counts of its streams."""
     return checkpoints.digest(checkpoints.host_arrays(nnx.state(trained.model)).values())
 
@@ -87,7 +90,7 @@ def digest(trained: training.Trained) -> str:
 def interrupted_bar(step: int, number: int):
     """A progress bar that sends the process a signal at a step."""
 
-    class Bar(training.tqdm):
+    class Bar(loop.tqdm):
         def update(self, n=1):
             super().update(n)
             self.seen = getattr(self, "seen", 0) + 1
@@ -99,7 +102,7 @@ def interrupted_bar(step: int, number: int):
 
 def recorded_losses():
     """The list of the loss of each step from now on."""
-    compiled_step, losses = steps.compiled_step, []
+    compiled_step, losses = training_step.compiled_step, []
 
     def recording(*args, **options):
         step = compiled_step(*args, **options)
@@ -111,7 +114,7 @@ def recorded_losses():
 
         return run
 
-    steps.compiled_step = recording
+    training_step.compiled_step = recording
     return losses
 
 
@@ -200,7 +203,7 @@ def main(
         SIGTERM at this step, if this is the last process.
     """
     if kill_at is not None:
-        training.tqdm = interrupted_bar(kill_at, signal.SIGKILL)
+        loop.tqdm = interrupted_bar(kill_at, signal.SIGKILL)
     if kill_in_save is not None:
         commit = os.rename
 
@@ -230,8 +233,8 @@ def main(
     print(json.dumps(found), flush=True)
     if terminate_at is not None:
         parallel.AGREE_EVERY = 3
-        if not parallel.is_first():
-            training.tqdm = interrupted_bar(terminate_at, signal.SIGTERM)
+        if not terminal.is_first():
+            loop.tqdm = interrupted_bar(terminate_at, signal.SIGTERM)
         train(Path(folder).with_name("terminated"), mesh=mesh)
 
 

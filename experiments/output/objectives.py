@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import panels, results
-from experiments.panels import Rows
+from experiments.output import panels, runs
+from experiments.output.panels import Rows
 
 COLUMNS = (
     "family",
@@ -73,8 +73,8 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     """Those of `HEADER` for a row of the summary."""
     return [
         row["name"],
-        row["diverged"] or results.percent(row["accuracy"], row["seed_std"]),
-        results.percent(row["validation_accuracy"], row["validation_seed_std"]),
+        row["diverged"] or runs.percent(row["accuracy"], row["seed_std"]),
+        runs.percent(row["validation_accuracy"], row["validation_seed_std"]),
         _number(row["objective"], ".5g"),
         _number(row["gap"], ".2g"),
         row["bound"],

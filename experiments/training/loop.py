@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 import stochsolvers as ss
-from experiments import checkpoints, parallel, steps
-from experiments.checkpoints import Progress
 from experiments.data import Dataset
-from experiments.evaluation import Model, evaluate
 from experiments.networks import set_mode
-from experiments.steps import State, TrainConfig
+from experiments.output import terminal
+from experiments.training import checkpoints, parallel, training_step
+from experiments.training.checkpoints import Progress
+from experiments.training.evaluation import Model, evaluate
+from experiments.training.training_step import State, TrainConfig
 
 Record = dict[str, float]
 Watch = Callable[[Sequence[Record]], None]
@@ -101,7 +102,7 @@ def train_together(
     _show(watches, progress)
     state = parallel.replicate(state, mesh)
     epoch_steps = _epoch_steps(graph, data, config, mesh)
-    refresh = steps.compiled_refresh(graph, together=len(seeds) > 1)
+    refresh = training_step.compiled_refresh(graph, together=len(seeds) > 1)
 
     start = time.perf_counter() - progress.seconds
     word = "seeds" if len(seeds) > 1 else "seed"
@@ -116,7 +117,7 @@ def train_together(
             if len(metrics) == count:
                 state = state._replace(rest=refresh(state.params, state.rest))
                 scores = _validate(graph, state, data, mesh)
-                rate = steps.staged(config.learning_rates, done - 1, total)
+                rate = training_step.staged(config.learning_rates, done - 1, total)
                 about_epoch = {"epoch": epoch + 1, "learning_rate": rate}
                 elapsed = {"seconds": time.perf_counter() - start}
                 history = tuple(
@@ -133,7 +134,7 @@ def train_together(
                 _stop(bar, progress.step, terminated, saved=store is not None)
     if store is not None:
         store.close()
-    states = steps.unstack(parallel.gather((state.params, state.rest)), len(seeds))
+    states = training_step.unstack(parallel.gather((state.params, state.rest)), len(seeds))
     return [
         Trained(nnx.merge(graph, *each), list(records), progress.seconds / len(seeds))
         for each, records in zip(states, progress.history, strict=True)
@@ -147,13 +148,13 @@ def _initial(
     parts = []
     for seed in seeds:
         model: Any = build(nnx.Rngs(params=seed, dropout=seed + 1))
-        steps.set_precision(model, config.precision)
+        training_step.set_precision(model, config.precision)
         set_mode(model, "train")
         ss.nnx.refresh_lipschitz(model)  # kept for an epoch, as in the paper
         parts.append(nnx.split(model, nnx.Param, ...))
-    optimiser = steps.optimizer(_rates(config, 0.0), config.optimizer)
+    optimiser = training_step.optimizer(_rates(config, 0.0), config.optimizer)
     states = [State(params, rest, optimiser.init(params)) for _, params, rest in parts]
-    return parts[0][0], steps.stack(states)
+    return parts[0][0], training_step.stack(states)
 
 
 def steps_per_epoch(data: Dataset, config: TrainConfig, mesh: Mesh) -> int:
@@ -200,10 +201,12 @@ def _epoch_steps(
     The metrics are loss and accuracy, shape (steps, seeds, 2).
     """
     together = len(data) > 1
-    step = steps.compiled_step(
+    step = training_step.compiled_step(
         graph, augment=config.augment, together=together, optimizer_kind=config.optimizer
     )
-    source = parallel.replicate(steps.stack([_source(data[seed], seed) for seed in data]), mesh)
+    source = parallel.replicate(
+        training_step.stack([_source(data[seed], seed) for seed in data]), mesh
+    )
     examples = len(next(iter(data.values())).train)
     count = examples // config.batch_size
 
@@ -218,14 +221,14 @@ def _epoch_steps(
         batches = np.stack(orders, -1).reshape(count, config.batch_size, len(data))
         for k in range(len(found), count):
             number = epoch * count + k
-            rate = steps.staged(config.learning_rates, number, config.epochs * count)
+            rate = training_step.staged(config.learning_rates, number, config.epochs * count)
             batch = batches[k].T if together else batches[k, :, 0]
             state, values = step(
                 state,
                 source,
                 parallel.shard(batch, mesh, axis=batch.ndim - 1),
                 np.uint32(number),
-                steps.Rates(*map(np.float32, _rates(config, rate))),
+                training_step.Rates(*map(np.float32, _rates(config, rate))),
             )
             found.append(values)
             bar.update()
@@ -236,13 +239,15 @@ def _epoch_steps(
     return run
 
 
-def _rates(config: TrainConfig, learning_rate: float) -> steps.Rates:
+def _rates(config: TrainConfig, learning_rate: float) -> training_step.Rates:
     """The parameters of the optimiser at one step."""
-    return steps.Rates(learning_rate, config.momentum, config.weight_decay, config.second_decay)
+    return training_step.Rates(
+        learning_rate, config.momentum, config.weight_decay, config.second_decay
+    )
 
 
-def _source(data: Dataset, seed: int) -> steps.Source:
-    return steps.Source(
+def _source(data: Dataset, seed: int) -> training_step.Source:
+    return training_step.Source(
         data.train.images, data.train.labels, data.mean, data.std, jax.random.key(seed + 2)
     )
 
@@ -250,7 +255,7 @@ def _source(data: Dataset, seed: int) -> steps.Source:
 def _validate(graph: Any, state: State, data: dict[int, Dataset], mesh: Mesh) -> list[Record]:
     """The validation accuracy of each seed."""
     scores = []
-    for each, part in zip(data.values(), steps.unstack(state, len(data)), strict=True):
+    for each, part in zip(data.values(), training_step.unstack(state, len(data)), strict=True):
         model = nnx.merge(graph, part.params, part.rest, copy=True)
         accuracy = float(evaluate(model, each.validation, each, mesh=mesh)[0])
         scores.append({"validation_accuracy": accuracy})
@@ -276,7 +281,7 @@ def _check_finite(metrics: np.ndarray, label: str, seeds: Sequence[int], first_s
 
 def _stop(bar: tqdm, step: int, received: Sequence[int], *, saved: bool) -> None:
     """End the program with the status of the signal that this or another process received."""
-    if parallel.is_first():
+    if terminal.is_first():
         there = "; the same command goes on from there" if saved else ""
         bar.write(f"stopped at step {step}{there}", file=sys.stderr)
     sys.exit(128 + (received[0] if received else signal.SIGTERM))
@@ -298,7 +303,7 @@ def _show(watches: Sequence[Watch], progress: Progress) -> None:
 
 def _bar_disabled() -> bool | None:
     """For tqdm: None shows the bar in a terminal only; the first process alone has one."""
-    return None if parallel.is_first() else True
+    return None if terminal.is_first() else True
 
 
 def count_parameters(model: Any) -> int:

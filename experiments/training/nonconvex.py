@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import stochsolvers as ss
-from experiments import descent, programs
+from experiments.training import descent, programs
 
 MOST_BOUND_FEATURES = 300
 """Beyond, ReLU networks have no lower bound: it takes eigenvalues of many d × d matrices."""

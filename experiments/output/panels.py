@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments import networks
-from experiments.plots import Curve
+from experiments.output.plots import Curve
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]

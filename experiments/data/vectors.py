@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from experiments.archive import DataError
-from experiments.data import Dataset, Source, Split
+from experiments.data.archive import DataError
+from experiments.data.datasets import Dataset, Source, Split
 
 PATCH = 4  # a digit's pixels are repeated in squares of this side
 Rows = tuple[np.ndarray, np.ndarray]

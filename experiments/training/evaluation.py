@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from experiments import parallel
 from experiments.data import Dataset, Split
 from experiments.networks import set_mode
+from experiments.training import parallel
 
 
 class Model(Protocol):

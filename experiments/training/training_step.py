@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 import stochsolvers as ss
-from experiments.evaluation import normalise
+from experiments.training.evaluation import normalise
 
 Precision = Literal["float32", "bf16"]
 Optimizer = Literal["sgd", "nesterov", "adam", "adamw"]

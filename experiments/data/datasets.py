@@ -1,13 +1,15 @@
 """Data sets in memory: a training, a validation and a test split, with the pixels' statistics."""
 
 import dataclasses
+import hashlib
 import zipfile
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from experiments import archive, checkpoints, terminal
+from experiments.data import archive
+from experiments.output import terminal
 
 DatasetName: TypeAlias = str
 """One of `NAMES`, or the path of an .npz file."""
@@ -94,7 +96,7 @@ class Source:
     def sha256(self) -> str:
         """SHA-256 of all images and labels."""
         splits = (self.train, self.test)
-        return checkpoints.digest(array for s in splits for array in (s.images, s.labels))
+        return digest(array for s in splits for array in (s.images, s.labels))
 
 
 def read(name: DatasetName, data_dir: Path) -> Source:
@@ -130,7 +132,7 @@ def load(name: DatasetName, data_dir: Path, *, seed: int) -> Dataset:
 
 
 def _cifar(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
-    from experiments import cifar  # imports tensorflow-datasets
+    from experiments.data import cifar  # imports tensorflow-datasets
 
     layout = {"cifar10": archive.CIFAR10, "cifar100": archive.CIFAR100}[name]
     contents = cifar.load(layout, data_dir)
@@ -236,6 +238,16 @@ def digits() -> tuple[Split, Split, tuple[str, ...]]:
     test = np.arange(len(labels)) % 5 == 4
     classes = tuple(str(digit) for digit in range(10))
     return Split(images[~test], labels[~test]), Split(images[test], labels[test]), classes
+
+
+def digest(arrays: Any) -> str:
+    """SHA-256 of the values, shapes and types of some arrays."""
+    total = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        total.update(f"{array.dtype} {array.shape} ".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
 
 
 def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Split, Split]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
-from experiments import checkpoints, curves, parallel, terminal
+from experiments.output import boards, terminal
 
 PACKAGES = ("stochsolvers", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 ROWS, SETTINGS = "results.jsonl", "config.json"
@@ -126,7 +127,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
       FolderError: another command has locked it.
     """
-    if not parallel.is_first():  # the first process locks it for all of them
+    if not terminal.is_first():  # the first process locks it for all of them
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +170,7 @@ class Run:
         tensorboard: bool = False,
     ):
         self.folder = folder
-        self._curves = tensorboard and parallel.is_first()
+        self._curves = tensorboard and terminal.is_first()
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.rows: list[dict[str, Any]] = []
         if overwrite:
@@ -192,14 +193,14 @@ class Run:
         """The folder for the checkpoints of one network."""
         return self.folder / CHECKPOINTS / _joined(names)
 
-    def board(self, *names: Any, after: int = 0) -> curves.Board:
+    def board(self, *names: Any, after: int = 0) -> boards.Board:
         """The curves of one network, after so many earlier epochs; written only with `tensorboard`."""
-        return curves.Board(self.folder / CURVES / _joined(names) if self._curves else None, after)
+        return boards.Board(self.folder / CURVES / _joined(names) if self._curves else None, after)
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add the rows of a finished network, and write all rows."""
         self.rows += (dict(row) for row in rows)
-        if parallel.is_first():
+        if terminal.is_first():
             write_text(self.folder / SETTINGS, json.dumps(self.settings, indent=2) + "\n")
             write_jsonl(self.folder / ROWS, self.rows)
 
@@ -214,7 +215,7 @@ class Run:
             ) from None
         except ValueError as error:
             raise FolderError(f"{path}: not JSON ({error})") from None
-        differences = checkpoints.differing(found, self.settings)
+        differences = differing(found, self.settings)
         if differences:
             raise FolderError(
                 f"{self.folder}: holds the results of another run: {differences}. "
@@ -222,13 +223,13 @@ class Run:
             )
 
     def _clear(self, files: Iterable[str]) -> None:
-        if parallel.is_first():
+        if terminal.is_first():
             for name in (ROWS, SETTINGS, *files):
                 (self.folder / name).unlink(missing_ok=True)
             for name in (CHECKPOINTS, CURVES):
                 if (self.folder / name).exists():
                     shutil.rmtree(self.folder / name)
-        parallel.anywhere(False)  # all processes wait until it is done
+        multihost_utils.sync_global_devices("cleared")
 
 
 def _joined(names: Iterable[Any]) -> str:
@@ -237,6 +238,24 @@ def _joined(names: Iterable[Any]) -> str:
 
 def _scalars(row: Mapping[str, Any]) -> Any:
     return {key: value for key, value in row.items() if not isinstance(value, list | dict)}.items()
+
+
+def differing(found: Any, expected: Any, name: str = "") -> str:
+    """The entries in which two nested dictionaries differ, as text; empty if they are equal."""
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        parts = (
+            differing(found.get(key), expected.get(key), f"{name}.{key}" if name else str(key))
+            for key in dict.fromkeys([*expected, *found])
+        )
+        return "; ".join(filter(None, parts))
+    if isinstance(expected, tuple):  # JSON has lists only
+        expected = list(expected)
+    return "" if found == expected else f"{name} is {_short(found)} there, {_short(expected)} here"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
 
 
 def environment() -> dict[str, Any]:

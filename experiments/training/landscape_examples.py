@@ -11,7 +11,9 @@ import optax
 from matplotlib.figure import Figure
 
 import stochsolvers as ss
-from experiments import data, stochastic_descent, vectors
+from experiments import data
+from experiments.data import vectors
+from experiments.training import stochastic_descent
 
 Numbers = dict[str, Any]
 Drawing = Callable[[Figure], None]

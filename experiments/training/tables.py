@@ -9,25 +9,17 @@ from typing import Any, NamedTuple
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments import (
-    archive,
-    checkpoints,
-    curves,
-    data,
-    evaluation,
-    parallel,
-    report,
-    results,
-    terminal,
-    training,
-)
-from experiments.options import Options
+from experiments import data
+from experiments.data import archive
+from experiments.output import boards, runs, summary, terminal
+from experiments.training import checkpoints, evaluation, loop, parallel
+from experiments.training.options import Options
 
 Row = dict[str, Any]
 Build = Callable[[nnx.Rngs], Any]
 EXPECTED = (
-    *(archive.DataError, checkpoints.CheckpointError, results.FolderError, OSError),
-    *(parallel.DeviceError, training.ConfigurationError, curves.MissingError),
+    *(archive.DataError, checkpoints.CheckpointError, runs.FolderError, OSError),
+    *(parallel.DeviceError, loop.ConfigurationError, boards.MissingError),
 )
 """Errors that a command reports in one line."""
 
@@ -37,7 +29,7 @@ class Job(NamedTuple):
 
     source: data.Source
     mesh: Mesh
-    stored: results.Run
+    stored: runs.Run
 
 
 @contextlib.contextmanager
@@ -60,37 +52,31 @@ def opened(
     """
     checkpoints.check_path(options.out)
     if options.tensorboard:
-        curves.check_installed()
+        boards.check_installed()
     mesh = options.machine.mesh()
     source = data.read(options.dataset, options.data_dir)
     first = source.dataset(options.seeds[0], options.examples)
-    training.steps_per_epoch(first, options.train_config(0), mesh)
+    loop.steps_per_epoch(first, options.train_config(0), mesh)
     try:
         for build in builds(first):
             nnx.eval_shape(lambda build=build: build(nnx.Rngs(0)))
     except ValueError as error:
-        raise training.ConfigurationError(f"{first.name}: {error}") from error
-    with results.locked(options.out):
-        stored = results.Run(
+        raise loop.ConfigurationError(f"{first.name}: {error}") from error
+    with runs.locked(options.out):
+        stored = runs.Run(
             options.out,
             {**options.settings(table), "data_sha256": source.sha256()},
-            files=report.FILES,
+            files=summary.FILES,
             overwrite=options.overwrite,
             tensorboard=options.tensorboard,
         )
         yield Job(source, mesh, stored)
-        if parallel.is_first():
-            for remark in report.write(options.out, stored.rows):
-                say(remark)
+        if terminal.is_first():
+            for remark in summary.write(options.out, stored.rows):
+                terminal.say(remark)
 
 
-def say(text: str) -> None:
-    """Print, in the first process only."""
-    if parallel.is_first():
-        print(text, flush=True)
-
-
-def scored(trained: training.Trained, dataset: data.Dataset, trials: int, mesh: Mesh) -> Row:
+def scored(trained: loop.Trained, dataset: data.Dataset, trials: int, mesh: Mesh) -> Row:
     """Test and validation accuracy in percent, sampled as in the paper and with full gradients.
 
     A network that samples is tested `trials` times; its scores are the mean and the standard
@@ -111,17 +97,17 @@ def scored(trained: training.Trained, dataset: data.Dataset, trials: int, mesh: 
     return {
         **scores,
         "trials": trials if sampled else 1,
-        "parameters": training.count_parameters(model),
+        "parameters": loop.count_parameters(model),
         "train_seconds": trained.seconds,
     }
 
 
 def finished(
-    tags: Mapping[str, Any], trained: training.Trained, scores: Row, final: Row, *, after: int = 0
+    tags: Mapping[str, Any], trained: loop.Trained, scores: Row, final: Row, *, after: int = 0
 ) -> list[Row]:
     """The rows of a network: one for each epoch, numbered from `after` + 1, and the final one; prints it."""
-    accuracy = results.percent(scores["accuracy"], scores["std"])
-    say(f"{tags['name']}, seed {tags['seed']}: {accuracy} % in {trained.seconds:.0f} s")
+    accuracy = runs.percent(scores["accuracy"], scores["std"])
+    terminal.say(f"{tags['name']}, seed {tags['seed']}: {accuracy} % in {trained.seconds:.0f} s")
     epochs = [
         {"kind": "epoch", **tags, **record, "epoch": after + int(record["epoch"])}
         for record in trained.history
@@ -129,9 +115,9 @@ def finished(
     return [*epochs, {"kind": "final", **tags, **scores, **final}]
 
 
-def diverged(tags: Mapping[str, Any], error: training.DivergenceError, final: Row) -> list[Row]:
+def diverged(tags: Mapping[str, Any], error: loop.DivergenceError, final: Row) -> list[Row]:
     """The row of a network that diverged, without an accuracy; prints the error."""
-    say(str(error))
+    terminal.say(str(error))
     return [{"kind": "final", **tags, "accuracy": None, **final, "error": str(error)}]
 
 
@@ -145,10 +131,10 @@ def main(
             rows = run(options)
     except EXPECTED as error:
         sys.exit(f"error: {error}")
-    say(f"\n{report.table(rows)}\nwritten to {options.out}")
+    terminal.say(f"\n{summary.table(rows)}\nwritten to {options.out}")
     failed = [row for row in rows if row["kind"] == "final" and row["accuracy"] is None]
     if failed:
-        names = (f"{report.name_of(row)}, seed {row['seed']}" for row in failed)
+        names = (f"{summary.name_of(row)}, seed {row['seed']}" for row in failed)
         sys.exit(f"error: diverged: {'; '.join(names)}")
 
 

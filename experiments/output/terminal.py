@@ -5,6 +5,7 @@ import os
 import sys
 from typing import Any
 
+import jax
 import tyro
 
 IN_ASCII = {
@@ -18,10 +19,21 @@ IN_ASCII = {
     "η": "eta",
 }
 """How characters are printed where the encoding lacks them; any other is a question mark."""
-ERRORS = "experiments.terminal"
+ERRORS = "experiments.output.terminal"
 """The name of this rule, as Python's codecs know it."""
 LONGEST = 200
 """Characters of a message that another library wrote."""
+
+
+def is_first() -> bool:
+    """Whether this process writes the files and talks to the terminal."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Print, in the first process only."""
+    if is_first():
+        print(text, flush=True)
 
 
 def parse(config: type[Any], module: str, args: list[str] | None, **options: Any) -> Any:

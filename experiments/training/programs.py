@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import stochsolvers as ss
-from experiments import vectors
-from experiments.data import Dataset
+from experiments.data import Dataset, vectors
 
 Method = Literal["gated", "gated-adam", "relu", "adam", "sgd"]
 Row = dict[str, Any]

@@ -19,7 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments import parallel, terminal
+from experiments.data.datasets import digest
+from experiments.output import terminal
+from experiments.output.runs import differing
+from experiments.training import parallel
 
 KEPT = 2
 TERMINATION = (signal.SIGTERM, signal.SIGINT)
@@ -145,34 +148,11 @@ def check_path(folder: Path) -> None:
         ) from None
 
 
-def digest(arrays: Any) -> str:
-    """SHA-256 of the values, shapes and types of some arrays."""
-    total = hashlib.sha256()
-    for array in arrays:
-        array = np.ascontiguousarray(array)
-        total.update(f"{array.dtype} {array.shape} ".encode())
-        total.update(array.tobytes())
-    return total.hexdigest()
-
-
 def structure(graph: Any, state: Any) -> str:
     """SHA-256 of a network's modules, their settings, and the shapes of its state."""
     shapes = [(array.shape, str(array.dtype)) for array in host_arrays(state).values()]
     text = re.sub(r" at 0x[0-9a-f]+", "", f"{graph!r} {shapes}")
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def differing(found: Any, expected: Any, name: str = "") -> str:
-    """The entries in which two nested dictionaries differ, as text; empty if they are equal."""
-    if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        parts = (
-            differing(found.get(key), expected.get(key), f"{name}.{key}" if name else str(key))
-            for key in dict.fromkeys([*expected, *found])
-        )
-        return "; ".join(filter(None, parts))
-    if isinstance(expected, tuple):  # JSON has lists only
-        expected = list(expected)
-    return "" if found == expected else f"{name} is {_short(found)} there, {_short(expected)} here"
 
 
 @contextlib.contextmanager
@@ -243,8 +223,3 @@ def _reason(error: BaseException) -> str:
     # TensorStore adds its settings after the cause: [name='…'] [name='…']
     line, *_ = re.split(r" \[[\w ]+='", terminal.first_line(error))
     return f"{type(error).__name__}: {terminal.shortened(line)}".rstrip(": ")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}…"

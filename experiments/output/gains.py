@@ -8,8 +8,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import panels, plots, results
-from experiments.panels import Rows
+from experiments.output import panels, plots, runs
+from experiments.output.panels import Rows
 
 COLUMNS = ("start_validation_accuracy", "start_seed_std")
 """Further columns of the summary."""
@@ -49,7 +49,7 @@ def _start(group: Rows) -> tuple[float | None, float | None]:
 def cells(row: Mapping[str, Any], common: Sequence[str]) -> list[str]:
     """A line of the table, from the cells that all tables have."""
     name, accuracy, trials, full, validation, gain, _ = common
-    start = results.percent(row["start_validation_accuracy"], row["start_seed_std"])
+    start = runs.percent(row["start_validation_accuracy"], row["start_seed_std"])
     return [name, accuracy, trials, full, start, validation, gain]
 
 

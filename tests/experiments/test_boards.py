@@ -6,14 +6,15 @@ import events
 import pytest
 import toys
 
-from experiments import curves, results, table2, table3
+from experiments import table2, table3
+from experiments.output import boards, runs
 
 
 def expected(history, after=0):
     return [
         (tag, after + k, pytest.approx(record[key], rel=1e-6))
         for k, record in enumerate(history, start=1)
-        for key, tag in curves.TAGS.items()
+        for key, tag in boards.TAGS.items()
     ]
 
 
@@ -22,7 +23,7 @@ def test_a_stopped_run_goes_on_without_gaps_or_duplicates(tmp_path):
         pass
 
     def board():
-        return curves.Board(tmp_path / "curves", after=5)
+        return boards.Board(tmp_path / "curves", after=5)
 
     first, seen = board(), []
 
@@ -42,26 +43,26 @@ def test_a_stopped_run_goes_on_without_gaps_or_duplicates(tmp_path):
     history = toys.train(tmp_path / "run", watch=again.show).history
     again.finish(75.0)
     points = events.read(tmp_path / "curves")
-    assert points == [*expected(history, after=5), (curves.TEST, 5 + len(history), 75.0)]
+    assert points == [*expected(history, after=5), (boards.TEST, 5 + len(history), 75.0)]
     rates = [value for tag, _, value in points if tag == "learning_rate"]
     assert rates == pytest.approx([0.1, 0.01, 0.01])  # of the last step
 
 
 def test_off_by_default_and_overwritten(tmp_path):
-    results.Run(tmp_path, {}).board("a").show([{"train_loss": 1.0}])
+    runs.Run(tmp_path, {}).board("a").show([{"train_loss": 1.0}])
     assert not list(tmp_path.iterdir())
-    records = [dict.fromkeys(curves.TAGS, 1.0)]
-    board = results.Run(tmp_path, {}, tensorboard=True).board("a", 1)
+    records = [dict.fromkeys(boards.TAGS, 1.0)]
+    board = runs.Run(tmp_path, {}, tensorboard=True).board("a", 1)
     board.show(records)
     board.finish(1.0)
-    assert len(events.read(tmp_path / results.CURVES / "a_1")) == len(curves.TAGS) + 1
-    results.Run(tmp_path, {}, overwrite=True)
-    assert not (tmp_path / results.CURVES).exists()
+    assert len(events.read(tmp_path / runs.CURVES / "a_1")) == len(boards.TAGS) + 1
+    runs.Run(tmp_path, {}, overwrite=True)
+    assert not (tmp_path / runs.CURVES).exists()
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.parallel.is_first", lambda: False)
-    results.Run(tmp_path, {}, tensorboard=True).board("a").finish(1.0)
+    monkeypatch.setattr("experiments.output.terminal.is_first", lambda: False)
+    runs.Run(tmp_path, {}, tensorboard=True).board("a").finish(1.0)
     assert not list(tmp_path.iterdir())
 
 

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments import data, evaluation, results, tables, training
-from experiments.options import FinetuneOptions
+from experiments import data
+from experiments.output import runs
+from experiments.training import evaluation, loop, tables
+from experiments.training.options import FinetuneOptions
 
 Accuracy = tuple[float, float | None]
 """In percent, with the standard deviation over trials."""
@@ -123,7 +125,7 @@ def _run_study(
     arms = (Arm("control", "baseline, finetuned"), *study.arms)
     about, stored = {"study": study.name, "seed": seed}, job.stored
 
-    def network(arm: Arm, build: tables.Build, config: training.TrainConfig) -> Any:
+    def network(arm: Arm, build: tables.Build, config: loop.TrainConfig) -> Any:
         name = f"{study.label} {arm.label}"
         tags = {"dataset": dataset.name, "name": name, **about, "arm": arm.name}
         final = {
@@ -131,7 +133,7 @@ def _run_study(
             **{key: getattr(options, key) for key in ("epochs", "finetune_epochs", "batch_size")},
             "train_examples": len(dataset.train),
             "config": {**study.settings, **arm.settings, "training": config.settings()},
-            **results.environment(),
+            **runs.environment(),
         }
         known = stored.final(arm=arm.name, **about)
         place = f"{study.name}-{arm.name}-seed{seed}"
@@ -142,7 +144,7 @@ def _run_study(
         after = 0 if arm.name == "baseline" else options.epochs or 0
         board = stored.board(place, after=after)
         try:
-            trained = training.train(
+            trained = loop.train(
                 build,
                 dataset,
                 config,
@@ -151,7 +153,7 @@ def _run_study(
                 mesh=job.mesh,
                 watch=None if known else board.show,
             )
-        except training.DivergenceError as error:
+        except loop.DivergenceError as error:
             stored.add(tables.diverged(tags, error, final))
             return None
         if not known:

@@ -119,11 +119,6 @@ def is_key(array: Any) -> bool:
     return isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
-def is_first() -> bool:
-    """Whether this process writes the files and talks to the terminal."""
-    return jax.process_index() == 0
-
-
 def anywhere(flag: Any) -> bool:
     """Whether a flag is set on any process."""
     if jax.process_count() == 1:

@@ -8,9 +8,11 @@ from typing import Annotated, Any, ClassVar, Self
 
 import tyro
 
-from experiments import data, parallel, steps
+from experiments import data
+from experiments.data.datasets import name_of
+from experiments.training import parallel, training_step
 
-LEARNING_RATES = steps.TrainConfig().learning_rates
+LEARNING_RATES = training_step.TrainConfig().learning_rates
 FINETUNE_RATES = (1e-3, 1e-4)
 EPOCHS = {"digits": (20, 8)}
 PAPER_EPOCHS = (300, 200)
@@ -51,7 +53,7 @@ class Options:
     """Train on this many images only; by default on all."""
     augment: bool = False
     """Crop and flip the training images at random; not in the paper."""
-    precision: steps.Precision = "float32"
+    precision: training_step.Precision = "float32"
     """bf16 computes plain layers in bfloat16; solvers, parameters and loss stay float32."""
     smoke: bool = False
     """A run of about a minute on few images with a narrow network, to see that everything works."""
@@ -111,12 +113,12 @@ class Options:
             common.pop(name, None)
         if not self.normalize:
             del common["normalize"]  # folders from before there was such an option
-        return {"table": table, **common, "dataset": data.name_of(self.dataset)}
+        return {"table": table, **common, "dataset": name_of(self.dataset)}
 
-    def train_config(self, seed: int) -> steps.TrainConfig:
+    def train_config(self, seed: int) -> training_step.TrainConfig:
         """The configuration of training from scratch; call `filled` first."""
         assert self.epochs is not None and self.batch_size is not None  # noqa: PT018
-        return steps.TrainConfig(
+        return training_step.TrainConfig(
             epochs=self.epochs,
             batch_size=self.batch_size,
             learning_rates=_scaled(LEARNING_RATES, self.learning_rate),
@@ -155,7 +157,7 @@ class FinetuneOptions(Options):
             "width": 1.0,
         }
 
-    def finetune_config(self, seed: int) -> steps.TrainConfig:
+    def finetune_config(self, seed: int) -> training_step.TrainConfig:
         """The configuration of finetuning, for all networks alike; call `filled` first."""
         assert self.finetune_epochs is not None and self.finetune_learning_rate is not None  # noqa: PT018
         return dataclasses.replace(

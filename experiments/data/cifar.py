@@ -1,6 +1,6 @@
 """CIFAR through tensorflow-datasets, without TensorFlow: array_record files, random access.
 
-Importing this module imports tensorflow-datasets; `experiments.data` does so when it is needed.
+Importing this module imports tensorflow-datasets; `experiments.data.datasets` does so when it is needed.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments import archive
+from experiments.data import archive
 
 CHUNK = 5000
 

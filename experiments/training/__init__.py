@@ -1,0 +1,1 @@
+"""Training: one compiled step, the loop around it, checkpoints, devices, and what the commands share."""
