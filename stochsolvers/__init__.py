@@ -19,6 +19,7 @@ from stochsolvers import lipschitz as lipschitz
 from stochsolvers import losses as losses
 from stochsolvers import nnx as nnx
 from stochsolvers import optax as optax
+from stochsolvers import plot as plot
 from stochsolvers import prox as prox
 from stochsolvers import proxprop as proxprop
 from stochsolvers import reports as reports

@@ -17,7 +17,7 @@ FLOORS = [
     {"estimators"},
     {"step_sizes"},
     {"dropout", "solvers"},
-    {"equilibrium", "convex"},
+    {"equilibrium", "convex", "plot"},
     {"_layers", "_spectral"},
     {"_equilibria"},
     {"reports"},

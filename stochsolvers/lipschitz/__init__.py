@@ -10,6 +10,7 @@ a name with "spectral" is the norm ||A|| itself; singular values are not squared
 | `operator_bracket`                  | lower ≤ ||A||² ≤ upper    | the layer as it is                    |
 | `lipschitz_constant`, `_bracket`    | L = ||A||²                | lemma 2: exact for circular and dense |
 | `singular_values`                   | all σ                     | lemma 2, or as it is ("operator")     |
+| `frequency_norms`                   | σ₁(Â(f)) at every f       | lemma 2                               |
 | `stable_rank`, `condition_number`   | ||A||_F²/||A||², σ₁/σ_n   | the layer as it is                    |
 
 A circular convolution is block-diagonalised by the DFT (Bibi et al. 2019, eq. 21), with
@@ -47,6 +48,7 @@ from stochsolvers.lipschitz._features import (
 from stochsolvers.lipschitz._features import (
     output_lipschitz_constants as output_lipschitz_constants,
 )
+from stochsolvers.lipschitz._formula import frequency_norms as frequency_norms
 from stochsolvers.lipschitz._formula import singular_values as singular_values
 from stochsolvers.lipschitz._norm import condition_number as condition_number
 from stochsolvers.lipschitz._norm import spectral_norm as spectral_norm

@@ -72,6 +72,29 @@ def singular_values(linear_map: LinearMap, *, grid: Grid | Literal["operator"] =
     return -jnp.sort(-values.ravel())
 
 
+@replicated
+@functools.partial(jax.jit, static_argnames="grid")
+def frequency_norms(conv: Conv, *, grid: Grid = "layer") -> Array:
+    r"""σ₁(Â(f)) for every frequency f of the torus: how much the layer amplifies a wave of frequency f.
+
+    Their maximum is ||A||, exactly so for circular padding (lemma 2). With groups it is that of the groups.
+
+    Returns:
+      the shape of the torus of `grid`, divided by the strides; the constant wave comes first, as in `fftn`.
+
+    Raises:
+      ValueError: at trace time, for other maps than a `Conv`.
+    """
+    if not isinstance(conv, Conv):
+        _checks.fail("map of frequency_norms", "a Conv", type(conv).__name__)
+    blocks, scale = _symbol(conv, grid, "frequency_norms")
+    folded = _folded_shape(*torus(conv, grid))
+    half, mirror = half_spectrum(folded), mirrored(folded)
+    place = np.searchsorted(half, np.minimum(np.arange(len(mirror)), mirror))
+    values = _linalg.singular_values(blocks.reshape(*blocks.shape[:-2], -1))
+    return (jnp.max(values, axis=(1, 2)) * scale)[place].reshape(folded)
+
+
 def _of_matrix(conv: Conv) -> Array:
     if not is_small(conv):
         what = "map of singular_values(grid='operator')"

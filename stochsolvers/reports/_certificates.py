@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from stochsolvers import _checks
+from stochsolvers import _checks, plot
 from stochsolvers.reports import _table
 from stochsolvers.reports._observations import Observation as Observation
 from stochsolvers.reports._observations import numbered_calls as numbered_calls
@@ -139,6 +139,20 @@ class CertificateReport:
         lines = [_table.text(headers, cells)]
         lines += [f"{row.name}: {row.note}" for row in self.rows if row.note]
         return "\n".join(lines)
+
+    def plot(self, ax: Any = None) -> Any:
+        """A dot for each layer's largest certified gap over its objective, on a logarithmic axis.
+
+        Args:
+          ax: a matplotlib `Axes`; by default, those of a new figure.
+
+        Returns:
+          the `Axes`.
+
+        Raises:
+          ImportError: without matplotlib.
+        """
+        return plot.certificates(self, ax=ax)
 
 
 def certificate_report(

@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stochsolvers import _checks
+from stochsolvers import _checks, plot
 from stochsolvers.reports import _table
 from stochsolvers.reports._entries import Entries, sizes_at_zero
 from stochsolvers.reports._measurement import Part as Part
@@ -162,9 +162,7 @@ class LipschitzReport:
         Raises:
           ImportError: without matplotlib.
         """
-        from stochsolvers.reports._chart import bar_chart
-
-        return bar_chart(self, ax)
+        return plot.norms(self, ax=ax)
 
 
 def norms_report(

@@ -5,6 +5,7 @@ import math
 import textwrap
 from typing import Any
 
+from stochsolvers import plot
 from stochsolvers.reports import _table
 
 STRONG = 0.5
@@ -143,9 +144,7 @@ class ReplacementReport:
         Returns:
           the axes.
         """
-        from stochsolvers.surgery._chart import bar_chart
-
-        return bar_chart(self, ax)
+        return plot.changes(self, ax=ax)
 
 
 def _cells(row: ReplacedLayer) -> list[str]:
