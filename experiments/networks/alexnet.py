@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 import stochsolvers as ss
+from experiments.networks import patches
 from experiments.networks.blocks import (
     BlockConfig,
     ConvReLU,
@@ -99,7 +100,7 @@ class AlexNet(nnx.Module):
 
 def pool(images: jax.Array) -> jax.Array:
     """The maximum of 2×2 pixels; of fewer in the last row and column of an odd grid."""
-    return nnx.max_pool(images, (2, 2), (2, 2), padding="SAME")
+    return patches.max_pool(images)
 
 
 def scaled(count: int, width: float) -> int:

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 import stochsolvers as ss
+from experiments.networks import patches
 
 Variant = Literal["D-D", "D-ND", "ND-D"]
 Method = Literal[
@@ -201,7 +202,7 @@ class ConvReLU(nnx.Module):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """ReLU(norm(A x + b))."""
-        x = self.conv(inputs)
+        x = patches.convolved(self.conv, inputs)
         return nnx.relu(x if self.norm is None else self.norm(x))
 
 

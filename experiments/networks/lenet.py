@@ -45,7 +45,7 @@ class LeNetFeatures(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Features (batch, size) of normalised images (batch, height, width, channels)."""
-        x = nnx.relu(patches.pooled(self.conv1, images, block=(2, 2)))
+        x = nnx.relu(patches.pooled(self.conv1, images, block=(4, 2)))
         x = nnx.relu(patches.pooled(self.conv2, x, block=(2, 2)))
         return x.reshape(len(x), -1)
 

@@ -1,5 +1,9 @@
 r"""Convolutions of few channels or few pixels as one matrix product, and pooling by reshaping, for CPUs.
 
+XLA's CPU backend is slow at convolutions from few channels, at images smaller than the kernel, at the
+derivatives of both, and at the derivative of a maximum over windows. On other backends the functions here
+are the layer itself and Flax's pooling.
+
 Outputs are computed in blocks of r × q pixels. All outputs of a block see the same window of the image, of
 (r − 1) s + k rows, s the stride and k the taps, so that with the kernel written out for each pixel (u, v)
 of a block
@@ -8,9 +12,10 @@ of a block
     K[c, i, u, j] = kernel[c − u s, i, j],
 
 and likewise along the columns: a product of gathered windows and K. Larger blocks gather less and multiply
-by more zeros. XLA's CPU backend is slow at convolutions from few channels, at their derivatives, and at the
-derivative of a maximum over windows. On other backends these are the layer itself and Flax's pooling.
+by more zeros. A block of the whole image gathers nothing.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +43,40 @@ def pooled(layer: nnx.Conv, x: jax.Array, *, block: Pair) -> jax.Array:
     return merged(max_of_four(y)) + bias
 
 
+def convolved(layer: nnx.Conv, x: jax.Array) -> jax.Array:
+    """`layer(x)`, as a product with the whole image where that has no more pixels than the kernel taps.
+
+    The product is for SAME padding, a unit stride and one group; others are left to the layer.
+    """
+    taps, (height, width) = layer.kernel.shape[:2], x.shape[1:3]
+    settings = layer.strides, layer.kernel_dilation, layer.input_dilation, layer.feature_group_count
+    usual = layer.padding == "SAME" and all(each in (1, (1, 1)) for each in settings)
+    few = height * width <= math.prod(taps)
+    if jax.default_backend() != "cpu" or not (usual and few):
+        return layer(x)
+    kernel, bias, x = _cast(layer, x)
+    low = tuple((k - 1) // 2 for k in taps)
+    written_out = _written_out(kernel, (height, width), (height, width), low)
+    y = x.reshape(len(x), -1) @ written_out.reshape(-1, height * width * kernel.shape[-1])
+    return y.reshape(len(x), height, width, -1) + bias
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """The maximum over 2×2 pixels; over fewer in the last row and column of an odd grid."""
+    batch, height, width, channels = x.shape
+    if jax.default_backend() != "cpu" or height % 2 or width % 2:
+        return nnx.max_pool(x, (2, 2), (2, 2), padding="SAME")
+    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    upper, lower = (larger(x[:, :, u, :, 0], x[:, :, u, :, 1]) for u in (0, 1))
+    return larger(upper, lower)
+
+
 def _cast(layer: nnx.Conv, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Kernel, bias and images in the type that the layer computes in."""
-    assert layer.bias is not None
-    kernel, bias = layer.kernel[...], layer.bias[...]
+    """Kernel, bias (0 if there is none) and images in the type that the layer computes in."""
+    kernel = layer.kernel[...]
+    bias = jnp.zeros(kernel.shape[-1:], kernel.dtype) if layer.bias is None else layer.bias[...]
     dtype = layer.dtype or jnp.result_type(x, kernel, bias)
-    return kernel.astype(dtype), bias.astype(dtype), x.astype(dtype)
+    return kernel.astype(dtype), bias.reshape(1, 1, 1, -1).astype(dtype), x.astype(dtype)
 
 
 def in_blocks(x: jax.Array, kernel: jax.Array, *, counts: Pair, block: Pair) -> jax.Array:
@@ -69,27 +102,19 @@ def in_blocks(x: jax.Array, kernel: jax.Array, *, counts: Pair, block: Pair) -> 
     return y.reshape(-1, h, w, r, q, kernel.shape[-1])
 
 
-def _written_out(kernel: jax.Array, window: Pair, block: Pair) -> jax.Array:
-    """K, shape (*window, channels, *block, outputs)."""
+def _written_out(
+    kernel: jax.Array, window: Pair, block: Pair, low: tuple[int, ...] = (0, 0)
+) -> jax.Array:
+    """K, shape (*window, channels, *block, outputs), for a window that begins `low` taps late."""
     zero = jnp.zeros((), kernel.dtype)
 
     def shifted(*places: int) -> jax.Array:
-        sizes = zip(places, window, kernel.shape, strict=False)
-        pads = [(place, size - k - place, 0) for place, size, k in sizes]
+        sizes = zip(places, window, kernel.shape, low, strict=False)
+        pads = [(place - cut, size - k - place + cut, 0) for place, size, k, cut in sizes]
         return lax.pad(kernel, zero, [*pads, (0, 0, 0), (0, 0, 0)])
 
     rows = [jnp.stack([shifted(u, v) for v in range(block[1])], 3) for u in range(block[0])]
     return jnp.stack(rows, 3)
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """The maximum over 2×2 pixels of images (batch, height, width, channels), both sizes even."""
-    if jax.default_backend() != "cpu":
-        return nnx.max_pool(x, (2, 2), (2, 2))
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    upper, lower = (larger(x[:, :, u, :, 0], x[:, :, u, :, 1]) for u in (0, 1))
-    return larger(upper, lower)
 
 
 def max_of_four(y: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Convolutions as products of windows against the plain operations: values and derivatives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,20 @@ from experiments.networks import LeNet, LeNetConfig, patches
 
 def plain(layer, x):
     return nnx.max_pool(layer(x), (2, 2), (2, 2))
+
+
+def values_and_slopes(layer, images, *functions):
+    """Of each function of the layer and the images, and of the layer itself if only one is given."""
+    graph, params = nnx.split(layer)
+
+    def of(function, params, images):
+        y, pullback = jax.vjp(lambda p, x: function(nnx.merge(graph, p), x), params, images)
+        slopes = pullback(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+        return jax.tree.leaves((y, slopes))
+
+    if len(functions) == 1:
+        functions = (*functions, lambda layer, x: layer(x))
+    return jax.jit(lambda *both: [of(function, *both) for function in functions])(params, images)
 
 
 @pytest.mark.parametrize(
@@ -25,23 +41,53 @@ def test_pooled_is_the_pool_of_the_layer(size, taps, channels, block):
     layer = nnx.Conv(size[-1], channels, taps, padding="VALID", rngs=nnx.Rngs(0))
     layer.bias[...] = jnp.arange(channels, dtype=jnp.float32)
     images = jax.random.normal(jax.random.key(0), (3, *size))
-    graph, params = nnx.split(layer)
-    weights = jnp.cos(jnp.arange(plain(layer, images).size, dtype=jnp.float32))
-
-    @jax.jit
-    def both(params, images):
-        def of(function):
-            def value(params, images):
-                return function(nnx.merge(graph, params), images)
-
-            y, pullback = jax.vjp(value, params, images)
-            return y, pullback(weights.reshape(y.shape))
-
-        return of(plain), of(lambda layer, x: patches.pooled(layer, x, block=block))
-
-    expected, found = both(params, images)
-    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    function = functools.partial(patches.pooled, block=block)
+    found, expected = values_and_slopes(layer, images, function, plain)
+    for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "taps", "bias"),
+    [
+        ((2, 2), (3, 3), True),
+        ((3, 2), (3, 2), False),
+        ((4, 3), (5, 4), True),
+        ((3, 4), (3, 3), True),
+    ],
+)
+def test_convolved_is_the_layer(size, taps, bias):
+    layer = nnx.Conv(4, 6, taps, use_bias=bias, rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(0), (5, *size, 4))
+    for found, expected in zip(*values_and_slopes(layer, images, patches.convolved), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_product_is_left_to_the_layer():
+    images = jnp.ones((1, 2, 2, 4))
+    for options in ({"strides": 2}, {"feature_group_count": 2}, {"padding": "CIRCULAR"}):
+        layer = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0), **options)
+        np.testing.assert_array_equal(patches.convolved(layer, images), layer(images))
+
+
+def test_bfloat16_layers_compute_in_bfloat16():
+    layer = nnx.Conv(4, 6, (3, 3), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    found, expected = (
+        f(jnp.ones((1, 2, 2, 4))) for f in (lambda x: patches.convolved(layer, x), layer)
+    )
+    assert found.dtype == expected.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        *(x.astype(jnp.float32) for x in (found, expected)), rtol=0.03, atol=0.03
+    )
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 4)])
+def test_max_pool_is_the_pool(size):
+    images = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    y, pullback = jax.vjp(lambda x: nnx.max_pool(x, (2, 2), (2, 2), padding="SAME"), images)
+    found, slopes = jax.vjp(patches.max_pool, images)
+    np.testing.assert_array_equal(found, y)
+    np.testing.assert_array_equal(slopes(y), pullback(y))
 
 
 def test_equal_pixels_have_the_derivative_of_a_pool():
