@@ -133,6 +133,6 @@ def test_a_file_in_another_encoding_is_one_clear_line(finished, name):
 def test_text_files_have_an_explicit_encoding(path):
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         called = ast.unparse(node) if isinstance(node, ast.Call) else ""
-        own = called.startswith(("results.", "read_text(", "write_text("))  # explicit inside
+        own = called.startswith(("runs.", "read_text(", "write_text("))  # explicit inside
         if not own and called.partition("(")[0].endswith((".read_text", ".write_text")):
             assert "utf-8" in called, f"line {node.lineno}: {called}"
