@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
-from stochsolvers.convex import _terms
+from stochsolvers.convex import _inputs, _terms
 from stochsolvers.convex._terms import Dual
+
+STALLED = 500
+"""After so many iterations without a smaller gap of any program, at least, a solver ends."""
 
 Progress = Callable[[Any, Any, Any], Any]
 """Called with the iteration, the objective and the gap of each program, as arrays."""
@@ -50,8 +52,7 @@ class Algorithm(abc.ABC):
     max_iters: Scalar = 10_000
 
     def __post_init__(self):
-        _checks.non_negative("max_iters", self.max_iters)
-        _checks.rank("max_iters", self.max_iters, 0)
+        _inputs.number("max_iters", self.max_iters)
 
     @abc.abstractmethod
     def check(self, problem: Any) -> None:
@@ -121,6 +122,29 @@ def reached(objective: Array, lower: Array, tol: Array) -> Array:
     """Whether P − D ≤ (tol − 2ε) P: what lies within the round-off of P is no proof of a smaller gap."""
     eps = float(jnp.finfo(objective.dtype).eps)
     return objective - lower <= (tol - 2 * eps) * objective
+
+
+class Search(NamedTuple):
+    """The smallest gap of each program so far, and the last iteration that made one of them smaller."""
+
+    best: Array
+    found: Array
+
+    @classmethod
+    def begun(cls, problem: Any, k: Array) -> "Search":
+        """Before iteration k."""
+        return cls(jnp.full(problem.batch_shape, jnp.inf, problem.dtype), k)
+
+    def after(self, k: Array, iterate: Iterate) -> "Search":
+        """With the gaps of iteration k."""
+        gap = iterate.objective - iterate.dual.value
+        return Search(
+            jnp.minimum(self.best, gap), jnp.where(jnp.any(gap < self.best), k, self.found)
+        )
+
+    def stalled(self, k: Array) -> Array:
+        """Whether 500 iterations, or a fifth of all, made no gap smaller: round-off is all that is left."""
+        return k - self.found > jnp.maximum(STALLED, k // 5)
 
 
 def kept(done: Array, before: Any, after: Any) -> Any:

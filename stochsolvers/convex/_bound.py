@@ -1,5 +1,6 @@
 """The duality gap of a gated program in float64 on the host, whatever precision it was solved in."""
 
+import functools
 import math
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 
 from stochsolvers.convex import _inputs
-from stochsolvers.losses import Squares
+from stochsolvers.losses import Loss, Squares
 from stochsolvers.prox import L1, GroupL2, Zero
 from stochsolvers.prox._axes import canonical_axes
 
@@ -28,8 +29,7 @@ def certificate(problem: Any, V: Any, s: Any) -> np.ndarray:
       s: any dual point, shaped as the targets.
     """
     V, s, y = (np.asarray(a, np.float64) for a in (V, s, problem.inputs))
-    with jax.enable_x64(True):
-        s = _loss(problem, "dual_projection", s, y)
+    s = loss_terms(problem.loss, "dual_projection", s, y)
     inner = problem.linear_map.in_shape
     batch = s.shape[: s.ndim - len(inner)]
     images, u = _products(problem, V, s)
@@ -37,8 +37,8 @@ def certificate(problem: Any, V: Any, s: Any) -> np.ndarray:
     limit = np.broadcast_to(_gauge(problem, images, len(batch)), batch)
     scale /= np.maximum(limit, 1.0) * (1.0 + 1e-12)
     s = s * scale.reshape(*batch, *[1] * len(inner))
-    with jax.enable_x64(True):
-        primal, dual = _loss(problem, "value", u, y), _loss(problem, "conjugate", s, y)
+    primal = loss_terms(problem.loss, "value", u, y)
+    dual = loss_terms(problem.loss, "conjugate", s, y)
     ridge, penalty = float(problem.ridge), np.zeros(batch)
     if isinstance(problem.prior, Zero):
         squares = _sum(images**2, batch) * scale**2
@@ -62,13 +62,20 @@ def beta_max(problem: Any) -> np.ndarray:
     return norms.max(tuple(range(1, norms.ndim))).reshape(images.shape[:batch])
 
 
-def _loss(problem: Any, what: str, *arguments: np.ndarray) -> np.ndarray:
-    if isinstance(problem.loss, Squares):  # without compiling anything
+def loss_terms(loss: Loss, what: str, *arguments: np.ndarray) -> np.ndarray:
+    """Of ℓ, its `value`, `conjugate` or `dual_projection`, in float64."""
+    if isinstance(loss, Squares):  # without compiling anything
         first, y = arguments
         if what == "value":
             return 0.5 * (first - y) ** 2
         return first if what == "dual_projection" else first * (y + 0.5 * first)
-    return np.asarray(getattr(problem.loss, what)(*map(jax.numpy.asarray, arguments)), np.float64)
+    with jax.enable_x64(True):
+        return np.asarray(_terms_of(loss, what, *arguments))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _terms_of(loss: Loss, what: str, *arguments: Any) -> Any:
+    return getattr(loss, what)(*arguments)
 
 
 def _sum(array: np.ndarray, batch: tuple[int, ...]) -> np.ndarray:
@@ -121,21 +128,25 @@ def _norms(
 
 
 def cone_certificate(problem: Any, U: Any, s: Any, multipliers: Any) -> np.ndarray:
-    r"""The same of a `ReLUProblem` with squares: t ≤ 1 such that ||∓A_iᵀ t s + G_iᵀ t a_i|| ≤ β."""
+    r"""The same of a `ReLUProblem`: t ≤ 1 such that ||∓A_iᵀ t s + G_iᵀ t a_i|| ≤ β."""
     U, s, a, X, y = (
         np.asarray(v, np.float64) for v in (U, s, multipliers, problem.X, problem.inputs)
     )
-    mask, beta = np.asarray(problem.patterns.mask).T, float(problem.beta)
-    signs = np.where(mask, 1.0, -1.0)
-    images = np.where(mask, s[..., None, :], 0.0) @ X
-    sides = np.stack([-images, images], -3) + (signs * np.maximum(a, 0.0)) @ X
+    loss, beta = problem.loss, float(problem.beta)
+    patches = X.shape[1] if X.ndim == 3 else 1
+    X, mask = X.reshape(-1, X.shape[-1]), np.asarray(problem.patterns.mask)
+    mask = mask.reshape(len(X), -1).T
+    s = loss_terms(loss, "dual_projection", s, y)
+    images = np.where(mask, np.repeat(s, patches, -1)[..., None, :], 0.0) @ X
+    sides = np.stack([-images, images], -3) + (np.where(mask, 1.0, -1.0) * np.maximum(a, 0.0)) @ X
     largest = np.linalg.norm(sides, axis=-1).max((-2, -1)) / beta
     s = s / (np.maximum(largest, 1.0) * (1.0 + 1e-12))[..., None]
     products = U @ X.T
     u = np.where(mask, products[..., 0, :, :] - products[..., 1, :, :], 0.0).sum(-2)
-    primal = 0.5 * (u - y) ** 2
+    u = u.reshape(*y.shape, patches).sum(-1)
+    primal, dual = loss_terms(loss, "value", u, y), loss_terms(loss, "conjugate", s, y)
     penalty = beta * np.linalg.norm(U, axis=-1).sum((-2, -1))
-    dual = s * (y + 0.5 * s)
     gap = primal.sum(-1) + penalty + dual.sum(-1)
     sizes = primal.sum(-1) + penalty + np.abs(dual).sum(-1)
-    return np.maximum(gap, 0.0) + 1e-13 * math.sqrt(U.size + a.size) * sizes
+    bound = np.maximum(gap, 0.0) + 1e-13 * math.sqrt(U.size + a.size) * sizes
+    return np.where(np.isnan(bound), np.inf, bound)

@@ -58,11 +58,13 @@ class ConeADMM(Algorithm):
     """
 
     def check(self, problem: Any) -> None:
-        """Refuse what is no cone program with squares, and patches."""
+        """Refuse what is no `ReLUProblem` with squares, joint outputs, and patches."""
         if not isinstance(problem, ReLUProblem):
             _checks.fail("problem of ConeADMM", "a ReLUProblem", type(problem).__name__)
         if not isinstance(problem.loss, Squares):
             _checks.fail("loss of ConeADMM", "Squares()", repr(problem.loss))
+        if problem.joint:
+            _checks.fail("problem of ConeADMM", "outputs of programs of their own", "joint ones")
         if problem.X.ndim == 3:
             _checks.fail("X of ConeADMM", "data of shape (n, d), without patches", problem.X.shape)
 

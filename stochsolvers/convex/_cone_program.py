@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array, Scalar, value_object
+from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.convex._cones import ConeGroupL2, Cones
 from stochsolvers.convex._duality import DualNorm, euclidean_norm, product_round_off
 from stochsolvers.convex._program import Program
@@ -12,13 +12,15 @@ from stochsolvers.linear_maps import LinearMap
 
 @value_object
 class SignedMap(LinearMap):
-    r"""r ↦ (A r, −A r), whose adjoint is (V, W) ↦ A*(V − W).
+    r"""r ↦ (A r, s A r), whose adjoint is (V, W) ↦ A*(V + s W).
 
     Args:
       base: A.
+      sign: s, −1 or 1; with 1 and an A of entries ≥ 0 it has the sizes of the entries of that with −1.
     """
 
     base: LinearMap
+    sign: int = static_field(default=-1, kw_only=True)
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -31,18 +33,18 @@ class SignedMap(LinearMap):
         return (2, *self.base.out_shape)
 
     def __call__(self, x: Array) -> Array:
-        """(A r, −A r)."""
+        """(A r, s A r)."""
         image = self.base(x)
-        return jnp.stack([image, -image], axis=-1 - len(self.base.out_shape))
+        return jnp.stack([image, self.sign * image], axis=-1 - len(self.base.out_shape))
 
     def adjoint(self, z: Array) -> Array:
-        """A*(V − W)."""
-        positive, negative = jnp.moveaxis(z, -1 - len(self.base.out_shape), 0)
-        return self.base.adjoint(positive - negative)
+        """A*(V + s W)."""
+        first, second = jnp.moveaxis(z, -1 - len(self.base.out_shape), 0)
+        return self.base.adjoint(first + self.sign * second)
 
     def restrict(self, indices: Array) -> "SignedMap":
         """That of A on a subset of the data."""
-        return SignedMap(self.base.restrict(indices))
+        return SignedMap(self.base.restrict(indices), sign=self.sign)
 
     def squared_norm_bound(self) -> Array | None:
         """2 ‖A‖²."""
@@ -51,33 +53,7 @@ class SignedMap(LinearMap):
 
     def scaled(self, factor: Scalar) -> "SignedMap":
         """That of c A."""
-        return SignedMap(self.base.scaled(factor))
-
-
-@value_object
-class UnsignedMap(LinearMap):
-    """(A r, A r) with the adjoint A*(V + W), of an A with entries ≥ 0: the sizes of a `SignedMap`."""
-
-    base: LinearMap
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        """That of A."""
-        return self.base.in_shape
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """(2, P, d)."""
-        return (2, *self.base.out_shape)
-
-    def __call__(self, x: Array) -> Array:
-        """(A r, A r)."""
-        image = self.base(x)
-        return jnp.stack([image, image], axis=-1 - len(self.base.out_shape))
-
-    def adjoint(self, z: Array) -> Array:
-        """A*(V + W)."""
-        return self.base.adjoint(jnp.sum(z, axis=-1 - len(self.base.out_shape)))
+        return SignedMap(self.base.scaled(factor), sign=self.sign)
 
 
 @value_object
@@ -108,8 +84,10 @@ class ConeProgram(Program):
         `objective` is +∞ above 256 units of round-off.
         """
         U = self._variable(U)
-        size = _largest(U)
-        worst = jnp.max(self.cones.violation(U), axis=(-2, -1))
+        size = self._largest(U)
+        worst = jnp.max(
+            self.cones.violation(U), axis=tuple(range(len(self.batch_shape), U.ndim - 1))
+        )
         return worst / jnp.where(size > 0, size, 1)
 
     def project(self, U: Array) -> Array:
@@ -118,7 +96,7 @@ class ConeProgram(Program):
 
     def num_active(self, U: Array) -> Array:
         """The number of neurons, those with v_i ≠ 0 and those with w_i ≠ 0, for each program of the batch."""
-        return jnp.sum(jnp.any(self._variable(U) != 0, axis=-1), axis=(-2, -1))
+        return self.sum(jnp.any(self._variable(U) != 0, axis=-1))
 
     def certificate(self, z, *, squared_norm=None, strong_convexity=None, multipliers=None):
         r"""A certified gap of the program over these patterns, shape (*batch,), as of `GatedProblem`.
@@ -147,9 +125,10 @@ class ConeProgram(Program):
             a = a * jnp.expand_dims(norms, range(a.ndim - norms.ndim))
         residual = W + cones.combined(a)
         spread = product_round_off(self, 2 * cones.num_rows) * cones.magnitudes(a)
-        return DualNorm(_largest(residual), _largest(self._image_error(r, error) + spread))
+        off = self._image_error(r, error) + spread
+        return DualNorm(self._largest(residual), self._largest(off))
 
-
-def _largest(W: Array) -> Array:
-    """The largest norm of a pattern, of each program."""
-    return jnp.max(euclidean_norm(W, (-1,)), axis=(-2, -1))
+    def _largest(self, W: Array) -> Array:
+        """The largest norm of a pattern, of each program."""
+        norms = euclidean_norm(W, (-1,))
+        return jnp.max(norms, axis=tuple(range(len(self.batch_shape), norms.ndim)))

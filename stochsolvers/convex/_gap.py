@@ -226,7 +226,7 @@ def dual_point(network: Network, X: Any, y: Any, beta: float, loss: Loss) -> Dua
     """
     _checks.rank("X", X, 2)
     for name, value in (("X", X), ("y", y), ("hidden", network.hidden), ("output", network.output)):
-        _checks.finite(name, value)
+        _inputs.finite(name, value)
     weights = augmented_neurons(network)
     data = np.asarray(X, np.float64)
     _checks.trailing("X", X, (network.num_features,))

@@ -1,5 +1,6 @@
 """The linear map of a gated network: weights to predictions, and back."""
 
+import abc
 import math
 from collections.abc import Callable
 
@@ -181,6 +182,30 @@ class GatedMap(LinearMap):
             rounding = 4 * (len(X) + mask.shape[1] + X.shape[1]) * eps
             return _power_bound(kernel) + rounding * jnp.trace(kernel)
         return (len(X) // self.X.shape[0]) * _schur_bound(X, mask)
+
+
+class OfGatedData(abc.ABC):
+    """A program of gated data, by its map."""
+
+    @property
+    @abc.abstractmethod
+    def gated_map(self) -> GatedMap:
+        """A, without signs and cones."""
+
+    @property
+    def X(self) -> Array:  # noqa: N802 - as in the formula
+        """The data, shape (n, d) or (n, K, d)."""
+        return self.gated_map.X
+
+    @property
+    def patterns(self) -> Patterns:
+        """The patterns of the data and their gates."""
+        return self.gated_map.patterns
+
+    @property
+    def joint(self) -> bool:
+        """Whether all outputs are of one program."""
+        return self.gated_map.outputs is not None
 
 
 def _power_bound(matrix: Array) -> Array:

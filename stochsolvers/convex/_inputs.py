@@ -62,6 +62,14 @@ def positive_number(what: str, value: Any) -> None:
     _checks.finite(what, value)
 
 
+def number(what: str, value: Any) -> None:
+    """Require one number of at least 0, traced or not."""
+    if not _checks.is_real(value):
+        _checks.fail(what, "a number >= 0", repr(value))
+    _checks.rank(what, value, 0)
+    _checks.non_negative(what, value)
+
+
 def loss(what: str, value: Any) -> None:
     """Require a loss."""
     if not isinstance(value, Loss):

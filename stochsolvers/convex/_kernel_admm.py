@@ -14,6 +14,7 @@ from stochsolvers.convex._algorithm import (
     Algorithm,
     Iterate,
     Progress,
+    Search,
     advanced,
     kept,
     reached,
@@ -27,8 +28,6 @@ from stochsolvers.losses import Squares
 RELAXATION = 1.6
 PENALTY = 0.13
 """ρ = 0.13 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, the mean of K's eigenvalues by their own weight."""
-STALLED = 500
-"""After so many iterations without a smaller gap of any program it ends: round-off is all that is left."""
 _SMALL = 2048
 """Up to so many data, no FISTA iterations first: compiling them takes longer than all else."""
 
@@ -51,7 +50,8 @@ class KernelADMM(Algorithm):
     its residuals saved a third of the iterations on some data and took ten times as many on others. All
     programs of a batch, and all outputs of a joint program, share ρ and the factor.
 
-    It also ends, without convergence, after 500 iterations that made no gap smaller.
+    It also ends, without convergence, after 500 iterations, or a fifth of those done, that made no gap
+    smaller.
 
     Args:
       max_iters: the most iterations, those of FISTA with them, traced.
@@ -160,20 +160,17 @@ def run(
         k = jnp.max(first.iterations)
 
     def step(carry):
-        k, now, split, best, found = carry
+        k, now, split, search = carry
         at_zero = k < 0 if from_zero else None
         following, split = _step(problem, solve, rho, now, split, tol, at_zero)
         report(progress, k, following)
-        gap = following.objective - following.dual.value
-        found = jnp.where(jnp.any(gap < best), k, found)
-        return k + 1, following, split, jnp.minimum(best, gap), found
+        return k + 1, following, split, search.after(k, following)
 
     def unfinished(carry):
-        k, now, *_, found = carry
-        return (k < max_iters) & (k - found <= STALLED) & ~jnp.all(now.done)
+        k, now, _, search = carry
+        return (k < max_iters) & ~search.stalled(k) & ~jnp.all(now.done)
 
-    best = jnp.full(problem.batch_shape, jnp.inf, problem.dtype)
-    carry = varying((k, first, split, best, k), problem)
+    carry = varying((k, first, split, Search.begun(problem, k)), problem)
     return lax.while_loop(unfinished, step, carry)[1]
 
 

@@ -139,6 +139,8 @@ def sample_patterns(
         pattern that has active data.
     """
     X = _inputs.data("data of sample_patterns", X)
+    if _inputs.known(X) is None:
+        _checks.fail("data of sample_patterns", "known numbers", "a traced array")
     num = _checks.count("num", num)
     _checks.member("kind", kind, ("gaussian", "sparse", "convolutional"))
     features = X.shape[-1]

@@ -10,7 +10,7 @@ from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.convex import _bound, _inputs
 from stochsolvers.convex._duality import DualNorm, euclidean_norm
-from stochsolvers.convex._gated_map import GatedMap
+from stochsolvers.convex._gated_map import GatedMap, OfGatedData
 from stochsolvers.convex._patterns import Patterns
 from stochsolvers.convex._program import Program
 from stochsolvers.losses import Loss, Squares
@@ -22,7 +22,7 @@ REGULARIZERS = ("group", "feature", "l1", "l2", "nuclear")
 
 
 @value_object
-class GatedProblem(Program):
+class GatedProblem(Program, OfGatedData):
     r"""The convex program of a two-layer network with fixed gates, over the weights v_i of its neurons.
 
         minimise_V  Σ_j ℓ((Σ_i D_i X v_i)_j, y_j) + β R(V),       D_i = diag(1[X g_i ≥ 0])
@@ -76,6 +76,8 @@ class GatedProblem(Program):
         joint: bool = False,
     ):
         _inputs.loss("loss of GatedProblem", loss)
+        if getattr(loss, "axis", -1) != -1 and not joint:
+            _checks.fail("joint", "True for a loss that couples outputs", joint)
         X = _inputs.data("X of GatedProblem", X)
         y = _inputs.targets("y of GatedProblem", y, X, loss, joint=joint)
         linear_map = GatedMap(X, patterns, outputs=len(y) if joint else None)
@@ -106,21 +108,6 @@ class GatedProblem(Program):
         """A."""
         assert isinstance(self.linear_map, GatedMap)
         return self.linear_map
-
-    @property
-    def X(self) -> Array:  # noqa: N802 - as in the formula
-        """The data, shape (n, d) or (n, K, d)."""
-        return self.gated_map.X
-
-    @property
-    def patterns(self) -> Patterns:
-        """The patterns of the data and their gates."""
-        return self.gated_map.patterns
-
-    @property
-    def joint(self) -> bool:
-        """Whether all outputs are of one program."""
-        return self.gated_map.outputs is not None
 
     def predict(self, V: Array, X: ArrayLike) -> Array:
         """Σ_i 1[x·g_i ≥ 0] x·v_i for new data, shape (n',) or (C, n').

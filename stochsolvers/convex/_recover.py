@@ -36,7 +36,7 @@ def recover(problem: GatedProblem | ReLUProblem, value: Array) -> Network | Gate
         _checks.fail("shape of the value", problem.shape, jnp.shape(value))
     value = jnp.asarray(value, problem.dtype)
     if isinstance(problem, ReLUProblem):
-        return relu_network(value)
+        return relu_network(jnp.moveaxis(value, 0, 1) if problem.joint else value)
     gates = problem.patterns.gates.astype(problem.dtype)
     return gated_network(gates, value, joint=problem.joint)
 

@@ -119,6 +119,8 @@ class _ConvexReLU(BaseEstimator, abc.ABC):
         """
         if not self.gated:
             _checks.fail("gated for a regularisation path", "True", self.gated)
+        num = _checks.count("num", num)
+        _checks.positive("smallest", smallest)
         X, targets = self._validated(X, y)
         scaled = self._scale(X)
         program = PaddedProgram(scaled, targets, self._loss(), self._gates(scaled), 1.0)
@@ -141,6 +143,8 @@ class _ConvexReLU(BaseEstimator, abc.ABC):
             _checks.positive(name, float(value))
             _checks.finite(name, float(value))
         _checks.count("num_gates", self.num_gates)
+        if not isinstance(self.gated, bool | np.bool_):
+            _checks.fail("gated", "True or False", repr(self.gated))
         X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2, **self._y_rules)
         return X, self._targets(y)
 
@@ -179,11 +183,10 @@ class _ConvexReLU(BaseEstimator, abc.ABC):
 
     def _set(self, solved: "Solved") -> None:
         """The fitted attributes, in the data's own units."""
-        if solved.gap > self.tol * solved.objective and self.gated:
+        if solved.gap > self.tol * solved.objective:
             got = f"gap {solved.gap:.3g} of objective {solved.objective:.3g} is above tol={self.tol:g}"
-            warnings.warn(
-                f"{got}: out of reach in this precision", ConvergenceWarning, stacklevel=3
-            )
+            why = "out of reach in this precision" if self.gated else "searched, the rounds ended"
+            warnings.warn(f"{got}: {why}", ConvergenceWarning, stacklevel=3)
         shift, factor = self._target_units()
         own = {}
         for name, bias in (("hidden", "hidden_bias"), ("gates", "gate_bias")):

@@ -16,9 +16,10 @@ from stochsolvers.convex import _bound, _inputs, _terms
 from stochsolvers.convex._algorithm import Algorithm, Progress
 from stochsolvers.convex._cone_admm import ConeADMM
 from stochsolvers.convex._fista import FISTA
-from stochsolvers.convex._interior_point import InteriorPoint
+from stochsolvers.convex._interior_point import InteriorPoint, least_margin
 from stochsolvers.convex._kernel_admm import KernelADMM
 from stochsolvers.convex._problems import GatedProblem
+from stochsolvers.convex._program import Program
 from stochsolvers.convex._relu_problem import ReLUProblem
 from stochsolvers.convex._three_layer import ThreeLayerProblem
 from stochsolvers.losses import Squares
@@ -27,6 +28,8 @@ from stochsolvers.solvers import Solution, Status
 _MOST_DATA = 8000
 """Beyond, the n × n kernel is not factored."""
 _FEW_DATA = 2048
+_FEW_PRODUCTS = 3 * 10**8
+"""n² P d of cone programs, up to which a Newton step takes about a tenth of a second."""
 
 
 def solve(
@@ -42,15 +45,17 @@ def solve(
 
     Args:
       problem: a `GatedProblem`, a `ReLUProblem` or a `ThreeLayerProblem`.
-      solver: `KernelADMM()`, `FISTA()`, `LandmarkADMM()` for gated programs, `ConeADMM()` and
-        `InteriorPoint()` for ReLU programs, `FISTA()` for those of three layers. None takes, of gated
-        programs, `KernelADMM` for squares on up to 8000 data and else `FISTA`; of ReLU programs,
-        `ConeADMM`. `InteriorPoint` is more accurate for small ones, outside `jit`.
-      init: V_0, zero by default; the optimum for a nearby β as a warm start.
+      solver: `KernelADMM()`, `FISTA()`, `LandmarkADMM()` for gated programs; `ConeADMM()`,
+        `InteriorPoint()`, `FISTA()` for ReLU programs; `FISTA()` for those of three layers. None takes, of
+        gated programs, `KernelADMM` for squares on up to 8000 data and else `FISTA`; of ReLU programs
+        `InteriorPoint` outside `jit`, where n² P d ≤ 3·10⁸ and the gates are inside the cones, else
+        `ConeADMM` for squares and `FISTA` for other losses, joint outputs and patches.
+      init: V_0, zero by default; the optimum for a nearby β as a warm start. `InteriorPoint` keeps it
+        where it finds nothing better, and begins at the gates.
       tol: the relative gap, traced. In float32 gaps below about 1e-5 may be out of reach where β is small.
       certify: also return a bound on P(V) − min P that allows for round-off; see `Solution.certificate`. It
-        is computed in float64 on the host where arrays are concrete; within `jit`, and for three layers, in
-        their precision, and looser.
+        is computed in float64 on the host where arrays are concrete; within `jit`, and for `FISTA` on
+        cones, in their precision, and looser.
       progress: called with the iteration, the objectives and the gaps, each time, from within the compiled
         program.
 
@@ -58,31 +63,32 @@ def solve(
       `Solution` with a `status`, `iterations` and a `certificate` for each program of a batch; `residuals`
       and `objectives` are those of the last iteration, shape (1, *batch). A path of β, tolerances, caps and
       warm starts compiles once. Nothing of it is differentiated: derivatives are zero. `CONVERGED` is the
-      loop's own gap; the certificate, with its round-off, may be above tol P by that.
+      loop's own gap; the certificate, with its round-off, may be above tol P by that. `MAX_ITERS` is the cap,
+      or a gap that no longer falls: then the certificate is what was reached.
 
     Raises:
       ValueError: at trace time, for what is no convex program, an algorithm that is not for it, a `Prior`
         as a regularizer that is neither a norm nor a ridge, and shapes that do not fit.
     """
+    _inputs.number("tol", tol)
     if solver is None:
-        solver = _default(problem)
+        solver = _default(problem, init, tol)
     if not isinstance(solver, Algorithm):
         _checks.fail("solver of convex.solve", "an algorithm such as KernelADMM()", repr(solver))
     solver.check(problem)
     if isinstance(problem, GatedProblem) and not _terms.has_gauge(problem):
         wanted = "a norm or a ridge; ss.ProxGD is for every prior"
         _checks.fail("regularizer of convex.solve", wanted, type(problem.prior).__name__)
-    _checks.non_negative("tol", tol)
-    _checks.rank("tol", tol, 0)
     if init is not None and jnp.shape(init) != problem.shape:
         _checks.fail("shape of init of convex.solve", f"{problem.shape}", jnp.shape(init))
     if isinstance(solver, InteriorPoint):
-        return _on_host(problem, solver, tol, certify, progress)
+        return _on_host(problem, solver, init, tol, certify, progress)
     start = None if init is None else jnp.asarray(init, problem.dtype)
     traced, static = split_static(solver)
     tol = _inputs.scalar(tol, problem.dtype)
     concrete = _bound.is_concrete(problem, start, tol, traced)
-    on_host = concrete and not isinstance(problem, ThreeLayerProblem)
+    on_host = concrete and isinstance(problem, GatedProblem)
+    on_host |= concrete and isinstance(solver, ConeADMM)
     call = _solve if concrete and _is_small(problem) else _solve_within
     solution, point = call(
         problem,
@@ -103,13 +109,18 @@ def solve(
 
 
 def _on_host(
-    problem: Any, solver: InteriorPoint, tol: Scalar, certify: bool, progress: Progress | None
+    problem: Any,
+    solver: InteriorPoint,
+    init: Array | None,
+    tol: Scalar,
+    certify: bool,
+    progress: Progress | None,
 ) -> Solution:
-    last = solver.minimise(problem, None, tol, progress)
-    value = jnp.asarray(last.value, problem.dtype)
-    gap = None
+    last = solver.minimise(problem, init, tol, progress)
+    rounded, gap = last.value.astype(problem.dtype), None
+    value = jnp.asarray(rounded)
     if certify:
-        gap = _bound.cone_certificate(problem, value, last.point, last.multipliers)
+        gap = _bound.cone_certificate(problem, rounded, last.point, last.multipliers)
         gap = jnp.asarray(gap, problem.dtype)
     objective = problem.objective(value)
     status = jnp.where(last.done, Status.CONVERGED, Status.MAX_ITERS)
@@ -124,9 +135,9 @@ def _on_host(
     )
 
 
-def _default(problem: Any) -> Algorithm:
+def _default(problem: Any, init: Array | None, tol: Scalar) -> Algorithm:
     if isinstance(problem, ReLUProblem):
-        return ConeADMM()
+        return _default_of_cones(problem, init, tol)
     if isinstance(problem, ThreeLayerProblem):
         return FISTA()
     if not isinstance(problem, GatedProblem):
@@ -134,6 +145,17 @@ def _default(problem: Any) -> Algorithm:
         _checks.fail("problem of convex.solve", wanted, type(problem).__name__)
     if isinstance(problem.loss, Squares) and problem.inputs.shape[-1] <= _MOST_DATA:
         return KernelADMM()
+    return FISTA()
+
+
+def _default_of_cones(problem: ReLUProblem, init: Array | None, tol: Scalar) -> Algorithm:
+    if not problem.joint:
+        n, P, d = problem.y.shape[-1], problem.patterns.num, problem.X.shape[-1]
+        outside = _bound.is_concrete(problem, init, _inputs.scalar(tol, problem.dtype))
+        if outside and n * n * P * d <= _FEW_PRODUCTS and least_margin(problem) > 0:
+            return InteriorPoint()
+        if isinstance(problem.loss, Squares) and problem.X.ndim == 2:
+            return ConeADMM()
     return FISTA()
 
 
@@ -168,7 +190,7 @@ def _minimised(
     progress: Progress | None,
 ) -> tuple[Solution, tuple[Array, ...]]:
     last = solver.minimise(problem, init, tol, progress)
-    last, *multipliers = last if isinstance(problem, ReLUProblem) else (last,)
+    last, *multipliers = last if isinstance(solver, ConeADMM) else (last,)
     finite = jnp.isfinite(last.objective)
     status = jnp.where(last.done, Status.CONVERGED, Status.MAX_ITERS)
     status = jnp.where(finite, status, Status.DIVERGED)
@@ -218,6 +240,8 @@ def regularization_path(
     Returns:
       one `Solution` for each β.
     """
+    if not isinstance(problem, Program):
+        _checks.fail("problem of regularization_path", "a convex program", type(problem).__name__)
     betas = jnp.asarray(betas)
     _checks.rank("betas", betas, 1)
     _checks.positive("betas", betas)

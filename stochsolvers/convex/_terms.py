@@ -122,6 +122,9 @@ def prox(problem: LayerProblem, point: Array, step: Array) -> tuple[Array, Array
         V, terms = _shrunk_matrices(prior, point, step)
     elif isinstance(prior, GroupL2):
         V, terms = _shrunk_groups(prior, point, step)
+    elif isinstance(prior, ConeGroupL2):
+        V = prior.prox(point, step)
+        terms = prior._gamma(V) * jnp.sqrt(jnp.sum(V**2, -1))
     elif isinstance(prior, Zero):
         V, terms = point, 0.5 * problem.ridge * point**2
     else:

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.convex import _inputs
-from stochsolvers.convex._cone_program import ConeProgram, SignedMap, UnsignedMap
+from stochsolvers.convex._cone_program import ConeProgram, SignedMap
 from stochsolvers.convex._cones import ConeGroupL2, PolyhedralCones
 from stochsolvers.convex._patterns import Patterns
 from stochsolvers.linear_maps import Contraction, LinearMap
@@ -81,6 +81,8 @@ class ThreeLayerProblem(ConeProgram):
             second = np.array(list(itertools.product([False, True], repeat=len(X)))).T[:, 1:]
         _checks.rank("second of ThreeLayerProblem", second, 2)
         _checks.trailing("second of ThreeLayerProblem", second, (len(X), jnp.shape(second)[1]))
+        if not isinstance(patterns, Patterns):
+            _checks.fail("patterns of ThreeLayerProblem", "Patterns", type(patterns).__name__)
         if patterns.mask.shape[:-1] != X.shape[:1]:
             _checks.fail("mask of the patterns", f"({len(X)}, P)", patterns.mask.shape)
         features, cones, signs = _blocks(X, patterns.mask, jnp.asarray(second, bool), width)
@@ -106,7 +108,7 @@ class ThreeLayerProblem(ConeProgram):
         return values[..., 0, :] - values[..., 1, :]
 
     def _magnitudes(self) -> LinearMap:
-        return UnsignedMap(self.base_map.absolute())  # pyright: ignore[reportArgumentType]
+        return SignedMap(self.base_map.absolute(), sign=1)  # pyright: ignore[reportArgumentType]
 
 
 def _blocks(X: Array, mask: Array, second: Array, width: int) -> tuple[Array, Array, Array]:

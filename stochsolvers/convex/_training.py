@@ -22,6 +22,7 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar, at_least_float32, value_object
+from stochsolvers.convex import _inputs
 from stochsolvers.convex._fista import FISTA
 from stochsolvers.convex._gap import DualPoint, NetworkGap, dual_point, evaluated_response
 from stochsolvers.convex._network import Network, gated_network
@@ -94,9 +95,10 @@ def train_network(
       ValueError: for shapes that do not fit, NaN, β ≤ 0 and counts below 1.
     """
     _checks.rank("X", X, 2)
-    _checks.finite("X", X)
-    _checks.finite("y", y)
-    _checks.positive("beta", beta)
+    _inputs.finite("X", X)
+    _inputs.finite("y", y)
+    _inputs.positive_number("beta", beta)
+    _inputs.number("tol", tol)
     counts = {"width": width, "num_gates": num_gates, "num_rounds": num_rounds, "num_new": num_new}
     for name, value in (counts | {"num_iters": num_iters, "num_starts": num_starts}).items():
         _checks.count(name, value)

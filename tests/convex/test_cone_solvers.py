@@ -1,5 +1,6 @@
 """Solvers of cone programs against each other, the network that they give, and plain training."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_cone_admm_agrees_and_certifies(program):
     _, _, problem = program
     exact = convex.solve(problem, solver=convex.InteriorPoint(500), tol=1e-9)
     for tol in (1e-2, 1e-4):
-        solution = convex.solve(problem, tol=tol)
+        solution = convex.solve(problem, solver=convex.ConeADMM(), tol=tol)
         assert np.all(solution.status == ss.solvers.Status.CONVERGED)
         np.testing.assert_allclose(
             problem.objective(solution.value), solution.objectives[-1], rtol=1e-9
@@ -110,11 +111,14 @@ def test_projection_in_the_metric_of_the_data(rng):
 def test_a_single_program_and_a_warm_start(program):
     X, y, problem = program
     single = convex.ReLUProblem(jnp.asarray(X), jnp.asarray(y[0]), problem.patterns, 0.2)
-    first = convex.solve(single, tol=1e-3)
     exact = convex.solve(single, solver=convex.InteriorPoint(500), tol=1e-9)
-    again = convex.solve(single, init=exact.value, tol=1e-3)
-    assert first.value.shape == exact.value.shape == (2, problem.patterns.num, 2)
-    assert again.objectives[-1] <= exact.objectives[-1] * (1 + 1e-9)
+    for solver in (convex.ConeADMM(), convex.InteriorPoint()):
+        first = convex.solve(single, solver=solver, tol=1e-3)
+        again = convex.solve(single, solver=solver, init=exact.value, tol=1e-3)
+        assert first.value.shape == exact.value.shape == (2, problem.patterns.num, 2)
+        assert again.objectives[-1] <= exact.objectives[-1] * (1 + 1e-9)
+    outside = convex.solve(single, solver=solver, init=-100 * exact.value, tol=1e-3)
+    np.testing.assert_allclose(outside.objectives, first.objectives, rtol=1e-9)
 
 
 def test_what_it_cannot_solve_is_refused(program):
@@ -126,8 +130,10 @@ def test_what_it_cannot_solve_is_refused(program):
     border = convex.Patterns(jnp.zeros((2, 1)), jnp.ones((7, 1), bool))
     edge = convex.ReLUProblem(jnp.asarray(X), jnp.asarray(y), border, 0.2)
     for wrong, call in {
-        "loss of ConeADMM": lambda: convex.solve(logistic),
-        "loss of InteriorPoint": lambda: convex.solve(logistic, solver=convex.InteriorPoint()),
+        "loss of ConeADMM": lambda: convex.solve(logistic, solver=convex.ConeADMM()),
+        "problem of InteriorPoint": lambda: jax.jit(
+            lambda problem: convex.solve(problem, solver=convex.InteriorPoint())
+        )(logistic),
         "problem of KernelADMM": lambda: convex.solve(problem, solver=convex.KernelADMM()),
         "gates of InteriorPoint": lambda: convex.solve(edge, solver=convex.InteriorPoint()),
     }.items():

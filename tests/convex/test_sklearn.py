@@ -153,6 +153,7 @@ def test_a_loss_of_the_library(rng):
         ({"num_gates": 0}, {}, "num_gates.*expected"),
         ({"tol": -1.0}, {}, "tol.*expected"),
         ({"loss": "hinge"}, {}, "loss.*expected"),
+        ({"gated": "no"}, {}, "gated: expected True or False, got 'no'."),
         ({"loss": "logistic"}, {}, "loss.*expected"),
         ({}, {"y": np.ones(6)}, "y: expected targets that are not all equal"),
         ({}, {"X": np.full((6, 2), np.nan)}, "NaN"),

@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 
 import stochsolvers as ss
 from stochsolvers import convex
-from stochsolvers.convex import _bound, _factor, _kernel_admm, _solve, _terms
+from stochsolvers.convex import _algorithm, _bound, _factor, _kernel_admm, _solve, _terms
 
 LOSSES = {
     "squares": (lambda u, y: 0.5 * np.sum((u - y) ** 2), lambda u, y: u - y),
@@ -266,7 +266,7 @@ def test_what_cannot_be_solved_is_refused(rng):
 
 
 def test_what_round_off_keeps_from_its_tolerance_ends_early(rng, monkeypatch):
-    monkeypatch.setattr(_kernel_admm, "STALLED", 30)
+    monkeypatch.setattr(_algorithm, "STALLED", 30)
     X, y, patterns = instance(rng)
     X, y = jnp.asarray(X, jnp.float32), jnp.asarray(y, jnp.float32)
     patterns = convex.Patterns(patterns.gates.astype(jnp.float32), patterns.mask)
@@ -278,6 +278,19 @@ def test_what_round_off_keeps_from_its_tolerance_ends_early(rng, monkeypatch):
     assert solution.status == ss.solvers.Status.MAX_ITERS
     assert solution.certificate > 1e-9 * solution.objectives[-1]
     assert sorted(seen) == list(range(int(solution.iterations)))
+
+
+def test_fista_ends_at_round_off(rng, monkeypatch):
+    monkeypatch.setattr(_algorithm, "STALLED", 50)
+    X, y, patterns = instance(rng)
+    X, y = jnp.asarray(X, jnp.float32), jnp.asarray(y, jnp.float32)
+    patterns = convex.Patterns(patterns.gates.astype(jnp.float32), patterns.mask)
+    loss = ss.losses.Logistic()
+    problem = convex.GatedProblem(X, y, patterns, np.float32(0.5), loss=loss)
+    solution = convex.solve(problem, solver=convex.FISTA(50_000), tol=1e-12)
+    assert solution.iterations < 10_000
+    assert solution.status == ss.solvers.Status.MAX_ITERS
+    assert solution.certificate <= 1e-4 * solution.objectives[-1]
 
 
 def test_a_known_problem_within_jit(rng):
