@@ -103,7 +103,8 @@ def current_constant(
         return constant(traced)
     operands = traced, kept, reference
     if _is_known(operands):  # no program of both branches
-        return kept if _is_kept(*operands, static=static) else constant(traced)
+        is_kept = _is_kept(*operands, static=static)
+        return kept if is_kept else jnp.asarray(constant(traced), kept.dtype)
     choose = functools.partial(_kept_or_computed, static=static)
     return automatic(choose, jax.sharding.PartitionSpec(), *operands)
 
@@ -111,7 +112,7 @@ def current_constant(
 def constant_and_fingerprint(settings: Any, linear_map: LinearMap) -> tuple[Array, Array] | None:
     """`settings.constant` of a map and its `fingerprint`, or None for a fixed step.
 
-    Outside of transformations it is compiled as a program that runs once.
+    Outside of traced functions it is compiled as a program that runs once.
     """
     traced, static = split_static((settings, linear_map))
     compute = _once_both if _is_known(traced) else _both
@@ -119,8 +120,11 @@ def constant_and_fingerprint(settings: Any, linear_map: LinearMap) -> tuple[Arra
 
 
 def _is_known(operands: Any) -> bool:
-    """Whether arrays are at hand, on no mesh with explicit axes."""
-    leaves = jax.tree.leaves(operands)
+    """Whether arrays are at hand, outside of traced functions, on no mesh with explicit axes."""
+    leaves = [
+        lax.full((), 0),
+        *jax.tree.leaves(operands),
+    ]  # the first is traced with what is around
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) and not is_explicit()
 
 
