@@ -3,8 +3,6 @@
 import contextlib
 import contextvars
 import dataclasses
-import functools
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -14,16 +12,11 @@ import numpy as np
 from jax import lax
 
 from stochsolvers import _checks
-from stochsolvers._shards import automatic, varying
-from stochsolvers._typing import (
-    Array,
-    Scalar,
-    at_least_float32,
-    join_static,
-    split_static,
-    static_field,
-    value_object,
-)
+from stochsolvers._kept_constants import constant_and_fingerprint as constant_and_fingerprint
+from stochsolvers._kept_constants import current_constant as current_constant
+from stochsolvers._kept_constants import fingerprint as fingerprint
+from stochsolvers._kept_constants import is_current as is_current
+from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.linear_maps import Contraction, Conv, LinearMap, Padding, conv_transpose
 from stochsolvers.lipschitz import lipschitz_constant
 from stochsolvers.losses import Loss
@@ -195,109 +188,6 @@ class Settings:
     def _empty(self, linear_map: LinearMap) -> LayerProblem:
         inputs = jnp.zeros(linear_map.in_shape, linear_map.dtype)
         return LayerProblem(linear_map, inputs, ridge=self.ridge, loss=self.loss)
-
-
-_SAMPLES = 61  # entries of the kernel in a fingerprint
-_POWER_STEPS = 2
-_MOVED = 0.5  # relative change above which a kernel is another one
-
-
-def fingerprint(settings: Settings, linear_map: LinearMap) -> Array:
-    r"""Numbers by which a kept constant is known to be of a map, a solver's step rule and a ridge.
-
-    The rule's structure as a number, the ridge, the shape of the inputs; the Euclidean norm of the map's
-    arrays
-    and some of their entries; and ‖A* v‖ for v after two steps of the power method with A A*, from a fixed
-    start, which is large where ‖A‖ is.
-    """
-    linear_map = lax.stop_gradient(linear_map)
-    dtype = at_least_float32(linear_map.dtype)
-    leaves = [leaf.ravel().astype(dtype) for leaf in jax.tree.leaves(linear_map)]
-    entries = jnp.concatenate(leaves)
-    places = np.random.default_rng(0).integers(entries.size, size=_SAMPLES)
-    start = np.random.default_rng(1).standard_normal(linear_map.out_shape)
-    A, v = linear_map.astype(dtype), jnp.asarray(start, dtype)
-    for _ in range(_POWER_STEPS):
-        v = A(A.adjoint(v / _norm(v)))
-    size = _norm(A.adjoint(v / _norm(v)))
-    known = [rule_number(settings.solver), *linear_map.in_shape]
-    numbers = jnp.stack([jnp.asarray(settings.ridge, dtype), _norm(entries), size])
-    return jnp.concatenate([jnp.asarray(known, dtype), numbers, entries[places]])
-
-
-def _norm(array: Array) -> Array:
-    norm = jnp.sqrt(jnp.sum(array**2))
-    return jnp.where(norm > 0, norm, 1)
-
-
-def rule_number(solver: Solver) -> int:
-    """A number for the structure of the solver's step rule and estimator, hardly ever that of another one."""
-    structure = jax.tree.structure((solver.rule(), solver.estimator()))
-    return zlib.crc32(repr(structure).encode()) % 2**20 + 1  # exact in float32; zero is no rule's
-
-
-def is_current(reference: Array, now: Array, rank: int) -> Array:
-    """Whether two fingerprints are of about the same map, and the same rule.
-
-    Training moves a kernel little from one refresh to the next. A kernel whose norm, entries or image of the
-    power method have changed by half is another one (loaded from a checkpoint, say), and so is one for
-    images of another size.
-
-    Args:
-      reference: an earlier fingerprint; zeros are that of nothing.
-      now: the fingerprint at hand.
-      rank: the number of axes of the map's inputs.
-    """
-    if now.shape != reference.shape:
-        return jnp.zeros((), bool)
-    now = now.astype(reference.dtype)
-    same = jnp.all(now[: rank + 2] == reference[: rank + 2])
-    norm, size, norm_before, size_before = (
-        *now[rank + 2 : rank + 4],
-        *reference[rank + 2 : rank + 4],
-    )
-    near = (jnp.abs(norm - norm_before) <= _MOVED * norm_before) & (
-        size**2 <= (1 + _MOVED) * size_before**2
-    )
-    moved, before = now[rank + 4 :] - reference[rank + 4 :], reference[rank + 4 :]
-    return same & near & (jnp.sum(moved**2) <= _MOVED**2 * jnp.sum(before**2))
-
-
-def current_constant(
-    settings: Settings,
-    linear_map: LinearMap,
-    kept: Array | None,
-    reference: Array | None,
-) -> Array | None:
-    """The kept constant if it is of about this map and of this rule, else one computed from the map at hand.
-
-    So that a network into which weights have just been loaded does not run on the steps of others.
-    """
-    traced, static = split_static(lax.stop_gradient((settings, linear_map)))
-    constant = functools.partial(_constant, static=static)
-    shape = jax.eval_shape(constant, traced)
-    if kept is None or reference is None or shape is None or kept.shape != shape.shape:
-        return constant(traced)
-    choose = functools.partial(_kept_or_computed, static=static)
-    return automatic(choose, jax.sharding.PartitionSpec(), traced, kept, reference)
-
-
-def _constant(traced: Any, static: Any) -> Array | None:
-    settings, linear_map = join_static(traced, static)
-    return settings.constant(linear_map)
-
-
-@functools.partial(jax.jit, static_argnames="static")
-def _kept_or_computed(traced: Any, kept: Array, reference: Array, *, static: Any) -> Array:
-    settings, linear_map = join_static(traced, static)
-    kept, traced = varying((kept, traced), (kept, traced))
-    now = fingerprint(settings, linear_map)
-    return lax.cond(
-        is_current(reference, now, len(linear_map.in_shape)),
-        lambda _: kept,
-        lambda traced: jnp.asarray(_constant(traced, static), kept.dtype),
-        traced,
-    )
 
 
 def refuse(layer: str, **options: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"_typing", "_checks", "_compilation"},
-    {"_shards"},
+    {"_shards", "_programs"},
     {"_convolution", "_linalg", "_symmetric"},
     {"linear_maps", "losses", "prox", "tensor_product"},
     {"sampling", "proxprop"},
@@ -18,6 +18,7 @@ FLOORS = [
     {"step_sizes"},
     {"dropout", "solvers"},
     {"equilibrium", "convex", "plot"},
+    {"_kept_constants"},
     {"_layers", "_spectral"},
     {"_equilibria"},
     {"reports"},

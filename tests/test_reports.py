@@ -1210,3 +1210,13 @@ def test_a_report_says_why_a_gap_is_infinite(rng):
     assert note() == "4 of 4 gaps infinite: no curvature and no dual point found; add a ridge"
     assert "iterates grow at a constant rate; add a ridge" in note(solver=ss.ProxGD(9000, tol=1e-3))
     assert "not finite; take a shorter step" in note(solver=ss.ProxGD(500, step_size=99.0))
+
+
+def test_certify_says_that_it_is_at_work_if_asked(capsys):
+    plain, x = nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnp.ones((1, 2))
+    ss.certify(plain, x, progress=True)
+    shown = capsys.readouterr().err
+    assert shown.startswith("\rcertificates of the layers: 0 s")
+    assert shown.endswith("\n")
+    ss.certify(plain, x)  # to no terminal
+    assert not capsys.readouterr().err

@@ -30,23 +30,22 @@ class TauNiceDropout(nn.Module):
     def __call__(
         self, inputs: Array, *, deterministic: bool | None = None, rng: Array | None = None
     ) -> Array:
-        """The masked, rescaled inputs; `rng` is a key in place of the stream's next one."""
+        """The masked inputs; `rng` is a key in place of the stream's next one."""
         if is_deterministic(self, deterministic):
             return inputs
         key = self.make_rng(self.rng_collection) if rng is None else rng
+        return self._dropped(key, inputs)
+
+    @nn.nowrap
+    def _dropped(self, key: Array, inputs: Array) -> Array:
         return dropout.tau_nice_dropout(key, inputs, self.tau, spatial_ndim=self.spatial_ndim)
 
 
 class OutputDropout(TauNiceDropout):
     """Dropout after a linear map: exactly τ outputs kept, not rescaled (proposition 6)."""
 
-    def __call__(
-        self, inputs: Array, *, deterministic: bool | None = None, rng: Array | None = None
-    ) -> Array:
-        """The masked inputs; `rng` is a key in place of the stream's next one."""
-        if is_deterministic(self, deterministic):
-            return inputs
-        key = self.make_rng(self.rng_collection) if rng is None else rng
+    @nn.nowrap
+    def _dropped(self, key: Array, inputs: Array) -> Array:
         return dropout.output_dropout(key, inputs, self.tau, spatial_ndim=self.spatial_ndim)
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from flax import linen as nn
 
-from stochsolvers import _checks, surgery
+from stochsolvers import _checks
 from stochsolvers._typing import Array
+from stochsolvers.surgery import _fold
 
 Path = tuple[str, ...]
 
@@ -82,7 +83,7 @@ class FollowingNorm:
     def affine(self, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
         """(s, t) of the normalisation y ↦ s y + t."""
         scale, bias = arrays.get("scale"), arrays.get("bias")
-        return surgery.affine(arrays["mean"], arrays["var"], scale, bias, self.epsilon)
+        return _fold.affine(arrays["mean"], arrays["var"], scale, bias, self.epsilon)
 
 
 def _nested(scope: Any, collection: str, path: Path) -> Mapping[str, Any]:

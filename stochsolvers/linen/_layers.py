@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
-from stochsolvers import _checks, _layers, surgery
+from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Conv, Dense, LinearMap, dense_general
 from stochsolvers.linen._following import FollowingNorm
@@ -19,6 +19,7 @@ from stochsolvers.losses import Loss, Squares
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import NonNegative, Prior
 from stochsolvers.solvers import Solution, Solver
+from stochsolvers.surgery import _fold
 
 STATE = "solver_state"
 RECORDS = "solver_records"
@@ -88,7 +89,7 @@ class SolverLayer(nn.Module):
         layer: Any = self
         if layer.following is None or self.is_initializing():
             return kernel, bias
-        return surgery.folded(kernel, bias, self._affine())
+        return _fold.folded(kernel, bias, self._affine())
 
     def _affine(self) -> tuple[Array, Array]:
         """(s, t) of the normalisation behind the layer."""
@@ -118,7 +119,7 @@ class SolverLayer(nn.Module):
         if layer.following is not None:
             fold = self._affine()
         with _layers.precision_context(layer.precision):
-            return surgery.unfolded(output, plain(), problem, fold)
+            return _fold.unfolded(output, plain(), problem, fold)
 
     def _kept_constant(self, linear_map: LinearMap) -> tuple[Array | None, Array | None]:
         settings = _layers.Settings.of(self)

@@ -18,7 +18,7 @@ from stochsolvers.linen._replaced import Plain, ReplacedLayers, Replacement
 from stochsolvers.losses import Squares
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solver
-from stochsolvers.surgery import _plan
+from stochsolvers.surgery import _measurement, _plan, _where
 
 
 class Replaced(NamedTuple):
@@ -99,7 +99,7 @@ def replace_layers(
     _plan.check_options(solver, prior, dropout)
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     network = _survey.look(module, variables, arguments, options, rngs)
-    chosen = surgery.select(where, network.modules)
+    chosen = _where.select(where, network.modules)
     candidates = _survey.candidates(network, chosen)
     found = _plan.plan(
         network.survey,
@@ -122,14 +122,14 @@ def replace_layers(
     replaced = ReplacedLayers(Plain(module), layers)
     kept = _with_constants(replaced, variables, arguments, options, rngs)
     kinds = {path: candidate.kind for path, candidate in candidates.items()}
-    nan = float("nan")
+    changes = _measurement.NOT_MEASURED
     if measure:
-        rows, one, many = _changes.measured(replaced, found, kinds, kept, arguments, options, rngs)
-    else:
-        rows, one, many = _changes.unmeasured(found, kinds), nan, nan
-    left = [surgery.LayerLeft(path, candidates[path].kind, why) for path, why in found.left.items()]
+        stacked = {path: candidate.stacked for path, candidate in candidates.items()}
+        changes = _changes.measured(replaced, stacked, kept, arguments, options, rngs)
+    rows = _measurement.rows(found.replaced, kinds, changes)
+    left = tuple(surgery.LayerLeft(path, kinds[path], why) for path, why in found.left.items())
     notes = _notes(found, kept, normalize)
-    report = surgery.ReplacementReport(tuple(rows), tuple(left), one, many, notes)
+    report = surgery.ReplacementReport(rows, left, changes.one, changes.all, notes)
     return Replaced(replaced, kept, report)
 
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.core import tracers
 
-from stochsolvers import _checks, _equilibria, _layers, reports, surgery
+from stochsolvers import _checks, _equilibria, _layers, _programs, reports
 from stochsolvers._compilation import jit_once
 from stochsolvers._typing import Array, join_static, split_static
 from stochsolvers.linear_maps import LinearMap
@@ -37,6 +37,7 @@ from stochsolvers.linen._proxprop import ProxPropConv, ProxPropDense
 from stochsolvers.linen._replaced import fresh_traces, is_replaced, takes_a_place
 from stochsolvers.reports import _certificates, _lipschitz, _trace
 from stochsolvers.reports._known_layers import inherits_unchanged, keeps_digits
+from stochsolvers.surgery import _fold
 
 
 @reports.certify.register(nn.Module)
@@ -45,6 +46,7 @@ def certify(
     variables: Mapping[str, Any],
     *inputs: Any,
     rngs: Mapping[str, Array] | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> reports.CertificateReport:
     r"""How well every solver and equilibrium layer of a network solves its problem here, as a table.
@@ -65,6 +67,8 @@ def certify(
       variables: its variables, as `init` returns them.
       *inputs: of the network, for instance a batch of images.
       rngs: keys of the random streams, where layers sample.
+      progress: whether to show on the standard error that it is at work; None for a terminal, after two
+        seconds.
       **options: keyword arguments of the network's call, such as a `deterministic` of its own. Arrays
         are traced, the rest is static.
 
@@ -81,7 +85,8 @@ def certify(
         observe = functools.partial(_observations, module)
     except TypeError:  # arrays among its attributes: nothing to remember the compilation by
         observe = jit_once(functools.partial(_observe, module), static_argnums=3)
-    return _certificates.certificate_report(observe(variables, rngs, traced, static))
+    with _certificates.waiting("certificates of the layers", progress):
+        return _certificates.certificate_report(observe(variables, rngs, traced, static))
 
 
 def _observe(module, variables, rngs, traced, static):
@@ -188,27 +193,27 @@ def lipschitz_report(
         for wrapper in wrappers:
             wrapped.setdefault(wrapper, set()).add(label)
         if context.method_name == "__call__" and label in behind:
-            return _trace.mark_output(call(*args, **kwargs), behind.pop(label))
+            return _programs.mark_output(call(*args, **kwargs), "layer", behind.pop(label))
         if wrappers or context.method_name != "__call__" or not _is_known(layer, args, kwargs):
             return call(*args, **kwargs)
         if takes_a_place(layer):  # within the marks of the layer in whose place it is
             layers[label] = layer.clone(parent=None)
             return call(*args, **kwargs)
         if is_replaced(layer):
-            output = call(_trace.mark_input(args[0], label), *args[1:], **kwargs)
+            output = call(_programs.mark_input(args[0], "layer", label), *args[1:], **kwargs)
             following = cast(Any, layers[label]).following
             if following is None:
-                return _trace.mark_output(output, label)
+                return _programs.mark_output(output, "layer", label)
             behind[_label(following.absolute(layer.path))] = label
             return output
         layers[label] = layer.clone(parent=None)
         if isinstance(layer, Equilibrium):  # those of a composition may be another module's
             members = getattr(layer, "layers", (layer,))
             units[label] = [("/".join(one.path), one.clone(parent=None)) for one in members]
-        marked = _trace.mark_input(args[0], label)
+        marked = _programs.mark_input(args[0], "layer", label)
         if isinstance(layer, SolverLayer) and kwargs.get("skip") is not None:
-            kwargs = {**kwargs, "skip": _trace.mark_side(kwargs["skip"], label)}
-        return _trace.mark_output(call(marked, *args[1:], **kwargs), label)
+            kwargs = {**kwargs, "skip": _programs.mark_side(kwargs["skip"], "layer", label)}
+        return _programs.mark_output(call(marked, *args[1:], **kwargs), "layer", label)
 
     def forward(parameters, inputs, mutable):
         given = {"params": parameters, **variables}
@@ -347,7 +352,7 @@ def _part(
         of_norm = following.variables(flat, tuple(call.label.split("/")))
         if path:
             of_norm = {name: array[path] for name, array in of_norm.items()}
-        kernel = surgery.folded(kernel, None, following.affine(of_norm))[0]
+        kernel = _fold.folded(kernel, None, following.affine(of_norm))[0]
     try:
         linear_map = linear_map_for(layer, kernel, call.input_shape)
     except ValueError:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from stochsolvers import _checks, surgery
+from stochsolvers import _checks, _programs
 from stochsolvers._typing import join_static, split_static
 from stochsolvers.linen._evaluation import in_evaluation
 from stochsolvers.linen._following import Path
@@ -18,7 +18,11 @@ from stochsolvers.linen._layers import SolverLayer, linear_map_of
 from stochsolvers.linen._replaced import TWINS, ReplacedLayers, fresh_traces
 from stochsolvers.linen._spectral import SpectralNorm
 from stochsolvers.reports._known_layers import inherits_unchanged
+from stochsolvers.surgery import _obstacles
 from stochsolvers.surgery._plan import Candidate
+from stochsolvers.surgery._survey import Survey
+from stochsolvers.surgery._survey import survey as survey_of
+from stochsolvers.surgery._where import Chosen
 
 _OTHERS = (nn.ConvTranspose, nn.ConvLocal, nn.Einsum, SolverLayer)
 _WRAPPERS: dict[type, str] = {
@@ -42,7 +46,7 @@ class Network:
     """
 
     modules: dict[str, Any]
-    survey: surgery.Survey
+    survey: Survey
     roots: dict[str, int]
     traces: dict[str, list[Any]]
     rewritten: dict[str, str]
@@ -97,9 +101,9 @@ def look(
         kind = _kind(one, args, kwargs)
         if kind is None or not args:
             return call(*args, **kwargs)
-        marked = surgery.mark_input(args[0], kind, label)
+        marked = _programs.mark_input(args[0], kind, label)
         output = marked if kind == "dropout" else call(marked, *args[1:], **kwargs)
-        return surgery.mark_output(output, kind, label)
+        return _programs.mark_output(output, kind, label)
 
     traced, static = split_static((inputs, options))
 
@@ -109,10 +113,8 @@ def look(
         with fresh_traces(), nn.intercept_methods(mark):
             return module.apply(variables, *inputs, rngs=rngs, mutable=mutable, **options)[0]
 
-    def surveyed(mutable: Any) -> surgery.Survey:
-        return surgery.survey(
-            functools.partial(forward, mutable=mutable), dict(variables), rngs, traced
-        )
+    def surveyed(mutable: Any) -> Survey:
+        return survey_of(functools.partial(forward, mutable=mutable), dict(variables), rngs, traced)
 
     survey = in_evaluation(surveyed)
     flat = traverse_util.flatten_dict(cast(Any, nn.unbox(dict(variables))), sep="/")
@@ -145,7 +147,7 @@ def _kind(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return "layer" if isinstance(module, (*TWINS, *_OTHERS)) else None
 
 
-def candidates(network: Network, chosen: Mapping[str, surgery.Chosen]) -> dict[str, Candidate]:
+def candidates(network: Network, chosen: Mapping[str, Chosen]) -> dict[str, Candidate]:
     """The linear layers among the modules that are meant, each with what is against it."""
     found = {}
     for label, (module, named) in chosen.items():
@@ -154,8 +156,7 @@ def candidates(network: Network, chosen: Mapping[str, surgery.Chosen]) -> dict[s
         kind = type(module).__name__
         reason = _obstacle(module)
         if label in network.rewritten and not reason:
-            wrapper = network.rewritten[label]
-            reason = f"its kernel is another one at each call, made by {wrapper}: remove that first"
+            reason = _obstacles.of_wrapper(network.rewritten[label])
         reason = reason or _far_norm(network, label) or _map_obstacle(network, label)
         found[label] = Candidate(kind, reason, _stacked(network, label))
     return found
@@ -227,24 +228,10 @@ def kernel_ndim(layer: Any) -> int | None:
 def _obstacle(module: Any) -> str:
     """What is against a solver in a module's place, whatever surrounds it."""
     if isinstance(module, SolverLayer):
-        return "it is a solver layer already"
+        return _obstacles.ALREADY
     if isinstance(module, nn.ConvTranspose):
-        return "it is a transposed convolution, for which there is no solver layer"
-    base = next((kind for kind in TWINS if isinstance(module, kind)), None)
-    if base is None:
-        return f"it is no {', '.join(f'nn.{kind.__name__}' for kind in TWINS)}"
-    if inherits_unchanged(type(module), (base,)) is None:
-        return f"its class {type(module).__name__} has methods of its own, which would be lost"
-    for option in (
-        "dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls", "mask"
-    ):  # fmt: skip
-        if getattr(module, option, None) is not None:
-            return f"it has the option {option}, which a solver layer does not support"
-    dilation = getattr(module, "input_dilation", None)
-    if dilation is not None and any(d != 1 for d in jax.tree.leaves(dilation)):
-        return "it has the option input_dilation, which a solver layer does not support"
-    if isinstance(module, nn.DenseGeneral):
-        axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
-        if tuple(module.batch_dims) or axes != tuple(range(-len(axes), 0)):
-            return "it contracts other axes than the last ones, or has batch axes"
-    return ""
+        return _obstacles.TRANSPOSED
+    reason = _obstacles.of_class(module, TWINS, "nn") or _obstacles.of_options(module)
+    if not reason and isinstance(module, nn.DenseGeneral):
+        reason = _obstacles.of_contraction(module.axis, tuple(module.batch_dims))
+    return reason

@@ -6,49 +6,36 @@ in the plain model.
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import errors, nnx
+from flax import nnx
 
-from stochsolvers import _layers, surgery
+from stochsolvers import _layers
 from stochsolvers._compilation import jit_once
 from stochsolvers._typing import Array, join_static, split_static
 from stochsolvers.nnx import _survey
-from stochsolvers.nnx._solver_layer import SolverLayer, SolverRecord
+from stochsolvers.nnx._solver_layer import SolverLayer
 from stochsolvers.surgery import _measurement, _plan
-
-_PLAIN, _ONE, _ALL = 0, 1, 2
-
-
-class Changes(NamedTuple):
-    """Of one replaced layer: its measurements, and how much it alone changes the model's output.
-
-    The entries "(one)" and "(all)" are those of the model with every layer replaced. Of a stack of layers
-    there are measurements for each index.
-    """
-
-    numbers: dict[tuple[int, ...], dict[str, float]]
-    model: float
 
 
 def measured(
     model: nnx.Module, found: _plan.Plan, arguments: Any, options: dict[str, Any]
-) -> dict[str, Changes]:
+) -> _measurement.Changes:
     """Run a copy of a model in which layers have been replaced; the model itself is unchanged."""
     graph, state = nnx.split(model)
     copy = nnx.merge(graph, state, copy=True)
-    switches = {}
+    recorder, switches = _measurement.Recorder(), {}
     for path, module in list(nnx.iter_modules(copy)):
-        name = _survey.name(path)
-        if name in found.replaced and isinstance(module, SolverLayer):
-            stack = _survey.stack_shape(module)
-            switches[name] = _Switch(jnp.zeros(stack, jnp.int32))
-            module.surgery_switch = switches[name]  # pyright: ignore[reportAttributeAccessIssue]
+        label: Any = _survey.name(path)
+        if label in found.replaced and isinstance(module, SolverLayer):
+            switches[label] = _Switch(_numbered(_survey.stack_shape(module)))
+            module.surgery_switch = switches[label]  # pyright: ignore[reportAttributeAccessIssue]
+            module.surgery_record = functools.partial(recorder, label)  # pyright: ignore
             object.__setattr__(module, "__class__", _switching(type(module)))
+    graph, _ = nnx.split(copy)
     traced, static = split_static((arguments, options))
 
     @jit_once
@@ -56,36 +43,23 @@ def measured(
         copy = nnx.merge(graph, state, copy=True)
         copy.eval()
         inputs, options = join_static(traced, static)
-        outputs, records = nnx.capture(copy, SolverRecord)(*inputs, **options)
-        return outputs, nnx.to_pure_dict(records)
+        return copy(*inputs, **options)  # pyright: ignore[reportCallIssue]
 
-    graph, _ = nnx.split(copy)
-
-    def outputs(**values: int) -> Any:
-        for name, switch in switches.items():
-            switch[...] = jnp.full_like(switch[...], values.get(name, values.get("", _PLAIN)))
+    def outputs(which: Sequence[int]) -> Any:
+        for switch, one in zip(switches.values(), which, strict=True):
+            switch[...] = switch[...].at[..., 0].set(one)
         return run(nnx.state(copy), traced)
 
-    try:
-        plain, records = outputs()
-        numbers = {name: _numbers(records, name) for name in switches}
-    except (errors.TraceContextError, TypeError, ValueError, KeyError) as error:
-        known = isinstance(error, errors.TraceContextError | KeyError)
-        if not known and "__captures__" not in str(error):
-            raise
-        return {}
-    changes = {
-        "(one)": Changes({}, _measurement.relative_change(outputs(**{"": _ONE})[0], plain)),
-        "(all)": Changes({}, _measurement.relative_change(outputs(**{"": _ALL})[0], plain)),
-    }
-    for name in switches:
-        alone = _measurement.relative_change(outputs(**{name: _ALL})[0], plain)
-        changes[name] = Changes(numbers[name], alone)
-    return changes
+    return _measurement.measured_changes(list(switches), outputs, recorder)
 
 
 class _Switch(nnx.Variable):
-    """Which output a layer of the measured copy returns."""
+    """Which output a layer of the measured copy returns, and its index in a stack."""
+
+
+def _numbered(stack: tuple[int, ...]) -> Array:
+    numbers = np.stack([np.zeros(stack), *np.indices(stack)], axis=-1)
+    return jnp.asarray(numbers, jnp.int32)
 
 
 @functools.cache
@@ -99,40 +73,8 @@ def _switching(cls: Any) -> Any:
             kept=(self._kept()[0], None),  # of this very kernel
             precision=self.precision,
         )
-        self.sow(SolverRecord, "surgery", values)
-        which = self.surgery_switch[...]
-        return jnp.where(
-            which == _PLAIN, results.plain, jnp.where(which == _ONE, results.one, results.all)
-        )
+        switch = self.surgery_switch[...]
+        self.surgery_record(values, switch[1:])
+        return results.chosen(switch[0])
 
     return type(cls.__name__, (cls,), {"__call__": call})
-
-
-def _numbers(records: Any, path: str) -> dict[tuple[int, ...], dict[str, float]]:
-    """The measurements of a layer, of a stack for each index."""
-    for part in path.split(".") if path != "(model)" else ():
-        records = records[part] if part in records else records[int(part)]
-    (record,) = records["surgery"]
-    return {
-        index: _measurement.numbers(jax.tree.map(lambda leaf, i=index: leaf[i], record))
-        for index in np.ndindex(record.change.shape)
-    }
-
-
-def rows(
-    found: _plan.Plan, candidates: Mapping[str, Any], changes: Mapping[str, Changes]
-) -> tuple[surgery.ReplacedLayer, ...]:
-    """The rows of the report."""
-    unknown: Any = Changes({(): {}}, np.nan)
-    return tuple(
-        _measurement.row(path, index, candidates[path].kind, one, numbers, own.model)
-        for path, one in found.replaced.items()
-        for own in [changes.get(path, unknown)]
-        for index, numbers in own.numbers.items()
-    )
-
-
-def totals(changes: Mapping[str, Changes]) -> tuple[float, float]:
-    """How much one iteration and all change the model's output."""
-    one, many = (changes.get(name, Changes({}, np.nan)).model for name in ("(one)", "(all)"))
-    return one, many

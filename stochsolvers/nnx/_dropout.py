@@ -37,23 +37,20 @@ class TauNiceDropout(Stochastic):
     def __call__(
         self, inputs: Array, *, deterministic: bool | None = None, rngs: Any = None
     ) -> Array:
-        """The masked, rescaled inputs."""
+        """The masked inputs."""
         if self.deterministic if deterministic is None else deterministic:
             return inputs
         key = self.key(rngs)
+        return self._dropped(key, inputs)
+
+    def _dropped(self, key: Array, inputs: Array) -> Array:
         return dropout.tau_nice_dropout(key, inputs, self.tau, spatial_ndim=self.spatial_ndim)
 
 
 class OutputDropout(TauNiceDropout):
     """Dropout after a linear map: exactly τ outputs kept, not rescaled (proposition 6)."""
 
-    def __call__(
-        self, inputs: Array, *, deterministic: bool | None = None, rngs: Any = None
-    ) -> Array:
-        """The masked inputs."""
-        if self.deterministic if deterministic is None else deterministic:
-            return inputs
-        key = self.key(rngs)
+    def _dropped(self, key: Array, inputs: Array) -> Array:
         return dropout.output_dropout(key, inputs, self.tau, spatial_ndim=self.spatial_ndim)
 
 

@@ -41,6 +41,8 @@ class SolverLinear(SolverLayer, nnx.Linear):
       Bibi et al. 2019, section 3.
     """
 
+    plain_class = nnx.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -67,42 +69,6 @@ class SolverLinear(SolverLayer, nnx.Linear):
         self.init_stochastic(deterministic, rng_collection, rngs)
         settings = _layers.Settings(solver, prior, ridge, loss, normalize, output)
         self._init_solver(settings)
-
-    @classmethod
-    def from_layer(
-        cls,
-        layer: nnx.Linear,
-        *,
-        solver: Solver,
-        prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
-        ridge: Scalar = 0.0,
-        loss: Loss = Squares(),  # noqa: B008
-        normalize: bool = False,
-        output: _layers.Output = "activation",
-        deterministic: bool = False,
-        rng_collection: str = "dropout",
-        rngs: nnx.Rngs | nnx.RngStream | None = None,
-    ) -> "SolverLinear":
-        """The solver twin of a trained layer; it holds the very same parameter variables.
-
-        Raises:
-          ValueError: for what is no `nnx.Linear`, or a subclass with a call of its own, which would be lost.
-        """
-        _check_layer(layer, nnx.Linear)
-        twin = cls(
-            layer.in_features,
-            layer.out_features,
-            solver=solver,
-            prior=prior,
-            ridge=ridge,
-            loss=loss,
-            normalize=normalize,
-            output=output,
-            rngs=_placeholder_rngs(rng_collection),
-            kernel_init=jax.nn.initializers.zeros,
-            **layer_options(layer, "dot_general"),
-        )
-        return _adopt(twin, layer, deterministic, rng_collection, rngs)
 
     def _kept_map(self) -> Dense:
         return Dense(self._folded_kernel())
@@ -134,6 +100,8 @@ class SolverConv(SolverLayer, nnx.Conv):
       rngs: random streams for initialisation and sampling.
       **options: those of `nnx.Conv`; `mask` and `input_dilation` are refused.
     """
+
+    plain_class = nnx.Conv
 
     def __init__(
         self,
@@ -171,53 +139,6 @@ class SolverConv(SolverLayer, nnx.Conv):
         settings = _layers.Settings(solver, prior, ridge, loss, normalize, output)
         self._init_solver(settings)
 
-    @classmethod
-    def from_layer(
-        cls,
-        layer: nnx.Conv,
-        *,
-        solver: Solver,
-        spatial_shape: tuple[int, ...] | int | None = None,
-        prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
-        ridge: Scalar = 0.0,
-        loss: Loss = Squares(),  # noqa: B008
-        normalize: bool = False,
-        output: _layers.Output = "activation",
-        deterministic: bool = False,
-        rng_collection: str = "dropout",
-        rngs: nnx.Rngs | nnx.RngStream | None = None,
-    ) -> "SolverConv":
-        """The solver twin of a trained layer; it holds the very same parameter variables.
-
-        Raises:
-          ValueError: for what is no `nnx.Conv`, or a subclass with a call of its own, which would be lost.
-        """
-        _check_layer(layer, nnx.Conv)
-        shape_options = (
-            "padding",
-            "input_dilation",
-            "kernel_dilation",
-            "feature_group_count",
-            "mask",
-        )
-        twin = cls(
-            layer.in_features,
-            layer.out_features,
-            layer.kernel_size,
-            layer.strides,
-            solver=solver,
-            spatial_shape=spatial_shape,
-            prior=prior,
-            ridge=ridge,
-            loss=loss,
-            normalize=normalize,
-            output=output,
-            rngs=_placeholder_rngs(rng_collection),
-            kernel_init=jax.nn.initializers.zeros,
-            **layer_options(layer, *shape_options, "conv_general_dilated"),
-        )
-        return _adopt(twin, layer, deterministic, rng_collection, rngs)
-
     def _kept_map(self) -> Conv | None:
         if self.spatial_shape is None:
             return None
@@ -238,29 +159,3 @@ class SolverConv(SolverLayer, nnx.Conv):
         if self.spatial_shape not in (None, pixels):
             _checks.fail("spatial shape of the inputs", self.spatial_shape, pixels)
         return _layers.conv_map(self, kernel, pixels)
-
-
-def _check_layer(layer: Any, kind: type) -> None:
-    """Require an instance of a plain layer, or of its solver twin, whose call nobody has extended."""
-    known = (kind.__call__, SolverLayer.__call__)  # pyright: ignore[reportFunctionMemberAccess]
-    if not isinstance(layer, kind) or type(layer).__call__ not in known:
-        got = f"the class {layer.__name__}" if isinstance(layer, type) else type(layer).__name__
-        _checks.fail("layer", f"an nnx.{kind.__name__} without a call of its own", got)
-
-
-def _placeholder_rngs(rng_collection: str) -> nnx.Rngs:
-    """Streams for a twin's constructor, whose draws `_adopt` then replaces."""
-    return nnx.Rngs(0, **{rng_collection: 0})
-
-
-def layer_options(layer: Any, *names: str) -> dict[str, Any]:
-    """The options of a layer with which its twin is built."""
-    common = ("use_bias", "dtype", "param_dtype", "precision", "promote_dtype")
-    return {name: getattr(layer, name) for name in (*common, "preferred_element_type", *names)}
-
-
-def _adopt(twin: Any, layer: Any, deterministic: bool, rng_collection: str, rngs: Any) -> Any:
-    twin.kernel, twin.bias = layer.kernel, layer.bias if layer.use_bias else nnx.data(None)
-    twin.init_stochastic(deterministic, rng_collection, rngs)
-    twin.refresh_lipschitz()
-    return twin

@@ -9,7 +9,6 @@ from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Contraction, dense_general
 from stochsolvers.losses import Loss, Squares
-from stochsolvers.nnx._layers import _adopt, _check_layer, _placeholder_rngs, layer_options
 from stochsolvers.nnx._solver_layer import SolverLayer
 from stochsolvers.prox import NonNegative, Prior
 from stochsolvers.solvers import Solver
@@ -28,6 +27,8 @@ class SolverLinearGeneral(SolverLayer, nnx.LinearGeneral):
       deterministic, rng_collection, rngs: likewise.
       **options: those of `nnx.LinearGeneral`; `batch_axis` is refused.
     """
+
+    plain_class = nnx.LinearGeneral
 
     def __init__(
         self,
@@ -60,44 +61,6 @@ class SolverLinearGeneral(SolverLayer, nnx.LinearGeneral):
             _checks.fail("axis of SolverLinearGeneral", expected, self.axis)
         self.init_stochastic(deterministic, rng_collection, rngs)
         self._init_solver(_layers.Settings(solver, prior, ridge, loss, normalize, output))
-
-    @classmethod
-    def from_layer(
-        cls,
-        layer: nnx.LinearGeneral,
-        *,
-        solver: Solver,
-        prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
-        ridge: Scalar = 0.0,
-        loss: Loss = Squares(),  # noqa: B008
-        normalize: bool = False,
-        output: _layers.Output = "activation",
-        deterministic: bool = False,
-        rng_collection: str = "dropout",
-        rngs: nnx.Rngs | nnx.RngStream | None = None,
-    ) -> "SolverLinearGeneral":
-        """The solver twin of a trained layer; it holds the very same parameter variables.
-
-        Raises:
-          ValueError: for what is no `nnx.LinearGeneral`, a subclass with a call of its own, or contracted
-            axes that are not the last ones.
-        """
-        _check_layer(layer, nnx.LinearGeneral)
-        twin = cls(
-            layer.in_features,
-            layer.out_features,
-            axis=layer.axis,
-            solver=solver,
-            prior=prior,
-            ridge=ridge,
-            loss=loss,
-            normalize=normalize,
-            output=output,
-            rngs=_placeholder_rngs(rng_collection),
-            kernel_init=jax.nn.initializers.zeros,
-            **layer_options(layer, "dot_general", "dot_general_cls", "batch_axis"),
-        )
-        return _adopt(twin, layer, deterministic, rng_collection, rngs)
 
     def _kept_map(self) -> Contraction:
         return self._map_of(self._folded_kernel())

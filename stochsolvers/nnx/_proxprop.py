@@ -5,11 +5,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from stochsolvers import _checks, _layers, proxprop
+from stochsolvers import _layers, proxprop
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Dense
-from stochsolvers.nnx._layers import layer_options
 from stochsolvers.nnx._solver_layer import attribute
+from stochsolvers.nnx._twins import twin_of
 
 
 class ProxPropLinear(nnx.Linear):
@@ -63,16 +63,7 @@ class ProxPropLinear(nnx.Linear):
         Raises:
           ValueError: for what is no `nnx.Linear`, or a subclass with a call of its own, which would be lost.
         """
-        _check_layer(layer, nnx.Linear, cls)
-        twin = cls(
-            layer.in_features,
-            layer.out_features,
-            step=step,
-            rngs=nnx.Rngs(0),
-            kernel_init=jax.nn.initializers.zeros,
-            **layer_options(layer, "dot_general"),
-        )
-        return _with_parameters_of(twin, layer)
+        return twin_of(layer, nnx.Linear, cls, cls, step=step, rngs=nnx.Rngs(0))
 
     def __call__(self, inputs: Array, out_sharding: None = None) -> Array:
         """x W + b, shape (*batch, n1) to (*batch, n2), at least one batch axis."""
@@ -133,19 +124,7 @@ class ProxPropConv(nnx.Conv):
         Raises:
           ValueError: for what is no `nnx.Conv`, or a subclass with a call of its own, which would be lost.
         """
-        _check_layer(layer, nnx.Conv, cls)
-        names = ("padding", "input_dilation", "kernel_dilation", "feature_group_count", "mask")
-        twin = cls(
-            layer.in_features,
-            layer.out_features,
-            layer.kernel_size,
-            layer.strides,
-            step=step,
-            rngs=nnx.Rngs(0),
-            kernel_init=jax.nn.initializers.zeros,
-            **layer_options(layer, *names, "conv_general_dilated"),
-        )
-        return _with_parameters_of(twin, layer)
+        return twin_of(layer, nnx.Conv, cls, cls, step=step, rngs=nnx.Rngs(0))
 
     def __call__(self, inputs: Array, out_sharding: None = None) -> Array:
         """A x + b, shape (*batch, *spatial, n1) to (*batch, *spatial, n2), at least one batch axis."""
@@ -160,16 +139,3 @@ class ProxPropConv(nnx.Conv):
 def _promoted(layer: Any, inputs: Array) -> Any:
     bias = None if layer.bias is None else layer.bias[...]
     return layer.promote_dtype((inputs, layer.kernel[...], bias), dtype=layer.dtype)
-
-
-def _check_layer(layer: Any, kind: type, own: type) -> None:
-    """Require an instance of a plain layer, or of its twin here, whose call nobody has extended."""
-    known = [each.__call__ for each in (kind, own)]  # pyright: ignore[reportFunctionMemberAccess]
-    if not isinstance(layer, kind) or type(layer).__call__ not in known:
-        got = f"the class {layer.__name__}" if isinstance(layer, type) else type(layer).__name__
-        _checks.fail("layer", f"an nnx.{kind.__name__} without a call of its own", got)
-
-
-def _with_parameters_of(twin: Any, layer: Any) -> Any:
-    twin.kernel, twin.bias = layer.kernel, layer.bias if layer.use_bias else nnx.data(None)
-    return twin

@@ -14,7 +14,7 @@ from stochsolvers.nnx._solver_layer import SolverLayer
 from stochsolvers.prox import Prior
 from stochsolvers.reports._known_layers import inherits_unchanged
 from stochsolvers.solvers import Solver
-from stochsolvers.surgery import _plan
+from stochsolvers.surgery import _measurement, _plan, _where
 
 
 def replace_layers(
@@ -83,7 +83,7 @@ def replace_layers(
     _plan.check_options(solver, prior, dropout)
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     modules = _survey.modules_of(model)
-    chosen = surgery.select(where, modules)
+    chosen = _where.select(where, modules)
     found = _plan.plan(
         _survey.survey(model, arguments, options),
         chosen,
@@ -103,19 +103,19 @@ def replace_layers(
                 one.solver, one.prior, ridge, Squares(), normalize, "pre_activation"
             )
             _replace(modules, path, one, settings, rngs, changed)
-        changes = _changes.measured(model, found, arguments, options) if measure else {}
+        changes = _measurement.NOT_MEASURED
+        if measure:
+            changes = _changes.measured(model, found, arguments, options)
     except BaseException:
         for module in changed:
             _stand_ins.restore(module)
         raise
-    rows = _changes.rows(found, candidates, changes)
+    kinds = {path: candidate.kind for path, candidate in candidates.items()}
+    rows = _measurement.rows(found.replaced, kinds, changes)
     left = tuple(
-        surgery.LayerLeft(path, candidates[path].kind, reason)
-        for path, reason in found.left.items()
+        surgery.LayerLeft(path, kinds[path], reason) for path, reason in found.left.items()
     )
-    return surgery.ReplacementReport(
-        rows, left, *_changes.totals(changes), _notes(found, measure and not changes)
-    )
+    return surgery.ReplacementReport(rows, left, changes.one, changes.all, _notes(found))
 
 
 def restore_layers(model: nnx.Module) -> None:
@@ -204,12 +204,8 @@ def _stream(path: str, one: _plan.Replacement, dropout: Any, rngs: Any, stack: A
     return nnx.RngStream(keys.reshape(key.shape), tag="dropout")
 
 
-def _notes(found: _plan.Plan, unmeasured: bool) -> tuple[str, ...]:
+def _notes(found: _plan.Plan) -> tuple[str, ...]:
     notes = []
-    if unmeasured:
-        notes.append(
-            "Changes and gaps are not measured: a transformation around a layer drops its records."
-        )
     if any(one.normalization for one in found.replaced.values()):
         notes.append(
             "BatchNorms that are folded in keep their running statistics, in training too. The solvers hold "

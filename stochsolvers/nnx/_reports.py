@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import errors, nnx
 
-from stochsolvers import _layers, reports
+from stochsolvers import _layers, _programs, reports
 from stochsolvers._compilation import jit_once
 from stochsolvers._typing import join_static, split_static
 from stochsolvers.linear_maps import LinearMap
@@ -29,7 +29,11 @@ from stochsolvers.reports._known_layers import inherits_unchanged, keeps_digits
 
 @reports.certify.register(nnx.Module)
 def certify(
-    model: nnx.Module, *inputs: Any, deterministic: bool | None = None, **options: Any
+    model: nnx.Module,
+    *inputs: Any,
+    deterministic: bool | None = None,
+    progress: bool | None = None,
+    **options: Any,
 ) -> reports.CertificateReport:
     r"""How well every solver and equilibrium layer of a network solves its problem here, as a table.
 
@@ -47,6 +51,8 @@ def certify(
       *inputs: of the model, for instance a batch of images.
       deterministic: True for full gradients and no dropout, False to sample; None, the default, for
         the modes that the modules have.
+      progress: whether to show on the standard error that it is at work; None for a terminal, after two
+        seconds.
       **options: keyword arguments of the model's call. Arrays are traced, the rest is static.
 
     Returns:
@@ -57,8 +63,9 @@ def certify(
     """
     graph, state = nnx.split(model)
     traced, static = split_static((inputs, options))
-    seen = _observations(graph, state, traced, static, deterministic)
-    return _certificates.certificate_report(seen)
+    with _certificates.waiting("certificates of the layers", progress):
+        seen = _observations(graph, state, traced, static, deterministic)
+        return _certificates.certificate_report(seen)
 
 
 @functools.partial(jit_once, static_argnums=(0, 3, 4))
@@ -283,11 +290,11 @@ def _marking(cls: Any) -> Any:
                 return cls.__call__(self, inputs, *args, **options)  # another map
         if issubclass(cls, _STANDARDISATIONS) and (args or options):
             return cls.__call__(self, inputs, *args, **options)  # with a mask
-        inputs = _trace.mark_input(inputs, self.report_label)
+        inputs = _programs.mark_input(inputs, "layer", self.report_label)
         if issubclass(cls, SolverLayer) and options.get("skip") is not None:
-            options["skip"] = _trace.mark_side(options["skip"], self.report_label)
+            options["skip"] = _programs.mark_side(options["skip"], "layer", self.report_label)
         outputs = cls.__call__(self, inputs, *args, **options)
-        return _trace.mark_output(outputs, self.report_label)
+        return _programs.mark_output(outputs, "layer", self.report_label)
 
     return type(cls.__name__, (cls,), {"__call__": call})
 

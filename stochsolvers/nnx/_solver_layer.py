@@ -1,21 +1,23 @@
 """What the solver layers share: their state, and the call that solves."""
 
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stochsolvers import _layers, surgery
+from stochsolvers import _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import LinearMap
-from stochsolvers.losses import Loss
+from stochsolvers.losses import Loss, Squares
 from stochsolvers.nnx._stand_ins import refresh_folds
 from stochsolvers.nnx._stochastic import Stochastic
+from stochsolvers.nnx._twins import twin_of
 from stochsolvers.problems import LayerProblem, NormalizedProblem
-from stochsolvers.prox import Prior
+from stochsolvers.prox import NonNegative, Prior
 from stochsolvers.solvers import Solution, Solver
+from stochsolvers.surgery import _fold
 
 
 class SolverState(nnx.Variable):
@@ -34,7 +36,13 @@ class KeepsConstant(nnx.Module):
 
 
 class SolverLayer(Stochastic, KeepsConstant):
-    """What the two solver layers share; not for use on its own."""
+    """What the solver layers share; not for use on its own.
+
+    Attributes:
+      plain_class: the class of `nnx` that it is a twin of.
+    """
+
+    plain_class: ClassVar[Any]
 
     prior: Prior
     solver: Solver
@@ -51,6 +59,59 @@ class SolverLayer(Stochastic, KeepsConstant):
     dtype: Any
     precision: Any
     promote_dtype: Any
+
+    @classmethod
+    def from_layer(
+        cls,
+        layer: Any,
+        *,
+        solver: Solver,
+        prior: Prior = NonNegative(),  # noqa: B008 - a frozen value
+        ridge: Scalar = 0.0,
+        loss: Loss = Squares(),  # noqa: B008
+        normalize: bool = False,
+        output: _layers.Output = "activation",
+        deterministic: bool = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        **options: Any,
+    ) -> Self:
+        """The solver twin of a trained layer; it holds the very same parameter variables.
+
+        Args:
+          layer: an `nnx.Linear`, `nnx.Conv` or `nnx.LinearGeneral` for the twin of this name.
+          solver: a configuration such as `ProxGD(num_iters=10)`.
+          prior: g, whose prox is the activation.
+          ridge: λ.
+          loss: ℓ between A* z and the input.
+          normalize: in normalised units, see `SolverLinear`.
+          output: "activation" or "pre_activation", see there.
+          deterministic: use the full gradient; flipped by `train()` and `eval()`.
+          rng_collection: name of the random stream.
+          rngs: random streams for sampling, or one of them.
+          **options: of a convolution `spatial_shape`, as in `SolverConv`.
+
+        Raises:
+          ValueError: for a layer of another class, a subclass with a call of its own, which would be lost,
+            and options of the layer that a solver does not support.
+        """
+        twin = twin_of(
+            layer,
+            cls.plain_class,
+            cls,
+            SolverLayer,
+            solver=solver,
+            prior=prior,
+            ridge=ridge,
+            loss=loss,
+            normalize=normalize,
+            output=output,
+            rngs=nnx.Rngs(0, **{rng_collection: 0}),  # whose draws are replaced
+            **options,
+        )
+        twin.init_stochastic(deterministic, rng_collection, rngs)
+        twin.refresh_lipschitz()
+        return twin
 
     def _init_solver(
         self,
@@ -98,9 +159,7 @@ class SolverLayer(Stochastic, KeepsConstant):
         linear_map = self._kept_map()
         if linear_map is None:
             return None
-        settings = _layers.Settings.of(self)
-        constant = settings.constant(linear_map)
-        return None if constant is None else (constant, _layers.fingerprint(settings, linear_map))
+        return _layers.constant_and_fingerprint(_layers.Settings.of(self), linear_map)
 
     def _kernel_ndim(self) -> int:
         return 2
@@ -117,7 +176,7 @@ class SolverLayer(Stochastic, KeepsConstant):
 
     def _folded_kernel(self) -> Array:
         """The kernel of the map that is solved with."""
-        return surgery.folded(self.kernel[...], None, self._fold())[0]
+        return _fold.folded(self.kernel[...], None, self._fold())[0]
 
     def refresh_lipschitz(self) -> None:
         """Recompute the kept constant from the current kernel, and use it from now on."""
@@ -138,7 +197,7 @@ class SolverLayer(Stochastic, KeepsConstant):
             (inputs, self.kernel[...], None if self.bias is None else self.bias[...]),
             dtype=self.dtype,
         )
-        kernel, bias = surgery.folded(kernel, bias, self._fold())
+        kernel, bias = _fold.folded(kernel, bias, self._fold())
         linear_map = self._linear_map(kernel, inputs)
         return _layers.Settings.of(self).problem(linear_map, inputs, bias, skip)
 
@@ -200,7 +259,7 @@ class SolverLayer(Stochastic, KeepsConstant):
         if fold is None or self.output == "activation":
             return output
         problem = self._plain_problem(inputs, kwargs.get("skip"))
-        return surgery.unfolded(output, self._plain_call(inputs), problem, fold)
+        return _fold.unfolded(output, self._plain_call(inputs), problem, fold)
 
 
 def refresh_lipschitz(model: nnx.Module) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from stochsolvers import surgery
+from stochsolvers.surgery import _fold
 
 
 class AbsorbedDropout(nnx.Dropout):
@@ -26,7 +26,7 @@ class FrozenBatchNorm(nnx.BatchNorm):
     def fold(self) -> tuple[Any, Any]:
         """(s, t) of y ↦ s y + t."""
         scale, bias = (None if one is None else one[...] for one in (self.scale, self.bias))
-        return surgery.affine(self.mean[...], self.var[...], scale, bias, self.epsilon)
+        return _fold.affine(self.mean[...], self.var[...], scale, bias, self.epsilon)
 
 
 def become(module: Any, cls: type) -> None:

@@ -3,17 +3,20 @@
 import functools
 from typing import Any
 
-import jax
 from flax import nnx
 
-from stochsolvers import surgery
+from stochsolvers import _programs
 from stochsolvers._typing import join_static, split_static
 from stochsolvers.nnx._layers import SolverConv, SolverLinear
 from stochsolvers.nnx._linear_general import SolverLinearGeneral
 from stochsolvers.nnx._solver_layer import SolverLayer
 from stochsolvers.nnx._spectral import SpectralNorm
 from stochsolvers.reports._known_layers import inherits_unchanged
+from stochsolvers.surgery import _obstacles
 from stochsolvers.surgery._plan import Candidate
+from stochsolvers.surgery._survey import Survey
+from stochsolvers.surgery._survey import survey as survey_of
+from stochsolvers.surgery._where import Chosen
 
 SOLVERS: dict[type, type[SolverLayer]] = {
     nnx.Linear: SolverLinear,
@@ -28,7 +31,6 @@ _ATTRIBUTES = frozenset(
     )
 )  # fmt: skip
 _WRAPPERS = (nnx.SpectralNorm, nnx.WeightNorm, SpectralNorm)
-_PADDINGS = ("SAME", "VALID", "CIRCULAR")
 NORM, DROPOUT = nnx.BatchNorm, nnx.Dropout
 
 
@@ -42,7 +44,7 @@ def modules_of(model: nnx.Module) -> dict[str, nnx.Module]:
     return {name(path): module for path, module in nnx.iter_modules(model)}
 
 
-def survey(model: nnx.Module, inputs: Any, options: dict[str, Any]) -> surgery.Survey:
+def survey(model: nnx.Module, inputs: Any, options: dict[str, Any]) -> Survey:
     """Trace the model in evaluation, with its layers, Dropouts and BatchNorms marked; it is unchanged."""
     graph, state = nnx.split(model)
     traced, static = split_static((inputs, options))
@@ -58,7 +60,7 @@ def survey(model: nnx.Module, inputs: Any, options: dict[str, Any]) -> surgery.S
         inputs, options = join_static(traced, static)
         return copy(*inputs, **options)  # pyright: ignore[reportCallIssue]
 
-    return surgery.survey(forward, state, traced)
+    return survey_of(forward, state, traced)
 
 
 def _kind(module: Any) -> Any:
@@ -80,9 +82,9 @@ def _marking(cls: Any, kind: Any) -> Any:
             return cls.__call__(self, inputs, *args, **options)
         if kind == "dropout" and options.get("deterministic"):
             return inputs
-        inputs = surgery.mark_input(inputs, kind, self.surgery_label)
+        inputs = _programs.mark_input(inputs, kind, self.surgery_label)
         outputs = inputs if kind == "dropout" else cls.__call__(self, inputs, *args, **options)
-        return surgery.mark_output(outputs, kind, self.surgery_label)
+        return _programs.mark_output(outputs, kind, self.surgery_label)
 
     return type(cls.__name__, (cls,), {"__call__": call})
 
@@ -93,7 +95,7 @@ def _is_plain_norm(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
     return (given is None or bool(given)) and options.get("mask") is None
 
 
-def candidates(model: nnx.Module, chosen: dict[str, surgery.Chosen]) -> dict[str, Candidate]:
+def candidates(model: nnx.Module, chosen: dict[str, Chosen]) -> dict[str, Candidate]:
     """The linear layers among the modules that are meant, each with what is against it."""
     rewritten: dict[int, str] = {}
     for _, module in nnx.iter_modules(model):
@@ -107,8 +109,7 @@ def candidates(model: nnx.Module, chosen: dict[str, surgery.Chosen]) -> dict[str
             continue
         reason = _obstacle(module)
         if id(module) in rewritten and not reason:
-            kind = rewritten[id(module)]
-            reason = f"its kernel is another one at each call, made by {kind}: remove that first"
+            reason = _obstacles.of_wrapper(rewritten[id(module)])
         found[path] = Candidate(type(module).__name__, reason, stack_shape(module) != ())
     return found
 
@@ -116,48 +117,21 @@ def candidates(model: nnx.Module, chosen: dict[str, surgery.Chosen]) -> dict[str
 def _obstacle(module: Any) -> str:
     """What is against a solver in a module's place, whatever surrounds it."""
     if isinstance(module, SolverLayer):
-        return "it is a solver layer already; restore_layers makes it a plain one"
+        return f"{_obstacles.ALREADY}; restore_layers makes it a plain one"
     if isinstance(module, nnx.ConvTranspose):
-        return "it is a transposed convolution, for which there is no solver layer"
+        return _obstacles.TRANSPOSED
     if isinstance(module, nnx.LoRA | nnx.LoRALinear):
-        return "its call adds a low-rank product to the kernel's: merge it into the kernel first"
-    base = next((kind for kind in SOLVERS if isinstance(module, kind)), None)
-    if base is None:
-        return f"it is no {', '.join(f'nnx.{kind.__name__}' for kind in SOLVERS)}"
-    if inherits_unchanged(type(module), (base,)) is None:
-        return f"its class {type(module).__name__} has methods of its own, which would be lost"
+        return _obstacles.LOW_RANK
+    reason = _obstacles.of_class(module, SOLVERS, "nnx")
+    if reason:
+        return reason
     taken = sorted(_ATTRIBUTES.intersection(vars(module)))
     if taken:
         return f"it has an attribute {taken[0]!r} of its own, which a solver layer needs"
-    reason = _options_obstacle(module)
+    reason = _obstacles.of_options(module)
     if not reason and isinstance(module, nnx.LinearGeneral):
-        axes = tuple(axis if axis < 0 else None for axis in module.axis)
-        if module.batch_axis or axes != tuple(range(-len(axes), 0)):
-            reason = "it contracts other axes than the last ones, or has batch axes"
+        reason = _obstacles.of_contraction(module.axis, module.batch_axis)
     return reason
-
-
-def _options_obstacle(module: Any) -> str:
-    defaults = {
-        "dot_general": (None, jax.lax.dot_general),
-        "conv_general_dilated": (None, jax.lax.conv_general_dilated),
-        "dot_general_cls": (None,),
-        "preferred_element_type": (None,),
-        "mask": (None,),
-    }
-    for option, values in defaults.items():
-        given = getattr(module, option, None)
-        if not any(given is value for value in values):
-            return f"it has the option {option}, which a solver layer does not support"
-    padding = getattr(module, "padding", None)
-    if isinstance(padding, str) and padding.upper() not in _PADDINGS:
-        return f"it has the padding {padding!r}, which a solver layer does not support"
-    dilation = getattr(module, "input_dilation", None)
-    if dilation is not None and any(
-        d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)
-    ):
-        return "it has the option input_dilation, which a solver layer does not support"
-    return ""
 
 
 def kernel_ndim(layer: Any) -> int:

@@ -36,6 +36,7 @@ from stochsolvers.reports import _table
 from stochsolvers.reports._observations import Observation as Observation
 from stochsolvers.reports._observations import numbered_calls as numbered_calls
 from stochsolvers.reports._observations import observe as observe
+from stochsolvers.reports._progress import waiting as waiting
 
 
 @functools.singledispatch

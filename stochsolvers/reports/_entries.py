@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stochsolvers._programs import Program, Step
 from stochsolvers._typing import at_least_float32
 from stochsolvers.reports._program import Size, is_float
-from stochsolvers.reports._steps import Program, Step
 
 _SLACK = 1 + 1e-4  # for the round-off of the values at 0
 _FEW = 3  # operations that are run one by one; more are compiled together

@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-CALLS = (
-    "jit", "pjit", "closed_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
-)  # fmt: skip
+from stochsolvers._programs import body
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,26 +62,6 @@ class Size(NamedTuple):
     def smaller(self, other: "Size") -> "Size":
         """The better of two bounds."""
         return Size(min(self.norm, other.norm), min(self.largest, other.largest))
-
-
-def body(equation: Any) -> Any:
-    """The jaxpr of a call that is entered, or None."""
-    if equation.primitive.name not in CALLS:
-        return None
-    for parameter in equation.params.values():
-        inner = getattr(parameter, "jaxpr", parameter)
-        if hasattr(inner, "eqns"):
-            return inner
-    return None
-
-
-def display_name(equation: Any) -> str:
-    """The name of a jitted function or of a primitive; of a call of one operation, the latter's."""
-    inner = body(equation)
-    named = equation.primitive.name in ("jit", "pjit")
-    if inner is not None and not named and len(inner.eqns) == 1:
-        return display_name(inner.eqns[0])
-    return str(equation.params.get("name", equation.primitive.name))
 
 
 def literal(atom: Any) -> Value | None:
@@ -136,6 +114,17 @@ def known_number(equation: Any, operands: Sequence[Value]) -> float | None:
         return operands[0].number if name == "broadcast_in_dim" else None
     with np.errstate(over="ignore"):
         return float(np.asarray(operands[0].number).astype(dtype))
+
+
+def number_of(entries: Any) -> float | None:
+    """The number that an array without axes is."""
+    real = hasattr(entries, "dtype") or isinstance(entries, bool | int | float)
+    if not real or np.ndim(entries):
+        return None
+    dtype = jnp.result_type(entries)
+    numeric = jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)
+    numeric = numeric and not jnp.issubdtype(dtype, np.complexfloating)
+    return float(entries) if numeric else None
 
 
 def largest_entry(value: Value) -> float:

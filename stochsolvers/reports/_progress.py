@@ -1,7 +1,10 @@
 """How far a long report is, on the terminal."""
 
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 _PATIENCE = 2.0  # seconds without a word
 
@@ -28,3 +31,34 @@ class Progress:
             sys.stderr.write(f"\r{self.what}: {done} of {self.total}{end}")
             sys.stderr.flush()
             self.written = True
+
+
+@contextlib.contextmanager
+def waiting(what: str, shown: bool | None) -> Iterator[None]:
+    """Within it, "certificates of the layers: 3 s" is written to the standard error every second.
+
+    Args:
+      what: is waited for.
+      shown: True to write, False not to; None writes after two seconds, and to a terminal alone.
+    """
+    if not (sys.stderr.isatty() if shown is None else shown):
+        yield
+        return
+    start, done = time.monotonic(), threading.Event()
+
+    def write() -> None:
+        pause = _PATIENCE if shown is None else 0.0
+        while not done.wait(pause):
+            sys.stderr.write(f"\r{what}: {time.monotonic() - start:.0f} s")
+            sys.stderr.flush()
+            pause = 1.0
+        if pause == 1.0:
+            sys.stderr.write("\n")
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        writer.join()

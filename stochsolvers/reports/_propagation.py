@@ -19,10 +19,9 @@ from collections.abc import Mapping, Sequence
 from stochsolvers.reports._activations import Match, activation_of
 from stochsolvers.reports._entries import Entries
 from stochsolvers.reports._primitives import constant_of
-from stochsolvers.reports._program import Size, Value, is_float, known_number
+from stochsolvers.reports._program import Size, Value, is_float, known_number, number_of
 from stochsolvers.reports._sizes import size_of
 from stochsolvers.reports._softmax import softmax_of
-from stochsolvers.reports._steps import SIDE, number_of
 from stochsolvers.reports._trace import Span, Trace, marked
 
 _SHAPE_ONLY = ("reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy")
@@ -220,7 +219,8 @@ class _Propagation:
         sides: list[int | None] = []
         for step in steps[span.start + 1 : span.stop + 1]:
             others = [n for n in step.reads if n in dependent and n not in inside]
-            is_side = step.mark == SIDE + span.label
+            mark = step.mark
+            is_side = mark is not None and mark.role == "side" and mark.label == span.label
             sides += others if is_side else [None] * len(others)
             inside.update(step.writes)
         return sides

@@ -1,9 +1,7 @@
 r"""The graph of a forward pass, from its jaxpr: which layers are called, on which shapes, on which paths.
 
-The Flax front ends call `mark_input` and `mark_output` around every layer whose norm they can compute. The
-marks are `checkpoint_name`s, which are identities that JAX's transformations keep, so that layers within
-`jit`, `remat`, `vmap` and `scan` are found, also where JAX takes a jitted function from its cache. Branches
-and loops of unknown length (cond, while) are not entered.
+The Flax front ends mark the input and output of every layer whose norm they can compute, by `_programs`.
+Branches and loops of unknown length (cond, while) are not entered.
 """
 
 import dataclasses
@@ -13,28 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from stochsolvers._typing import Array
-from stochsolvers.reports._steps import INPUT, OUTPUT, SIDE, Origin, Program, Step, flatten
-
-
-def mark_input(x: Array, label: str) -> Array:
-    """The input of a layer, unchanged.
-
-    The mark contains its shape: within `jax.vmap`, the array of the jaxpr has one more axis, at any place.
-    """
-    return checkpoint_name(x, f"{INPUT}{'x'.join(map(str, x.shape))}:{label}")
-
-
-def mark_side(x: Array, label: str) -> Array:
-    """What a layer adds to its bias, unchanged."""
-    return checkpoint_name(x, SIDE + label)
-
-
-def mark_output(z: Array, label: str) -> Array:
-    """The output of a layer, unchanged."""
-    return checkpoint_name(z, OUTPUT + label)
+from stochsolvers._programs import Origin, Program, Step, flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +166,8 @@ def _spans(steps: Sequence[Step]) -> list[Span]:
             opened.append(position)
         if step.closes:
             start = opened.pop()
-            shape, _, label = steps[start].mark.removeprefix(INPUT).partition(":")
-            sizes = tuple(int(size) for size in shape.split("x") if size)
-            spans.append(Span(label, sizes, start, position))
+            mark: Any = steps[start].mark
+            spans.append(Span(mark.label, mark.shape, start, position))
     return spans
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives
 
+from stochsolvers._programs import Program, Step, flatten
 from stochsolvers._typing import Array
-from stochsolvers.surgery._flatten import Constant, Step
 
 _NAMES = (
     "abs", "acos", "acosh", "add", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp",
@@ -86,7 +87,9 @@ class Function:
         return found
 
 
-def function_of(steps: Mapping[int, Step], argument: int, result: int) -> Function | None:
+def function_of(
+    steps: Mapping[int, Step], numbers: Mapping[int, Any], argument: int, result: int
+) -> Function | None:
     """The elementwise function that makes `result` of `argument`; None where it is none.
 
     Casts between floating-point dtypes, permutations and reshapes of all entries are left out. A function of
@@ -94,6 +97,7 @@ def function_of(steps: Mapping[int, Step], argument: int, result: int) -> Functi
 
     Args:
       steps: the step that writes each array.
+      numbers: the arrays that are one known number.
       argument: x.
       result: σ(x).
     """
@@ -101,15 +105,15 @@ def function_of(steps: Mapping[int, Step], argument: int, result: int) -> Functi
     # of each array its place among the operations, and the order of its entries
     places: dict[Any, tuple[int, tuple[Any, ...]]] = {argument: (ARGUMENT, ())}
 
-    def place(operand: Any) -> tuple[int | float, tuple[Any, ...]] | None:
-        if isinstance(operand, Constant):
-            return _float(operand.number), ()
+    def place(operand: int) -> tuple[int | float, tuple[Any, ...]] | None:
+        if operand in numbers:
+            return _float(numbers[operand]), ()
         if operand in places:
             return places[operand]
-        step = steps.get(operand) if isinstance(operand, int) else None
+        step = steps.get(operand)
         if step is None:
             return None
-        inputs = [place(one) for one in step.operands]
+        inputs = [place(one) for one in step.reads]
         known = [one for one in inputs if one is not None]
         if len(known) < len(inputs):
             return None
@@ -130,25 +134,61 @@ def function_of(steps: Mapping[int, Step], argument: int, result: int) -> Functi
     return None if found is None or isinstance(found[0], float) else Function(tuple(operations))
 
 
+def known_numbers(program: Program) -> dict[int, Any]:
+    """The arrays that are one number, or copies of it, as NumPy scalars: given, or plainly computed."""
+    numbers = {array: _number(entries) for array, entries in program.known.items()}
+    numbers = {array: number for array, number in numbers.items() if number is not None}
+    for step in program.steps:
+        if step.reads and all(one in numbers for one in step.reads) and len(step.writes) == 1:
+            number = _computed(step, [numbers[one] for one in step.reads])
+            if number is not None:
+                numbers[step.writes[0]] = number
+    return numbers
+
+
+def _number(entries: Any) -> Any:
+    """A single number; None for an array of several, and for what is no real number."""
+    if isinstance(entries, jax.core.Tracer) or np.size(entries) != 1:
+        return None
+    try:
+        number = np.asarray(entries).reshape(())[()]
+    except TypeError:  # a key
+        return None
+    return number if np.isrealobj(number) else None
+
+
+def _computed(step: Step, numbers: list[Any]) -> Any:
+    """The number that an operation on known numbers results in, where that is plain."""
+    if step.operation in ("broadcast_in_dim", "reshape", "copy", "squeeze", "expand_dims"):
+        return numbers[0] if len(numbers) == 1 else None
+    if step.operation == "convert_element_type":
+        return _number(np.asarray(numbers[0]).astype(step.equation.outvars[0].aval.dtype))
+    plain = {"neg": np.negative, "add": np.add, "sub": np.subtract, "mul": np.multiply}
+    plain |= {"div": np.divide, "sqrt": np.sqrt, "max": np.maximum, "min": np.minimum}
+    floating = all(np.issubdtype(np.asarray(n).dtype, np.floating) for n in numbers)
+    known = step.operation in plain and floating
+    return _number(plain[step.operation](*numbers)) if known else None
+
+
 def _rearrangement(step: Step) -> tuple[Any, ...]:
     """How a step changes the order of the entries; () if it does not."""
     names = (*REARRANGEMENTS, "broadcast_in_dim")
-    if step.name not in names or step.name.startswith("copy"):
+    if step.operation not in names or step.operation.startswith("copy"):
         return ()
     shape = step.equation.invars[0].aval.shape
-    return ((step.name, shape, str(sorted(step.equation.params.items()))),)
+    return ((step.operation, shape, str(sorted(step.equation.params.items()))),)
 
 
 def _append(step: Step, operands: list[Any], operations: list[Any]) -> int | None:
     if any(one is None for one in operands):
         return None
-    if step.name == "convert_element_type":
-        if not _is_real(step.equation.outvars[0].aval.dtype):
+    if step.operation == "convert_element_type":
+        if not is_real(step.equation.outvars[0].aval):
             return None
         operations.append(("to_float", (), tuple(operands)))
     elif is_elementwise(step):
         parameters = tuple(sorted(step.equation.params.items()))
-        operations.append((step.name, parameters, tuple(operands)))
+        operations.append((step.operation, parameters, tuple(operands)))
     else:
         return None
     return len(operations) - 1
@@ -156,30 +196,30 @@ def _append(step: Step, operands: list[Any], operations: list[Any]) -> int | Non
 
 def is_elementwise(step: Step) -> bool:
     """Whether each entry of the result depends on the same entry of the operands, of real dtypes."""
-    if step.name == "broadcast_in_dim":
+    if step.operation == "broadcast_in_dim":
         return False
-    if step.name not in _PRIMITIVES and step.name != "convert_element_type":
+    if step.operation not in _PRIMITIVES and step.operation != "convert_element_type":
         return False
     avals = [atom.aval for atom in step.equation.invars]
-    return all(_is_real(aval.dtype) or aval.dtype == np.bool_ for aval in avals)
+    return all(is_real(aval) or aval.dtype == np.bool_ for aval in avals)
 
 
 def is_identity(step: Step) -> bool:
     """Whether its result has the entries of its operand, in whatever order or floating-point dtype."""
     if step.equation is None:
         return False
-    if step.name == "convert_element_type":
-        dtypes = step.equation.invars[0].aval.dtype, step.equation.outvars[0].aval.dtype
-        return all(map(_is_real, dtypes))
-    if len(step.operands) != 1:
+    if step.operation == "convert_element_type":
+        return all(is_real(atom.aval) for atom in (*step.equation.invars, *step.equation.outvars))
+    if len(step.reads) != 1:
         return False
-    if step.name == "broadcast_in_dim":  # y[None]
+    if step.operation == "broadcast_in_dim":  # y[None]
         return step.equation.invars[0].aval.size == step.equation.outvars[0].aval.size
-    return step.name in _IDENTITIES or (step.name == "name" and step.mark is None)
+    return step.operation in _IDENTITIES or (step.operation == "name" and step.mark is None)
 
 
-def _is_real(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, np.floating)
+def is_real(aval: Any) -> bool:
+    """Whether an array has a floating-point dtype."""
+    return jnp.issubdtype(aval.dtype, np.floating)
 
 
 def _float(number: Any) -> float:
@@ -194,12 +234,9 @@ def _float(number: Any) -> float:
 @functools.cache
 def traced(function: Callable[..., Any], *numbers: float) -> Function:
     """A function of JAX as a `Function`, with the numbers as its further arguments."""
-    from stochsolvers.surgery._flatten import flatten
-
     x = jax.ShapeDtypeStruct((2,), jnp.float32)
     program = flatten(jax.make_jaxpr(lambda x: function(x, *numbers))(x))
     steps = {number: step for step in program.steps for number in step.writes}
-    (result,) = program.steps[-1].operands
-    found = function_of(steps, 0, result)  # pyright: ignore[reportArgumentType]
+    found = function_of(steps, known_numbers(program), *program.arguments, *program.results)
     assert found is not None
     return found

@@ -1,6 +1,7 @@
 """How much a solver in a layer's place changes its output and the model's: the arithmetic of the report."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,19 +18,24 @@ from stochsolvers.surgery._fold import unfolded
 from stochsolvers.surgery._plan import Replacement, one_iteration
 from stochsolvers.surgery._report import ReplacedLayer
 
+PLAIN, ONE, ALL = range(3)
+"""What a replaced layer returns in a measured pass: its plain output, that of one iteration, that of all."""
+
 
 class Measurement(NamedTuple):
-    """One call of a replaced layer; fields as in `ReplacedLayer`.
+    """One call of a replaced layer, or the part of it that `jax.vmap` makes of one example.
 
     Attributes:
+      lipschitz: as in `ReplacedLayer`.
+      step_size: likewise.
+      squares: ‖σ(w₁) − σ(y)‖², ‖σ(w_K) − σ(y)‖² and ‖σ(y)‖².
       problem: that was solved.
-      value: z_K; `gaps` certifies it, outside of the pass, where layers of one shape share a program.
+      value: z_K; `numbers` certifies it, outside of the pass, where layers of one shape share a program.
     """
 
     lipschitz: Array
     step_size: Array
-    change_one: Array
-    change: Array
+    squares: Array
     problem: LayerProblem
     value: Array
 
@@ -40,6 +46,83 @@ class Outputs(NamedTuple):
     plain: Array
     one: Array
     all: Array
+
+    def chosen(self, which: Array) -> Array:
+        """The one that PLAIN, ONE or ALL says."""
+        return jnp.where(which == PLAIN, self.plain, jnp.where(which == ONE, self.one, self.all))
+
+
+class Recorder:
+    """Takes measurements while a compiled pass runs, whatever transformations are around a layer.
+
+    Attributes:
+      seen: by the layer's path and its index in a stack, in the order of the calls.
+    """
+
+    def __init__(self):
+        self.seen: dict[str, dict[tuple[int, ...], list[Measurement]]] = {}
+
+    def __call__(self, path: str, values: Measurement, index: Any = ()) -> None:
+        """Record a measurement; within a traced function."""
+        leaves, structure = jax.tree.flatten(values)
+        jax.debug.callback(functools.partial(self._store, path, structure), index, *leaves)
+
+    def _store(self, path: str, structure: Any, index: Any, *leaves: Any) -> None:
+        copies = [np.array(leaf) for leaf in leaves]
+        calls = self.seen.setdefault(path, {}).setdefault(tuple(map(int, index)), [])
+        calls.append(jax.tree.unflatten(structure, copies))
+
+
+class Changes(NamedTuple):
+    """Relative changes of a model's output.
+
+    Attributes:
+      alone: with one layer replaced, by its path.
+      one: with one iteration in all replaced layers.
+      all: with all iterations.
+      numbers: of each layer by path, what `numbers` returns, by the index in a stack.
+    """
+
+    alone: Mapping[str, float]
+    one: float
+    all: float
+    numbers: Mapping[str, Mapping[tuple[int, ...], Mapping[str, float]]]
+
+
+NOT_MEASURED = Changes({}, np.nan, np.nan, {})
+
+
+def measured_changes(
+    paths: Sequence[str], outputs: Callable[[Sequence[int]], Any], recorder: Recorder
+) -> Changes:
+    """Run a model with its layers switched in turn.
+
+    Args:
+      paths: of the replaced layers.
+      outputs: of the model, given PLAIN, ONE or ALL for each of them.
+      recorder: takes the layers' measurements; those in the plain model are kept.
+    """
+
+    def run(switches: Sequence[int]) -> Any:
+        result = jax.block_until_ready(outputs(switches))
+        jax.effects_barrier()
+        return result
+
+    plain = run([PLAIN] * len(paths))
+    seen, recorder.seen = recorder.seen, {}
+
+    def change(switches: Sequence[int]) -> float:
+        found = relative_change(run(switches), plain)
+        recorder.seen = {}
+        return found
+
+    alone = {path: change([ALL * (path == other) for other in paths]) for path in paths}
+    one, many = (change([which] * len(paths)) for which in (ONE, ALL))
+    of_each = {
+        path: {index: numbers(calls) for index, calls in sorted(stack.items())}
+        for path, stack in seen.items()
+    }
+    return Changes(alone, one, many, of_each)
 
 
 def outputs_and_measurement(
@@ -99,44 +182,47 @@ def _measurement(
         return settings.prior.prox(y, 1.0)
 
     plain, one, many = map(activated, outputs)
+    differences = one - plain, many - plain, plain
     return Measurement(
         lipschitz=jnp.asarray(jnp.nan if scale is None else jnp.max(scale)),
         step_size=jnp.max(step),
-        change_one=_change(one, plain),
-        change=_change(many, plain),
+        squares=jnp.stack([jnp.sum(array**2) for array in differences]),
         problem=problem,
         value=solution.value,
     )
 
 
-def numbers(measurement: Measurement) -> dict[str, float]:
-    """The columns of the report that are measured."""
-    value = measurement.value
+MEASURED = ("lipschitz", "step_size", "change_one", "change", "gap", "relative_gap")
+
+
+def numbers(calls: Sequence[Measurement]) -> dict[str, float]:
+    """The measured columns of the report: changes of all calls together, the largest of the others."""
+    squares = np.sum([np.asarray(one.squares, np.float64) for one in calls], axis=0)
+    change_one, change = np.sqrt(squares[:2] / (squares[2] if squares[2] > 0 else 1))
+    ends = [(one.lipschitz, one.step_size, *_gaps(one)) for one in calls]
+    largest = np.max(np.asarray(ends, np.float64), axis=0)
+    return dict(
+        zip(MEASURED, map(float, (*largest[:2], change_one, change, *largest[2:])), strict=True)
+    )
+
+
+def _gaps(one: Measurement) -> tuple[float, float]:
+    """The largest certified gap of an example, and the largest relative one."""
 
     def as_solved(leaf: Any) -> Any:
         is_real = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        return jnp.asarray(leaf, value.dtype) if is_real else leaf
+        return jnp.asarray(leaf, one.value.dtype) if is_real else leaf
 
-    problem = jax.tree.map(as_solved, measurement.problem)
-    gap, objective = (np.asarray(one, np.float64) for one in _certified(problem, value))
+    problem = jax.tree.map(as_solved, one.problem)
+    gap, objective = (np.asarray(array, np.float64) for array in _certified(problem, one.value))
     relative = np.where(gap > 0, gap / np.where(objective > 0, objective, 1), 0)
-    found = {name: float(getattr(measurement, name)) for name in MEASURED[:4]}
-    return {**found, "gap": float(gap.max()), "relative_gap": float(relative.max())}
-
-
-MEASURED = ("lipschitz", "step_size", "change_one", "change", "gap", "relative_gap")
+    return float(gap.max()), float(relative.max())
 
 
 @jit_once
 def _certified(problem: LayerProblem, value: Array) -> tuple[Array, Array]:
     value = value.astype(problem.dtype)
     return problem.certificate(value), jnp.abs(problem.objective(value))
-
-
-def _change(one: Array, other: Array) -> Array:
-    norm = jnp.sqrt(jnp.sum(other * other))
-    difference = one - other
-    return jnp.sqrt(jnp.sum(difference * difference)) / jnp.where(norm > 0, norm, 1)
 
 
 def relative_change(outputs: Any, plain: Any) -> float:
@@ -150,49 +236,40 @@ def relative_change(outputs: Any, plain: Any) -> float:
     return float(np.sqrt(squares[0] / squares[1])) if squares[1] else float(np.sqrt(squares[0]))
 
 
-def row(
-    path: str,
-    index: tuple[int, ...],
-    kind: str,
-    one: Replacement,
-    measured: Mapping[str, float],
-    model: float,
-) -> ReplacedLayer:
-    """The row of a layer, or of one of a stack of layers.
+def rows(
+    replaced: Mapping[str, Replacement], kinds: Mapping[str, str], changes: Changes
+) -> tuple[ReplacedLayer, ...]:
+    """The rows of the report, of a stack of layers one for each of the stack.
 
     Args:
-      path: of the layer.
-      index: in the stack, () of a layer by itself.
-      kind: its class.
-      one: what replaces it.
-      measured: what `numbers` returns; empty if nothing was measured.
-      model: how much it alone changes the model's output.
+      replaced: the layers that are, by path.
+      kinds: their classes.
+      changes: measured, or `NOT_MEASURED`.
     """
-    values = {name: measured.get(name, np.nan) for name in MEASURED}
-    return ReplacedLayer(
-        name=path + "".join(f"[{i}]" for i in index),
-        kind=kind,
-        activation=one.activation,
-        prior=repr(one.prior),
-        num_iters=iterations(one.solver),
-        model_change=model,
-        normalization=one.normalization or "",
-        dropout=one.dropout or "",
-        tau=one.tau,
-        note="; ".join(filter(None, (one.note, _of_gap(values["gap"])))),
-        **values,
-    )
-
-
-def rows_of(
-    path: str, kind: str, one: Replacement, measured: Sequence[Mapping[str, float]], model: float
-) -> list[ReplacedLayer]:
-    """The rows of a layer: one for each measurement, of a stack of layers one for each of the stack."""
-    indices = [(i,) for i in range(len(measured))] if len(measured) > 1 else [()]
-    return [
-        row(path, index, kind, one, values, model)
-        for index, values in zip(indices, measured or [{}], strict=True)
-    ]
+    found = []
+    for path, one in replaced.items():
+        stack = changes.numbers.get(path, {})
+        skipped = (
+            "it was not run at these inputs, as in the branch not taken" if changes.alone else ""
+        )
+        for index, measured in (stack or {(): {}}).items():
+            values = {name: measured.get(name, np.nan) for name in MEASURED}
+            notes = one.note, _of_gap(values["gap"]), "" if stack else skipped
+            row = ReplacedLayer(
+                name=path + "".join(f"[{i}]" for i in index),
+                kind=kinds[path],
+                activation=one.activation,
+                prior=repr(one.prior),
+                num_iters=iterations(one.solver),
+                model_change=changes.alone.get(path, np.nan),
+                normalization=one.normalization or "",
+                dropout=one.dropout or "",
+                tau=one.tau,
+                note="; ".join(filter(None, notes)),
+                **values,
+            )
+            found.append(row)
+    return tuple(found)
 
 
 def _of_gap(gap: float) -> str:

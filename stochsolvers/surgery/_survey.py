@@ -16,13 +16,15 @@ from typing import Any
 
 import jax
 
+from stochsolvers._programs import Program, Step, flatten
 from stochsolvers.prox import Prior
 from stochsolvers.surgery._activations import activation
-from stochsolvers.surgery._flatten import Program, Step, flatten
 from stochsolvers.surgery._functions import (
     function_of,
     is_elementwise,
     is_identity,
+    is_real,
+    known_numbers,
 )
 
 _POOLS = ("reduce_window_max", "reduce_max")
@@ -83,7 +85,7 @@ class Survey:
 
 def survey(function: Callable[..., Any], *arguments: Any) -> Survey:
     """Trace `function(*arguments)` without running it; only shapes of arguments matter."""
-    graph = _Graph(flatten(jax.make_jaxpr(function)(*arguments)))
+    graph = _Graph(flatten(jax.make_jaxpr(function)(*arguments), unroll=False))
     layers, dropouts, norms = [], [], []
     for position, step in enumerate(graph.steps):
         mark = step.mark
@@ -102,8 +104,10 @@ class _Graph:
     """Which operation writes an array, and which read it."""
 
     def __init__(self, program: Program):
-        self.steps = program.steps
+        results = Step("results", None, tuple(program.results))
+        self.steps = [*program.steps, results]
         self.results_of = program.results_of
+        self.numbers = known_numbers(program)
         self.writer: dict[int, Step] = {}
         self.readers: dict[int, list[int]] = {}
         for position, step in enumerate(self.steps):
@@ -116,7 +120,7 @@ class _Graph:
         """Forget readers whose results nobody reads."""
         for position in range(len(self.steps) - 1, -1, -1):
             step = self.steps[position]
-            if step.name == "results" or any(self.readers.get(one) for one in step.writes):
+            if step.operation == "results" or any(self.readers.get(one) for one in step.writes):
                 continue
             for number in step.reads:
                 self.readers[number] = [p for p in self.readers[number] if p != position]
@@ -139,7 +143,7 @@ class _Graph:
             if len(readers) != 1:
                 return None
             step = self.steps[readers[0]]
-            if step.name != "convert_element_type" or not is_identity(step):
+            if step.operation != "convert_element_type" or not is_identity(step):
                 return readers[0]
             (number,) = step.writes
 
@@ -166,7 +170,7 @@ def _activation_of(graph: _Graph, output: int) -> tuple[str, Prior | None, str]:
     argument, candidates, blocked = _candidates(graph, output)
     chosen, refused, best, settled = None, None, None, False
     for number, is_whole in candidates:
-        function = function_of(graph.writer, argument, number)
+        function = function_of(graph.writer, graph.numbers, argument, number)
         if function is None or function.is_affine:
             continue
         found = activation(function)
@@ -203,7 +207,7 @@ def _candidates(graph: _Graph, output: int) -> tuple[int, list[tuple[int, bool]]
             return argument, found, "nothing reads its output"
         step = graph.steps[position]
         reason = _obstacle(graph, step, affected)
-        pools = step.name in _POOLS and not found and waiting == {argument: [position]}
+        pools = step.operation in _POOLS and not found and waiting == {argument: [position]}
         if reason and not pools:
             return argument, found, reason
         for readers in waiting.values():
@@ -216,16 +220,18 @@ def _candidates(graph: _Graph, output: int) -> tuple[int, list[tuple[int, bool]]
         if len(open_arrays) == 1:
             (number,) = open_arrays
             if pools or (is_identity(step) and argument in (set(step.reads) | {number})):
-                if not found and function_of(graph.writer, argument, number) is None:
+                if not found and function_of(graph.writer, graph.numbers, argument, number) is None:
                     argument, affected, waiting = number, {number}, {number: waiting[number]}
                 continue
+            if not is_real(graph.writer[number].equation.outvars[0].aval):
+                continue  # x > 0
             inside = set(graph.writer[number].calls) - set(start.calls)
             found.append((number, inside <= graph.results_of.get(number, set())))
 
 
 def _obstacle(graph: _Graph, step: Step, affected: set[int]) -> str:
     """Why an operation ends the elementwise part behind a layer, or ""."""
-    if step.name == "results":
+    if step.operation == "results":
         where = f"a {step.loops[-1][0]}" if step.loops else "the network"
         return f"its output leaves {where} without an activation"
     if step.mark is not None:
@@ -237,16 +243,16 @@ def _obstacle(graph: _Graph, step: Step, affected: set[int]) -> str:
     if is_identity(step):
         return ""
     if not is_elementwise(step):
-        return f"the operation {step.name} follows, and no elementwise activation"
-    if any(one is None or (isinstance(one, int) and one not in affected) for one in step.operands):
-        if step.name == "add":
+        return f"the operation {step.operation} follows, and no elementwise activation"
+    if any(one not in affected and one not in graph.numbers for one in step.reads):
+        if step.operation == "add":
             return (
-                "another array is added before the activation, as in a residual connection: its prior is "
-                "not that of the layer alone; SolverResNetBlock takes both"
+                "another array is added to its output before the activation, as the shortcut of a residual "
+                "block is: the layer would have to know that array. Build the block as a SolverResNetBlock, "
+                "whose second solver takes the shortcut into its bias; the block's other layers can be "
+                "replaced"
             )
-        return (
-            f"the operation {step.name} with another array follows, and no elementwise activation"
-        )
+        return f"the operation {step.operation} with another array follows, and no elementwise activation"
     return ""
 
 

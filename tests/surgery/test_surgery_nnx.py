@@ -288,6 +288,7 @@ class Kinds(nnx.Module):
 
     def __init__(self, rngs):
         self.line = nnx.Conv(4, 4, (3,), rngs=rngs)
+        self.past = nnx.Conv(4, 4, (3,), padding="CAUSAL", kernel_dilation=2, rngs=rngs)
         self.volume = nnx.Conv(4, 4, (2, 2, 2), rngs=rngs)
         self.general = nnx.LinearGeneral((2, 4), (3, 2), axis=(-2, -1), rngs=rngs)
         self.mlp = nnx.Linear(2, 3, rngs=rngs)
@@ -295,6 +296,7 @@ class Kinds(nnx.Module):
     def __call__(self, x):  # (batch, 2, 2, 2, 4)
         y = nnx.relu(self.volume(x))
         y = nnx.jit(lambda layer, y: nnx.relu(layer(y)))(self.line, y.reshape(len(x), 8, 4))
+        y = nnx.relu(self.past(y))
         y = nnx.remat(lambda layer, y: jnp.tanh(layer(y)))(self.general, y.reshape(len(x), 4, 2, 4))
         return nnx.relu(self.mlp(y))
 
@@ -308,7 +310,7 @@ def test_all_kinds_of_layers_within_transforms():
     plain = model(x)
     report = replace(model, inputs=x, solver=ss.ProxGD(1))
     assert {row.name: row.kind for row in report.rows} == {
-        "general": "LinearGeneral", "line": "Conv", "mlp": "Linear", "volume": "Conv",
+        "general": "LinearGeneral", "line": "Conv", "mlp": "Linear", "past": "Conv", "volume": "Conv",
     }  # fmt: skip
     assert same(model(x), plain)
     assert type(model.general) is ss.nnx.SolverLinearGeneral

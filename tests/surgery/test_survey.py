@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 
 import stochsolvers as ss
-from stochsolvers import surgery
+from stochsolvers import _programs
+from stochsolvers.surgery import _fold, _survey, _where
 
 prox = ss.prox
 
 
 def layer(x, label):
-    return surgery.mark_output(2 * surgery.mark_input(x, "layer", label), "layer", label)
+    return _programs.mark_output(2 * _programs.mark_input(x, "layer", label), "layer", label)
 
 
 def dropout(x, label):
-    return surgery.mark_output(surgery.mark_input(x, "dropout", label), "dropout", label)
+    return _programs.mark_output(_programs.mark_input(x, "dropout", label), "dropout", label)
 
 
 def max_pool(x):
@@ -94,7 +95,7 @@ def survey():
     def network(x):
         return {name: function(layer(x, name)) for name, function in functions.items()}
 
-    found = surgery.survey(network, jnp.ones((4, 3), jnp.float32))
+    found = _survey.survey(network, jnp.ones((4, 3), jnp.float32))
     return {call.label: call for call in found.layers}
 
 
@@ -129,22 +130,22 @@ def test_loops_calls_and_shapes_within_transforms():
         inner = jax.checkpoint(lambda x: jnp.tanh(layer(dropout(x, "drop").reshape(-1), "inner")))
         return jax.jit(inner)(x) + jnp.tanh(layer(layer(x, "first"), "twice")).reshape(-1)
 
-    found = surgery.survey(network, jnp.ones((4, 3), jnp.float32))
+    found = _survey.survey(network, jnp.ones((4, 3), jnp.float32))
     calls = {call.label: call for call in found.layers}
     assert calls["in a scan"].loops == ("scan",)
     assert calls["in a vmap"].input_shape == (3,)
     assert calls["inner"].prior == prox.Tanh()
     assert "the layer 'twice' follows" in calls["first"].reason
-    assert found.dropouts == (surgery.DropoutCall("drop", ("inner",), False),)
+    assert found.dropouts == (_survey.DropoutCall("drop", ("inner",), False),)
 
 
 def test_folding_is_the_normalisation_in_float64(rng):
     kernel, x = rng.standard_normal((5, 4)), rng.standard_normal((3, 5))
     b, m, beta, gamma = rng.standard_normal((4, 4))
     v = rng.random(4)
-    fold = surgery.affine(*map(jnp.asarray, (m, v, gamma, beta)), 1e-5)
+    fold = _fold.affine(*map(jnp.asarray, (m, v, gamma, beta)), 1e-5)
     for bias in (None, b):
-        wide, shift = surgery.folded(jnp.asarray(kernel), bias, fold)
+        wide, shift = _fold.folded(jnp.asarray(kernel), bias, fold)
         y = x @ kernel + (0 if bias is None else bias)
         expected = (y - m) / np.sqrt(v + 1e-5) * gamma + beta
         np.testing.assert_allclose(x @ np.asarray(wide) + np.asarray(shift), expected, rtol=1e-12)
@@ -155,14 +156,14 @@ MODULES = {"conv1": 1, "blocks.0.conv1": 2.0, "blocks.1.conv1": 3, "blocks.1.nor
 
 def test_selection():
     def paths(where):
-        return list(surgery.select(where, MODULES))
+        return list(_where.select(where, MODULES))
 
     assert paths("conv1") == ["conv1"]
     assert paths("blocks.*.conv1") == ["blocks.0.conv1", "blocks.1.conv1"]
     assert paths(str) == ["blocks.1.norm"]
     assert paths([float, "conv1"]) == ["conv1", "blocks.0.conv1"]
     assert paths(lambda path, module: module == 3) == ["blocks.1.conv1"]
-    assert surgery.select(["*", "conv1"], MODULES)["conv1"].named
+    assert _where.select(["*", "conv1"], MODULES)["conv1"].named
     with pytest.raises(ValueError, match=r"such as blocks.1.conv1, blocks.0.conv1"):
         paths("block.1.conv1")
     with pytest.raises(ValueError, match="expected a path, a type"):

@@ -1,6 +1,6 @@
-"""A jaxpr as one list of operations: calls become their bodies, loops of known length their iterations.
+"""A jaxpr as one list of operations: calls become their bodies, loops their iterations or one body.
 
-Within the calls of marked layers nothing is replaced but calls that contain marks.
+Within the calls of marked modules nothing is replaced but calls that contain marks.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from stochsolvers.reports._program import body, display_name
+from stochsolvers._programs._calls import body, display_name, parts
+from stochsolvers._programs._marks import Mark, has_mark, mark_of
 
-INPUT, OUTPUT, SIDE = "stochsolvers:input:", "stochsolvers:output:", "stochsolvers:side:"
 _LONGEST = 20_000  # operations that a loop may be replaced by
 _TRANSPARENT = ("closed_call", "remat2", "checkpoint")  # calls without a name of their own
 
@@ -26,34 +26,38 @@ class Step:
 
     Attributes:
       name: of the outermost function that it is a part of, or its own.
-      equation: of a jaxpr.
+      equation: of a jaxpr; None for the results of a loop's or a branch's body, or of the whole program.
       reads: its operands.
       writes: its results.
-      iteration: of the loops around it, from the outermost.
+      iteration: of the loops around it that are replaced by their iterations, from the outermost.
+      loops: the other loops and branches around it: ("while", 3), …
+      calls: the jitted functions that it is in.
+      mark: set if it is one.
     """
 
     name: str
     equation: Any
     reads: tuple[int, ...]
-    writes: tuple[int, ...]
+    writes: tuple[int, ...] = ()
     iteration: tuple[int, ...] = ()
+    loops: tuple[tuple[str, int], ...] = ()
+    calls: tuple[int, ...] = ()
+    mark: Mark | None = None
 
     @property
-    def mark(self) -> str:
-        """What a mark says, "" of other operations."""
-        name = self.equation.params.get("name")
-        marks = self.equation.primitive.name == "name"
-        return name if marks and str(name).startswith((INPUT, OUTPUT, SIDE)) else ""
+    def operation(self) -> str:
+        """The name of the primitive; "results" for results."""
+        return "results" if self.equation is None else self.equation.primitive.name
 
     @property
     def opens(self) -> bool:
-        """Whether a call of a marked layer begins here."""
-        return self.mark.startswith(INPUT)
+        """Whether a call of a marked module begins here."""
+        return self.mark is not None and self.mark.opens
 
     @property
     def closes(self) -> bool:
         """Whether it ends here."""
-        return self.mark.startswith(OUTPUT)
+        return self.mark is not None and self.mark.closes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Program:
       avals: shapes and dtypes by number.
       known: entries of literals, of arrays that it closes over and of arguments, by number.
       origins: of arguments and their slices, by number.
+      results_of: for each value that a jitted function returns, the numbers of these.
     """
 
     steps: list[Step] = dataclasses.field(default_factory=list)
@@ -88,17 +93,20 @@ class Program:
     avals: dict[int, Any] = dataclasses.field(default_factory=dict)
     known: dict[int, Any] = dataclasses.field(default_factory=dict)
     origins: dict[int, Origin] = dataclasses.field(default_factory=dict)
+    results_of: dict[int, set[int]] = dataclasses.field(default_factory=dict)
 
 
-def flatten(closed: Any, arrays: Sequence[Any]) -> Program:
+def flatten(closed: Any, arrays: Sequence[Any] = (), *, unroll: bool = True) -> Program:
     """The program of a closed jaxpr.
 
     Args:
       closed: the jaxpr.
       arrays: its first arguments, whose entries are known.
+      unroll: replace loops of known length by their iterations; else the bodies of loops and branches that
+        have marks come once, before the loop or the branch itself.
     """
     program = Program()
-    flat = _Flattening(program)
+    flat = _Flattening(program, unroll)
     for variable in closed.jaxpr.invars:
         program.arguments.append(flat.number(variable.aval))
     for argument, array in zip(program.arguments, arrays, strict=False):
@@ -111,11 +119,14 @@ def flatten(closed: Any, arrays: Sequence[Any]) -> Program:
 class _Flattening:
     """The state of one walk."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, unroll: bool):
         self.program = program
+        self.unroll = unroll
         self.numbers = itertools.count()
         self.depth = 0  # of marked calls
         self.iteration: tuple[int, ...] = ()
+        self.loops: tuple[tuple[str, int], ...] = ()
+        self.calls: tuple[int, ...] = ()
 
     def number(self, aval: Any, entries: Any = None) -> int:
         """That of a new value."""
@@ -155,15 +166,51 @@ class _Flattening:
             if not name and equation.primitive.name not in _TRANSPARENT:
                 name = display_name(equation)
             name = "" if has_mark(inner) else name
-            return self.run(inner, operands, _consts(equation), name)
-        if equation.primitive.name == "scan" and self._is_entered(equation):
+            return self._call(equation, operands, name)
+        if self.unroll and equation.primitive.name == "scan" and self._is_entered(equation):
             return self._loop(equation, operands, name)
+        if not self.unroll:
+            self._enter(equation)
         results = [self.number(variable.aval) for variable in equation.outvars]
-        reads, writes = tuple(operands), tuple(results)
-        step = Step(name or display_name(equation), equation, reads, writes, self.iteration)
+        name = name or display_name(equation)
+        step = self.step(name, equation, operands, results, mark_of(equation))
         self.depth += step.opens - step.closes
-        self.program.steps.append(step)
         return results
+
+    def step(
+        self,
+        name: str,
+        equation: Any,
+        reads: Sequence[int],
+        writes: Sequence[int] = (),
+        mark: Mark | None = None,
+    ) -> Step:
+        """One that is appended."""
+        around = self.iteration, self.loops, self.calls
+        step = Step(name, equation, tuple(reads), tuple(writes), *around, mark)
+        self.program.steps.append(step)
+        return step
+
+    def _call(self, equation: Any, operands: Sequence[int], name: str) -> list[int]:
+        """The body of a call in its place."""
+        ((jaxpr, consts),) = itertools.islice(parts(equation), 1)
+        call, calls = next(self.numbers), self.calls
+        self.calls = (*calls, call)
+        results = self.run(jaxpr, operands, consts, name)
+        self.calls = calls
+        for number in results:
+            self.program.results_of.setdefault(number, set()).add(call)
+        return results
+
+    def _enter(self, equation: Any) -> None:
+        """The bodies with marks of a loop or a branch, of arguments that nothing is known of."""
+        loops = self.loops
+        for jaxpr, consts in parts(equation):
+            if has_mark(jaxpr):
+                self.loops = (*loops, (equation.primitive.name, next(self.numbers)))
+                arguments = [self.number(variable.aval) for variable in jaxpr.invars]
+                self.step("results", None, self.run(jaxpr, arguments, consts))
+        self.loops = loops
 
     def _is_entered(self, equation: Any) -> bool:
         inner = equation.params["jaxpr"].jaxpr
@@ -215,26 +262,6 @@ class _Flattening:
         return self.run(closed.jaxpr, numbers, closed.consts)
 
 
-def has_mark(jaxpr: Any) -> bool:
-    """Whether a marked layer is called in a jaxpr."""
-    for equation in jaxpr.eqns:
-        inner = body(equation)
-        if equation.primitive.name == "scan":
-            inner = equation.params["jaxpr"].jaxpr
-        if inner is not None and has_mark(inner):
-            return True
-        if str(equation.params.get("name")).startswith((INPUT, OUTPUT)):
-            return True
-    return False
-
-
-def _consts(equation: Any) -> Sequence[Any]:
-    for parameter in equation.params.values():
-        if hasattr(parameter, "jaxpr") and hasattr(parameter, "consts"):
-            return parameter.consts
-    return ()
-
-
 def _count(jaxpr: Any) -> int:
     """The number of operations in a jaxpr and in those that it calls."""
     total = len(jaxpr.eqns)
@@ -245,14 +272,3 @@ def _count(jaxpr: Any) -> int:
         elif equation.primitive.name == "scan":
             total += equation.params["length"] * _count(equation.params["jaxpr"].jaxpr)
     return total
-
-
-def number_of(entries: Any) -> float | None:
-    """The number that an array without axes is."""
-    real = hasattr(entries, "dtype") or isinstance(entries, bool | int | float)
-    if not real or np.ndim(entries):
-        return None
-    dtype = jnp.result_type(entries)
-    numeric = jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)
-    numeric = numeric and not jnp.issubdtype(dtype, np.complexfloating)
-    return float(entries) if numeric else None
