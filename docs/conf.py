@@ -39,7 +39,10 @@ nb_execution_mode = "cache"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-suppress_warnings = ["mystnb.unknown_mime_type"]
+suppress_warnings = [
+    "mystnb.unknown_mime_type",
+    "ref.python",  # fields of one name in several classes, which Napoleon makes links
+]
 
 # the reference
 highlight_language = "none"

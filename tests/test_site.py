@@ -97,7 +97,10 @@ def test_links_between_pages(site):
         "[d](https://e.org)"
     )
     assert relink(
-        "[a](../figure2)", "experiments/results/x/README.md", "generated/results/x/i.md", ""
+        "[a](../figure2)",
+        "experiments/results/table2_digits/README.md",
+        "generated/results/x/i.md",
+        "",
     ) == ("[a](/tree/main/experiments/results/figure2)")
 
 

@@ -18,19 +18,26 @@ ITEM = re.compile(r"\s*- ")
 
 @functools.cache
 def addresses() -> dict[str, str]:
-    """Where a name is in the reference, by its last part."""
+    """Where public names are in the reference, by their full names and by their last parts."""
     names = [name for page in generate.reference().values() for name, _ in page]
-    return {name.rpartition(".")[2]: name for name in reversed(names)}
+    return {name.rpartition(".")[2]: name for name in reversed(names)} | {n: n for n in names}
+
+
+def address(words: list[str]) -> str | None:
+    """The reference's name of a public object or of its member, however it is written."""
+    for i in range(len(words), 0, -1):
+        if (full := ".".join(["stochsolvers", *words[:i]])) in addresses():
+            return ".".join([full, *words[i:]])
+    home = addresses().get(words[0])
+    return home and ".".join([home, *words[1:]])
 
 
 def code(span: str) -> str:
     """A public name, or a member of a public class, becomes a link; all else is code."""
     inner = " ".join(span[1:-1].split())
-    words = inner.removeprefix("ss.").removeprefix("stochsolvers.").removesuffix("()").split(".")
-    for i, word in enumerate(words):
-        if word in addresses() and NAME.match(inner.removesuffix("()")):
-            return f":py:obj:`{inner} <{'.'.join([addresses()[word], *words[i + 1 :]])}>`"
-    return f"``{inner}``"
+    name = inner.removeprefix("ss.").removeprefix("stochsolvers.").removesuffix("()")
+    target = address(name.split(".")) if NAME.match(name) else None
+    return f":py:obj:`{inner} <{target}>`" if target else f"``{inner}``"
 
 
 def plain(text: str) -> str:

@@ -20,6 +20,15 @@ ROOT = DOCS.parent
 OUT = DOCS / "generated"
 LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 
+RUNS = """
+```{toctree}
+:hidden:
+:glob:
+
+*/index
+```
+"""
+
 
 def public_modules() -> list[types.ModuleType]:
     """Stochsolvers and the modules in it whose names do not begin with an underscore."""
@@ -146,10 +155,12 @@ def write_pages(url: str) -> None:
         if not target.startswith("generated/") or not (ROOT / source).is_file():
             continue
         if source.endswith(".md"):
-            text = (ROOT / source).read_text("utf-8")
-            write(OUT.parent / target, relink(text, source, target, url))
-            for picture in (ROOT / source).parent.glob("*.png"):
+            text = relink((ROOT / source).read_text("utf-8"), source, target, url)
+            for picture in sorted((ROOT / source).parent.glob("*.png")):
                 copy(picture, (OUT.parent / target).parent / picture.name)
+                if f"]({picture.name})" not in text:  # a page of results names its pictures
+                    text += f"\n![{picture.stem}]({picture.name})\n"
+            write(OUT.parent / target, text + RUNS * (target == "generated/results/index.md"))
         else:
             copy(ROOT / source, OUT.parent / target)
 
