@@ -16,23 +16,25 @@ from experiments.output import runs, terminal
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
 RESULTS = HERE / "results"
-NAMES = (
-    "lipschitz",
-    "dense",
-    "convolution",
-    "forms",
-    "derivatives",
-    "sampling",
-    "masks",
-    "certificates",
-    "reports",
-    "equilibrium",
-    "training",
-    "training_step",
-    "spectral_norm",
-    "proxprop",
-    "convex",
-)
+TITLES = {
+    "lipschitz": "Lipschitz constants of convolutions",
+    "dense": "Solvers of dense layers",
+    "convolution": "Solvers of convolutions",
+    "forms": "The choice of a form",
+    "derivatives": "Derivatives",
+    "sampling": "Sampling",
+    "masks": "Masks of exact count",
+    "certificates": "Certificates",
+    "reports": "Reports of networks",
+    "equilibrium": "Equilibrium layers",
+    "training": "Training steps",
+    "training_step": "Training steps beside torch",
+    "spectral_norm": "Spectral normalisation",
+    "proxprop": "Proximal backpropagation",
+    "convex": "Convex programs",
+}
+"""The sections of the page, one for each command, in its order."""
+NAMES = tuple(TITLES)
 _COMPARE = {"≤": operator.le, "≥": operator.ge}
 
 
@@ -127,17 +129,35 @@ def read_all() -> list[dict[str, Any]]:
 
 
 def page(contents: Sequence[dict[str, Any]]) -> str:
-    """The page in Markdown: a table for each device, then how and on what it was measured."""
+    """The page in Markdown: for each device a summary, the goals missed, a section for each command."""
     parts = [runs.read_text(HERE / "HEADER.md").rstrip()]
     for backend in dict.fromkeys(content["hardware"]["device"] for content in contents):
         chosen = [c for c in contents if c["hardware"]["device"] == backend]
         hardware = chosen[0]["hardware"]
         parts.append(f"## {hardware['cores']} cores, {hardware['processor'] or backend}")
-        parts.append(runs.markdown_table(*_table(chosen)))
-        measured = [_provenance(content) for content in chosen]
-        parts.append("Runs:\n\n" + "\n".join(f"- {run}" for run in measured))
+        parts += _summary(chosen)
+        for content in chosen:
+            parts.append(f"### {TITLES[content['benchmark']]}")
+            parts.append(runs.markdown_table(*_table([content])))
+            parts.append(_provenance(content))
     parts.append(runs.read_text(HERE / "NOTES.md").rstrip())
     return "\n\n".join(parts) + "\n"
+
+
+def _summary(contents: Sequence[dict[str, Any]]) -> list[str]:
+    """How many goals are met, section by section, and those that are not."""
+    rows, missed = [], []
+    for content in contents:
+        name = content["benchmark"]
+        goals = [figure for figure in content["figures"] if figure["goal"]]
+        misses = [f for f in goals if not Goal(**f["goal"]).met_by(f["value"])]
+        met = f"{len(goals) - len(misses)} of {len(goals)}" if goals else ""
+        rows.append([TITLES[name], f"`{name}`", str(len(content["figures"])), met])
+        missed.append({"figures": misses})
+    parts = [results.markdown_table(["section", "benchmarks.", "figures", "goals met"], rows)]
+    if any(content["figures"] for content in missed):
+        parts += ["Goals that are missed:", results.markdown_table(*_table(missed))]
+    return parts
 
 
 def _table(contents: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

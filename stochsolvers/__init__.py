@@ -88,4 +88,4 @@ from stochsolvers.solvers import prox_sg as prox_sg
 from stochsolvers.step_sizes import Schedule as Schedule
 from stochsolvers.step_sizes import StepSizeLike as StepSizeLike
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -33,6 +33,10 @@ def tau_nice_dropout(
       x: shape (*batch, *spatial, n).
       tau: features to keep.
       spatial_ndim: number of spatial axes, which share a feature's fate.
+
+    Example:
+      >>> sorted(ss.dropout.tau_nice_dropout(jax.random.key(0), jnp.ones(4), 2).tolist())
+      [0.0, 0.0, 2.0, 2.0]
     """
     n = x.shape[-1]
     tau = sampling.num_sampled(tau, n)

@@ -72,6 +72,10 @@ def tau_nice_mask(key: Array, tau: int | Array, n: int, batch_shape: tuple[int, 
     Returns:
       boolean array, shape (*batch_shape, n).
 
+    Example:
+      >>> ss.sampling.tau_nice_mask(jax.random.key(0), 3, 8, (2,)).sum(axis=-1).tolist()
+      [3, 3]
+
     References:
       Bibi et al. 2019, definition 3.1.
     """

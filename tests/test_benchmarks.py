@@ -79,6 +79,11 @@ def test_the_page_shows_hits_and_misses(monkeypatch, tmp_path):
     assert "| a hit | b | 2× | ≤ 3× | yes | 1.5× |" in page
     assert "| a miss | b | 4× | ≤ 3× | **no** |  |" in page
     assert "| an error | c | 1.2e-07 |  |  |  |" in page
+    assert "| Solvers of dense layers | `dense` | 3 | 1 of 2 |" in page
+    before, _, section = page.partition("### Solvers of dense layers")
+    assert "| a miss |" in before.partition("Goals that are missed:")[2]
+    assert "| a hit |" not in before
+    assert "| a hit |" in section
     assert "float32 matrix product 100 GFLOP/s, elementwise pass 10.0 GB/s" in page
 
 

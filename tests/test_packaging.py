@@ -111,6 +111,26 @@ def test_without_matplotlib_the_chart_names_its_extra(monkeypatch):
         report.plot()
 
 
+def test_one_version():
+    version = PROJECT["project"]["version"]
+    assert ss.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_pypi_shows_absolute_links():
+    """README's relative links, as the build rewrites them, lead to the repository."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    for rule in PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    hosts = ("https://github.com/", "https://raw.githubusercontent.com/")
+    home = PROJECT["project"]["urls"]["Repository"].removeprefix(hosts[0])
+    assert all(link.startswith(tuple(host + home for host in hosts)) for link in links)
+
+
 def test_the_wheel_holds_the_library_alone():
     assert TARGETS["wheel"]["packages"] == ["stochsolvers"]
 

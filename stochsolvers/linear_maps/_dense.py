@@ -16,6 +16,13 @@ class Dense(LinearMap):
 
     Raises:
       ValueError: at trace time, if the kernel is not a floating-point matrix.
+
+    Example:
+      >>> A = ss.Dense(jnp.array([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+      >>> A(jnp.array([1.0, 2.0, 3.0])).tolist()
+      [3.0, 2.0]
+      >>> A.adjoint(jnp.array([1.0, 1.0])).tolist()
+      [3.0, 1.0, 0.0]
     """
 
     kernel: Array

@@ -48,6 +48,10 @@ def spectral_norm(linear_map: LinearMap) -> Array:
 
     Returns:
       scalar, in float32 or the map's wider dtype. Differentiable, `jit`-able.
+
+    Example:
+      >>> print(f"{ss.spectral_norm(ss.Dense(jnp.array([[3.0, 0.0], [0.0, 1.0]]))):.3f}")
+      3.000
     """
     if not isinstance(linear_map, LinearMap):
         got = "an array" if hasattr(linear_map, "shape") else type(linear_map).__name__

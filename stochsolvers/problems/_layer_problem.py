@@ -40,6 +40,12 @@ class LayerProblem(Objective):
       ValueError: at trace time, for shapes and dtypes that do not fit, factors that are no maps, losses
         and priors, or a negative ridge.
 
+    Example:
+      >>> A, x = ss.Dense(jnp.array([[1.0], [1.0]])), jnp.array([2.0, 4.0])
+      >>> problem = ss.LayerProblem(A, x, prior=ss.prox.L1(1.0))
+      >>> float(problem.objective(jnp.array([2.0])))  # ½(0² + 2²) + 2
+      4.0
+
     References:
       Bibi et al. 2019, eq. 1 and 5.
     """

@@ -224,6 +224,10 @@ class L1(Weighted):
 
     Args:
       gamma: γ ≥ 0.
+
+    Example:
+      >>> ss.prox.L1(0.5).prox(jnp.array([-2.0, 0.25, 1.0]), 1.0).tolist()
+      [-1.5, 0.0, 0.5]
     """
 
     def _value(self, u):

@@ -39,9 +39,9 @@ def implicit_gradient(
       bias: whether the layer has a bias, of shape (n2,).
 
     Returns:
-      d of the map: an array of its kernel's shape and dtype; for maps without a `kernel`, such as
-        transposed convolutions, a map whose arrays are the step of its own arrays.
-      d of the bias, or None.
+      The pair of d of the map and d of the bias, or None. The first is an array of its kernel's shape and
+      dtype; for maps without a `kernel`, such as transposed convolutions, a map whose arrays are the step of
+      its own.
 
     Raises:
       ValueError: at trace time, for shapes that do not fit, no batch axis, and `Exact` for other maps.

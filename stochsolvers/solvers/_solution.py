@@ -8,9 +8,8 @@ from stochsolvers._typing import Array, value_object
 class Status(enum.IntEnum):
     """How a solver with a tolerance ended, for each example.
 
-    UNBOUNDED: at the cap the iterates still grew at a constant rate, so that a relative test proves
-      nothing: the
-    problem is unbounded below, or its minimiser far beyond the iterations. A ridge λ > 0 bounds it.
+    UNBOUNDED: at the cap the iterates still grew at a constant rate, so that a relative test proves nothing:
+    the problem is unbounded below, or its minimiser far beyond the iterations. A ridge λ > 0 bounds it.
     """
 
     CONVERGED = 0

@@ -134,6 +134,12 @@ def prox_gd(
         an init of another shape, a form that the map does not have, or a derivative that a
         tolerance does not allow.
 
+    Example:
+      >>> A, x = ss.Dense(jnp.array([[1.0, -1.0], [0.0, 1.0]])), jnp.array([1.0, 2.0])
+      >>> problem = ss.LayerProblem(A, x, bias=jnp.array([0.0, -2.0]), prior=ss.prox.NonNegative())
+      >>> ss.prox_gd(problem, step_size=1.0, num_iters=1).value.tolist()  # max(x W + b, 0)
+      [1.0, 0.0]
+
     References:
       Bibi et al. 2019, eq. 3; Beck and Teboulle 2009.
     """
