@@ -154,9 +154,9 @@ def _summary(contents: Sequence[dict[str, Any]]) -> list[str]:
         met = f"{len(goals) - len(misses)} of {len(goals)}" if goals else ""
         rows.append([TITLES[name], f"`{name}`", str(len(content["figures"])), met])
         missed.append({"figures": misses})
-    parts = [results.markdown_table(["section", "benchmarks.", "figures", "goals met"], rows)]
+    parts = [runs.markdown_table(["section", "benchmarks.", "figures", "goals met"], rows)]
     if any(content["figures"] for content in missed):
-        parts += ["Goals that are missed:", results.markdown_table(*_table(missed))]
+        parts += ["Goals that are missed:", runs.markdown_table(*_table(missed))]
     return parts
 
 

@@ -12,11 +12,13 @@
 Each takes `ax`, matplotlib `Axes` to draw into (by default those of a new figure), and returns it, so that
 titles and limits can be changed and pictures combined. Matplotlib is imported by the first call. New figures
 are made with `STYLE`: `with matplotlib.rc_context(stochsolvers.plot.STYLE): ...` for figures of your own;
-`COLORS` are told apart by colour-blind readers (Okabe and Ito, Color universal design, 2008).
+`COLORS` are told apart by colour-blind readers (Okabe and Ito, Color universal design, 2008), and lines
+differ in their `DASHES` too.
 """
 
 from stochsolvers.plot._activation import activation as activation
 from stochsolvers.plot._axes import COLORS as COLORS
+from stochsolvers.plot._axes import DASHES as DASHES
 from stochsolvers.plot._axes import STYLE as STYLE
 from stochsolvers.plot._convergence import convergence as convergence
 from stochsolvers.plot._reports import certificates as certificates

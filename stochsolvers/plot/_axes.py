@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Blue, vermilion, green, purple, orange, sky blue, black."""
 DASHES = ("-", "--", "-.", ":")
+"""Line styles that go with the first four colours."""
 STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.prop_cycle": f"cycler('color', {list(COLORS)})",

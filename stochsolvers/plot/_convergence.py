@@ -93,7 +93,7 @@ def _describe(ax: "Axes", kind: str, *, counts_work: bool) -> None:
         ax.set_ylim(values.min() / 2, values.max() * 2)
     labels = {
         "gap": "gap P(z$_k$) − min P",
-        "certified gap": "certified gap, band: where the gap is",
+        "certified gap": "certified gap (band: the gap is within)",
         "residual": "residual ‖z$_k$ − z$_{k−1}$‖",
     }
     ax.set_xlabel("work, in full gradients" if counts_work else "iteration k")

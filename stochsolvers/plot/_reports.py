@@ -69,7 +69,7 @@ def changes(report: Any, *, ax: "Axes | None" = None) -> "Axes":
     ax.set_xlabel("relative change in percent")
     if not math.isnan(report.model_change):
         ax.set_title(f"all together change the model's output by {report.model_change:.1%}")
-    _axes.legend(ax)
+    _axes.legend(ax, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 

@@ -96,9 +96,9 @@ def frequencies(conv: Conv, *, grid: Grid = "layer", ax: "Axes | None" = None) -
         image = ax.pcolormesh(edges[1], edges[0], shifted, cmap="viridis", rasterized=True)
         ax.plot(places[1], places[0], "o", color=_axes.COLORS[1], markersize=6, mec="white")
         ax.set_aspect("equal")
-        ax.set_ylabel("vertical frequency (cycles/pixel)")
+        ax.set_ylabel("vertical (cycles/pixel)")
         ax.figure.colorbar(image, ax=ax, label="largest singular value")
-    across = "horizontal frequency" if norms.ndim == 2 else "frequency"
+    across = "horizontal" if norms.ndim == 2 else "frequency"
     ax.set_xlabel(f"{across} (cycles/pixel)")
     ax.set_title(f"greatest {shifted.max():.3g}, least {shifted.min():.3g}")
     return ax
