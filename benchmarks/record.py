@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tabulate import tabulate
 
 from benchmarks import measure
 from experiments.output import runs, terminal
@@ -95,7 +96,9 @@ def main(
     if not options.quick:
         write(name, options, figures)
         runs.write_text(PAGE, page(read_all()))
-    print(runs.format_table(*_table([{"figures": [as_dict(f) for f in figures]}])))
+    header, rows = _table([{"figures": [as_dict(f) for f in figures]}])
+    rows = [[terminal.shown(cell) for cell in row] for row in rows]
+    print(tabulate(rows, header, tablefmt="simple", disable_numparse=True))
 
 
 def as_dict(figure: Figure) -> dict[str, Any]:
@@ -132,11 +135,17 @@ def page(contents: Sequence[dict[str, Any]]) -> str:
         chosen = [c for c in contents if c["hardware"]["device"] == backend]
         hardware = chosen[0]["hardware"]
         parts.append(f"## {hardware['cores']} cores, {hardware['processor'] or backend}")
-        parts.append(runs.markdown_table(*_table(chosen)))
+        parts.append(markdown_table(*_table(chosen)))
         measured = [_provenance(content) for content in chosen]
         parts.append("Runs:\n\n" + "\n".join(f"- {run}" for run in measured))
     parts.append(runs.read_text(HERE / "NOTES.md").rstrip())
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, without padding: its cells are long."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _table(contents: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
