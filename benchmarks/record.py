@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tabulate import tabulate
 
 from benchmarks import measure
 from experiments.output import runs, terminal
@@ -98,7 +99,9 @@ def main(
     if not options.quick:
         write(name, options, figures)
         runs.write_text(PAGE, page(read_all()))
-    print(runs.format_table(*_table([{"figures": [as_dict(f) for f in figures]}])))
+    header, rows = _table([{"figures": [as_dict(f) for f in figures]}])
+    rows = [[terminal.shown(cell) for cell in row] for row in rows]
+    print(tabulate(rows, header, tablefmt="simple", disable_numparse=True))
 
 
 def as_dict(figure: Figure) -> dict[str, Any]:
@@ -138,7 +141,7 @@ def page(contents: Sequence[dict[str, Any]]) -> str:
         parts += _summary(chosen)
         for content in chosen:
             parts.append(f"### {TITLES[content['benchmark']]}")
-            parts.append(runs.markdown_table(*_table([content])))
+            parts.append(markdown_table(*_table([content])))
             parts.append(_provenance(content))
     parts.append(runs.read_text(HERE / "NOTES.md").rstrip())
     return "\n\n".join(parts) + "\n"
@@ -154,10 +157,16 @@ def _summary(contents: Sequence[dict[str, Any]]) -> list[str]:
         met = f"{len(goals) - len(misses)} of {len(goals)}" if goals else ""
         rows.append([TITLES[name], f"`{name}`", str(len(content["figures"])), met])
         missed.append({"figures": misses})
-    parts = [runs.markdown_table(["section", "benchmarks.", "figures", "goals met"], rows)]
+    parts = [markdown_table(["section", "benchmarks.", "figures", "goals met"], rows)]
     if any(content["figures"] for content in missed):
-        parts += ["Goals that are missed:", runs.markdown_table(*_table(missed))]
+        parts += ["Goals that are missed:", markdown_table(*_table(missed))]
     return parts
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, without padding: its cells are long."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _table(contents: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

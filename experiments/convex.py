@@ -85,6 +85,13 @@ class Config(options.Options):
     precision: tyro.conf.Suppress[training_step.Precision] = "float32"
     tensorboard: tyro.conf.Suppress[bool] = False
 
+    unrecorded: ClassVar[tuple[str, ...]] = (
+        "learning_rate",
+        "trials",
+        "normalize",
+        "augment",
+        "precision",
+    )
     counts: ClassVar[tuple[str, ...]] = (
         *(*options.Options.counts, "width", "components", "max_iters", "rounds", "polish_iters"),
     )
@@ -122,12 +129,6 @@ class Config(options.Options):
         small = {k: v for k, v in SMOKE.items() if self.smoke and getattr(self, k) is None}
         return super(Config, dataclasses.replace(self, **small)).filled()
 
-    def settings(self, table: str) -> dict[str, Any]:
-        """Without the options of other commands."""
-        unused = ("learning_rate", "trials", "normalize", "augment", "precision")
-        every = super().settings(table).items()
-        return {name: value for name, value in every if name not in unused}
-
 
 def run(config: Config) -> list[tables.Row]:
     """Train what is not finished yet, write the files and return all rows."""
@@ -148,18 +149,14 @@ def run(config: Config) -> list[tables.Row]:
 def wanted(config: Config) -> list[programs.Method]:
     """The methods; the first is the gated program, which chooses β and bounds the others."""
     assert config.methods is not None
-    methods: list[programs.Method] = ["gated"]
-    for method in config.methods:
-        if method not in methods:
-            methods.append(method)
-    return methods
+    return list(dict.fromkeys(("gated", *config.methods)))
 
 
 def prepared(source: data.Source, config: Config, seed: int) -> programs.Task:
     """The data and the program of a seed.
 
     Raises:
-      training.ConfigurationError: a batch is larger than the data.
+      loop.ConfigurationError: a batch is larger than the data.
     """
     assert config.width is not None
     assert config.batch_size is not None
@@ -174,7 +171,7 @@ def prepared(source: data.Source, config: Config, seed: int) -> programs.Task:
 def _train_and_test(
     method: programs.Method, task: programs.Task, config: Config, stored: runs.Run
 ) -> list[tables.Row]:
-    """The rows of one method from one seed: its curve, and the final row."""
+    """The rows of one method from one seed: its history, and the final row."""
     study = f"TwoLayer{config.width}"
     tags = {"dataset": task.data.name, "name": f"{study} {NAMES[method]}", "study": study}
     tags |= {"method": method, "seed": task.seed}
@@ -195,7 +192,7 @@ def _train_and_test(
         terminal.say(str(error))
         return [{"kind": "final", **tags, "accuracy": None, **final, "error": str(error)}]
     final |= trained.final | {
-        "train_seconds": trained.curve[-1]["seconds"],
+        "train_seconds": trained.history[-1]["seconds"],
         "validation_accuracy": programs.accuracy(trained.predict, task.data.validation),
         "accuracy": programs.accuracy(trained.predict, task.data.test),
     }
@@ -204,7 +201,7 @@ def _train_and_test(
         f"{final['objective']:.5g} in {final['train_seconds']:.1f} s"
     )
     family = {"family": final["family"]}
-    epochs = [{"kind": "epoch", **tags, **family, **row} for row in trained.curve]
+    epochs = [{"kind": "epoch", **tags, **family, **row} for row in trained.history]
     return [*epochs, {"kind": "final", **tags, **final}]
 
 

@@ -17,9 +17,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 
 import stochsolvers as ss
 from experiments.output import plots, runs, terminal
@@ -40,7 +38,7 @@ PANELS = (
     Panel("softplus", jax.nn.softplus, ss.prox.LogBarrier(1.0), "g(u) = −log u", 6.0),
     Panel("tanh", jnp.tanh, ss.prox.SymmetricLogBarrier(0.1), "g(u) = −0.1 log(1 − u²)", 4.0),
 )
-STEPS = (1.0, 0.3, 0.1)
+STEP_SIZES = (1.0, 0.3, 0.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +53,20 @@ class Config:
     """Accepted as by the tables, without effect: the whole figure takes seconds."""
 
 
-def curves(panel: Panel, points: int) -> tuple[np.ndarray, np.ndarray, dict[float, np.ndarray]]:
+def values(panel: Panel, points: int) -> tuple[np.ndarray, np.ndarray, dict[float, np.ndarray]]:
     """Abscissas, the activation, and the proximal operator for every step size."""
     v = jnp.linspace(-panel.reach, panel.reach, points)
-    operators = {step: np.asarray(panel.prior.prox(v, step)) for step in STEPS}
+    operators = {step: np.asarray(panel.prior.prox(v, step)) for step in STEP_SIZES}
     return np.asarray(v), np.asarray(panel.activation(v)), operators
 
 
 def draw(path: Path, points: int) -> dict[str, float]:
     """Draw the figure; returns the largest distance between the two curves of each pair at η = 1."""
     apart = {}
-    with mpl.rc_context(plots.STYLE):
-        figure = Figure(figsize=(9, 6), layout="constrained")
+    with plots.figure(path, (9, 6)) as figure:
         grid = figure.subplots(2, 2, sharex="col", height_ratios=(3, 2))
         for (top, bottom), panel in zip(grid.T, PANELS, strict=True):
-            v, activation, operators = curves(panel, points)
+            v, activation, operators = values(panel, points)
             apart[panel.name] = float(np.abs(operators[1.0] - activation).max())
             top.plot(v, activation, color="k", label=panel.name)
             for color, (step, operator) in enumerate(operators.items()):
@@ -81,7 +78,6 @@ def draw(path: Path, points: int) -> dict[str, float]:
             bottom.set(xlabel="v")
         grid[0, 0].set_ylabel("activation")
         grid[1, 0].set_ylabel("prox − activation")
-        figure.savefig(path, metadata={"Software": None})
     return apart
 
 

@@ -26,7 +26,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib as mpl
 import tyro
 from matplotlib.figure import Figure
 
@@ -92,10 +91,8 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def _figure(path: Path, draw: Callable[[Figure], None]) -> None:
-    with mpl.rc_context(plots.STYLE):
-        figure = Figure(figsize=(7.4, 4.2), layout="constrained")
+    with plots.figure(path, (7.4, 4.2)) as figure:
         draw(figure)
-        figure.savefig(path, metadata={"Software": None})
 
 
 def main(args: list[str] | None = None) -> None:

@@ -27,8 +27,8 @@ import numpy as np
 import stochsolvers as ss
 from experiments import data, networks
 from experiments.networks import EquilibriumMethod, EquilibriumNet, EquilibriumNetConfig
-from experiments.output import runs, terminal
-from experiments.training import evaluation, loop, options, tables, training_step
+from experiments.output import terminal
+from experiments.training import evaluation, options, tables, training_step
 
 PUBLISHED = (
     "Published, CIFAR-10 without augmentation, 40 epochs: monDEQ (Winston and Kolter 2020) 74.0 % with 172k "
@@ -85,13 +85,8 @@ class Config(options.Options):
 
     def train_config(self, seed: int) -> training_step.TrainConfig:
         """AdamW at three rates; call `filled` first."""
-        rates = tuple(float(f"{self.learning_rate * part:.6g}") for part in RATES)
-        return dataclasses.replace(
-            super().train_config(seed),
-            learning_rates=rates,
-            optimizer="adamw",
-            weight_decay=self.weight_decay,
-        )
+        config = super().train_config(seed)
+        return options.adamw(config, self.learning_rate, RATES, self.weight_decay)
 
     def networks(self, dataset: data.Dataset) -> Iterator[EquilibriumNetConfig]:
         """The networks for images of this shape."""
@@ -110,72 +105,30 @@ class Config(options.Options):
             )
 
 
+def network(config: Config, net: EquilibriumNetConfig) -> tables.Network:
+    """What is trained; the networks of a width are one study."""
+    study = f"OptEq{net.width}"
+    return tables.Network(
+        f"{study} {networks.EQUILIBRIUM_NAMES[net.method]}",
+        {"study": study, "method": net.method},
+        lambda rngs: EquilibriumNet(net, rngs=rngs),
+        config.train_config,
+        {"network": dataclasses.asdict(net)},
+        measure=residuals,
+    )
+
+
 def run(config: Config) -> list[tables.Row]:
     """Train the networks that are not finished yet, write the files and return all rows."""
     config = config.filled()
 
-    def builds(dataset: data.Dataset) -> Iterator[tables.Build]:
-        for network in config.networks(dataset):
-            yield lambda rngs, network=network: EquilibriumNet(network, rngs=rngs)
+    def all_networks(dataset: data.Dataset) -> Iterator[tables.Network]:
+        return (network(config, net) for net in config.networks(dataset))
 
-    with tables.opened("opteq", config, builds) as job:
-        for seed in config.seeds:
-            dataset = job.source.dataset(seed, config.examples)
-            for network in config.networks(dataset):
-                about = {"study": _study(network), "method": network.method}
-                if not job.stored.final(seed=seed, **about):
-                    _run_network(network, dataset, seed, config, job)
+    rows = tables.run("opteq", config, all_networks)
     if config.dataset == "cifar10":
         terminal.say(PUBLISHED)
-    return job.stored.rows
-
-
-def _study(network: EquilibriumNetConfig) -> str:
-    """The name of all networks of a width."""
-    return f"OptEq{network.width}"
-
-
-def _run_network(
-    network: EquilibriumNetConfig, dataset: data.Dataset, seed: int, config: Config, job: tables.Job
-) -> None:
-    """Train and test one network, and store its rows."""
-    optimiser = config.train_config(seed)
-    method, study = network.method, _study(network)
-    name = f"{study} {networks.EQUILIBRIUM_NAMES[method]}"
-    tags = {"dataset": dataset.name, "name": name, "study": study, "method": method, "seed": seed}
-    final = {
-        "paper_accuracy": None,
-        "paper_std": None,
-        "epochs": optimiser.epochs,
-        "batch_size": optimiser.batch_size,
-        "train_examples": len(dataset.train),
-        "config": {"network": dataclasses.asdict(network), "training": optimiser.settings()},
-        **runs.environment(),
-    }
-    board = job.stored.board(study, method, seed)
-    try:
-        trained = loop.train(
-            lambda rngs: EquilibriumNet(network, rngs=rngs),
-            dataset,
-            optimiser,
-            label=name,
-            checkpoint=job.stored.checkpoint(study, method, seed),
-            mesh=job.mesh,
-            watch=board.show,
-        )
-    except loop.DivergenceError as error:
-        job.stored.add(tables.diverged(tags, error, final))
-        return
-    scores = tables.scored(trained, dataset, config.trials, job.mesh)
-    board.finish(scores["accuracy"])
-    *epochs, last = tables.finished(tags, trained, scores, final)
-    curves, ends = residuals(trained.model, dataset)
-    rows = [
-        *epochs,
-        *({"kind": "residuals", **tags, **curve} for curve in curves),
-        {**last, **ends},
-    ]
-    job.stored.add(rows)
+    return rows
 
 
 def residuals(
@@ -191,7 +144,7 @@ def residuals(
     networks.set_mode(model, "test")
     pixels = jnp.asarray(dataset.validation.images[:images])
     x = evaluation.normalise(pixels, dataset.mean, dataset.std)
-    curves, taken, converged, norms = [], [], [], []
+    rows, taken, converged, norms = [], [], [], []
     for number, tier in enumerate(model.features.tiers):
         if not tier.is_plain:
             problem = tier.inner.problem(tier.drive(x))
@@ -200,7 +153,7 @@ def residuals(
                 limits = _relative(problem, solver)
                 how = "plain iteration" if plain else "Anderson"
                 about = {"layer": f"tier {number + 1}", "deterministic": plain, "how": how}
-                curves.append({**about, **limits})
+                rows.append({**about, **limits})
             solution = tier.inner.solve(tier.drive(x))
             if solution.iterations is not None:
                 taken.append(int(jnp.max(solution.iterations)))
@@ -210,8 +163,8 @@ def residuals(
             norms += [float(bound.upper) ** 0.5 for bound in bounds]
         x = tier(x)
     if not norms:
-        return curves, {}
-    return curves, {"solver_iterations": taken, "converged": converged, "norms": norms}
+        return rows, {}
+    return rows, {"solver_iterations": taken, "converged": converged, "norms": norms}
 
 
 def _relative(problem: ss.FixedPointProblem, solver: ss.Solver) -> dict[str, list[float]]:

@@ -39,8 +39,7 @@ from experiments.networks.proxprop import (
     ProxPropConfig,
     ProxPropNet,
 )
-from experiments.output import runs
-from experiments.training import loop, options, tables, training_step
+from experiments.training import options, tables, training_step
 
 Method = Literal["backpropagation", "exact", "cg3", "cg5", "cg10"]
 EPOCHS = {"digits": 20}
@@ -72,6 +71,7 @@ class Config(options.Options):
     trials: tyro.conf.Suppress[int] = 1
     normalize: tyro.conf.Suppress[bool] = False
 
+    unrecorded: ClassVar[tuple[str, ...]] = ("learning_rate", "trials", "normalize")
     smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {"methods": SMOKE_METHODS}
 
     def __post_init__(self):
@@ -98,12 +98,6 @@ class Config(options.Options):
             "plain_rate": paper["plain"],
             "width": 1.0,
         }
-
-    def settings(self, table: str) -> dict[str, Any]:
-        """Without the options of other commands."""
-        unused = ("learning_rate", "trials", "normalize")
-        every = super().settings(table).items()
-        return {name: value for name, value in every if name not in unused}
 
     def train_config(self, seed: int, method: Method = "exact") -> training_step.TrainConfig:
         """The configuration of the optimiser for a method; call `filled` first."""
@@ -138,81 +132,31 @@ def in_unit_interval(dataset: data.Dataset) -> data.Dataset:
     return dataclasses.replace(dataset, mean=mean, std=std)
 
 
-def networks(config: Config, dataset: data.Dataset) -> Iterator[tuple[Method, ProxPropConfig]]:
-    """The methods, each with its network."""
-    for method in dict.fromkeys(config.methods):
-        yield (
-            method,
-            ProxPropConfig(
-                config.network,
-                dataset.image_shape,
-                len(dataset.classes),
-                config.step(method),
-                config.width or 1.0,
-                config.init,
-            ),
-        )
+def network(config: Config, method: Method, dataset: data.Dataset) -> tables.Network:
+    """What is trained by a method."""
+    shape, count, step = dataset.image_shape, len(dataset.classes), config.step(method)
+    width = config.width or 1.0
+    net = ProxPropConfig(config.network, shape, count, step, width, config.init)
+    described = dataclasses.asdict(dataclasses.replace(net, step=None))
+    return tables.Network(
+        f"{LABELS[config.network]} {method}",
+        {"method": method},
+        lambda rngs: ProxPropNet(net, rngs=rngs),
+        lambda seed: config.train_config(seed, method),
+        {"network": described | {"step": None if step is None else repr(step)}},
+    )
 
 
 def run(config: Config) -> list[tables.Row]:
     """Train the networks that are not finished yet, write the files and return all rows."""
     config = config.filled()
 
-    def builds(dataset: data.Dataset) -> Iterator[tables.Build]:
-        for _, network in networks(config, dataset):
-            yield lambda rngs, network=network: ProxPropNet(network, rngs=rngs)
+    def networks(dataset: data.Dataset) -> Iterator[tables.Network]:
+        return (network(config, method, dataset) for method in dict.fromkeys(config.methods))
 
     # OpenBLAS's threads, in which Cholesky factorisations run on CPU, fight with those of XLA
-    with threadpool_limits(1, "blas"), tables.opened("proxprop", config, builds) as job:
-        for seed in config.seeds:
-            dataset = in_unit_interval(job.source.dataset(seed, config.examples))
-            for method, network in networks(config, dataset):
-                if not job.stored.final(method=method, seed=seed):
-                    job.stored.add(_train_and_test(method, network, dataset, config, seed, job))
-    return job.stored.rows
-
-
-def _train_and_test(
-    method: Method,
-    network: ProxPropConfig,
-    dataset: data.Dataset,
-    config: Config,
-    seed: int,
-    job: tables.Job,
-) -> list[tables.Row]:
-    """The rows of one network from one seed: its epochs and the final row."""
-    name = f"{LABELS[network.kind]} {method}"
-    optimiser = config.train_config(seed, method)
-    tags = {"dataset": dataset.name, "name": name, "method": method, "seed": seed}
-    described = dataclasses.asdict(dataclasses.replace(network, step=None))
-    final = {
-        "paper_accuracy": None,
-        "paper_std": None,
-        "epochs": optimiser.epochs,
-        "batch_size": optimiser.batch_size,
-        "train_examples": len(dataset.train),
-        "config": {
-            "network": described | {"step": None if network.step is None else repr(network.step)},
-            "training": optimiser.settings(),
-        },
-        **runs.environment(),
-    }
-    board = job.stored.board(method, seed)
-    try:
-        trained = loop.train(
-            lambda rngs: ProxPropNet(network, rngs=rngs),
-            dataset,
-            optimiser,
-            label=name,
-            checkpoint=job.stored.checkpoint(method, seed),
-            mesh=job.mesh,
-            watch=board.show,
-        )
-    except loop.DivergenceError as error:
-        return tables.diverged(tags, error, final)
-    scores = tables.scored(trained, dataset, 1, job.mesh)
-    board.finish(scores["accuracy"])
-    return tables.finished(tags, trained, scores, final)
+    with threadpool_limits(1, "blas"):
+        return tables.run("proxprop", config, networks, prepare=in_unit_interval)
 
 
 def main(args: list[str] | None = None) -> None:

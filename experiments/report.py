@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments.output import runs, summary, terminal
-from experiments.output.panels import name_of
+from experiments.output.rows import name_of
 
 STORED = Path(__file__).parent / "results"
 
@@ -38,7 +38,7 @@ def found(folders: Iterable[Path]) -> list[Path]:
     """All folders with results among the given folders and their subfolders.
 
     Raises:
-      results.FolderError: one of the given folders has none.
+      runs.FolderError: one of the given folders has none.
     """
     every: list[Path] = []
     for folder in folders:
@@ -53,7 +53,7 @@ def load(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """The rows of several folders, in their order.
 
     Raises:
-      results.FolderError: a folder is damaged or has no finished network, or two have the same network
+      runs.FolderError: a folder is damaged or has no finished network, or two have the same network
         and seed.
     """
     rows: list[dict[str, Any]] = []

@@ -102,13 +102,8 @@ class Config(options.FinetuneOptions):
 
     def train_config(self, seed: int) -> training_step.TrainConfig:
         """AdamW at three rates; call `filled` first."""
-        rates = tuple(float(f"{self.learning_rate * part:.6g}") for part in RATES)
-        return dataclasses.replace(
-            super().train_config(seed),
-            learning_rates=rates,
-            optimizer="adamw",
-            weight_decay=self.weight_decay,
-        )
+        config = super().train_config(seed)
+        return options.adamw(config, self.learning_rate, RATES, self.weight_decay)
 
     def solver(self, arm: ArmName) -> ss.Solver:
         """The solver of an arm."""

@@ -24,8 +24,7 @@ import numpy as np
 
 from experiments import data, networks
 from experiments.networks import BlockConfig, LeNet, LeNetConfig, Method, Variant
-from experiments.output import runs
-from experiments.training import evaluation, loop, options, tables
+from experiments.training import evaluation, options, tables
 
 PAPER: dict[tuple[str, str], tuple[float, float | None]] = {
     ("D-D", "dropout"): (64.39, None),
@@ -75,92 +74,28 @@ class Config(options.Options):
             yield LeNetConfig(dataset.image_shape, len(dataset.classes), variant, block)
 
 
+def network(config: Config, lenet: LeNetConfig) -> tables.Network:
+    """What is trained."""
+    variant, method = lenet.variant, lenet.block.method
+    return tables.Network(
+        f"{variant} {networks.NAMES[method]}",
+        {"variant": variant, "method": method},
+        lambda rngs: LeNet(lenet, rngs=rngs),
+        config.train_config,
+        {"network": dataclasses.asdict(lenet)},
+        PAPER.get((variant, method)) if config.dataset == "cifar10" else None,
+        measure=lambda model, dataset: (residuals(model, dataset), {}),
+    )
+
+
 def run(config: Config) -> list[tables.Row]:
     """Train the networks that are not finished yet, write the files and return all rows."""
     config = config.filled()
 
-    def builds(dataset: data.Dataset) -> Iterator[tables.Build]:
-        for network in config.lenets(dataset):
-            yield lambda rngs, network=network: LeNet(network, rngs=rngs)
+    def all_networks(dataset: data.Dataset) -> Iterator[tables.Network]:
+        return (network(config, lenet) for lenet in config.lenets(dataset))
 
-    seeds = config.seeds
-    with tables.opened("table2", config, builds) as job:
-        for group in [seeds] if config.seeds_at_once else [(seed,) for seed in seeds]:
-            datasets = {seed: job.source.dataset(seed, config.examples) for seed in group}
-            for network in config.lenets(datasets[group[0]]):
-                about = {"variant": network.variant, "method": network.block.method}
-                remaining = {
-                    seed: dataset
-                    for seed, dataset in datasets.items()
-                    if not job.stored.final(seed=seed, **about)
-                }
-                _run_network(network, remaining, config, job)
-    return job.stored.rows
-
-
-def _run_network(
-    network: LeNetConfig, datasets: dict[int, data.Dataset], config: Config, job: tables.Job
-) -> None:
-    """Train a network from each seed; if one diverges, the others are trained again without it."""
-    while datasets:
-        try:
-            job.stored.add(_train_and_test(network, datasets, config, job))
-        except loop.DivergenceError as error:
-            tags, final = _about(network, datasets.pop(error.seed), config, error.seed)
-            job.stored.add(tables.diverged(tags, error, final))
-        else:
-            return
-
-
-def _train_and_test(
-    network: LeNetConfig, datasets: dict[int, data.Dataset], config: Config, job: tables.Job
-) -> list[tables.Row]:
-    """The rows of one network, from each seed: epochs, residuals of its solvers, the final row."""
-    variant, method = network.variant, network.block.method
-    boards = {seed: job.stored.board(variant, method, seed) for seed in datasets}
-    trained = loop.train_together(
-        lambda rngs: LeNet(network, rngs=rngs),
-        datasets,
-        config.train_config(config.seeds[0]),
-        label=_name(network),
-        checkpoint=job.stored.checkpoint(variant, method, "-".join(map(str, datasets))),
-        mesh=job.mesh,
-        watches=[board.show for board in boards.values()],
-    )
-    rows = []
-    for (seed, dataset), one in zip(datasets.items(), trained, strict=True):
-        scores = tables.scored(one, dataset, config.trials, job.mesh)
-        boards[seed].finish(scores["accuracy"])
-        tags, final = _about(network, dataset, config, seed)
-        *epochs, last = tables.finished(tags, one, scores, final)
-        curves = residuals(one.model, dataset)
-        rows += [*epochs, *({"kind": "residuals", **tags, **curve} for curve in curves), last]
-    return rows
-
-
-def _name(network: LeNetConfig) -> str:
-    return f"{network.variant} {networks.NAMES[network.block.method]}"
-
-
-def _about(
-    network: LeNetConfig, dataset: data.Dataset, config: Config, seed: int
-) -> tuple[tables.Row, tables.Row]:
-    """The entries that all rows of a network share, and those of the final row alone."""
-    variant, method = network.variant, network.block.method
-    known = PAPER.get((variant, method)) if config.dataset == "cifar10" else None
-    optimiser = config.train_config(seed)
-    tags = {"dataset": dataset.name, "name": _name(network), "variant": variant}
-    return {**tags, "method": method, "seed": seed}, {
-        **dict(zip(("paper_accuracy", "paper_std"), known or (None, None), strict=True)),
-        "epochs": optimiser.epochs,
-        "batch_size": optimiser.batch_size,
-        "train_examples": len(dataset.train),
-        "config": {
-            "network": dataclasses.asdict(network),
-            "training": optimiser.settings(),
-        },
-        **runs.environment(),
-    }
+    return tables.run("table2", config, all_networks, together=config.seeds_at_once)
 
 
 def residuals(model: LeNet, dataset: data.Dataset, *, images: int = 256) -> list[dict[str, Any]]:
@@ -173,7 +108,7 @@ def residuals(model: LeNet, dataset: data.Dataset, *, images: int = 256) -> list
     networks.set_mode(model, "test")
     pixels = jnp.asarray(dataset.validation.images[:images])
     hidden = model.features(evaluation.normalise(pixels, dataset.mean, dataset.std))
-    curves = []
+    rows = []
     for name, layer in (("penultimate", model.penultimate), ("last", model.last)):
         solver = networks.solver_of(layer)
         for deterministic in (False, True):
@@ -185,9 +120,9 @@ def residuals(model: LeNet, dataset: data.Dataset, *, images: int = 256) -> list
             limits = np.quantile(relative, (0.1, 0.5, 0.9), axis=1)
             low, middle, high = ([float(f"{x:.6g}") for x in line] for line in limits)
             about = {"layer": name, "deterministic": deterministic}
-            curves.append({**about, "low": low, "middle": middle, "high": high})
+            rows.append({**about, "low": low, "middle": middle, "high": high})
         hidden = layer(hidden)
-    return curves
+    return rows
 
 
 def main(args: list[str] | None = None) -> None:

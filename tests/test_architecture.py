@@ -26,6 +26,8 @@ FLOORS = [
     {"nnx", "linen"},
     {"testing"},
 ]
+EXPERIMENTS = ["networks", "output", "data", "training"]
+"""Folders below the commands, each of which imports from itself and the earlier ones."""
 MAY_IMPORT_FLAX = {"nnx", "linen", "testing", "convex"}
 
 
@@ -41,8 +43,8 @@ def imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "stochsolvers":
-            yield from (f"stochsolvers.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module in ("stochsolvers", "experiments"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module or ""
 
@@ -70,8 +72,17 @@ def test_experiments_use_the_public_api_alone(path):
     assert not private, private
 
 
+def test_folders_of_experiments_import_downwards():
+    for path in (ROOT / "experiments").rglob("*/*.py"):
+        here = EXPERIMENTS.index(path.parent.name)
+        for name in imported(path):
+            if name.startswith("experiments."):
+                assert name.split(".")[1] in EXPERIMENTS[: here + 1], f"{path} imports {name}"
+
+
 def test_files_stay_readable():
-    assert all(len(path.read_text().splitlines()) <= 400 for path in modules())
+    paths = [*modules(), *(ROOT / "experiments").rglob("*.py")]
+    assert all(len(path.read_text("utf-8").splitlines()) <= 400 for path in paths)
 
 
 def test_convex_programs_import_flax_in_one_file():

@@ -20,8 +20,8 @@ EXTRAS = PROJECT["project"]["optional-dependencies"]
 OURS = {"stochsolvers", "experiments", "benchmarks"}
 MODULES = {"scikit-learn": "sklearn", "orbax-checkpoint": "orbax"}
 """Modules that are not called as their distributions are."""
-NEEDED_BY_OTHERS = {"array_record", "importlib_resources"}
-"""What tensorflow-datasets imports without requiring it."""
+NEEDED_BY_OTHERS = {"array_record", "importlib_resources", "tabulate"}
+"""What tensorflow-datasets and pandas import without requiring it."""
 
 
 def modules_of(*extras):

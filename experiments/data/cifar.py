@@ -1,5 +1,9 @@
 """CIFAR through tensorflow-datasets, without TensorFlow: array_record files, random access.
 
+The builders that come with tensorflow-datasets read the binary archives, whose checksums they demand, store
+PNGs, and shuffle. Here the python archives are read, recompressed ones too, pixels are stored as they are,
+and examples stay in the archive's order, on which the validation splits of all seeds depend.
+
 Importing this module imports tensorflow-datasets; `experiments.data.datasets` does so when it is needed.
 """
 

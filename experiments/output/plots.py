@@ -1,7 +1,8 @@
-"""Pictures of a run: accuracy over epochs, residuals over the iterations of a solver."""
+"""Pictures of a run, from the lines of `panels`."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,22 @@ SEEDS = "mean over the seeds, band from least to greatest"
 IMAGES = "of one seed: median over images, band around the middle 80%"
 
 
+TICKS = (-50, -20, -5, -2, -1, 0, 1, 2, 5, 20, 50)
+"""Of gains in points."""
+
+
+@contextlib.contextmanager
+def figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure in `STYLE`, saved to the path at the end of the block."""
+    with mpl.rc_context(STYLE):
+        drawn = Figure(figsize=size, layout="constrained")
+        yield drawn
+        drawn.savefig(path, metadata={"Software": None})
+
+
 def accuracy(path: Path, contents: Panels, *, title: str) -> None:
     """Validation accuracy over epochs, one panel for each comparison."""
-    title = _titled(title, [curve for curves in contents.values() for curve in curves], SEEDS)
+    title = _titled(title, contents.values())
     _panels(path, contents, title, xlabel="epoch", ylabel="validation accuracy (%)")
 
 
@@ -65,33 +79,27 @@ def residuals(path: Path, contents: Panels, *, title: str) -> None:
 
 def progress(path: Path, contents: Mapping[str, Panels], *, title: str) -> None:
     """Two rows of axes, loss and accuracy, each over epochs and over seconds; one legend."""
-    curves = [c for row in contents.values() for each in row.values() for c in each]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.4, 6.4), layout="constrained")
-        grid = figure.subplots(len(contents), 2, squeeze=False, sharex="col", sharey="row")
+    with figure(path, (7.4, 6.4)) as drawn:
+        grid = drawn.subplots(len(contents), 2, squeeze=False, sharex="col", sharey="row")
         for line, (ylabel, panels) in zip(grid, contents.items(), strict=True):
-            for axes, (xlabel, drawn), below in zip(line, panels.items(), grid[-1], strict=True):
-                _draw(axes, drawn)
+            for axes, (xlabel, curves), below in zip(line, panels.items(), grid[-1], strict=True):
+                _draw(axes, curves)
                 below.set_xlabel(xlabel)
             line[0].set_ylabel(ylabel)
-            values = np.concatenate([c.y for drawn in panels.values() for c in drawn])
+            values = np.concatenate([c.y for curves in panels.values() for c in curves])
             if values.min() > 0 and values.max() > 5 * values.min():
                 _logarithmic(line[0])
-        figure.suptitle(_titled(title, curves, SEEDS))
-        handles = {str(line.get_label()): line for line in grid[0, 0].lines}
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
-        )
-        figure.savefig(path, metadata={"Software": None})
+        every = [curves for panels in contents.values() for curves in panels.values()]
+        drawn.suptitle(_titled(title, every))
+        _legend(drawn, grid[0, :1])
 
 
 def descent(path: Path, contents: Panels, *, title: str) -> None:
     """Axes side by side over seconds, of one seed, logarithmic but for percentages, with one legend."""
     ends = [curve.x[-1] for curves in contents.values() for curve in curves]
     xscale = "log" if max(ends) > 20 * min(ends) else "linear"
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.2, 4.0), layout="constrained")
-        grid = figure.subplots(1, len(contents), squeeze=False)[0]
+    with figure(path, (10.2, 4.0)) as drawn:
+        grid = drawn.subplots(1, len(contents), squeeze=False)[0]
         for axes, (ylabel, curves) in zip(grid, contents.items(), strict=True):
             _draw(axes, curves, markers=False)
             axes.set(xlabel="seconds", ylabel=ylabel, xscale=xscale)
@@ -101,27 +109,90 @@ def descent(path: Path, contents: Panels, *, title: str) -> None:
                 axes.set_xlim(left=0)
             if "%" not in ylabel:
                 _logarithmic(axes)
-        figure.suptitle(title)
-        handles = {str(line.get_label()): line for line in grid[0].lines}
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
-        )
-        figure.savefig(path, metadata={"Software": None})
+        drawn.suptitle(title)
+        _legend(drawn, grid[:1])
 
 
 def path(path: Path, contents: Panels, *, title: str) -> None:
     """Axes side by side over β/β_max."""
-    curves = [curve for drawn in contents.values() for curve in drawn]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.4, 3.4), layout="constrained")
-        grid = figure.subplots(1, len(contents), squeeze=False)[0]
-        for axes, (ylabel, drawn) in zip(grid, contents.items(), strict=True):
-            _draw(axes, drawn)
+    with figure(path, (7.4, 3.4)) as drawn:
+        grid = drawn.subplots(1, len(contents), squeeze=False)[0]
+        for axes, (ylabel, curves) in zip(grid, contents.items(), strict=True):
+            _draw(axes, curves)
             axes.set(xlabel="β/β$_{max}$", ylabel=ylabel, xscale="log")
-            axes.set_xticks(drawn[0].x, [f"{value:g}" for value in drawn[0].x])
+            axes.set_xticks(curves[0].x, [f"{value:g}" for value in curves[0].x])
             axes.xaxis.set_minor_formatter(NullFormatter())
-        figure.suptitle(_titled(title, curves, SEEDS))
-        figure.savefig(path, metadata={"Software": None})
+        drawn.suptitle(_titled(title, contents.values()))
+
+
+def rates(path: Path, contents: Sequence[Curve], *, title: str) -> None:
+    """Test accuracy over dropout rates, at equal distances on the axis."""
+    with figure(path, (6.4, 4.2)) as drawn:
+        axes = drawn.subplots()
+        values = sorted({rate for curve in contents for rate in curve.x})
+        _draw(axes, [dataclasses.replace(c, x=np.searchsorted(values, c.x)) for c in contents])
+        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        title = _titled(title, [contents])
+        axes.set(title=title, xlabel="dropout rate p", ylabel="test accuracy (%)")
+        axes.legend()
+
+
+def gains(path: Path, contents: Mapping[str, Mapping[str, list[float]]], *, title: str) -> None:
+    """A bar for each arm, its mean over the seeds, and a dot for each seed; logarithmic beyond one point."""
+    arms = list(dict.fromkeys(arm for group in contents.values() for arm in group))
+    every = [value for group in contents.values() for values in group.values() for value in values]
+    low, high = min(*every, -1.0), max(*every, 1.0)
+    with figure(path, (2.6 + 2.2 * len(contents), 1.2 + 0.35 * len(arms))) as drawn:
+        grid = drawn.subplots(1, len(contents), squeeze=False, sharex=True, sharey=True)[0]
+        for axes, (name, group) in zip(grid, contents.items(), strict=True):
+            for arm, values in group.items():
+                place = arms.index(arm)
+                axes.barh(place, np.mean(values), color="C0", alpha=0.4, height=0.6)
+                axes.plot(values, [place] * len(values), "o", color="C0", markersize=4)
+            axes.axvline(0, color="0.3", linewidth=0.8)
+            axes.set(title=name, xlabel="gain (points)", axisbelow=True)
+            axes.set_xscale("symlog", linthresh=1.0, linscale=0.5)
+            axes.set_xlim(1.4 * low, 1.4 * high)
+            shown = [tick for tick in TICKS if low <= tick <= high]
+            axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+            axes.minorticks_off()
+        grid[0].set_yticks(range(len(arms)), arms)
+        grid[0].invert_yaxis()
+        drawn.suptitle(title)
+
+
+def _panels(path: Path, panels: Panels, title: str, *, xlabel: str, ylabel: str, **axis: Any):
+    """Axes side by side, at most three in a row, with one legend for all of them."""
+    count = len(panels)
+    columns = 2 if count == 4 else min(count, 3)
+    rows = -(-count // columns)
+    with figure(path, (3.4 * max(columns, 2), 3.0 * rows + 0.9)) as drawn:
+        grid = drawn.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+            _draw(axes, curves)
+            axes.set(title=name, **axis)
+        for axes in grid[count:]:
+            axes.set_visible(False)
+        for axes in grid[max(0, count - columns) : count]:
+            axes.set_xlabel(xlabel)
+            axes.tick_params(labelbottom=True)
+        for axes in grid[::columns]:
+            axes.set_ylabel(ylabel)
+        drawn.suptitle(title)
+        _legend(drawn, grid[:count], max(columns, 2))
+
+
+def _legend(drawn: Figure, grid: Iterable[Axes], columns: int | None = None) -> None:
+    """One legend below, of all labels of some axes, by default in one row."""
+    handles: dict[str, Any] = {str(line.get_label()): line for axes in grid for line in axes.lines}
+    place, count = "outside lower center", columns or len(handles)
+    drawn.legend(handles.values(), handles.keys(), loc=place, ncols=count)
+
+
+def _titled(title: str, panels: Iterable[Sequence[Curve]]) -> str:
+    """The title, with a line that explains the bands if there are any."""
+    has_bands = any(curve.band is not None for curves in panels for curve in curves)
+    return f"{title}\n{SEEDS}" if has_bands else title
 
 
 def _logarithmic(axes: Axes) -> None:
@@ -134,57 +205,6 @@ def _plain_numbers(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
-
-
-def _titled(title: str, curves: Sequence[Curve], note: str) -> str:
-    """The title, with a line that explains the bands if there are any."""
-    return f"{title}\n{note}" if any(curve.band is not None for curve in curves) else title
-
-
-def _panels(path: Path, panels: Panels, title: str, *, xlabel: str, ylabel: str, **axis: Any):
-    """Axes side by side, at most three in a row, with one legend for all of them."""
-    count = len(panels)
-    columns = 2 if count == 4 else min(count, 3)
-    rows = -(-count // columns)
-    with mpl.rc_context(STYLE):
-        size = (3.4 * max(columns, 2), 3.0 * rows + 0.9)
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-        handles: dict[str, Any] = {}
-        for axes, (name, curves) in zip(grid, panels.items(), strict=False):
-            _draw(axes, curves)
-            axes.set(title=name, **axis)
-            handles |= {line.get_label(): line for line in axes.lines}
-        for axes in grid[count:]:
-            axes.set_visible(False)
-        for axes in grid[max(0, count - columns) : count]:
-            axes.set_xlabel(xlabel)
-            axes.tick_params(labelbottom=True)
-        for axes in grid[::columns]:
-            axes.set_ylabel(ylabel)
-        figure.suptitle(title)
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=max(columns, 2)
-        )
-        figure.savefig(path, metadata={"Software": None})
-
-
-def rates(path: Path, contents: Sequence[Curve], *, title: str) -> None:
-    """Test accuracy over dropout rates, at equal distances on the axis."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = figure.subplots()
-        values = sorted({rate for curve in contents for rate in curve.x})
-        placed = [dataclasses.replace(c, x=np.searchsorted(values, c.x)) for c in contents]
-        _draw(axes, placed)
-        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        axes.set(
-            title=_titled(title, contents, SEEDS),
-            xlabel="dropout rate p",
-            ylabel="test accuracy (%)",
-        )
-        axes.legend()
-        figure.savefig(path, metadata={"Software": None})
 
 
 def _draw(axes: Axes, curves: Sequence[Curve], *, markers: bool = True) -> None:

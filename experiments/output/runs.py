@@ -1,16 +1,14 @@
-"""Results on disk and on the screen: JSON Lines, CSV, tables; every file is written atomically."""
+"""The folder of a run: rows, settings, checkpoints, event files; every file is written atomically."""
 
 import contextlib
-import csv
 import fcntl
 import importlib.metadata
-import io
 import json
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from experiments.output import boards, terminal
 
 PACKAGES = ("stochsolvers", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 ROWS, SETTINGS = "results.jsonl", "config.json"
-CHECKPOINTS, CURVES = "checkpoints", "tensorboard"
+CHECKPOINTS, BOARDS = "checkpoints", "tensorboard"
 KEYS = {
     "epoch": ("dataset", "epoch", "validation_accuracy"),
     "residuals": ("layer", "deterministic", "low", "middle", "high"),
@@ -72,15 +70,6 @@ def read_text(path: Path) -> str:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """The named columns of the rows; a value that is missing or None is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
 
 
 def write_figure(path: Path, draw: Callable[[Path], None]) -> None:
@@ -170,7 +159,7 @@ class Run:
         tensorboard: bool = False,
     ):
         self.folder = folder
-        self._curves = tensorboard and terminal.is_first()
+        self._tensorboard = tensorboard and terminal.is_first()
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.rows: list[dict[str, Any]] = []
         if overwrite:
@@ -195,7 +184,9 @@ class Run:
 
     def board(self, *names: Any, after: int = 0) -> boards.Board:
         """The curves of one network, after so many earlier epochs; written only with `tensorboard`."""
-        return boards.Board(self.folder / CURVES / _joined(names) if self._curves else None, after)
+        return boards.Board(
+            self.folder / BOARDS / _joined(names) if self._tensorboard else None, after
+        )
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add the rows of a finished network, and write all rows."""
@@ -226,7 +217,7 @@ class Run:
         if terminal.is_first():
             for name in (ROWS, SETTINGS, *files):
                 (self.folder / name).unlink(missing_ok=True)
-            for name in (CHECKPOINTS, CURVES):
+            for name in (CHECKPOINTS, BOARDS):
                 if (self.folder / name).exists():
                     shutil.rmtree(self.folder / name)
         multihost_utils.sync_global_devices("cleared")
@@ -286,30 +277,3 @@ def _processor() -> str:
 def _cores() -> int:
     available = getattr(os, "sched_getaffinity", None)
     return len(available(0)) if available else os.cpu_count() or 1
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal: the first column aligned to the left, the others to the right."""
-    cells = [[terminal.shown(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-
-    def line(row):
-        first, *others = (cell for cell in row)
-        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        return "  ".join([first.ljust(widths[0]), *aligned]).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def percent(mean: float | None, std: float | None = None) -> str:
-    """An accuracy in the paper's format, "72.86 ± 0.177"; "" for None."""
-    if mean is None:
-        return ""
-    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.3f}"

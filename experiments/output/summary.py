@@ -5,10 +5,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
-from experiments.output import gains, objectives, panels, plots, runs
-from experiments.output.panels import Rows, diverged, grouped, name_of
+from experiments.output import panels, plots, runs, terminal, views
+from experiments.output.rows import (
+    Rows,
+    are_implicit,
+    are_swapped,
+    diverged,
+    frame,
+    gains,
+    ordered,
+    relative_gaps,
+    title_of,
+)
 
 CSV, PAGE, NOTES = "summary.csv", "README.md", "NOTES.md"
 PICTURES = {
@@ -25,6 +35,16 @@ PICTURES = {
     "gains.png": "gain in test accuracy over the network finetuned as long; bars are means over seeds, dots "
     "the seeds",
 }
+DRAWINGS = (
+    (panels.accuracy, plots.accuracy),
+    (panels.residuals, plots.residuals),
+    (panels.rates, plots.rates),
+    (panels.progress, plots.progress),
+    (panels.descent, plots.descent),
+    (panels.path, plots.path),
+    (panels.swaps, plots.gains),
+)
+"""For each of the pictures, what it holds and how it is drawn."""
 OLD = ("table2.csv",)
 """File names of earlier revisions for the summary; such files are removed."""
 FILES = (CSV, PAGE, *PICTURES, *OLD)
@@ -36,192 +56,118 @@ COLUMNS = (
     *("validation_seed_std", "paper_accuracy", "paper_std", "difference", "gain", "gain_seed_std"),
     *("epochs", "batch_size", "parameters", "train_seconds"),
 )
-BASELINES = ("dropout", "control", "backpropagation")
+MEANS = {
+    **{key: key for key in ("accuracy", "full_gradient_accuracy", "validation_accuracy", "gain")},
+    **{"std": "trial_std", "train_seconds": "train_seconds"},
+    **{key: key for key in ("objective", "lower_bound", "neurons", "search_seconds", "gap")},
+    "start_validation_accuracy": "start_validation_accuracy",
+}
+"""Entries of the final rows whose means over the seeds are taken, and their names in the summary."""
+SPREADS = {
+    "accuracy": "seed_std",
+    "full_gradient_accuracy": "full_gradient_seed_std",
+    "validation_accuracy": "validation_seed_std",
+    "gain": "gain_seed_std",
+    "start_validation_accuracy": "start_seed_std",
+}
+"""Likewise their sample standard deviations."""
+CONSTANTS = ("trials", "paper_accuracy", "paper_std", "epochs", "batch_size", "parameters")
+CONSTANTS += ("schedule", "family")
+TAGS = ("arm", "method", "study", "variant", "fraction", "bound")
 
 
-def summarise(rows: Rows) -> list[dict[str, Any]]:
-    """One row for each network: means over its seeds, and standard deviations over seeds and trials."""
-    finals = [row for row in rows if row["kind"] == "final"]
-    baselines = {_family(row): row["accuracy"] for row in finals if _role(row) in BASELINES}
-    groups = grouped(finals, lambda row: (row["dataset"], name_of(row)))
-    common = [
-        _summary(dataset, name, group, baselines) for (dataset, name), group in groups.items()
+def summarise(rows: Rows) -> pd.DataFrame:
+    """One row for each network: means over its seeds, standard deviations over seeds and over trials.
+
+    A mean that a seed lacks is None, and so is a standard deviation over one seed.
+    """
+    finals = frame(rows, "final", *MEANS, *CONSTANTS, *TAGS)
+    finals["gain"], finals["gap"] = gains(finals), relative_gaps(finals, finals)
+    numbers = list(MEANS)
+    finals[numbers] = finals[numbers].astype(float)
+    # a network that does not sample at test time
+    full = finals["full_gradient_accuracy"].fillna(finals["accuracy"])
+    each = [row for row in rows if row["kind"] == "final"]
+    finals = finals.assign(
+        full_gradient_accuracy=full,
+        schedule=list(map(_schedule, each)),
+        hardware=list(map(_hardware, each)),
+    )
+    key = ["dataset", "name"]
+    groups = finals.groupby(key, sort=False)
+    constants = finals.drop_duplicates(key).set_index(key)[list(CONSTANTS)].convert_dtypes()
+    parts = [
+        constants,
+        groups[numbers].agg(lambda values: values.mean(skipna=False)).rename(columns=MEANS),
+        groups[list(SPREADS)].agg(lambda values: values.std(skipna=False)).rename(columns=SPREADS),
+        groups.agg(
+            seeds=("seed", lambda seeds: " ".join(map(str, seeds))),
+            diverged=("accuracy", diverged),
+            hardware=("hardware", lambda found: "; ".join(found.unique())),
+            bound=("bound", lambda found: ", ".join(found.dropna().unique())),
+            fraction=(
+                "fraction",
+                lambda found: " ".join(f"{x:g}" for x in found.dropna().unique()),
+            ),
+        ),
     ]
-    more = objectives.summaries(rows) or gains.summaries(rows) or [{}] * len(common)
-    return [summary | further for summary, further in zip(common, more, strict=True)]
-
-
-def _role(row: Mapping[str, Any]) -> str | None:
-    """The role of a network in its comparison: the arm of a finetuning study, or table 2's method."""
-    return row.get("arm") or row.get("method")
-
-
-def _family(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A key that the networks of one comparison share."""
-    return row["dataset"], row.get("study"), row.get("variant"), row["seed"]
-
-
-def _summary(
-    dataset: str, name: str, group: Rows, baselines: Mapping[tuple[Any, ...], float | None]
-) -> dict[str, Any]:
-    first = group[0]
-    accuracy, seed_std = _over_seeds(group, "accuracy")
-    full, full_std = _over_seeds(group, "full_gradient_accuracy")
-    if full is None:  # a network that does not sample at test time
-        full, full_std = accuracy, seed_std
-    validation, validation_std = _over_seeds(group, "validation_accuracy")
-    comparable = dataset in PAPER_DATASETS
-    paper = first.get("paper_accuracy") if comparable else None
-    swapped = _role(first) not in (None, "baseline", *BASELINES)
-    pairs = [(row["accuracy"], baselines.get(_family(row)) if swapped else None) for row in group]
-    each = [  # seed by seed: both networks had the same validation split
-        {"gain": None if None in pair else pair[0] - pair[1]} for pair in pairs
-    ]
-    gain, gain_std = _over_seeds(each, "gain")
-    return {
-        "dataset": dataset,
-        "name": name,
-        "seeds": " ".join(str(row["seed"]) for row in group),
-        "diverged": diverged(group),
-        "accuracy": accuracy,
-        "seed_std": seed_std,
-        "trial_std": _over_seeds(group, "std")[0],
-        "trials": first.get("trials"),
-        "full_gradient_accuracy": full,
-        "full_gradient_seed_std": full_std,
-        "validation_accuracy": validation,
-        "validation_seed_std": validation_std,
-        "paper_accuracy": paper,
-        "paper_std": first.get("paper_std") if comparable else None,
-        "difference": accuracy - paper if None not in (accuracy, paper) else None,
-        "gain": gain,
-        "gain_seed_std": gain_std,
-        "epochs": first.get("epochs"),
-        "batch_size": first.get("batch_size"),
-        "parameters": first.get("parameters"),
-        "train_seconds": _over_seeds(group, "train_seconds")[0],
-        "schedule": _schedule(first),
-        "hardware": "; ".join(dict.fromkeys(map(_hardware, group))),
-    }
-
-
-def _over_seeds(group: Rows, key: str) -> tuple[Any, float | None]:
-    """Mean and sample standard deviation over seeds, n − 1, for two or more; neither if one lacks it."""
-    values: list[Any] = [row.get(key) for row in group]
-    if None in values:
-        return None, None
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+    found = pd.concat(parts, axis=1).reset_index()
+    comparable = found["dataset"].isin(PAPER_DATASETS)
+    paper = found[["paper_accuracy", "paper_std"]].astype(float).where(comparable)
+    found[["paper_accuracy", "paper_std"]] = paper
+    found["difference"] = found["accuracy"] - found["paper_accuracy"]
+    return found.astype(object).where(found.notna(), None)
 
 
 def table(rows: Rows) -> str:
     """The summary as aligned text, with remarks on seeds, epochs and the paper's numbers."""
-    rows = panels.ordered(rows)
+    rows = ordered(rows)
+    view, summary = views.of(rows), summarise(rows)
     finals = [row for row in rows if row["kind"] == "final"]
-    header = ["network", "test %", "± trials", "full gradient", "validation %", "gain", "paper"]
     seeds = len({row["seed"] for row in finals})
-    summaries, cells = summarise(rows), _cells
-    if panels.is_descent(rows):
-        header, cells = objectives.HEADER, objectives.cells
-    elif gains.are_swapped(rows):
-        header, cells = gains.HEADER, _swapped_cells
+    shown = views.cells(summary)[list(view.printed)].map(terminal.shown)
     lines = [
-        runs.format_table(header, list(map(cells, summaries))),
-        f"{panels.title_of(finals)}, {seeds} seed{'s' if seeds > 1 else ''}"
+        shown.rename(columns=terminal.shown).to_markdown(
+            index=False,
+            tablefmt="simple",
+            disable_numparse=True,
+            colalign=("left", *["right"] * (len(view.printed) - 1)),
+        ),
+        f"{title_of(finals)}, {seeds} seed{'s' if seeds > 1 else ''}"
         + ("; ± beside a number is over seeds." if seeds > 1 else "."),
     ]
     if any("finetune_epochs" in row for row in finals):
         epochs = f"{finals[0]['epochs']} + {finals[0]['finetune_epochs']}"
-        paper = "" if gains.are_swapped(rows) else " here, 300 + finetuning in the paper"
+        paper = "" if are_swapped(rows) else " here, 300 + finetuning in the paper"
         lines.append(f"Epochs: {epochs}{paper}.")
         lines.append("The gain is over the baseline that was finetuned for the same epochs.")
-    if any(row.get("method") == "backpropagation" for row in finals):
+    if are_implicit(finals):
         lines.append("The gain is over backpropagation, seed by seed. The paper has curves only.")
-    elif cells is _cells and all(row["paper_accuracy"] is None for row in summaries):
-        datasets = ", ".join(dict.fromkeys(row["dataset"] for row in finals))
+    elif view is views.PLAIN and summary["paper_accuracy"].isna().all():
+        datasets = ", ".join(summary["dataset"].unique())
         lines.append(f"The paper has no numbers for this network on {datasets}.")
     return "\n".join(lines)
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [
-        row["name"],
-        row["diverged"] or runs.percent(row["accuracy"], row["seed_std"]),
-        "" if row["trial_std"] is None else f"{row['trial_std']:.3f}",
-        runs.percent(row["full_gradient_accuracy"], row["full_gradient_seed_std"]),
-        runs.percent(row["validation_accuracy"], row["validation_seed_std"]),
-        runs.percent(row["gain"], row["gain_seed_std"]),
-        runs.percent(row["paper_accuracy"], row["paper_std"]),
-    ]
-
-
-def _swapped_cells(row: Mapping[str, Any]) -> list[str]:
-    return gains.cells(row, _cells(row))
-
-
-CAPTION = """\
-Test accuracy after the last epoch, the test images read once. ± after an accuracy is the sample standard
-deviation over seeds (n − 1), given two or more; ± trials that over repeated tests of one trained network
-(n), which samples, mean over the seeds. Full gradient: the same network without sampling. Difference:
-from the paper. Validation %: of a network that samples, the mean of as many tests; rows without a
-validation_std have a single one. Gain: over dropout in the same layers or, for a swapped network, over
-the baseline that was finetuned as long, seed by seed. Where a seed diverged, there is no mean."""
-
-
-IMPLICIT = """\
-Test accuracy after the last epoch, the test images read once; ± is the sample standard deviation over seeds
-(n − 1). Gain: over backpropagation, seed by seed. The paper (Frerix et al. 2018) has curves only, and its
-curves of conjugate gradients are not to be compared with these: in its published code the search direction
-and the residual share memory, so that its directions are not conjugate from the second step on."""
-
-
 def page(rows: Rows, pictures: Iterable[str] = (), notes: str = "") -> str:
     """The results page: paper, ours, difference, schedule, seeds, hardware."""
-    rows = panels.ordered(rows)
-    finals = [row for row in rows if row["kind"] == "final"]
+    rows = ordered(rows)
+    view, finals = views.of(rows), [row for row in rows if row["kind"] == "final"]
+    shown = views.cells(summarise(rows))[[*view.page, *views.ENDS]]
     versions = dict.fromkeys(
         ", ".join(f"{name} {version}" for name, version in row["versions"].items())
         for row in finals
         if "versions" in row
     )
     parts = [
-        f"{MARK}\n# {panels.title_of(finals)}",
-        runs.markdown_table(*_markdown(rows)),
-        _caption(rows),
+        f"{MARK}\n# {title_of(finals)}",
+        shown.to_markdown(index=False, disable_numparse=True),
+        view.caption,
         "\n".join(f"- `{name}`: {PICTURES[name]}." for name in pictures),
         "Versions: " + "; ".join(versions) + ".",
         notes.strip(),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _markdown(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the page's table."""
-    summaries = summarise(rows)
-    last = ["schedule", "seeds", "hardware"]
-    if panels.is_descent(rows):
-        header = [*objectives.HEADER, "β/β_max"]
-        lines = [[*objectives.cells(row), row["fraction"]] for row in summaries]
-    elif gains.are_swapped(rows):
-        header, lines = gains.HEADER, [_swapped_cells(row) for row in summaries]
-    else:
-        header = ["network", "paper", "ours, test %", "± trials", "full gradient", "difference"]
-        header += ["validation %", "gain"]
-        lines = []
-        for row in summaries:
-            name, accuracy, trials, full, validation, gain, paper = _cells(row)
-            difference = "" if row["difference"] is None else f"{row['difference']:+.2f}"
-            lines.append([name, paper, accuracy, trials, full, difference, validation, gain])
-    ends = [[row[key] for key in last] for row in summaries]
-    return header + last, [line + end for line, end in zip(lines, ends, strict=True)]
-
-
-def _caption(rows: Rows) -> str:
-    if panels.is_descent(rows):
-        return objectives.CAPTION
-    if gains.are_swapped(rows):
-        return gains.CAPTION
-    implicit = any(row.get("method") == "backpropagation" for row in rows if row["kind"] == "final")
-    return IMPLICIT if implicit else CAPTION
 
 
 def _schedule(row: Mapping[str, Any]) -> str:
@@ -260,27 +206,17 @@ def write(folder: Path, rows: Rows) -> list[str]:
     Returns:
       one line for each file that was kept as it is, or removed.
     """
-    rows, remarks = panels.ordered(rows), []
-    columns = COLUMNS + objectives.COLUMNS * panels.is_descent(rows)
-    columns += gains.COLUMNS * gains.are_swapped(rows)
-    runs.write_csv(folder / CSV, columns, summarise(rows))
+    rows, remarks = ordered(rows), []
+    columns = [*COLUMNS, *views.of(rows).stored]
+    text = summarise(rows)[columns].to_csv(index=False, lineterminator="\n")
+    runs.write_text(folder / CSV, text)
     for name in OLD:
         if (folder / name).exists():
             (folder / name).unlink()
             remarks.append(f"{folder / name}: removed, {CSV} takes its place")
-    title = panels.title_of(rows)
-    drawings = (
-        (panels.accuracy(rows), plots.accuracy),
-        (panels.residuals(rows), plots.residuals),
-        (panels.rates(rows), plots.rates),
-        (panels.progress(rows), plots.progress),
-        (panels.descent(rows), plots.descent),
-        (panels.path(rows), plots.path),
-        (gains.of(rows), gains.draw),
-    )
-    for name, (contents, draw) in zip(PICTURES, drawings, strict=True):
-        if contents:
-            drawing = functools.partial(draw, contents=contents, title=title)
+    for name, (contents_of, draw) in zip(PICTURES, DRAWINGS, strict=True):
+        if contents := contents_of(rows):
+            drawing = functools.partial(draw, contents=contents, title=title_of(rows))
             runs.write_figure(folder / name, drawing)
         elif (folder / name).exists():
             remarks.append(f"{folder / name}: kept, the rows hold nothing to draw it from")

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments import data
-from experiments.output import runs
 from experiments.training import evaluation, loop, tables
 from experiments.training.options import FinetuneOptions
 
@@ -85,7 +84,7 @@ def copied(model: Any) -> Any:
 
 
 def swapped(baseline: Any, arm: Arm) -> Callable[[nnx.Rngs], Any]:
-    """What `training.train` builds: a copy of the baseline, with the arm's solver in place."""
+    """What `loop.train` builds: a copy of the baseline, with the arm's solver in place."""
 
     def build(rngs: nnx.Rngs) -> Any:
         model = copied(baseline)
@@ -125,50 +124,32 @@ def _run_study(
     arms = (Arm("control", "baseline, finetuned"), *study.arms)
     about, stored = {"study": study.name, "seed": seed}, job.stored
 
-    def network(arm: Arm, build: tables.Build, config: loop.TrainConfig) -> Any:
-        name = f"{study.label} {arm.label}"
-        tags = {"dataset": dataset.name, "name": name, **about, "arm": arm.name}
-        final = {
-            **dict(zip(("paper_accuracy", "paper_std"), arm.paper or (None, None), strict=True)),
-            **{key: getattr(options, key) for key in ("epochs", "finetune_epochs", "batch_size")},
-            "train_examples": len(dataset.train),
-            "config": {**study.settings, **arm.settings, "training": config.settings()},
-            **runs.environment(),
-        }
-        known = stored.final(arm=arm.name, **about)
-        place = f"{study.name}-{arm.name}-seed{seed}"
-        if arm.scored_at_start and not known:
+    def trained(arm: Arm, build: tables.Build, config: loop.TrainConfig) -> Any:
+        final = {key: getattr(options, key) for key in ("epochs", "finetune_epochs")}
+        if arm.scored_at_start and not stored.final(arm=arm.name, **about):
             start = build(nnx.Rngs(params=seed, dropout=seed + 1))
             start = evaluation.evaluate(start, dataset.validation, dataset, mesh=job.mesh)
             final["start_validation_accuracy"] = float(start.mean())
-        after = 0 if arm.name == "baseline" else options.epochs or 0
-        board = stored.board(place, after=after)
-        try:
-            trained = loop.train(
-                build,
-                dataset,
-                config,
-                label=name,
-                checkpoint=stored.checkpoint(place),
-                mesh=job.mesh,
-                watch=None if known else board.show,
-            )
-        except loop.DivergenceError as error:
-            stored.add(tables.diverged(tags, error, final))
-            return None
-        if not known:
-            scores = tables.scored(trained, dataset, options.trials, job.mesh)
-            board.finish(scores["accuracy"])
-            stored.add(tables.finished(tags, trained, scores, final, after=after))
-        return trained.model
+        network = tables.Network(
+            f"{study.label} {arm.label}",
+            {"study": study.name, "arm": arm.name},
+            build,
+            lambda _: config,
+            {**study.settings, **arm.settings},
+            arm.paper,
+            final,
+            place=f"{study.name}-{arm.name}-seed{seed}",
+            after=0 if arm.name == "baseline" else options.epochs or 0,
+        )
+        return tables.train_and_test(job, network, {seed: dataset}, options.trials).get(seed)
 
     rows = [stored.final(arm=arm.name, **about) for arm in (first, *arms)]
     if all(rows) or (rows[0] and rows[0]["accuracy"] is None):
         return
-    baseline = network(first, study.build, options.train_config(seed))
+    baseline = trained(first, study.build, options.train_config(seed))
     for arm, row in zip(arms, rows[1:], strict=True):
         if baseline is not None and not row:
-            network(arm, swapped(baseline, arm), options.finetune_config(seed))
+            trained(arm, swapped(baseline, arm), options.finetune_config(seed))
 
 
 def main(table: Table, config: type[FinetuneOptions], args: list[str] | None) -> None:

@@ -204,8 +204,8 @@ def _epoch_steps(
     step = training_step.compiled_step(
         graph, augment=config.augment, together=together, optimizer_kind=config.optimizer
     )
-    source = parallel.replicate(
-        training_step.stack([_source(data[seed], seed) for seed in data]), mesh
+    replicated = parallel.replicate(
+        training_step.stack([_examples(data[seed], seed) for seed in data]), mesh
     )
     examples = len(next(iter(data.values())).train)
     count = examples // config.batch_size
@@ -225,7 +225,7 @@ def _epoch_steps(
             batch = batches[k].T if together else batches[k, :, 0]
             state, values = step(
                 state,
-                source,
+                replicated,
                 parallel.shard(batch, mesh, axis=batch.ndim - 1),
                 np.uint32(number),
                 training_step.Rates(*map(np.float32, _rates(config, rate))),
@@ -246,8 +246,8 @@ def _rates(config: TrainConfig, learning_rate: float) -> training_step.Rates:
     )
 
 
-def _source(data: Dataset, seed: int) -> training_step.Source:
-    return training_step.Source(
+def _examples(data: Dataset, seed: int) -> training_step.Examples:
+    return training_step.Examples(
         data.train.images, data.train.labels, data.mean, data.std, jax.random.key(seed + 2)
     )
 

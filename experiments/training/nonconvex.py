@@ -44,15 +44,15 @@ def train_by_batches(
     if method == "sgd":
         rates = [rate / float(jnp.mean(jnp.sum(data.X**2, axis=1))) for rate in rates]
     runs = {rate: _one_rate(task, trainer, method, rate, epochs) for rate in rates}
-    ends = {rate: curve[-1] for rate, (curve, _) in runs.items() if curve is not None}
+    ends = {rate: history[-1] for rate, (history, _) in runs.items() if history is not None}
     if not ends:
         raise DivergenceError(f"{method}: every learning rate of {tuple(rates)} diverged")
     rate = max(ends, key=lambda rate: (ends[rate]["validation_accuracy"], -ends[rate]["objective"]))
-    curve, weights = runs[rate]
-    assert curve is not None
+    history, weights = runs[rate]
+    assert history is not None
     sizes = jnp.linalg.norm(weights.hidden, axis=-1) * jnp.abs(weights.output)
     final = {
-        "objective": curve[-1]["objective"],
+        "objective": history[-1]["objective"],
         "neurons": int(jnp.sum(sizes > 1e-3 * jnp.max(sizes))),
         "learning_rate": rate,
         "rates": [
@@ -67,22 +67,22 @@ def train_by_batches(
     if mask is None:
         pairs = zip(weights.hidden, weights.output, strict=True)
         final |= _bound(task, beta, [ss.convex.Network(W.T, a) for W, a in pairs])
-    return programs.Trained(curve, _predictor(task, weights, method), final)
+    return programs.Trained(history, _predictor(task, weights, method), final)
 
 
 def _one_rate(
     task: programs.Task, trainer: descent.Trainer, method: programs.Method, rate: float, epochs: int
 ) -> tuple[list[programs.Row] | None, Any]:
-    """The curve and the last weights; no curve if the objective is not finite any more."""
-    curve, weights = [], None
+    """The history and the last weights; no history if the objective is not finite any more."""
+    history, weights = [], None
     for epoch, seconds, weights in trainer(task.key(programs.WEIGHTS), rate, epochs):
         objective = trainer.objective(weights)
         if not math.isfinite(objective):
             return None, None
         score = programs.accuracy(_predictor(task, weights, method), task.data.validation)
         row = {"epoch": epoch, "seconds": seconds, "objective": objective}
-        curve.append({**row, "validation_accuracy": score})
-    return curve, weights
+        history.append({**row, "validation_accuracy": score})
+    return history, weights
 
 
 def _predictor(task: programs.Task, weights: descent.Weights, method: programs.Method) -> Any:
@@ -119,7 +119,7 @@ def train_relu(
     What another seed compiled is not compiled again.
     """
     y = task.program.y.reshape(task.outputs, -1)
-    seconds, curve = 0.0, []
+    seconds, history = 0.0, []
     networks: list[Any] = [None] * task.outputs
     for count in range(rounds):
         start = time.perf_counter()
@@ -143,13 +143,13 @@ def train_relu(
         )
         score = programs.accuracy(_joined(task, networks), task.data.validation)
         row = {"epoch": count + 1, "seconds": seconds, "objective": objective}
-        curve.append({**row, "validation_accuracy": score})
+        history.append({**row, "validation_accuracy": score})
     final = {
-        "objective": curve[-1]["objective"],
+        "objective": history[-1]["objective"],
         "neurons": sum(net.width for net in networks),
         **_bound(task, beta, networks),
     }
-    return programs.Trained(curve, _joined(task, networks), final)
+    return programs.Trained(history, _joined(task, networks), final)
 
 
 def _joined(task: programs.Task, networks: Sequence[Any]) -> Any:

@@ -68,6 +68,8 @@ class Options:
     counts: ClassVar[tuple[str, ...]] = ("epochs", "batch_size", "trials", "examples")
     smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Values that a smoke run uses in place of the defaults."""
+    unrecorded: ClassVar[tuple[str, ...]] = ()
+    """Options of other commands, without effect here."""
 
     def __post_init__(self):
         for name in self.counts:
@@ -109,10 +111,10 @@ class Options:
     def settings(self, table: str) -> dict[str, Any]:
         """The settings that all networks of a folder share; seeds, rates and methods may be added."""
         common = dataclasses.asdict(self)
-        for name in (*UNRECORDED, *ADDABLE):
+        for name in (*UNRECORDED, *ADDABLE, *self.unrecorded):
             common.pop(name, None)
         if not self.normalize:
-            del common["normalize"]  # folders from before there was such an option
+            common.pop("normalize", None)  # folders from before there was such an option
         return {"table": table, **common, "dataset": name_of(self.dataset)}
 
     def train_config(self, seed: int) -> training_step.TrainConfig:
@@ -171,6 +173,15 @@ def _scaled(rates: Sequence[float], first: float) -> tuple[float, ...]:
     """The rates times a factor that makes `first` the first of them, rounded to 12 digits."""
     factor = first / rates[0]
     return tuple(float(f"{rate * factor:.12g}") for rate in rates)
+
+
+def adamw(
+    config: training_step.TrainConfig, first: float, parts: Sequence[float], weight_decay: float
+) -> training_step.TrainConfig:
+    """AdamW in the place of SGD, at the first rate times each of the parts."""
+    rates = tuple(float(f"{first * part:.6g}") for part in parts)
+    changes: dict[str, Any] = {"optimizer": "adamw", "weight_decay": weight_decay}
+    return dataclasses.replace(config, learning_rates=rates, **changes)
 
 
 def _check_rate(name: str, rate: float) -> None:

@@ -53,13 +53,13 @@ class Trained(NamedTuple):
     """What a method ends with.
 
     Attributes:
-      curve: seconds, objective, validation accuracy after each epoch or number of iterations.
+      history: seconds, objective, validation accuracy after each epoch or number of iterations.
       predict: of data (n, d), values (n,) or (C, n).
       final: the objective, a lower bound of it and how it is known, the number of neurons that are not zero,
         and what was chosen.
     """
 
-    curve: list[Row]
+    history: list[Row]
     predict: Callable[[jax.Array], jax.Array]
     final: Row
 
@@ -84,9 +84,9 @@ def accuracy(predict: Callable[[jax.Array], jax.Array], rows: vectors.Rows) -> f
 def train_gated(task: Task, fractions: Sequence[float], tol: float, max_iters: int) -> Trained:
     """Choose β along a path with warm starts, then solve the program for it from zero.
 
-    The curve is of runs from zero that are stopped after 1, 2, 4, … iterations, each timed as a whole; as one
-    with fewer iterations takes less time, the least seconds of it and of all longer ones are taken. Those of
-    compilation are added.
+    The history is of runs from zero that are stopped after 1, 2, 4, … iterations, each timed as a whole; as
+    one with fewer iterations takes less time, the least seconds of it and of all longer ones are taken. Those
+    of compilation are added.
     """
     solve, compilation = _compiled(task, tol)
     begun, validation = time.perf_counter(), task.data.validation
@@ -111,22 +111,22 @@ def train_gated(task: Task, fractions: Sequence[float], tol: float, max_iters: i
     assert best is not None
     row, program = best
     path_seconds = time.perf_counter() - begun
-    curve, V = _timed(task, program, solve, max_iters)
-    seconds = np.minimum.accumulate([row["seconds"] for row in reversed(curve)])[::-1]
-    curve = [
+    history, V = _timed(task, program, solve, max_iters)
+    seconds = np.minimum.accumulate([row["seconds"] for row in reversed(history)])[::-1]
+    history = [
         {**each, "seconds": compilation + float(spent)}
-        for each, spent in zip(curve, seconds, strict=True)
+        for each, spent in zip(history, seconds, strict=True)
     ]
     final = {
         "beta": row["beta"],
         "fraction": row["fraction"],
         **_certified(task, program, V, tol, max_iters),
-        "iterations": curve[-1]["epoch"],
+        "iterations": history[-1]["epoch"],
         "compilation_seconds": compilation,
         "path_seconds": path_seconds,
         "path": path,
     }
-    return Trained(curve, functools.partial(program.predict, V), final)
+    return Trained(history, functools.partial(program.predict, V), final)
 
 
 def _compiled(task: Task, tol: float) -> tuple[Callable[..., ss.Solution], float]:
@@ -153,15 +153,15 @@ def _timed(
     task: Task, program: Any, solve: Callable[..., ss.Solution], max_iters: int
 ) -> tuple[list[Row], jax.Array]:
     """Runs from zero stopped after 1, 2, 4, … iterations, up to the one that stops by itself."""
-    curve, cap = [], 1
+    history, cap = [], 1
     while True:
         V, seconds, done, count = _one_run(program, solve, cap)
         score = accuracy(functools.partial(program.predict, V), task.data.validation)
         row = {"epoch": count, "seconds": seconds}
         row["objective"] = float(jnp.sum(program.objective(V)))
-        curve.append({**row, "validation_accuracy": score})
+        history.append({**row, "validation_accuracy": score})
         if cap >= max_iters or done:
-            return curve, V
+            return history, V
         cap = min(2 * cap, max_iters)
 
 

@@ -1,6 +1,7 @@
 """What the commands of tables 2 to 5 share: opening the data and the folder, scores, rows."""
 
 import contextlib
+import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +12,8 @@ from jax.sharding import Mesh
 
 from experiments import data
 from experiments.data import archive
-from experiments.output import boards, runs, summary, terminal
+from experiments.output import boards, runs, summary, terminal, views
+from experiments.output.rows import name_of
 from experiments.training import checkpoints, evaluation, loop, parallel
 from experiments.training.options import Options
 
@@ -22,6 +24,52 @@ EXPECTED = (
     *(parallel.DeviceError, loop.ConfigurationError, boards.MissingError),
 )
 """Errors that a command reports in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network of a command.
+
+    Attributes:
+      name: name in tables and pictures.
+      tags: entries of all its rows, which tell it from the others of the command.
+      build: makes it from random streams.
+      optimiser: how it is trained, from a seed.
+      settings: what its final row says of it.
+      paper: accuracy in the paper, in percent, and its standard deviation over trials.
+      final: further entries of the final row.
+      measure: further rows and entries of the final row, from the trained network and its data.
+      place: its name in the folder; by default that of the tags and the seed.
+      after: number of epochs that were trained before.
+    """
+
+    name: str
+    tags: Mapping[str, Any]
+    build: Build
+    optimiser: Callable[[int], loop.TrainConfig]
+    settings: Mapping[str, Any]
+    paper: tuple[float, float | None] | None = None
+    final: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    measure: Callable[[Any, data.Dataset], tuple[list[Row], Row]] = lambda *_: ([], {})
+    place: str | None = None
+    after: int = 0
+
+    def parts(self, seeds: Any) -> tuple[Any, ...]:
+        """The parts of its name in the folder."""
+        return (*self.tags.values(), seeds) if self.place is None else (self.place,)
+
+    def entries(self, dataset: data.Dataset, seed: int) -> tuple[Row, Row]:
+        """Those of all its rows, and those of the final row that are known before the training."""
+        optimiser, (accuracy, std) = self.optimiser(seed), self.paper or (None, None)
+        tags = {"dataset": dataset.name, "name": self.name, **self.tags, "seed": seed}
+        return tags, {
+            **{"paper_accuracy": accuracy, "paper_std": std},
+            **{"epochs": optimiser.epochs, "batch_size": optimiser.batch_size},
+            "train_examples": len(dataset.train),
+            "config": {**self.settings, "training": optimiser.settings()},
+            **runs.environment(),
+            **self.final,
+        }
 
 
 class Job(NamedTuple):
@@ -46,9 +94,9 @@ def opened(
       builds: functions that make the networks for a data set of this shape.
 
     Raises:
-      training.ConfigurationError: a network does not fit the images, or a batch the devices.
+      loop.ConfigurationError: a network does not fit the images, or a batch the devices.
       checkpoints.CheckpointError: the path of the folder is not text.
-      results.FolderError: the folder belongs to another run, is damaged, or is in use.
+      runs.FolderError: the folder belongs to another run, is damaged, or is in use.
     """
     checkpoints.check_path(options.out)
     if options.tensorboard:
@@ -102,11 +150,93 @@ def scored(trained: loop.Trained, dataset: data.Dataset, trials: int, mesh: Mesh
     }
 
 
+def run(
+    table: str,
+    options: Options,
+    networks: Callable[[data.Dataset], Iterable[Network]],
+    *,
+    prepare: Callable[[data.Dataset], data.Dataset] = lambda dataset: dataset,
+    together: bool = False,
+) -> list[Row]:
+    """Train the networks of a command that are not finished yet, write the files, and return all rows.
+
+    Args:
+      table: name of the module.
+      options: the options, after `filled`.
+      networks: the networks for a data set of this shape.
+      prepare: changes the data set.
+      together: train the network of all seeds in one step.
+    """
+    with opened(table, options, lambda first: (each.build for each in networks(first))) as job:
+        for group in [options.seeds] if together else [(seed,) for seed in options.seeds]:
+            datasets = {s: prepare(job.source.dataset(s, options.examples)) for s in group}
+            for network in networks(datasets[group[0]]):
+                remaining = {
+                    seed: dataset
+                    for seed, dataset in datasets.items()
+                    if not job.stored.final(**network.tags, seed=seed)
+                }
+                train_and_test(job, network, remaining, options.trials)
+    return job.stored.rows
+
+
+def train_and_test(
+    job: Job, network: Network, datasets: Mapping[int, data.Dataset], trials: int
+) -> dict[int, Any]:
+    """Train a network from each seed, test it, and store its rows, unless they are stored already.
+
+    If a seed diverges, the others are trained again without it.
+
+    Returns:
+      the trained networks by their seeds, without those that diverged.
+    """
+    remaining = dict(datasets)
+    while remaining:
+        try:
+            return _trained(job, network, remaining, trials)
+        except loop.DivergenceError as error:
+            tags, final = network.entries(remaining.pop(error.seed), error.seed)
+            job.stored.add(diverged(tags, error, final))
+    return {}
+
+
+def _trained(
+    job: Job, network: Network, datasets: Mapping[int, data.Dataset], trials: int
+) -> dict[int, Any]:
+    stored, seeds = job.stored, list(datasets)
+    known = [seed for seed in seeds if stored.final(**network.tags, seed=seed)]
+    boards = {s: stored.board(*network.parts(s), after=network.after) for s in seeds}
+    options: dict[str, Any] = {
+        "label": network.name,
+        "checkpoint": stored.checkpoint(*network.parts("-".join(map(str, seeds)))),
+        "mesh": job.mesh,
+    }
+    optimiser = network.optimiser(seeds[0])
+    watches = [] if known else [board.show for board in boards.values()]
+    if len(seeds) == 1:
+        watch = watches[0] if watches else None
+        one = loop.train(network.build, datasets[seeds[0]], optimiser, watch=watch, **options)
+        trained = [one]
+    else:
+        trained = loop.train_together(
+            network.build, dict(datasets), optimiser, watches=watches, **options
+        )
+    for (seed, dataset), one in zip(datasets.items(), trained, strict=True):
+        if seed not in known:
+            scores = scored(one, dataset, trials, job.mesh)
+            boards[seed].finish(scores["accuracy"])
+            tags, final = network.entries(dataset, seed)
+            more, ends = network.measure(one.model, dataset)
+            rows = finished(tags, one, scores, {**final, **ends}, after=network.after)
+            stored.add([*rows[:-1], *({"kind": "residuals", **tags, **r} for r in more), rows[-1]])
+    return {seed: one.model for seed, one in zip(seeds, trained, strict=True)}
+
+
 def finished(
     tags: Mapping[str, Any], trained: loop.Trained, scores: Row, final: Row, *, after: int = 0
 ) -> list[Row]:
     """The rows of a network: one for each epoch, numbered from `after` + 1, and the final one; prints it."""
-    accuracy = runs.percent(scores["accuracy"], scores["std"])
+    accuracy = views.percent(scores["accuracy"], scores["std"])
     terminal.say(f"{tags['name']}, seed {tags['seed']}: {accuracy} % in {trained.seconds:.0f} s")
     epochs = [
         {"kind": "epoch", **tags, **record, "epoch": after + int(record["epoch"])}
@@ -134,7 +264,7 @@ def main(
     terminal.say(f"\n{summary.table(rows)}\nwritten to {options.out}")
     failed = [row for row in rows if row["kind"] == "final" and row["accuracy"] is None]
     if failed:
-        names = (f"{summary.name_of(row)}, seed {row['seed']}" for row in failed)
+        names = (f"{name_of(row)}, seed {row['seed']}" for row in failed)
         sys.exit(f"error: diverged: {'; '.join(names)}")
 
 

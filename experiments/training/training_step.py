@@ -70,7 +70,7 @@ class State(NamedTuple):
     optimiser: Any
 
 
-class Source(NamedTuple):
+class Examples(NamedTuple):
     """The training data: images as stored, labels, mean and deviation of the pixels, a random key."""
 
     images: Any
@@ -148,9 +148,9 @@ def unstack(tree: Any, count: int) -> list[Any]:
 def compiled_step(
     graph: Any, *, augment: bool, together: bool, optimizer_kind: Optimizer = "sgd"
 ) -> Callable[..., Any]:
-    """(state, source, batch, number, rates) -> the next state, (loss, accuracy in percent).
+    """(state, examples, batch, number, rates) -> the next state, (loss, accuracy in percent).
 
-    The batch holds indices into the source; its number is the step's. With `together`, state, source
+    The batch holds indices into the examples; its number is the step's. With `together`, state, examples
     and batch are stacked over seeds, and so are the results. The state is donated.
     """
 
@@ -161,11 +161,11 @@ def compiled_step(
         accuracy = 100.0 * jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
         return loss, (nnx.state(model, nnx.Not(nnx.Param)), accuracy)
 
-    def step(state, source, batch, number, rates):
-        images, labels = source.images[batch], source.labels[batch]
+    def step(state, examples, batch, number, rates):
+        images, labels = examples.images[batch], examples.labels[batch]
         if augment:
-            images = augmented(jax.random.fold_in(source.key, number), images)
-        images = normalise(images, source.mean, source.std)
+            images = augmented(jax.random.fold_in(examples.key, number), images)
+        images = normalise(images, examples.mean, examples.std)
         (loss, (rest, accuracy)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
             state.params, state.rest, images, labels
         )

@@ -55,9 +55,9 @@ def test_off_by_default_and_overwritten(tmp_path):
     board = runs.Run(tmp_path, {}, tensorboard=True).board("a", 1)
     board.show(records)
     board.finish(1.0)
-    assert len(events.read(tmp_path / runs.CURVES / "a_1")) == len(boards.TAGS) + 1
+    assert len(events.read(tmp_path / runs.BOARDS / "a_1")) == len(boards.TAGS) + 1
     runs.Run(tmp_path, {}, overwrite=True)
-    assert not (tmp_path / runs.CURVES).exists()
+    assert not (tmp_path / runs.BOARDS).exists()
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from experiments import figure2
 
 
 def test_curves_are_the_papers_operators():
-    softplus, tanh = (figure2.curves(panel, 41) for panel in figure2.PANELS)
+    softplus, tanh = (figure2.values(panel, 41) for panel in figure2.PANELS)
     v, activation, operators = softplus
     np.testing.assert_allclose(activation, np.log1p(np.exp(v)), rtol=1e-5)
     np.testing.assert_allclose(operators[1.0], v / 2 + np.sqrt(v**2 / 4 + 1), rtol=1e-4)

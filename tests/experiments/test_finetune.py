@@ -188,8 +188,9 @@ def test_table4_from_end_to_end(images, tmp_path):
     )
 
     page = (out / summary.PAGE).read_text()
-    cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| VGG16")]
-    assert [line[0].removeprefix("| ") for line in cells] == names
+    lines = [line.strip("| ") for line in page.splitlines() if line.startswith("| VGG16")]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert [line[0] for line in cells] == names
     for line, row in zip(cells, finals(rows), strict=True):
         assert line[2] == f"{row['accuracy']:.2f}"
         gain = row["accuracy"] - finals(rows)[1]["accuracy"]
@@ -200,7 +201,7 @@ def test_table4_from_end_to_end(images, tmp_path):
 
     # the curves say what the rows say
     for row, epoch in zip(finals(rows), epochs, strict=True):
-        folder = out / runs.CURVES / f"vgg16-{row['arm']}-seed0"
+        folder = out / runs.BOARDS / f"vgg16-{row['arm']}-seed0"
         points = {tag: (epoch["epoch"], epoch[key]) for key, tag in boards.TAGS.items()}
         points[boards.TEST] = (epoch["epoch"], row["accuracy"])
         found = {tag: (step, value) for tag, step, value in events.read(folder)}

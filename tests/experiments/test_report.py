@@ -1,12 +1,14 @@
 """Tables and pictures from stored results."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
 
 from experiments import report
 from experiments.output import panels, runs, summary
+from experiments.output.rows import ordered
 
 VERSIONS = {"versions": {"jax": "1.2"}, "hardware": {"device": "NVIDIA H200"}}
 
@@ -28,6 +30,10 @@ def rows_of(seed, accuracy, validation, *, name="D-D Prox-SG", std=0.25):
     return rows if std is not None else [row for row in rows if row["kind"] != "residuals"]
 
 
+def summaries(rows):
+    return summary.summarise(rows).to_dict("records")
+
+
 @pytest.fixture
 def folders(tmp_path):
     """Two runs of other seeds."""
@@ -41,7 +47,7 @@ def folders(tmp_path):
 
 
 def test_spread_over_seeds_and_over_trials_are_apart(folders):
-    solver, dropout = summary.summarise(report.load(folders))
+    solver, dropout = summaries(report.load(folders))
     assert solver["accuracy"] == 71.5
     np.testing.assert_allclose(solver["seed_std"], np.sqrt(4.5))
     assert solver["trial_std"] == 0.25
@@ -53,7 +59,7 @@ def test_spread_over_seeds_and_over_trials_are_apart(folders):
     assert (dropout["seed_std"], dropout["trial_std"]) == (0.0, None)
     assert dropout["full_gradient_accuracy"] == 60.0
     # of one seed there is no spread
-    assert summary.summarise(report.load(folders[:1]))[0]["seed_std"] is None
+    assert summaries(report.load(folders[:1]))[0]["seed_std"] is None
 
 
 def test_several_folders_make_one_page(folders, tmp_path, capsys):
@@ -62,8 +68,9 @@ def test_several_folders_make_one_page(folders, tmp_path, capsys):
     assert "71.50 ± 2.121" in printed
     page = (tmp_path / "all" / "README.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| D-D Prox-SG"))
+    cells = [cell.strip() for cell in row.split("|")]
     for cell in ("72.86 ± 0.177", "71.50 ± 2.121", "0.250", "-1.36", "0 1", "NVIDIA H200"):
-        assert f"| {cell} |" in row
+        assert cell in cells
     assert "2 epochs; batches of 128; 0.01, 0.001; crop and flip" in row
     with (tmp_path / "all" / "summary.csv").open() as file:
         assert [line["name"] for line in csv.DictReader(file)] == ["D-D Prox-SG", "D-D dropout"]
@@ -96,7 +103,7 @@ def test_earlier_rows_without_names(tmp_path):
     for row in rows:
         del row["name"]
         row |= {"variant": "D-ND", "method": "prox-sg", "dataset": "digits"}
-    (row,) = summary.summarise(rows)
+    (row,) = summaries(rows)
     assert row["name"] == "D-ND Prox-SG"
     # the paper's number is of another data set
     assert (row["paper_accuracy"], row["difference"]) == (None, None)
@@ -118,7 +125,7 @@ def test_gain_of_a_swapped_network_is_over_its_control():
         for seed, accuracy in enumerate(pair)
         for study, shift in (("p0", 0.0), ("p0.5", -20.0))
     ]
-    gains = {row["name"]: row["gain"] for row in summary.summarise(rows)}
+    gains = {row["name"]: row["gain"] for row in summaries(rows)}
     assert gains == {"baseline": None, "control": None, "prox-sg": 4.0}
 
 
@@ -128,7 +135,7 @@ def test_a_seed_that_diverged_leaves_no_mean(folders):
         if row["kind"] == "final" and row["seed"] == 1 and row["method"] == "prox-sg":
             row |= dict.fromkeys(("accuracy", "full_gradient_accuracy", "std"))
             del row["validation_accuracy"]
-    solver, dropout = summary.summarise(rows)
+    solver, dropout = summaries(rows)
     for key in ("accuracy", "seed_std", "validation_accuracy", "difference", "gain"):
         assert solver[key] is None
     assert solver["diverged"] == "diverged 1 of 2"
@@ -143,7 +150,7 @@ def test_a_gain_over_a_baseline_that_diverged_is_none(folders):
     for row in rows:
         if row["kind"] == "final" and row["seed"] == 1 and row["method"] == "dropout":
             row["accuracy"] = None
-    assert [row["gain"] for row in summary.summarise(rows)] == [None, None]
+    assert [row["gain"] for row in summaries(rows)] == [None, None]
 
 
 def test_every_folder_below_is_redrawn(folders, tmp_path, capsys, monkeypatch):
@@ -179,7 +186,7 @@ def test_rates_ascend_with_a_band_over_seeds(tmp_path):
             rows += rates_of(seed, rate, 50.0 + 10 * rate + 4 * seed, "baseline")
             rows += rates_of(seed, rate, 60.0 + 10 * rate + 2 * seed)
     rows[-1]["accuracy"] = None  # p = 0.5 of the second seed
-    rows = panels.ordered(rows)
+    rows = ordered(rows)
     assert list(panels.accuracy(rows)) == ["LeNet p = 0", "LeNet p = 0.5", "LeNet p = 0.95"]
     plain, solver = panels.rates(rows)
     np.testing.assert_array_equal(plain.x, [0, 0.5, 0.95])
@@ -240,6 +247,6 @@ def test_progress_of_comparisons_with_backpropagation(tmp_path):
     assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "README.md").read_text()
     assert "share memory" in page
-    assert "| 10.00 ± 0.000 |" in page  # the gain
+    assert re.search(r"\| 10.00 ± 0.000 +\|", page)  # the gain
     others = [row for row in rows if row["method"] == "exact"]
     assert panels.progress(others) == {}

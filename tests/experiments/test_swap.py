@@ -11,7 +11,7 @@ from flax import nnx
 
 from experiments import swap
 from experiments.networks import ModernConfig
-from experiments.output import gains
+from experiments.output import panels
 from experiments.training import loop
 
 
@@ -68,7 +68,7 @@ def test_a_run_from_end_to_end(images, tmp_path, monkeypatch):
     for name in ("accuracy.png", "gains.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     gain = finals["one"]["accuracy"] - finals["control"]["accuracy"]
-    assert gains.of(rows)["CNN"]["one iteration"] == [gain]
+    assert panels.swaps(rows)["CNN"]["one iteration"] == [gain]
     assert "as swapped" in (tmp_path / "out" / "README.md").read_text()
     monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run(*arguments)[0] == rows
