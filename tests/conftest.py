@@ -7,7 +7,6 @@ README's examples run with the settings of a user, but for that.
 
 import gc
 import os
-import threading
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,51 +16,23 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         # batched LAPACK calls of jaxlib 0.10 that run side by side can wait for each other's threads for ever
         "--xla_cpu_multi_thread_eigen=false",
-        # quicker to compile; later versions do not have the second flag
+        # quicker to compile, the second by far; later versions do not have it
         "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
     ]
 )
 
+import compilation
 import jax
-import jax.monitoring
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from jax._src.interpreters import mlir
 
 jax.config.update("jax_enable_x64", True)
 
-MANY_PROGRAMS = 2000  # Linux gives a process 65,530 memory maps, and each program takes about 8
-_programs = [0]  # compiled since the caches were last emptied
+MANY_PROGRAMS = 2000  # Linux gives a process 65,530 memory maps, and each program takes 8 to 16
 
-
-def _count(event: str, _: float, **__: object) -> None:
-    _programs[0] += event == "/jax/core/compile/backend_compile_duration"
-
-
-jax.monitoring.register_event_duration_secs_listener(_count)
-
-PROGRAMS_PER_CONTEXT = 100  # what it interns stays in memory as long as it does
-_contexts = threading.local()
-
-
-def _share_contexts() -> None:
-    """Lower a hundred programs in one MLIR context: a new one takes a fifth of a small program's time."""
-    make = getattr(mlir, "make_ir_context", None)
-
-    def shared():
-        count, context = getattr(_contexts, "last", (PROGRAMS_PER_CONTEXT, None))
-        if count >= PROGRAMS_PER_CONTEXT:
-            count, context = 0, make()
-        _contexts.last = count + 1, context
-        return context
-
-    if make is not None:  # later versions may do without
-        mlir.make_ir_context = shared
-
-
-_share_contexts()
+compilation.quicken()
 
 # cycles of objects that will stay, such as modules and cached programs, are looked for less often
 gc.freeze()
@@ -91,9 +62,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compile a test's programs as its mark says."""
     light = is_light(item)
     changes = light != jax.config.read("jax_disable_most_optimizations")
-    if changes or _programs[0] > MANY_PROGRAMS:
+    if changes or compilation.compiled() > MANY_PROGRAMS:
         jax.clear_caches()  # the setting is no part of their keys
-        _programs[0] = 0
+        compilation.forget()
     if changes:
         jax.config.update("jax_disable_most_optimizations", light)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(light))  # of subprocesses
@@ -102,11 +73,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     jax.config.update("jax_numpy_rank_promotion", "allow" if commands else "raise")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def users_environment() -> dict[str, str]:
     """The environment of a user's own process."""
     changed = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
     return {name: value for name, value in os.environ.items() if name not in changed}
+
+
+@pytest.fixture(scope="session")
+def quick_environment(users_environment) -> dict[str, str]:
+    """The same, with XLA's threads, but for programs that are compiled quickly."""
+    flags = os.environ["XLA_FLAGS"].replace("--xla_cpu_multi_thread_eigen=false", "")
+    return {**users_environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
 
 
 @pytest.fixture

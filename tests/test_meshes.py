@@ -232,11 +232,11 @@ print("same")
 """
 
 
-def test_eight_devices_draw_and_compute_the_same(users_environment):
-    flags = "--xla_force_host_platform_device_count=8"
+def test_eight_devices_draw_and_compute_the_same(quick_environment):
+    flags = f"{quick_environment['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     run = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES],
-        env={**users_environment, "XLA_FLAGS": flags},
+        env={**quick_environment, "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,11 +1,13 @@
 """The Python blocks of README, CONTRIBUTING and docs/ run, and print what the page says they print."""
 
 import ast
+import contextlib
 import json
 import pathlib
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -73,39 +75,77 @@ def test_the_objects_of_a_users_own_are_short():
             assert all(node.end_lineno - node.lineno < 30 for node in classes)
 
 
-RUN = """
+RUN = f"""
 import contextlib, io, json, sys
 import jax
 
-for code in json.load(sys.stdin):
+sys.path.append({str(ROOT / "tests")!r})
+import compilation
+
+compilation.quicken()
+for code in map(json.loads, sys.stdin):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+        exec(compile(code, "example", "exec"), {{"__name__": "__main__"}})
     jax.config.update("jax_enable_x64", False)
-    print(json.dumps(printed.getvalue()))
+    print(json.dumps(printed.getvalue()), flush=True)
 """
+LIMIT = 600  # seconds, of a block
+
+
+class Examples:
+    """A process that runs blocks, one after the other, each by itself; another one after an error."""
+
+    def __init__(self, environment, errors):
+        self.environment, self.errors, self.process = environment, errors, None
+
+    def __call__(self, code):
+        """What the block prints."""
+        process = self._running()
+        process.stdin.write(json.dumps(code) + "\n")
+        process.stdin.flush()
+        timer = threading.Timer(LIMIT, process.kill)
+        timer.start()
+        printed = process.stdout.readline()
+        timer.cancel()
+        assert printed, self.errors.read_text(encoding="utf-8")
+        return json.loads(printed)
+
+    def _running(self):
+        if self.process is None or self.process.poll() is not None:
+            self.close()
+            with self.errors.open("w", encoding="utf-8") as errors:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", RUN],
+                    env=self.environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+        return self.process
+
+    def close(self):
+        if self.process is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            self.process.wait()
+            self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def examples(quick_environment, tmp_path_factory):
+    errors = tmp_path_factory.mktemp("examples") / "errors"
+    examples = Examples(quick_environment, errors)
+    yield examples
+    examples.close()
 
 
 @pytest.mark.parametrize("page", [page for page, count in PAGES.items() if count])
-def test_examples_print_what_the_page_shows(page, users_environment):
-    """The blocks of a page, one after the other in one process, each by itself."""
-    blocks = [block for name, block in BLOCKS.items() if name.startswith(page)]
-    quickly_compiled = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", RUN],
-        input=json.dumps([code for code, _ in blocks]),
-        env={**users_environment, **quickly_compiled},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr
-    outputs = map(json.loads, run.stdout.splitlines())
-    for output, (_, printed) in zip(outputs, blocks, strict=True):
-        compare(output, printed)
+def test_examples_print_what_the_page_shows(page, examples):
+    """The blocks of a page, one after the other in a process of a user's settings."""
+    for name, (code, printed) in BLOCKS.items():
+        if name.startswith(page):
+            compare(examples(code), printed)
 
 
 def compare(output, printed):

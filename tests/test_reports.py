@@ -650,10 +650,10 @@ for _ in range(10):
 """
 
 
-def test_layers_of_one_report_do_not_wait_for_each_others_threads(users_environment):
+def test_layers_of_one_report_do_not_wait_for_each_others_threads(quick_environment):
     # with XLA's threads on, which conftest turns off
     run = [sys.executable, "-c", SEVERAL_LAYERS]
-    subprocess.run(run, env=users_environment, check=True, timeout=240)
+    subprocess.run(run, env=quick_environment, check=True, timeout=240)
 
 
 def factor_of(function, shape=(1, 4), dtype=None):

@@ -5,6 +5,7 @@ import os
 import jax
 import pytest
 from archives import tiny_records, write_archive
+from jax.experimental.compilation_cache import compilation_cache
 
 
 @pytest.fixture(autouse=True)
@@ -13,21 +14,35 @@ def _float32():
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _compile_once(tmp_path_factory):
-    """Runs of the same network, here and in subprocesses, share their compiled steps."""
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A folder of compiled programs, one for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(compiled):
+    """Runs of the same network, here and in subprocesses, share their compiled steps.
+
+    Other tests do not: to write all their small programs would take longer than it saves.
+    """
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(compiled),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield
     for name, value in before.items():
         jax.config.update(name, value)
-        del os.environ[name.upper()]
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
