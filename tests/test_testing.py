@@ -525,9 +525,25 @@ class Widened(ss.nnx.SolverLinear):
         return super().__call__(inputs, **options).astype(jnp.float64)
 
 
+@jax.custom_jvp
+def doubled_under_derivatives(y):
+    return y
+
+
+@doubled_under_derivatives.defjvp
+def _(primals, tangents):
+    return 2 * primals[0], 2 * tangents[0]
+
+
+class OtherValues(ss.nnx.SolverLinear):
+    def __call__(self, inputs, **options):
+        return doubled_under_derivatives(super().__call__(inputs, **options))
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (OtherValues, r"output of OtherValues\(x\) under grad: expected the output without"),
         (
             DropsBias,
             r"derivative of DropsBias\(x\) in parameter .*bias.*: expected not 0 everywhere",

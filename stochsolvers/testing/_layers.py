@@ -37,8 +37,8 @@ def check_layer(layer: Any, inputs: Any, *, variables: Any = None) -> None:
       axes are a batch;
     - `deterministic=True` draws nothing; where the solver samples, the same key gives the same output, and
       another one another;
-    - `jit` changes nothing; every parameter has a derivative that is finite and not zero; those in the inputs
-      and biases are those of differences;
+    - `jit` and differentiation change no output; every parameter has a derivative that is finite and not
+      zero; those in the inputs and biases are those of differences;
     - `solve(x, certify=True)` has the layer's output as its value, and a certificate of at least 0 for each
       example;
     - the state survives a round trip;
@@ -184,11 +184,16 @@ def _check_derivatives(view: _View, x: Array) -> None:
     weight = common.normal(31, shape, jnp.float32)
 
     def loss(params, x):
-        return jnp.sum(view.call(params, x, None, True) * weight)
+        output = view.call(params, x, None, True)
+        return jnp.sum(output * weight), output
 
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    # one program for values and derivatives
+    both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     what = f"derivative of {view.name}(x)"
-    params, _ = common.attempt(what, gradients, view.params, x)
+    (_, output), (params, _) = common.attempt(what, both, view.params, x)
+    plain, words = view.call(view.params, x, None, True), "the output without derivatives"
+    rtol = 1e-4 if plain.dtype.itemsize >= 4 else 2e-2
+    common.close(f"output of {view.name}(x) under grad", output, plain, rtol=rtol, words=words)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         where = f"{what} in parameter {jax.tree_util.keystr(path)}"
         common.require(jnp.isfinite(leaf), where, "numbers", leaf)
@@ -200,9 +205,9 @@ def _check_derivatives(view: _View, x: Array) -> None:
         way = common.directions((wide, inputs), 3)
         # a layer's step is a constant to derivatives, so that kernels, which set it, are left out
         way = jax.tree.map(lambda d, p: d * (jnp.ndim(p) <= 1), way[0], wide), way[1]
-        parts = jax.tree.map(jnp.vdot, jax.jit(jax.grad(loss, (0, 1)))(wide, inputs), way)
+        parts = jax.tree.map(jnp.vdot, both(wide, inputs)[1], way)
         got = sum(jax.tree.leaves(parts))
-        slope = common.slope(jax.jit(lambda both: loss(*both)), (wide, inputs), way, 1e-5)
+        slope = common.slope(lambda point: both(*point)[0][0], (wide, inputs), way, 1e-5)
         words = "that of differences"
         where = f"{what} in the inputs and biases"
         common.close(where, got, slope, rtol=1e-3, words=words)
