@@ -131,9 +131,9 @@ for name, conv in convs.items():
 # ## Which waves does it amplify?
 #
 # Lemma 2 of the paper: at every spatial frequency a circular layer is a small matrix of channels, and its
-# largest singular value is the gain for waves of that frequency. The middle is the constant image, the edges
-# are stripes of one pixel, and the dot is the wave with the largest gain. Here is the first convolution, on a
-# grid of 32 × 32 frequencies.
+# largest singular value is the gain for waves of that frequency. The middle is the constant image, the
+# edges are stripes of one pixel, and the dot is the wave with the largest gain. Here is the first
+# convolution, on a grid of 32 × 32 frequencies.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.2))
