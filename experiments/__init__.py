@@ -1,4 +1,6 @@
-"""The paper's experiments, run from the command line; nothing here is part of the library.
+"""The experiments, run from the command line; nothing here is part of the library.
 
-Each table is a command, `python -m experiments.table2`; the other modules are what the tables share.
+Each module is a command, `python -m experiments.table2`. Below them, each importing from itself and the earlier
+ones: `networks`, `output` (stored rows, tables, pictures, the terminal), `data`, `training`. `results` holds
+stored runs, and no code.
 """
