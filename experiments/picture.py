@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import stochsolvers as ss
-from experiments import plots, terminal
+from experiments.output import plots, terminal
 
 PICTURE = Path(__file__).parent.parent / "docs/_static/layer.png"
 TITLES = {

@@ -8,6 +8,7 @@ import pandas as pd
 from experiments.output.plots import Curve
 from experiments.output.rows import (
     Rows,
+    Table,
     are_implicit,
     are_objectives,
     are_swapped,
@@ -45,7 +46,7 @@ class _Legend:
         return Curve(text, np.asarray(x), np.asarray(y), self._colors[label], **options)
 
 
-def _over_seeds(table: pd.DataFrame, by: str, key: str) -> dict[str, Any]:
+def _over_seeds(table: Table, by: str, key: str) -> dict[str, Any]:
     """Abscissas, means over the seeds, and a band from least to greatest, if any has several."""
     groups = table.groupby(by)[key]
     parts = [groups.agg(lambda v, f=f: getattr(v, f)(skipna=False)) for f in ("min", "mean", "max")]

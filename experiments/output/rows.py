@@ -9,6 +9,8 @@ from experiments import networks
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
+Table = Any
+"""A `pandas` DataFrame or Series; its annotations do not know what a selection of columns is."""
 BASELINES = ("dropout", "control", "backpropagation")
 """Roles of the networks over which the others gain."""
 
@@ -37,7 +39,7 @@ def ordered(rows: Rows) -> list[Row]:
     return sorted(rows, key=lambda row: rates.get(row.get("study"), 0.0))
 
 
-def frame(rows: Iterable[Row], kind: str, *keys: str) -> pd.DataFrame:
+def frame(rows: Iterable[Row], kind: str, *keys: str) -> Table:
     """The rows of a kind as a table, with their names and rates and all of the keys as columns."""
     chosen = [
         {**row, "name": name_of(row), "rate": rate_of(row)} for row in rows if row["kind"] == kind
@@ -67,7 +69,7 @@ def are_implicit(rows: Rows) -> bool:
     return any(row.get("method") == "backpropagation" for row in rows)
 
 
-def gains(finals: pd.DataFrame) -> pd.Series:
+def gains(finals: Table) -> Table:
     """Test accuracy over that of the baseline of the same comparison and seed; NaN for baselines."""
     role = finals["arm"].astype(object).where(finals["arm"].notna(), finals["method"])
     family = [finals[key] for key in ("dataset", "study", "variant", "seed")]
@@ -77,7 +79,7 @@ def gains(finals: pd.DataFrame) -> pd.Series:
     return (finals["accuracy"].astype(float) - baseline).mask(plain)
 
 
-def relative_gaps(table: pd.DataFrame, finals: pd.DataFrame) -> pd.Series:
+def relative_gaps(table: Table, finals: Table) -> Table:
     """(objective − bound)/objective, the best lower bound of the same family; NaN where there is none."""
     family = ["dataset", "study", "seed", "family"]
     best = finals.assign(bound=finals["lower_bound"].astype(float)).groupby(family, dropna=False)

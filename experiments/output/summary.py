@@ -10,6 +10,7 @@ import pandas as pd
 from experiments.output import panels, plots, runs, terminal, views
 from experiments.output.rows import (
     Rows,
+    Table,
     are_implicit,
     are_swapped,
     diverged,
@@ -76,7 +77,7 @@ CONSTANTS += ("schedule", "family")
 TAGS = ("arm", "method", "study", "variant", "fraction", "bound")
 
 
-def summarise(rows: Rows) -> pd.DataFrame:
+def summarise(rows: Rows) -> Table:
     """One row for each network: means over its seeds, standard deviations over seeds and over trials.
 
     A mean that a seed lacks is None, and so is a standard deviation over one seed.
@@ -96,7 +97,7 @@ def summarise(rows: Rows) -> pd.DataFrame:
     key = ["dataset", "name"]
     groups = finals.groupby(key, sort=False)
     constants = finals.drop_duplicates(key).set_index(key)[list(CONSTANTS)].convert_dtypes()
-    parts = [
+    parts: list[Table] = [
         constants,
         groups[numbers].agg(lambda values: values.mean(skipna=False)).rename(columns=MEANS),
         groups[list(SPREADS)].agg(lambda values: values.std(skipna=False)).rename(columns=SPREADS),
@@ -111,7 +112,7 @@ def summarise(rows: Rows) -> pd.DataFrame:
             ),
         ),
     ]
-    found = pd.concat(parts, axis=1).reset_index()
+    found: Table = pd.concat(parts, axis=1).reset_index()
     comparable = found["dataset"].isin(PAPER_DATASETS)
     paper = found[["paper_accuracy", "paper_std"]].astype(float).where(comparable)
     found[["paper_accuracy", "paper_std"]] = paper

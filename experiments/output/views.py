@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.output.rows import Rows, are_implicit, are_objectives, are_swapped
+from experiments.output.rows import Rows, Table, are_implicit, are_objectives, are_swapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +86,12 @@ def of(rows: Rows) -> View:
     return IMPLICIT if are_implicit(rows) else PLAIN
 
 
-def percent(mean: float | None, std: float | None = None) -> str:
+def percent(mean: Any, std: Any = None) -> str:
     """An accuracy in the paper's format, "72.86 ± 0.177"; "" for None or NaN."""
     return "" if pd.isna(mean) else f"{mean:.2f}" + ("" if pd.isna(std) else f" ± {std:.3f}")
 
 
-def cells(summary: pd.DataFrame) -> pd.DataFrame:
+def cells(summary: Table) -> Table:
     """The columns of all views as text, from the summary of a run."""
 
     def accuracy(key: str, spread: str) -> list[str]:

@@ -15,7 +15,7 @@ and those of a ReLU network are the same with cones, (2 D_i − I) X v_i ≥ 0.
 | `ThreeLayerProblem` | the program of parallel three-layer networks, on small data |
 | `whitened` | data on which a network is one with batch normalisation |
 | `solve`, `regularization_path` | the optimum to a certified relative gap; for several β |
-| `KernelADMM`, `LandmarkADMM`, `FISTA` | solvers of gated programs; `FISTA` also of three layers |
+| `KernelADMM`, `LandmarkADMM`, `FISTA` | solvers of gated programs; `FISTA` of all programs |
 | `ConeADMM`, `InteriorPoint` | solvers of the programs of ReLU networks |
 | `Network`, `GatedNetwork` | two-layer networks as values |
 | `recover`, `from_network`, `as_network` | from a program's value to its network, and back |

@@ -49,7 +49,8 @@ def axes(
     except ImportError as error:
         raise ImportError(f"{what} needs matplotlib: pip install 'stochsolvers[plot]'") from error
     if ax is None:
-        with plt.rc_context(STYLE | style):
+        settings: Any = STYLE | style
+        with plt.rc_context(settings):
             return plt.subplots(figsize=size)[1]
     if not isinstance(ax, Axes):
         _checks.fail(f"ax of {what}", "matplotlib Axes, or None", type(ax).__name__)

@@ -25,10 +25,11 @@ def report(report: Any, *, ax: "Axes | None" = None) -> "Axes":
       ImportError: without matplotlib.
       ValueError: for other objects.
     """
-    draw = getattr(report, "plot", None)
+    draw: Any = getattr(report, "plot", None)
     if not callable(draw):
         _checks.fail("report", "a report with a method plot(ax)", type(report).__name__)
-    return draw(ax)
+    drawn: Any = draw(ax)
+    return drawn
 
 
 def norms(report: Any, *, ax: "Axes | None" = None) -> "Axes":
