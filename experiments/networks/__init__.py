@@ -6,6 +6,7 @@ replaces plain layers by solvers with the same parameters, so a network can be t
 
 from experiments.networks.alexnet import AlexNet as AlexNet
 from experiments.networks.alexnet import AlexNetConfig as AlexNetConfig
+from experiments.networks.blocks import BEHIND_DROPOUT as BEHIND_DROPOUT
 from experiments.networks.blocks import FULL as FULL
 from experiments.networks.blocks import NAMES as NAMES
 from experiments.networks.blocks import PLAIN as PLAIN

@@ -69,13 +69,18 @@ def are_implicit(rows: Rows) -> bool:
     return any(row.get("method") == "backpropagation" for row in rows)
 
 
-def gains(finals: Table) -> Table:
+def have_control(rows: Rows) -> bool:
+    """Whether some of the rows are of networks without dropout."""
+    return any(row.get("arm", row.get("method")) == "none" for row in rows)
+
+
+def gains(finals: Table, baselines: Sequence[str] = BASELINES) -> Table:
     """Test accuracy over that of the baseline of the same comparison and seed; NaN for baselines."""
     role = finals["arm"].astype(object).where(finals["arm"].notna(), finals["method"])
     family = [finals[key] for key in ("dataset", "study", "variant", "seed")]
-    known = finals["accuracy"].astype(float).where(role.isin(BASELINES))
+    known = finals["accuracy"].astype(float).where(role.isin(baselines))
     baseline = known.groupby(family, dropna=False).transform("last")
-    plain = role.isna() | role.isin(("baseline", *BASELINES))
+    plain = role.isna() | role.isin(("baseline", *baselines))
     return (finals["accuracy"].astype(float) - baseline).mask(plain)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.output import panels, plots, runs, terminal, views
+from experiments.output import maps, panels, plots, runs, terminal, views
 from experiments.output.rows import (
     Rows,
     Table,
@@ -35,6 +35,9 @@ PICTURES = {
     "band from least to greatest",
     "gains.png": "gain in test accuracy over the network finetuned as long; bars are means over seeds, dots "
     "the seeds",
+    "map.png": "gain in test accuracy over both controls, no dropout and dropout at its best rate, against "
+    "time; filled what the validation images choose of each method, lines from the least to the greatest "
+    "seed",
 }
 DRAWINGS = (
     (panels.accuracy, plots.accuracy),
@@ -44,6 +47,7 @@ DRAWINGS = (
     (panels.descent, plots.descent),
     (panels.path, plots.path),
     (panels.swaps, plots.gains),
+    (maps.cells, maps.draw),
 )
 """For each of the pictures, what it holds and how it is drawn."""
 OLD = ("table2.csv",)
@@ -62,6 +66,7 @@ MEANS = {
     **{"std": "trial_std", "train_seconds": "train_seconds"},
     **{key: key for key in ("objective", "lower_bound", "neurons", "search_seconds", "gap")},
     "start_validation_accuracy": "start_validation_accuracy",
+    **{key: key for key in ("gain_over_none", "epoch_seconds")},
 }
 """Entries of the final rows whose means over the seeds are taken, and their names in the summary."""
 SPREADS = {
@@ -70,6 +75,7 @@ SPREADS = {
     "validation_accuracy": "validation_seed_std",
     "gain": "gain_seed_std",
     "start_validation_accuracy": "start_seed_std",
+    "gain_over_none": "gain_over_none_std",
 }
 """Likewise their sample standard deviations."""
 CONSTANTS = ("trials", "paper_accuracy", "paper_std", "epochs", "batch_size", "parameters")
@@ -82,8 +88,9 @@ def summarise(rows: Rows) -> Table:
 
     A mean that a seed lacks is None, and so is a standard deviation over one seed.
     """
-    finals = frame(rows, "final", *MEANS, *CONSTANTS, *TAGS)
+    finals = frame(maps.completed(rows), "final", *MEANS, *CONSTANTS, *TAGS)
     finals["gain"], finals["gap"] = gains(finals), relative_gaps(finals, finals)
+    finals["gain_over_none"] = gains(finals, ("none",))
     numbers = list(MEANS)
     finals[numbers] = finals[numbers].astype(float)
     # a network that does not sample at test time
@@ -144,9 +151,11 @@ def table(rows: Rows) -> str:
         lines.append("The gain is over the baseline that was finetuned for the same epochs.")
     if are_implicit(finals):
         lines.append("The gain is over backpropagation, seed by seed. The paper has curves only.")
-    elif view is views.PLAIN and summary["paper_accuracy"].isna().all():
+    elif view in (views.PLAIN, views.CONTROLLED) and summary["paper_accuracy"].isna().all():
         datasets = ", ".join(summary["dataset"].unique())
         lines.append(f"The paper has no numbers for this network on {datasets}.")
+    if contents := maps.cells(rows):
+        lines += ["The gain is over dropout at its best validation rate.", maps.sentence(contents)]
     return "\n".join(lines)
 
 
@@ -162,6 +171,7 @@ def page(rows: Rows, pictures: Iterable[str] = (), notes: str = "") -> str:
     )
     parts = [
         f"{MARK}\n# {title_of(finals)}",
+        maps.answer(maps.cells(rows)),
         shown.to_markdown(index=False, disable_numparse=True),
         view.caption,
         "\n".join(f"- `{name}`: {PICTURES[name]}." for name in pictures),

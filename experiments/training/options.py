@@ -20,7 +20,7 @@ BATCH_SIZE = {"digits": 32}
 PAPER_BATCH_SIZE = 128
 SMOKE = {"epochs": 2, "finetune_epochs": 2, "batch_size": 32, "width": 0.125, "examples": 320}
 SMOKE_TRIALS = 3
-ADDABLE = ("seeds", "rates", "methods", "variants", "widths")
+ADDABLE = ("seeds", "rates", "methods", "variants", "widths", "schedules", "taus")
 """Options to which values may be added when a command is repeated with the same folder."""
 UNRECORDED = ("out", "data_dir", "overwrite", "smoke", "tensorboard", "machine", "seeds_at_once")
 """Options that change no result, or whose effect other options record."""

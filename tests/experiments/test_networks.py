@@ -74,6 +74,16 @@ def test_vgg16_is_the_papers(batch_norm):
         assert layer.dropout.rate == 0.5
 
 
+@pytest.mark.parametrize("width", [0.5, 1.0, 4.0])
+def test_lenet_is_the_papers_times_its_width(width):
+    model = nnx.eval_shape(lambda: LeNet(LeNetConfig(width=width), rngs=nnx.Rngs(0)))
+    first, second, penultimate, last = (int(width * count) for count in (6, 16, 120, 84))
+    expected = conv(3, first, 5) + conv(first, second, 5) + dense(25 * second, penultimate)
+    expected += dense(penultimate, last) + dense(last, 10)
+    assert count_parameters(model) == expected
+    assert model.features.size == 25 * second
+
+
 @pytest.mark.parametrize("size", [(8, 8, 1), (9, 13, 1), (28, 28, 1), (32, 32, 3)])
 @pytest.mark.parametrize("network", ["alexnet", "alexnet hidden", "vgg16"])
 def test_small_images_fit(network, size):
@@ -103,6 +113,8 @@ def test_tiny_images_are_refused(make, config):
 def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="width: expected a positive factor"):
         AlexNet(AlexNetConfig(width=-1.0), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="width: expected a positive factor"):
+        LeNet(LeNetConfig(width=0.0), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="method: expected one of dropout, prox-sg"):
         BlockConfig("adam")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"rate: expected a dropout rate in \[0, 1\)"):

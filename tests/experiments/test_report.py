@@ -129,6 +129,29 @@ def test_gain_of_a_swapped_network_is_over_its_control():
     assert gains == {"baseline": None, "control": None, "prox-sg": 4.0}
 
 
+def test_gain_over_no_dropout_where_it_was_trained(folders, tmp_path):
+    dropped = report.load(folders)
+    assert "over no dropout" not in summary.page(dropped)
+    rows = list(dropped)
+    for seed, accuracy in ((0, 66.0), (1, 70.0)):
+        plain = rows_of(seed, accuracy, [50.0, 60.0], name="D-D no dropout", std=None)
+        rows += [{**row, "variant": "D-D", "method": "none"} for row in plain]
+    found = {row["name"]: row for row in summaries(rows)}
+    gains = {name: (row["gain"], row["gain_over_none"]) for name, row in found.items()}
+    assert gains == {
+        "D-D Prox-SG": (11.5, 3.5),
+        "D-D dropout": (None, -8.0),
+        "D-D no dropout": (8.0, None),
+    }
+    np.testing.assert_allclose(found["D-D dropout"]["gain_over_none_std"], np.sqrt(8))
+    summary.write(tmp_path, rows)
+    page = (tmp_path / "README.md").read_text()
+    assert re.search(r"\| D-D Prox-SG .*\| 11.50 ± 2.121 +\| 3.50 ± 0.707 +\|", page)
+    assert "Over no dropout" in page
+    with (tmp_path / "summary.csv").open() as file:
+        assert [row["gain_over_none"] for row in csv.DictReader(file)] == ["3.5", "-8.0", ""]
+
+
 def test_a_seed_that_diverged_leaves_no_mean(folders):
     rows = report.load(folders)
     for row in rows:
