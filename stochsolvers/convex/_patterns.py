@@ -139,6 +139,7 @@ def sample_patterns(
         pattern that has active data.
     """
     X = _inputs.data("data of sample_patterns", X)
+    _checks.random_key("key", key)
     num = _checks.count("num", num)
     _checks.member("kind", kind, ("gaussian", "sparse", "convolutional"))
     features = X.shape[-1]

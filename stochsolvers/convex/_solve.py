@@ -218,9 +218,10 @@ def regularization_path(
     Returns:
       one `Solution` for each β.
     """
-    betas = jnp.asarray(betas)
+    _default(problem)  # refuses what is no program
     _checks.rank("betas", betas, 1)
     _checks.positive("betas", betas)
+    betas = jnp.asarray(betas)
     init, solutions = jnp.zeros(problem.shape, problem.dtype), []
     for beta in betas:
         solution = solve(

@@ -158,6 +158,7 @@ class ProxPropConv(nnx.Conv):
 
 
 def _promoted(layer: Any, inputs: Array) -> Any:
+    _checks.activations(f"inputs of {type(layer).__name__}", inputs)
     bias = None if layer.bias is None else layer.bias[...]
     return layer.promote_dtype((inputs, layer.kernel[...], bias), dtype=layer.dtype)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from stochsolvers import _checks
 from stochsolvers.prox import Prior
 from stochsolvers.surgery._activations import activation
 from stochsolvers.surgery._flatten import Program, Step, flatten
@@ -83,6 +84,7 @@ class Survey:
 
 def survey(function: Callable[..., Any], *arguments: Any) -> Survey:
     """Trace `function(*arguments)` without running it; only shapes of arguments matter."""
+    _checks.function("function of survey", function)
     graph = _Graph(flatten(jax.make_jaxpr(function)(*arguments)))
     layers, dropouts, norms = [], [], []
     for position, step in enumerate(graph.steps):
