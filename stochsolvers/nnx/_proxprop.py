@@ -137,5 +137,6 @@ class ProxPropConv(nnx.Conv):
 
 
 def _promoted(layer: Any, inputs: Array) -> Any:
+    _checks.activations(f"inputs of {type(layer).__name__}", inputs)
     bias = None if layer.bias is None else layer.bias[...]
     return layer.promote_dtype((inputs, layer.kernel[...], bias), dtype=layer.dtype)
