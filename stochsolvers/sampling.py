@@ -34,9 +34,8 @@ def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int |
         if not jnp.issubdtype(tau.dtype, jnp.integer):
             _checks.fail(what, "an integer count where it is traced", tau.dtype)
         return tau
-    is_array = isinstance(tau, jax.Array | np.ndarray) and tau.ndim == 0
-    if is_array and jnp.issubdtype(tau.dtype, np.number):
-        tau = tau.item()
+    if isinstance(tau, jax.Array | np.ndarray) and tau.ndim == 0:
+        tau = tau.item() if jnp.issubdtype(tau.dtype, np.number) else tau
     if isinstance(tau, float | np.floating):
         if not 0.0 < tau <= 1.0:
             _checks.fail(what, "a fraction in (0, 1] or a count", tau)

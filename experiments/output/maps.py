@@ -166,7 +166,7 @@ def _network(finals: Rows, seconds: Mapping[tuple[str, int], float]) -> Network:
 
 
 def _name(network: Network) -> str:
-    names: Mapping[str, str] = dict(networks.NAMES)
+    names: Mapping[Any, str] = networks.NAMES
     return names[network.method]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from stochsolvers import _layers, proxprop
+from stochsolvers import _checks, _layers, proxprop
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Dense
 from stochsolvers.nnx._solver_layer import attribute
