@@ -166,7 +166,7 @@ def _network(finals: Rows, seconds: Mapping[tuple[str, int], float]) -> Network:
 
 
 def _name(network: Network) -> str:
-    names: Mapping[Any, str] = networks.NAMES
+    names: Mapping[str, str] = {**networks.NAMES}
     return names[network.method]
 
 

@@ -73,6 +73,7 @@ def singular_values(linear_map: LinearMap, *, grid: Grid | Literal["operator"] =
     return -jnp.sort(-values.ravel())
 
 
+@of_map
 @replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def frequency_norms(conv: Conv, *, grid: Grid = "layer") -> Array:

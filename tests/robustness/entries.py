@@ -132,8 +132,8 @@ RECORDS = {
     "solvers.Solution", "solvers.Status", "solvers.Step", "lipschitz.Bracket", "convex.Decomposition",
     "convex.NetworkGap", "convex.Training", "convex.Whitened", "reports.CertificateReport",
     "reports.LayerCertificate", "reports.LayerNorm", "reports.LipschitzReport", "reports.Observation",
-    "surgery.LayerLeft", "surgery.ReplacedLayer", "surgery.ReplacementReport", "surgery.Survey",
-    "surgery.LayerCall", "surgery.DropoutCall", "surgery.Function", "surgery.Chosen", "linen.Replaced",
+    "surgery.LayerLeft", "surgery.ReplacedLayer", "surgery.ReplacementReport",
+    "linen.Replaced",
     "testing.StepSizeReport", "solvers.Run",
     # states, which functions of the library make
     "lipschitz.LipschitzState", "lipschitz.NormState", "optax.ProjectState", "optax.ProxState",
@@ -149,6 +149,9 @@ RECORDS = {
     # commands for tests: they raise AssertionError, with the object's own error as its message
     "testing.assert_equivalent", "testing.check_estimator", "testing.check_layer", "testing.check_linear_map",
     "testing.check_loss", "testing.check_prior", "testing.check_solver", "testing.check_step_size",
+    # pictures: what they refuse is in tests/test_plot.py
+    "plot.activation", "plot.certificates", "plot.changes", "plot.convergence", "plot.frequencies",
+    "plot.norms", "plot.report", "plot.spectrum", "plot.table",
 }  # fmt: skip
 """What is made by the library itself, and takes no arguments of a user's."""
 

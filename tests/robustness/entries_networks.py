@@ -1,4 +1,4 @@
-"""Layers, surgery and reports of both front ends, and convex programs of networks."""
+"""Layers and reports of both front ends, and convex programs of networks."""
 
 import hostile
 import jax
@@ -8,7 +8,6 @@ from entries import (
     Entry,
     array,
     count,
-    function,
     key,
     name,
     number,
@@ -786,27 +785,7 @@ CONVEX = {
     ),
 }
 
-G = ss.surgery
-
-
-def marked(x):
-    return jax.nn.relu(G.mark_output(2 * G.mark_input(x, "layer", "a"), "layer", "a"))
-
-
-SURGERY = {
-    "surgery.survey": Entry(
-        lambda function, x: G.survey(function, x) and None,
-        lambda s: {
-            "function": function(marked),
-            "x": Argument(normal(2, s.batch, 4), "other"),
-        },
-        on_host=True,
-    ),
-    "surgery.select": Entry(
-        lambda where, modules: G.select(where, modules) and None,
-        lambda s: {"where": name("a", "a class"), "modules": Argument({"a": linear()}, "other")},
-        on_host=True,
-    ),
+REPORTS = {
     "reports.certify": Entry(
         lambda model, x: ss.certify(model, x) and None,
         lambda s: {
@@ -823,14 +802,8 @@ SURGERY = {
 }
 
 INTERNAL = {
-    # between the analysis of a trace and the front ends, which alone call them
-    "surgery.activation",
-    "surgery.affine",
-    "surgery.folded",
-    "surgery.unfolded",
-    "surgery.mark_input",
-    "surgery.mark_output",
+    # of what the front ends have recorded, which alone call it
     "reports.observe",
 }
 
-ENTRIES = NNX | LINEN | CONVEX | SURGERY
+ENTRIES = NNX | LINEN | CONVEX | REPORTS

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from entries import (
     Entry,
     array,
+    conv,
     count,
     dense,
     function,
@@ -77,6 +78,10 @@ NORMS = {
         lambda A, bound: L.spectral_penalty(A, bound), bound=number(1.0)
     ),
     "lipschitz.singular_values": of_map(L.singular_values, grid=name("layer")),
+    "lipschitz.frequency_norms": Entry(
+        lambda linear_map, grid: L.frequency_norms(linear_map, grid=grid),
+        lambda _: {"linear_map": value(conv()), "grid": name("layer")},
+    ),
     "lipschitz.stable_rank": of_map(L.stable_rank),
     "lipschitz.condition_number": of_map(lambda A: {"κ?": L.condition_number(A)}),
     "lipschitz.feature_lipschitz_constants": of_map(
