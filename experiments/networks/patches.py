@@ -1,8 +1,8 @@
 r"""Convolutions of few channels or few pixels as one matrix product, and pooling by reshaping, for CPUs.
 
 XLA's CPU backend is slow at convolutions from few channels, at images smaller than the kernel, at the
-derivatives of both, and at the derivative of a maximum over windows. On other backends the functions here
-are the layer itself and Flax's pooling.
+derivatives of both, and at the derivative of a maximum over windows. On other backends, and for one image
+alone, as reports see a network, the functions here are the layer itself and Flax's pooling.
 
 Outputs are computed in blocks of r × q pixels. All outputs of a block see the same window of the image, of
 (r − 1) s + k rows, s the stride and k the taps, so that with the kernel written out for each pixel (u, v)
@@ -33,7 +33,7 @@ def pooled(layer: nnx.Conv, x: jax.Array, *, block: Pair) -> jax.Array:
       x: images (batch, height, width, channels); a last row or column without a partner is left out.
       block: r and q, even numbers; 2 where they do not divide the number of rows or columns.
     """
-    if jax.default_backend() != "cpu":
+    if _is_plain(x):
         return nnx.max_pool(layer(x), (2, 2), (2, 2))
     kernel, bias, x = _cast(layer, x)
     rows, columns = (n - k + 1 for n, k in zip(x.shape[1:3], kernel.shape, strict=False))
@@ -52,7 +52,7 @@ def convolved(layer: nnx.Conv, x: jax.Array) -> jax.Array:
     settings = layer.strides, layer.kernel_dilation, layer.input_dilation, layer.feature_group_count
     usual = layer.padding == "SAME" and all(each in (1, (1, 1)) for each in settings)
     few = height * width <= math.prod(taps)
-    if jax.default_backend() != "cpu" or not (usual and few):
+    if _is_plain(x) or not (usual and few):
         return layer(x)
     kernel, bias, x = _cast(layer, x)
     low = tuple((k - 1) // 2 for k in taps)
@@ -64,11 +64,16 @@ def convolved(layer: nnx.Conv, x: jax.Array) -> jax.Array:
 def max_pool(x: jax.Array) -> jax.Array:
     """The maximum over 2×2 pixels; over fewer in the last row and column of an odd grid."""
     batch, height, width, channels = x.shape
-    if jax.default_backend() != "cpu" or height % 2 or width % 2:
+    if _is_plain(x) or height % 2 or width % 2:
         return nnx.max_pool(x, (2, 2), (2, 2), padding="SAME")
     x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
     upper, lower = (larger(x[:, :, u, :, 0], x[:, :, u, :, 1]) for u in (0, 1))
     return larger(upper, lower)
+
+
+def _is_plain(x: jax.Array) -> bool:
+    """Whether the layer itself computes: for one image it is as quick, and seen by reports."""
+    return jax.default_backend() != "cpu" or len(x) == 1
 
 
 def _cast(layer: nnx.Conv, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
