@@ -37,6 +37,8 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_timeout = 300
+# notebooks to be shown as they are stored: patterns of their names, separated by spaces
+nb_execution_excludepatterns = os.environ.get("STORED_NOTEBOOKS", "").split()
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 suppress_warnings = [
