@@ -22,6 +22,7 @@ EIGHT = "--xla_force_host_platform_device_count=8"
 
 
 def start(options, flags=""):
+    flags = f"{os.environ['XLA_FLAGS']} {flags}"  # compiled as here
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.Popen(
         [sys.executable, toys.__file__, json.dumps(options)],
