@@ -14,7 +14,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # the notebooks' pictures
 
 metadata = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 project = "stochsolvers"

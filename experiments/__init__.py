@@ -2,5 +2,5 @@
 
 Each module is a command, `python -m experiments.table2`. Below them, each importing from itself and the
 earlier ones: `networks`, `output` (stored rows, tables, pictures, the terminal), `data`, `training`.
-`results` holds stored runs, and no code.
+Folder `results` holds stored runs, and no code.
 """

@@ -130,14 +130,16 @@ for name, conv in convs.items():
 # %% [markdown]
 # ## Which waves does it amplify?
 #
-# Lemma 2 of the paper: at every spatial frequency the layer is a small matrix of channels, and its largest
-# singular value is the gain for waves of that frequency. The middle is the constant image. Training raises
-# the gain of slow waves.
+# Lemma 2 of the paper: at every spatial frequency a circular layer is a small matrix of channels, and its
+# largest singular value is the gain for waves of that frequency. The middle is the constant image, the edges
+# are stripes of one pixel, and the dot is the wave with the largest gain. Here is the first convolution, on a
+# grid of 32 × 32 frequencies.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.2))
-for ax, (name, conv) in zip(axes, convs.items(), strict=True):
-    ss.plot.frequencies(ss.Conv(conv.kernel, (32, 32), padding="CIRCULAR"), ax=ax)
+for ax, (name, model) in zip(axes, {"at initialisation": initial, **networks}.items(), strict=True):
+    conv = ss.Conv(model.conv1.kernel[...], (32, 32), padding="CIRCULAR")
+    ss.plot.frequencies(conv, ax=ax)
     ax.set_title(f"{name}\n{ax.get_title()}", fontsize=9)
     ax.grid(visible=False)
 plt.show()

@@ -159,6 +159,7 @@ for i, (name, runs) in enumerate(curves.items()):
 left.axhline(np.log(10), color="0.6", linewidth=1, linestyle=":")
 left.set(xlabel="step size (rate, or τ at rate 1)", ylabel="training loss after 5 epochs")
 right.set(xlabel="epoch", ylabel="training loss", title="each at its best step size")
+right.set_xticks(range(1, 6))
 left.legend(fontsize=8)
 right.legend(fontsize=8)
 plt.show()

@@ -104,6 +104,11 @@ def test_links_between_pages(site):
     ) == ("[a](/tree/main/experiments/results/figure2)")
 
 
+def test_code_has_no_links(site):
+    text = "```python\nprint(layers[0](h))\n```\n"
+    assert site("generate").relink(text, "docs/norms.md", "norms.md", "https://home") == text
+
+
 def test_examples_of_docstrings():
     modules = [ss] + [
         importlib.import_module(info.name)

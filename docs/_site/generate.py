@@ -18,6 +18,7 @@ import types
 DOCS = pathlib.Path(__file__).parent.parent
 ROOT = DOCS.parent
 OUT = DOCS / "generated"
+CODE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 
 RUNS = """
@@ -146,7 +147,8 @@ def relink(text: str, source: str, target: str, url: str) -> str:
         kind = "tree" if path.is_dir() else "blob"
         return f"{match[1]}{url}/{kind}/main/{name})"
 
-    return LINK.sub(replaced, text)
+    parts = CODE.split(text)
+    return "".join(LINK.sub(replaced, part) if i % 2 == 0 else part for i, part in enumerate(parts))
 
 
 def write_pages(url: str) -> None:

@@ -16,11 +16,11 @@ def test_its_first_iteration_is_the_layer():
 
 
 def test_it_is_written(monkeypatch, tmp_path):
-    lines = {name: np.array([1.0, 0.1, 1e-9]) for name in picture.TITLES}
+    lines = {name: np.array([1.0, 0.1, 1e-12]) for name in picture.TITLES}
     monkeypatch.setattr(picture, "gaps", lambda config: (lines, {1: 2.0, 3: 0.5}))
     path = tmp_path / "folder" / "layer.png"
     picture.main(["--out", str(path)])
     assert path.read_bytes().startswith(b"\x89PNG")
     (axes,) = picture.draw(lines, {1: 2.0}).axes
     assert len(axes.lines) == len(picture.TITLES) + 1
-    assert np.isnan(axes.lines[0].get_ydata()[-1])  # below the round-off of float32
+    assert np.isnan(axes.lines[0].get_ydata()[-1])  # below what is drawn

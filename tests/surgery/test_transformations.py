@@ -1,5 +1,7 @@
 """Layers within JAX's own transformations, in branches, and shared by the examples of a batch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def test_what_a_report_measures_within_transformations_of_jax():
     x = jax.random.normal(jax.random.key(1), (3, 4), jnp.float32)
     seen, plain = {}, np.asarray(x, np.float64)
     for name in ("jit", "checkpoint", "vmap", "taken"):
-        layer = model.layers[name]
+        layer: Any = model.layers[name]
         A, b = (np.asarray(one[...], np.float64) for one in (layer.kernel, layer.bias))
         L = np.linalg.norm(A, 2) ** 2
         y = np.tanh(plain @ A + b)
