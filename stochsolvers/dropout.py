@@ -20,6 +20,7 @@ from stochsolvers import _checks, sampling
 from stochsolvers._typing import Array
 from stochsolvers.estimators import Importance, ImportanceScore, TauNice, feature_axis
 from stochsolvers.linear_maps import LinearMap
+from stochsolvers.linear_maps._base import check_map
 from stochsolvers.problems import LayerProblem
 
 
@@ -38,6 +39,7 @@ def tau_nice_dropout(
       >>> sorted(ss.dropout.tau_nice_dropout(jax.random.key(0), jnp.ones(4), 2).tolist())
       [0.0, 0.0, 2.0, 2.0]
     """
+    x = _activations("x of tau_nice_dropout", x)
     n = x.shape[-1]
     tau = sampling.num_sampled(tau, n)
     return _keep(key, x, tau, spatial_ndim) * jnp.asarray(n / tau, x.dtype)
@@ -54,6 +56,7 @@ def output_dropout(
       tau: outputs to keep.
       spatial_ndim: number of spatial axes, which share a feature's fate.
     """
+    u = _activations("u of output_dropout", u)
     return _keep(key, u, sampling.num_sampled(tau, u.shape[-1]), spatial_ndim)
 
 
@@ -68,6 +71,8 @@ def additive_dropout(key: Array, A: LinearMap, z: Array, tau: int | float | Arra
       z: activations, shape (*batch, *A.out_shape).
       tau: input features in the sum.
     """
+    check_map("A of additive_dropout", A)
+    z = _activations("z of additive_dropout", z)
     _checks.trailing("z of additive_dropout", z, A.out_shape)
     batch_shape = z.shape[: z.ndim - len(A.out_shape)]
     problem = LayerProblem(A, jnp.zeros((*batch_shape, *A.in_shape), z.dtype))
@@ -92,10 +97,20 @@ def importance_dropout(
       tau: features to keep.
       by: "gradient" for ||A_i|| ||x_i||, "lipschitz" for L_i, which does not look at x.
     """
+    check_map("A of importance_dropout", A)
+    x = _activations("x of importance_dropout", x)
     problem = LayerProblem(A, x)
     zero = jnp.zeros(problem.shape, problem.dtype)
     weights = Importance(tau, by=by).draw(key, problem, zero)
     return (feature_axis(weights, problem) * x).astype(x.dtype)
+
+
+def _activations(what: str, x: Array) -> Array:
+    """Real floating-point numbers, the features on the last axis."""
+    _checks.floating(what, x)
+    if jnp.ndim(x) < 1:
+        _checks.fail(f"shape of {what}", "at least the axis of the features", jnp.shape(x))
+    return jnp.asarray(x)
 
 
 def _keep(key: Array, x: Array, tau: int | Array, spatial_ndim: int) -> Array:

@@ -133,6 +133,7 @@ class Huber(Loss):
 
     def __post_init__(self):
         _checks.positive("delta", self.delta)
+        _checks.rank("delta", self.delta, 0)
         object.__setattr__(self, "delta", real(self.delta))
 
     def value(self, u, x):

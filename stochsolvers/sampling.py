@@ -29,12 +29,13 @@ def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int |
     Raises:
       ValueError: if the count falls outside 1..n.
     """
+    n = _checks.count("n", n, minimum=0)
     if isinstance(tau, jax.Array) and isinstance(tau, jax.core.Tracer):
         if not jnp.issubdtype(tau.dtype, jnp.integer):
             _checks.fail(what, "an integer count where it is traced", tau.dtype)
         return tau
     if isinstance(tau, jax.Array | np.ndarray) and tau.ndim == 0:
-        tau = tau.item()
+        tau = tau.item() if jnp.issubdtype(tau.dtype, np.number) else tau
     if isinstance(tau, float | np.floating):
         if not 0.0 < tau <= 1.0:
             _checks.fail(what, "a fraction in (0, 1] or a count", tau)
@@ -79,8 +80,19 @@ def tau_nice_mask(key: Array, tau: int | Array, n: int, batch_shape: tuple[int, 
     References:
       Bibi et al. 2019, definition 3.1.
     """
-    scores = _distinct_integers(key, (*batch_shape, n))
-    return scores <= _order_statistic(scores, num_sampled(tau, n))
+    tau = num_sampled(tau, n)
+    scores = _distinct_integers(key, (*_batch(batch_shape), n))
+    return scores <= _order_statistic(scores, tau)
+
+
+def _batch(batch_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`batch_shape`, of which a dimension may be symbolic."""
+    if not isinstance(batch_shape, tuple | list):
+        _checks.fail("batch_shape", "a tuple of integers", _checks.named(batch_shape))
+    for n in batch_shape:
+        if isinstance(n, jax.Array) or not hasattr(n, "__jax_array__"):  # which symbolic sizes have
+            _checks.count("batch_shape", n, minimum=0)
+    return tuple(batch_shape)
 
 
 def _order_statistic(integers: Array, rank: int | Array) -> Array:
@@ -134,6 +146,7 @@ def _count(flags: Array) -> Array:
 
 def _distinct_integers(key: Array, shape: tuple[int, ...]) -> Array:
     """Random integers, distinct along the last axis: their low bits are their positions."""
+    _checks.random_key("key", key)
     low_bits = _position_bits(shape[-1])
     bits = jax.random.bits(key, shape, jnp.uint32)
     position = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
@@ -146,6 +159,7 @@ def _position_bits(n: int) -> int:
 
 def tau_nice_indices(key: Array, tau: int, n: int) -> Array:
     """Indices (τ,), ascending, of the ones of `tau_nice_mask`: a subset shared by a whole batch."""
+    n = _checks.count("n", n)
     tau = _checks.count("tau", tau, maximum=n)
     return jnp.nonzero(tau_nice_mask(key, tau, n), size=tau)[0]
 
@@ -153,32 +167,48 @@ def tau_nice_indices(key: Array, tau: int, n: int) -> Array:
 def bernoulli_mask(
     key: Array, keep_probability: Scalar, n: int, batch_shape: tuple[int, ...] = ()
 ) -> Array:
-    """Mask of independent coins, p_i = `keep_probability`: ordinary dropout's mask."""
-    return jax.random.bernoulli(key, keep_probability, (*batch_shape, n))
+    """Mask of independent coins, p_i = `keep_probability` in [0, 1]: ordinary dropout's mask."""
+    _checks.random_key("key", key)
+    n = _checks.count("n", n, minimum=0)
+    _checks.non_negative("keep_probability", keep_probability)
+    _checks.at_most("keep_probability", keep_probability, 1, "a probability")
+    shape = (*_batch(batch_shape), n)
+    _checks.broadcastable("keep_probability", keep_probability, shape)
+    return jax.random.bernoulli(key, keep_probability, shape)
 
 
 def serial_mask(key: Array, probabilities: Array) -> Array:
-    """Mask of a serial sampling: exactly one feature, i with probability p_i (shape (..., n))."""
+    """Mask of a serial sampling: exactly one feature, i with probability p_i (shape (..., n)).
+
+    None where a probability is NaN.
+    """
+    _checks.random_key("key", key)
+    probabilities = _features("probabilities", probabilities)
+    known = ~jnp.isnan(jnp.sum(probabilities, axis=-1, keepdims=True))
     index = jax.random.categorical(key, jnp.log(probabilities), axis=-1)
     features = jnp.arange(probabilities.shape[-1])
-    return index[..., None] == jnp.expand_dims(features, range(index.ndim))
+    return known & (index[..., None] == jnp.expand_dims(features, range(index.ndim)))
 
 
 def inclusion_probabilities(scores: Array, tau: int | Array) -> Array:
     r"""Inclusion probabilities of size τ proportional to scores: p_i = min(1, c s_i), Σ p_i = τ.
 
     Exact after one sort: with the k largest scores at their cap of 1, c = (τ − k) / Σ_{others} s.
-    Scores below 1e-6 of their mean are raised to it, so that no feature is lost for ever.
+    Scores below 1e-6 of their mean are raised to it, so that no feature is lost for ever. NaN where a score
+    is NaN or infinite.
 
     Args:
       scores: non-negative, shape (..., n).
       tau: τ in 1..n.
     """
+    scores = _features("scores", scores)
     n = scores.shape[-1]
+    tau = num_sampled(tau, n)
     floor = 1e-6 * jnp.mean(scores, axis=-1, keepdims=True)
     tiny = jnp.finfo(scores.dtype).tiny
     scores = jnp.maximum(scores, jnp.maximum(floor, tiny * n))
-    scores = scores / jnp.max(scores, axis=-1, keepdims=True)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    scores = scores / largest
     descending = _descending(lax.stop_gradient(scores))
     tails = jnp.flip(jnp.cumsum(jnp.flip(descending, -1), axis=-1), -1)
     capped = jnp.expand_dims(jnp.arange(n), range(scores.ndim - 1))
@@ -193,7 +223,16 @@ def inclusion_probabilities(scores: Array, tau: int | Array) -> Array:
     uncapped = scores <= jnp.take_along_axis(descending, num_capped, axis=-1)
     rest = jnp.asarray(tau - jnp.sum(~uncapped, axis=-1, keepdims=True), scores.dtype)
     share = rest / jnp.sum(jnp.where(uncapped, scores, 0.0), axis=-1, keepdims=True)
-    return jnp.where(uncapped, jnp.clip(share * scores, 0.0, 1.0), 1.0)
+    p = jnp.where(uncapped, jnp.clip(share * scores, 0.0, 1.0), 1.0)
+    return jnp.where(jnp.isfinite(largest), p, jnp.nan)
+
+
+def _features(what: str, array: Array) -> Array:
+    """Real floating-point numbers with an axis of at least one feature."""
+    _checks.floating(what, array)
+    if jnp.ndim(array) < 1 or jnp.shape(array)[-1] < 1:
+        _checks.fail(f"shape of {what}", "(..., n) with n >= 1", jnp.shape(array))
+    return jnp.asarray(array)
 
 
 def _descending(scores: Array) -> Array:
@@ -208,12 +247,17 @@ def systematic_mask(offset: Array, probabilities: Array) -> Array:
 
     For u uniform on [0, 1) the inclusion probabilities are p_i, and |S| = Σ p_i whenever that sum is
     an integer (Madow 1949), up to the round-off of the cumulative sum. Features with p_i = 1 are
-    always in, and do not enter the sum.
+    always in, and do not enter the sum. Where a p or the u is NaN, none is in.
 
     Args:
       offset: u, shape (...,).
       probabilities: p, shape (..., n), entries in [0, 1].
     """
+    probabilities = _features("probabilities", probabilities)
+    _checks.floating("offset", offset)
+    if jnp.shape(offset) != probabilities.shape[:-1]:
+        _checks.fail("shape of offset", probabilities.shape[:-1], jnp.shape(offset))
+    known = ~jnp.isnan(jnp.sum(probabilities, axis=-1) + offset)[..., None]
     certain = probabilities >= 1.0
     shared = jnp.where(certain, 0.0, probabilities)
     total = jnp.round(jnp.sum(shared, axis=-1, keepdims=True))
@@ -223,11 +267,13 @@ def systematic_mask(offset: Array, probabilities: Array) -> Array:
     # ⌈c − u⌉ without the subtraction, which for u next to 1 would round to the integer below
     whole = jnp.floor(ends)
     counts = whole + (ends - whole > offset[..., None]).astype(whole.dtype)
-    return certain | (jnp.diff(counts, axis=-1, prepend=0.0) > 0.5)
+    return known & (certain | (jnp.diff(counts, axis=-1, prepend=0.0) > 0.5))
 
 
 def fixed_size_mask(key: Array, probabilities: Array) -> Array:
     """Mask with |S| = Σ p_i and inclusion probabilities p_i: systematic in a random order."""
+    _checks.random_key("key", key)
+    probabilities = _features("probabilities", probabilities)
     order_key, offset_key = jax.random.split(key)
     shape = probabilities.shape
     # sorting plain integers that carry their positions is several times faster than `argsort`

@@ -102,7 +102,9 @@ class InverseLipschitz(StepSizeRule):
 
     def __post_init__(self):
         _checks.positive("scale", self.scale)
+        _checks.rank("scale", self.scale, 0)
         _checks.positive("decay", self.decay)
+        _checks.rank("decay", self.decay, 0)
 
     def constant(self, problem: Problem, estimator: Estimator) -> Array:
         """L = λ_max(A A*); 1 for problems z = h(z)."""
@@ -135,7 +137,9 @@ class InverseExpectedSmoothness(StepSizeRule):
 
     def __post_init__(self):
         _checks.positive("scale", self.scale)
+        _checks.rank("scale", self.scale, 0)
         _checks.positive("decay", self.decay)
+        _checks.rank("decay", self.decay, 0)
 
     def constant(self, problem: Problem, estimator: Estimator) -> Array:
         """𝓛, the ridge included."""
@@ -160,6 +164,7 @@ class InverseSeparable(StepSizeRule):
 
     def __post_init__(self):
         _checks.positive("scale", self.scale)
+        _checks.rank("scale", self.scale, 0)
 
     def constant(self, problem: Problem, estimator: Estimator) -> Array:
         """The v_j, shape (n2,)."""
@@ -177,11 +182,12 @@ StepSizeLike: TypeAlias = ArrayLike | Callable[[Array], ArrayLike] | StepSizeRul
 
 def check(step_size: StepSizeLike, *, per_output: bool = False) -> None:
     """Require a rule, a schedule, a positive number or None; one number for each output if `per_output`."""
+    wanted = "a number > 0, a function k -> step, a rule or None"
+    if isinstance(step_size, type):  # callable, and no schedule
+        _checks.fail("step_size", wanted, _checks.named(step_size))
     if step_size is None or callable(step_size) or isinstance(step_size, StepSizeRule):
         return
-    if isinstance(step_size, str) or not hasattr(step_size, "__float__"):
-        _checks.fail("step_size", "a number, a function k -> step, a rule or None", repr(step_size))
-    _checks.positive("step_size", step_size)
+    _checks.positive("step_size", step_size, wanted)
     if not per_output:
         _checks.rank("step_size", step_size, 0)
 
@@ -212,8 +218,11 @@ def schedule_of(
       estimator: of its gradient.
       constant: what the rule's `constant` returned, where the caller keeps it.
     """
+    check(step_size, per_output=True)
+    _checks.instance("problem of schedule_of", problem, Problem, "a Problem")
     steps: Any = InverseLipschitz() if step_size is None else step_size
     if isinstance(steps, StepSizeRule):
+        _checks.instance("estimator of schedule_of", estimator, Estimator, "an Estimator")
         constant = steps.constant(problem, estimator) if constant is None else constant
         steps = steps.schedule(constant, problem)
     if not callable(steps):

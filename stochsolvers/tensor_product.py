@@ -81,6 +81,7 @@ def bdiag(d_hat: Array) -> Array:
     Shape (n1, n2, W, H) to (n1 W H, n2 W H).
     """
     _checks.rank("d_hat", d_hat, 4)
+    d_hat = jnp.asarray(d_hat)
     n1, n2, width, height = d_hat.shape
     sites = width * height
     slices = d_hat.transpose(3, 2, 0, 1).reshape(sites, n1, n2)
@@ -98,6 +99,7 @@ def mat_vec(x: Array) -> Array:
 def fold(v: Array, spatial_shape: tuple[int, int]) -> Array:
     """The inverse of `mat_vec`: (n W H, p) to (n, p, W, H)."""
     _checks.rank("v", v, 2)
+    v = jnp.asarray(v)
     width, height = _checks.pair_of_counts("spatial_shape", spatial_shape)
     rows, p = v.shape
     if rows % (width * height):

@@ -11,7 +11,6 @@ import dataclasses
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -167,7 +166,7 @@ def _network(finals: Rows, seconds: Mapping[tuple[str, int], float]) -> Network:
 
 
 def _name(network: Network) -> str:
-    names: Mapping[Any, str] = networks.NAMES
+    names: Mapping[str, str] = {**networks.NAMES}
     return names[network.method]
 
 

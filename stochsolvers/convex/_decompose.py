@@ -65,6 +65,7 @@ def decompose(problem: GatedProblem, V: Any, *, num_rounds: int = 4) -> Decompos
     """
     if not isinstance(problem, GatedProblem):
         _checks.fail("problem of decompose", "a GatedProblem", type(problem).__name__)
+    _checks.real_array("the value V", V)
     if jnp.shape(V) != problem.shape:
         _checks.fail("shape of the value V", problem.shape, jnp.shape(V))
     _checks.rank("data of decompose", problem.X, 2)

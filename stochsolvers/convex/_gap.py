@@ -98,6 +98,9 @@ def network_gap(
     _inputs.positive_number("beta", beta)
     _inputs.loss("loss", loss)
     num_rounds = _checks.count("num_rounds", num_rounds, minimum=0)
+    num_starts = _checks.count("num_starts", num_starts)
+    if key is not None:
+        _checks.random_key("key", key)
     point = dual_point(network, X, y, float(beta), loss)
     units = augmented_neurons(network)
     respond = _Responder(point.data, method, jax.random.key(0) if key is None else key, num_starts)

@@ -190,6 +190,7 @@ class GatedNetwork(TwoLayer):
     gate_bias: Array | None = None
 
     def __post_init__(self):
+        _checks.floating(f"gates of {type(self).__name__}", self.gates)
         super().__post_init__()
         self._check_shape("gates", self.hidden.shape)
         self._check_shape("gate_bias", self.hidden.shape[1:])

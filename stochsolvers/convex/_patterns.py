@@ -141,6 +141,7 @@ def sample_patterns(
     X = _inputs.data("data of sample_patterns", X)
     if _inputs.known(X) is None:
         _checks.fail("data of sample_patterns", "known numbers", "a traced array")
+    _checks.random_key("key", key)
     num = _checks.count("num", num)
     _checks.member("kind", kind, ("gaussian", "sparse", "convolutional"))
     features = X.shape[-1]

@@ -43,6 +43,8 @@ def prune(network: _Network, X: Any, *, tol: float = 1e-9) -> _Network:
     _checks.rank("X", X, 2)
     _inputs.finite("X", X)
     _checks.non_negative("tol", tol)
+    _checks.rank("tol", tol, 0)
+    _checks.real_array("X", X)
     network = network.balanced().compact()
     if network.width == 0:
         return network

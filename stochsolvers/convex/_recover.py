@@ -32,6 +32,7 @@ def recover(problem: GatedProblem | ReLUProblem, value: Array) -> Network | Gate
         wanted = "a GatedProblem or a ReLUProblem"
         _checks.fail("problem", wanted, type(problem).__name__)
     _checks.rank("data of the program", problem.X, 2)
+    _checks.real_array("the value", value)
     if jnp.shape(value) != problem.shape:
         _checks.fail("shape of the value", problem.shape, jnp.shape(value))
     value = jnp.asarray(value, problem.dtype)
@@ -96,6 +97,7 @@ def from_network(network: Any, X: Any) -> tuple[Array, Patterns]:
     """
     network = as_network(network)
     _checks.rank("X", X, 2)
+    _checks.real_array("X", X)
     _inputs.finite("X", X)
     weights = network.hidden
     X = jnp.asarray(X, weights.dtype)

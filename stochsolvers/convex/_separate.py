@@ -62,6 +62,12 @@ def separate(
     Returns:
       `Patterns`, or None where nothing above the threshold was found, which proves nothing. Not for jit.
     """
+    if patterns is not None:
+        _checks.instance("patterns", patterns, Patterns, "Patterns, or None")
+    if max_gates is not None:
+        max_gates = _checks.count("max_gates", max_gates)
+    _checks.non_negative("threshold", threshold)
+    _checks.rank("threshold", threshold, 0)
     found = search_responses(key, X, v, starts=starts, num_starts=num_starts, num_iters=num_iters)
     values = np.asarray(found.values)
     order = np.argsort(-values)
@@ -89,12 +95,15 @@ def search_responses(
     num_iters: int = 150,
 ) -> Responses:
     """The best point of each ascent; arguments as in `separate`."""
+    _checks.random_key("key", key)
     _checks.rank("X", X, 2)
+    _checks.real_array("dual point", v)
     if jnp.ndim(v) not in (1, 2) or jnp.shape(v)[-1] != jnp.shape(X)[0]:
         _checks.fail("shape of the dual point", f"(..., {jnp.shape(X)[0]})", jnp.shape(v))
     _inputs.finite("X", X)
     _inputs.finite("dual point", v)
     _checks.count("num_starts", num_starts)
+    _checks.count("num_iters", num_iters)
     dtype = at_least_float32(jnp.result_type(X))
     X, theta = jnp.asarray(X, dtype), jnp.asarray(v, dtype).reshape(-1, jnp.shape(v)[-1])
     if starts is None:

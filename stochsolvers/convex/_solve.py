@@ -242,9 +242,9 @@ def regularization_path(
     """
     if not isinstance(problem, Program):
         _checks.fail("problem of regularization_path", "a convex program", type(problem).__name__)
-    betas = jnp.asarray(betas)
     _checks.rank("betas", betas, 1)
     _checks.positive("betas", betas)
+    betas = jnp.asarray(betas)
     init, solutions = jnp.zeros(problem.shape, problem.dtype), []
     for beta in betas:
         solution = solve(

@@ -73,6 +73,7 @@ class ThreeLayerProblem(ConeProgram):
         X = _inputs.data("X of ThreeLayerProblem", X)
         _checks.rank("X of ThreeLayerProblem", X, 2)
         y = _inputs.targets("y of ThreeLayerProblem", y, X, loss, joint=False)
+        _checks.instance("patterns of ThreeLayerProblem", patterns, Patterns, "Patterns")
         width = _checks.count("width", width)
         if second is None:
             if len(X) > 16:

@@ -49,7 +49,8 @@ class Regularized:
     contraction: Scalar | None = None
 
     def __post_init__(self):
-        if not (isinstance(self.prior_or_gradient, Prior) or callable(self.prior_or_gradient)):
+        given = self.prior_or_gradient
+        if isinstance(given, type) or not (isinstance(given, Prior) or callable(given)):
             wanted = "a Prior or a function, the gradient"
             _checks.fail("prior_or_gradient of Regularized", wanted, repr(self.prior_or_gradient))
         _checks.positive("step of Regularized", self.step)

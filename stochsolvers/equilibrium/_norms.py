@@ -16,6 +16,7 @@ from jax import lax
 from stochsolvers import _checks
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import LinearMap
+from stochsolvers.linear_maps._base import check_map
 from stochsolvers.lipschitz import (
     LipschitzState,
     lipschitz_bracket,
@@ -42,6 +43,7 @@ def normalized(linear_map: LinearMap, bound: Scalar = 0.95) -> LinearMap:
     References:
       Miyato et al. 2018 (spectral normalisation); Xie et al. 2023, section 4.
     """
+    check_map("map of normalized", linear_map)
     _check(bound)
     state = lipschitz_state(lax.stop_gradient(linear_map), grid="padded")
     if state.anchor is None or state.ceiling is None or state.scale is None:
@@ -72,6 +74,9 @@ def normalized_refresh(
     Raises:
       ValueError: at trace time, for a state on another grid or of another layer.
     """
+    check_map("map of normalized_refresh", linear_map)
+    what = "state of normalized_refresh"
+    _checks.instance(what, state, LipschitzState, "what lipschitz_state returns")
     _check(bound)
     if state.grid != "padded":
         _checks.fail("grid of the state of normalized_refresh", "'padded'", repr(state.grid))

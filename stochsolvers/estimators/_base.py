@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from stochsolvers import lipschitz
+from stochsolvers import _checks, lipschitz
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.problems import LayerProblem
@@ -40,6 +40,9 @@ class Estimator(abc.ABC):
 
     def __call__(self, key: Array, problem: LayerProblem, z: Array) -> Array:
         """An unbiased estimate of ∇F(z)."""
+        what = f"problem of {type(self).__name__}"
+        _checks.instance(what, problem, LayerProblem, "a LayerProblem")
+        z = problem._variable(z)
         return self.gradient(problem, z, self.draw(key, problem, z))
 
 
@@ -89,6 +92,9 @@ class FeatureEstimator(Estimator):
 
 def feature_axis(weights: Array, problem: LayerProblem, *, outputs: bool = False) -> Array:
     """Weights (*batch, n) of inputs or outputs, with the axes before the last put in: (*batch, 1, 1, n)."""
+    _checks.instance("problem of feature_axis", problem, LayerProblem, "a LayerProblem")
+    features = problem.linear_map.out_features if outputs else problem.linear_map.in_features
+    _checks.trailing("weights", weights, (features,))
     ndim = len(problem.shape) if outputs else problem.inputs.ndim
     return jnp.expand_dims(weights, tuple(range(len(problem.batch_shape), ndim - 1)))
 

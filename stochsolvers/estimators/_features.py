@@ -92,6 +92,8 @@ class Bernoulli(FeatureEstimator):
 
     def __post_init__(self):
         _checks.positive("keep_probability", self.keep_probability)
+        _checks.rank("keep_probability", self.keep_probability, 0)
+        _checks.held_by("keep_probability", self.keep_probability, jnp.float32)
         _checks.ordered("keep_probability", self.keep_probability, 1.0)
 
     def draw(self, key: Array, problem: LayerProblem, z: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from stochsolvers import _checks
 from stochsolvers._typing import Array, value_object
 from stochsolvers.estimators._base import Estimator, FeatureEstimator
 from stochsolvers.problems import LayerProblem
@@ -28,6 +29,9 @@ class VarianceReduced(Estimator):
     @classmethod
     def at(cls, problem: LayerProblem, anchor: Array, base: FeatureEstimator) -> "VarianceReduced":
         """The estimator with anchor y and μ = ∇F(y)."""
+        _checks.instance("problem of VarianceReduced", problem, LayerProblem, "a LayerProblem")
+        wanted = "an estimator that samples input features"
+        _checks.instance("base of VarianceReduced", base, FeatureEstimator, wanted)
         residual = None if problem.is_quadratic else problem.residual(anchor)
         return cls(base, anchor, problem.gradient(anchor), residual)
 

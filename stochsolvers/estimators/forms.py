@@ -176,6 +176,7 @@ def gradient_form(
         for maps other than `Dense` and `Conv`.
     """
     _checks.member("form", form, FORMS)
+    num_calls = _checks.count("num_calls", num_calls, minimum=0)
     if isinstance(problem, FixedPointProblem) and form in ("auto", "literal"):
         return ResidualGradient(problem)
     if not isinstance(problem, LayerProblem):
@@ -213,6 +214,8 @@ def cheapest_form(problem: LayerProblem, num_calls: int, *, differentiated: bool
 
     "literal" where a size is symbolic (`jax.export`).
     """
+    _checks.instance("problem of cheapest_form", problem, LayerProblem, "a LayerProblem")
+    num_calls = _checks.count("num_calls", num_calls, minimum=0)
     if not problem.is_quadratic or not all(isinstance(n, int) for n in problem.batch_shape):
         return "literal"
     forms: tuple[Form, ...] = ("literal", "gram", "fourier")
@@ -227,9 +230,13 @@ def cheapest_form(problem: LayerProblem, num_calls: int, *, differentiated: bool
 
 def form_cost(problem: LayerProblem, form: Form, num_calls: int, rates: Rates = SOLVE) -> float:
     """The time of `num_calls` gradients of a `Dense` or a `Conv`, in multiply-adds of a convolution."""
+    _checks.instance("problem of form_cost", problem, LayerProblem, "a LayerProblem")
+    _checks.member("form", form, FORMS[1:])
+    num_calls = _checks.count("num_calls", num_calls, minimum=0)
     A, batch = problem.linear_map, math.prod(problem.batch_shape)
     if isinstance(A, Dense):
         return dense_cost(A, form, batch, num_calls, rates)
+    _checks.instance("map of form_cost", A, Conv, "a Dense or a Conv")
     assert isinstance(A, Conv)
     return conv_cost(A, form, batch, num_calls, rates)
 

@@ -61,8 +61,8 @@ class LinearMap(abc.ABC):
 
     def adjoint(self, z: Array) -> Array:
         """A*(z), shape (*batch, *out_shape) to (*batch, *in_shape)."""
-        z = jnp.asarray(z)
         _checks.trailing(f"argument of {type(self).__name__}.adjoint", z, self.out_shape)
+        z = jnp.asarray(z)
         batch = z.shape[: z.ndim - len(self.out_shape)]
         spec = batch_spec(z, len(batch)) if is_explicit() else None
         return automatic(_transposed, spec, self, z)
@@ -172,6 +172,9 @@ class Transposed(LinearMap):
     """
 
     base: LinearMap
+
+    def __post_init__(self):
+        check_map("base of Transposed", self.base)
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -288,11 +291,23 @@ class Matrix(LinearMap):
       kernel: M, shape (inputs, outputs) with the axes of an activation flattened.
       in_shape: of one input; its product is the number of rows.
       out_shape: of one output; its product is the number of columns.
+
+    Raises:
+      ValueError: at trace time, if the kernel is not a floating-point matrix of that shape.
     """
 
     kernel: Array
     in_shape: tuple[int, ...] = static_field()
     out_shape: tuple[int, ...] = static_field()
+
+    def __post_init__(self):
+        _checks.floating("kernel of Matrix", self.kernel)
+        for name in ("in_shape", "out_shape"):
+            object.__setattr__(self, name, _checks.shape(f"{name} of Matrix", getattr(self, name)))
+        size = math.prod(self.in_shape), math.prod(self.out_shape)
+        if jnp.shape(self.kernel) != size:
+            _checks.fail("shape of kernel of Matrix", size, jnp.shape(self.kernel))
+        object.__setattr__(self, "kernel", jnp.asarray(self.kernel))
 
     def __call__(self, x: Array) -> Array:
         """A(x)."""
@@ -319,13 +334,20 @@ class Matrix(LinearMap):
         return Matrix(jnp.abs(self.kernel), self.in_shape, self.out_shape)
 
 
+def check_map(what: str, value: Any) -> None:
+    """Require a linear map."""
+    _checks.instance(what, value, LinearMap, "a LinearMap such as Dense(W) or Conv(W, shape)")
+
+
 def size(linear_map: LinearMap) -> int:
     """The number of entries of the map's matrix."""
+    check_map("linear_map of size", linear_map)
     return math.prod(linear_map.in_shape) * math.prod(linear_map.out_shape)
 
 
 def written_out(linear_map: LinearMap) -> Matrix:
     """The map by its whole matrix, from its products with the unit vectors."""
+    check_map("linear_map of written_out", linear_map)
     inputs = math.prod(linear_map.in_shape)
     units = jnp.eye(inputs, dtype=linear_map.dtype).reshape(inputs, *linear_map.in_shape)
     with jax.default_matmul_precision("highest"):

@@ -193,12 +193,14 @@ def dense_general(
       ValueError: at trace time, for axes and shapes that do not fit.
     """
     _checks.floating("kernel of dense_general", kernel)
-    ndim, groups = len(in_shape), _axes(batch_axis)
+    in_shape = _checks.shape("in_shape of dense_general", in_shape)
+    groups = _axes("batch_axis of dense_general", batch_axis)
+    ndim, contracted_axes = len(in_shape), _axes("axis of dense_general", axis)
     if groups != list(range(len(groups))):
         _checks.fail("batch_axis of dense_general", "leading axes 0, 1, ...", groups)
-    within = [a for a in _axes(axis) if -ndim <= a < ndim]
+    within = [a for a in contracted_axes if -ndim <= a < ndim]
     axes = sorted({a % ndim for a in within} - set(groups))
-    if len(axes) != len(_axes(axis)):
+    if len(axes) != len(contracted_axes):
         expected = f"distinct axes of in_shape {tuple(in_shape)} that are not in batch_axis"
         _checks.fail("axis of dense_general", expected, axis)
     num_new = jnp.ndim(kernel) - len(groups) - len(axes)
@@ -211,8 +213,12 @@ def dense_general(
     return Contraction(f"{x},{x[: len(groups)]}{contracted}{new}->{kept}{new}", kernel, in_shape)
 
 
-def _axes(axis: int | Iterable[int]) -> list[int]:
-    return [int(axis)] if isinstance(axis, int | np.integer) else [int(a) for a in axis]
+def _axes(what: str, axis: int | Iterable[int]) -> list[int]:
+    """One axis or several as a list; the keys of a mapping."""
+    if isinstance(axis, str | type) or not isinstance(axis, int | np.integer | Iterable):
+        _checks.fail(what, "integers", _checks.named(axis))
+    several = [axis] if isinstance(axis, int | np.integer) else list(axis)
+    return [_checks.count(what, a, minimum=-99) for a in several]
 
 
 def _parsed(equation: str) -> Labels:

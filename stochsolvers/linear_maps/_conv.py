@@ -75,6 +75,8 @@ class Conv(LinearMap):
     def _checked_shape(self) -> tuple[int, ...]:
         """`spatial_shape` as a tuple; the kernel has two axes more."""
         shape = self.spatial_shape
+        if not isinstance(shape, int | np.integer | tuple | list):
+            _checks.fail("spatial_shape", "one to three integers", _checks.named(shape))
         axes = self.kernel.ndim - 2 if isinstance(shape, int | np.integer) else len(shape)
         if not 1 <= axes <= 3:
             _checks.fail("spatial_shape", "one to three spatial axes", shape)
@@ -87,6 +89,8 @@ class Conv(LinearMap):
         if self.padding != "CIRCULAR":
             _checks.fail("padding of Conv with circular_low", "'CIRCULAR'", repr(self.padding))
         axes = len(self.spatial_shape)
+        if not isinstance(low, int | np.integer | tuple | list):
+            _checks.fail("circular_low", f"{axes} integers", _checks.named(low))
         low = (low,) * axes if isinstance(low, int | np.integer) else tuple(low)
         if len(low) != axes:
             _checks.fail("circular_low", f"{axes} integers", low)

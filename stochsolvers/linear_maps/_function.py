@@ -113,8 +113,8 @@ class _FunctionMap(LinearMap):
         return self.function(*self.operands, x)
 
     def __call__(self, x: Array) -> Array:
-        x = jnp.asarray(x)
         _checks.trailing("argument of a linear_map", x, self.in_shape)
+        x = jnp.asarray(x)
         batch = x.shape[: x.ndim - len(self.in_shape)]
         x = x.astype(jnp.promote_types(x.dtype, self.dtype))
         if not batch:

@@ -88,6 +88,8 @@ def fold_batch_norm(
     Returns:
       a layer of the same class and options, with a bias, and {"params": {"kernel": ..., "bias": ...}}.
     """
+    for name, given in (("variables", variables), ("norm_variables", norm_variables)):
+        _checks.instance(name, given, Mapping, "a mapping of collections")
     if isinstance(layer, SolverLayer):
         _checks.fail("layer", "a plain layer (fold it, then `from_layer`)", type(layer).__name__)
     if not isinstance(layer, nn.Dense | nn.Conv):
@@ -141,6 +143,8 @@ def refresh_lipschitz(
       rngs: keys of the random streams, where layers sample.
       **options: keyword arguments of the network's call.
     """
+    _checks.instance("module of refresh_lipschitz", module, nn.Module, "an nn.Module")
+    _checks.instance("variables", variables, Mapping, "a mapping of collections")
 
     def exact(call, args, kwargs, context):
         result = call(*args, **kwargs)

@@ -74,6 +74,7 @@ class AdditiveDropout(nn.Module):
         rng: Array | None = None,
     ) -> Array:
         """A x + b + (I − (n1/τ) Σ_{i∈S} A_i A_i*) z; `rng` as in `TauNiceDropout`."""
+        _checks.activations(f"inputs of {type(self).__name__}", inputs)
         outputs = _called(self.layer, inputs)  # creates the parameters
         linear_map = _linear_map(self.layer, inputs)
         if is_deterministic(self, deterministic):
@@ -108,6 +109,7 @@ class ImportanceDropout(nn.Module):
         self, inputs: Array, *, deterministic: bool | None = None, rng: Array | None = None
     ) -> Array:
         """The masked inputs, each divided by its probability; `rng` as in `TauNiceDropout`."""
+        _checks.activations(f"inputs of {type(self).__name__}", inputs)
         if self.is_initializing():
             _called(self.layer, inputs)  # creates the parameters
         if is_deterministic(self, deterministic):
@@ -123,6 +125,7 @@ def is_deterministic(module: Any, given: bool | None) -> bool:
 
 
 def _called(layer: Any, inputs: Array) -> Array:
+    _checks.instance("layer", layer, nn.Module, "a linear layer of Linen with a kernel")
     return layer(inputs)
 
 

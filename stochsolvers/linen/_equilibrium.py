@@ -116,6 +116,7 @@ class EquilibriumUnit(Equilibrium):
           follows: write the state of the norm.
         """
         layer: Any = self
+        _checks.activations(f"inputs of {type(self).__name__}", inputs)
         inputs, input_map, linear_map, bias = self.assembled(inputs)
         linear_map = self._within_bound(linear_map, follows)
         unit = _equilibria.Unit(layer.prior, layer.bound)
@@ -254,6 +255,9 @@ class DeepEquilibrium(Equilibrium):
     alpha: Scalar = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layers, Sequence):
+            got = _checks.named(self.layers)
+            _checks.fail("layers of DeepEquilibrium", "a sequence of layers", got)
         for layer in self.layers:
             if not isinstance(layer, EquilibriumUnit):
                 wanted = "EquilibriumLinear and EquilibriumConv layers"

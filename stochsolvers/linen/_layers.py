@@ -34,6 +34,7 @@ class SolverLayer(nn.Module):
 
     def __call__(self, inputs: Array, **options: Any) -> Array:
         """The solver's last iterate, or its pre-activation; options as in `solve`."""
+        _checks.activations(f"inputs of {type(self).__name__}", inputs)
         return _layers.output_of(self, self.solve(inputs, **options))
 
     def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
@@ -359,6 +360,7 @@ def linear_map_of(layer: Any, kernel: Array, shape: tuple[int, ...]) -> LinearMa
     Raises:
       ValueError: for another layer, and for unsupported options.
     """
+    shape = _checks.shape("shape of linear_map_of", shape)
     if isinstance(layer, nn.Dense):
         return Dense(kernel)
     if isinstance(layer, nn.DenseGeneral):

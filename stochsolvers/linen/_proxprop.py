@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from stochsolvers import _layers, proxprop
+from stochsolvers import _checks, _layers, proxprop
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Dense
 
@@ -29,6 +29,7 @@ class ProxPropDense(nn.Dense, kw_only=True):
         _layers.refuse(
             "ProxPropDense", dot_general=self.dot_general, dot_general_cls=self.dot_general_cls
         )
+        _checks.activations(f"inputs of {type(self).__name__}", inputs)
         inputs, kernel, bias = _parameters(self, inputs, (jnp.shape(inputs)[-1], self.features))
         with _layers.precision_context(self.precision):
             return proxprop.apply(Dense(kernel), inputs, bias, self.step)
@@ -55,6 +56,7 @@ class ProxPropConv(nn.Conv, kw_only=True):
             conv_general_dilated=self.conv_general_dilated,
             conv_general_dilated_cls=self.conv_general_dilated_cls,
         )
+        _checks.activations(f"inputs of {type(self).__name__}", inputs)
         size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         shape = (*size, jnp.shape(inputs)[-1] // self.feature_group_count, self.features)
         inputs, kernel, bias = _parameters(self, inputs, shape)

@@ -142,6 +142,8 @@ def restore_layers(
       module: as `replace_layers` returned it; another one is returned as it is.
       variables: of it, with whatever parameters training has made.
     """
+    _checks.instance("module of restore_layers", module, nn.Module, "an nn.Module")
+    _checks.instance("variables", variables, Mapping, "a mapping of collections")
     if not isinstance(module, ReplacedLayers):
         return module, dict(variables)
     paths = {one.path for one in module.layers}

@@ -78,6 +78,7 @@ def certify(
     Raises:
       ValueError: for an empty batch, and for a solver layer within a transform that drops its records.
     """
+    _checks.instance("module of certify", module, nn.Module, "an nn.Module")
     _check_variables(variables)
     traced, static = split_static((inputs, options))
     try:
@@ -169,7 +170,9 @@ def lipschitz_report(
     Returns:
       `LipschitzReport`, a row for each call of a layer, in call order.
     """
+    _checks.instance("module of lipschitz_report", module, nn.Module, "an nn.Module")
     _check_variables(variables)
+    input_shape = _checks.shape("input_shape", input_shape, minimum=1)
     layers: dict[str, nn.Module] = {}
     units: dict[str, list[tuple[str, Any]]] = {}
     variables = dict(nn.unbox(variables))

@@ -9,7 +9,7 @@ from stochsolvers._shards import replicated
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz._matrix_free import matrix_free_bracket
-from stochsolvers.lipschitz._types import Bracket, Grid, check_grid, rescaled
+from stochsolvers.lipschitz._types import Bracket, Grid, check_grid, of_map, rescaled
 from stochsolvers.lipschitz.machinery import spectra
 from stochsolvers.lipschitz.machinery.blocks import (
     DIRECT,
@@ -22,6 +22,7 @@ from stochsolvers.lipschitz.machinery.top import certified, widened
 from stochsolvers.lipschitz.machinery.written import has_blocks
 
 
+@of_map
 @replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def lipschitz_bracket(linear_map: LinearMap, *, grid: Grid = "layer") -> Bracket:

@@ -16,12 +16,13 @@ from stochsolvers.linear_maps import Contraction, Conv, Dense, LinearMap, Matrix
 from stochsolvers.lipschitz._formula import on_torus, smaller_gram
 from stochsolvers.lipschitz._norm import spectral_norm
 from stochsolvers.lipschitz._torus import half_spectrum, is_exact, mirrored, torus
-from stochsolvers.lipschitz._types import compute_dtype
+from stochsolvers.lipschitz._types import compute_dtype, of_map
 
 _Map = TypeVar("_Map", bound=LinearMap)
 _ROUNDS = 4  # in which the level on the torus of a zero-padded layer is matched to the layer's norm
 
 
+@of_map
 def clip_singular_values(
     linear_map: _Map,
     bound: Scalar,
@@ -64,7 +65,9 @@ def clip_singular_values(
       Sedghi, Gupta and Long 2019, section 3; Boyle and Dykstra 1986.
     """
     _checks.positive("bound", bound)
+    _checks.rank("bound", bound, 0)
     _checks.positive("tolerance", tolerance)
+    _checks.rank("tolerance", tolerance, 0)
     _checks.member("taps", taps, ("kernel", "grid"))
     num_iters = _checks.count("num_iters", num_iters)
     base: Any = linear_map

@@ -12,7 +12,7 @@ from stochsolvers._typing import Array
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz._formula import lipschitz_formula
 from stochsolvers.lipschitz._matrix_free import norm_estimate
-from stochsolvers.lipschitz._types import Grid, check_grid
+from stochsolvers.lipschitz._types import Grid, check_grid, of_map
 from stochsolvers.lipschitz.machinery.blocks import (
     DIRECT,
     best_of_all,
@@ -25,6 +25,7 @@ from stochsolvers.lipschitz.machinery.top import top_square
 from stochsolvers.lipschitz.machinery.written import has_blocks
 
 
+@of_map
 @replicated
 @functools.partial(jax.jit, static_argnames=("grid", "method"))
 def lipschitz_constant(

@@ -8,7 +8,7 @@ from stochsolvers._typing import Array
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz._constant import lipschitz_constant
 from stochsolvers.lipschitz._torus import is_exact
-from stochsolvers.lipschitz._types import compute_dtype
+from stochsolvers.lipschitz._types import compute_dtype, of_map
 from stochsolvers.lipschitz.machinery import spectra
 from stochsolvers.lipschitz.machinery.blocks import (
     DIRECT,
@@ -23,6 +23,7 @@ from stochsolvers.lipschitz.machinery.top import widened
 from stochsolvers.lipschitz.machinery.written import base_of, has_blocks, sizes
 
 
+@of_map
 @replicated
 @jax.jit
 def strong_convexity(linear_map: LinearMap, *, upper: Array | None = None) -> Array:

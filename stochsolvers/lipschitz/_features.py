@@ -11,12 +11,13 @@ from stochsolvers._shards import replicated
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, Dense, LinearMap, Matrix, Transposed
 from stochsolvers.lipschitz._matrix_free import norm_estimate
-from stochsolvers.lipschitz._types import Grid, check_grid
+from stochsolvers.lipschitz._types import Grid, check_grid, of_map
 from stochsolvers.lipschitz.machinery.blocks import scale_of
 from stochsolvers.lipschitz.machinery.taps import taps_and_phases
 from stochsolvers.lipschitz.machinery.written import entries, is_small
 
 
+@of_map
 @replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def feature_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:
@@ -33,6 +34,7 @@ def feature_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") 
     return linear_map.in_features * _columns(linear_map, grid)
 
 
+@of_map
 @replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def output_lipschitz_constants(linear_map: LinearMap, *, grid: Grid = "layer") -> Array:

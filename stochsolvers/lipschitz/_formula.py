@@ -13,7 +13,7 @@ from stochsolvers._shards import replicated
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, LinearMap
 from stochsolvers.lipschitz._torus import half_spectrum, is_exact, mirrored, torus
-from stochsolvers.lipschitz._types import Grid, check_grid, compute_dtype
+from stochsolvers.lipschitz._types import Grid, check_grid, compute_dtype, of_map
 from stochsolvers.lipschitz.machinery.blocks import scale_of
 from stochsolvers.lipschitz.machinery.taps import taps_and_phases
 from stochsolvers.lipschitz.machinery.written import (
@@ -34,6 +34,7 @@ def lipschitz_formula(linear_map: LinearMap, grid: Grid) -> Array:
     return largest * scale * scale
 
 
+@of_map
 @replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def singular_values(linear_map: LinearMap, *, grid: Grid | Literal["operator"] = "layer") -> Array:
@@ -72,6 +73,7 @@ def singular_values(linear_map: LinearMap, *, grid: Grid | Literal["operator"] =
     return -jnp.sort(-values.ravel())
 
 
+@of_map
 @replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def frequency_norms(conv: Conv, *, grid: Grid = "layer") -> Array:

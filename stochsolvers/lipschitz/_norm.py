@@ -7,19 +7,21 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._shards import replicated
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import Conv, LinearMap, Matrix
+from stochsolvers.linear_maps._base import check_map
 from stochsolvers.lipschitz._bracket import lipschitz_bracket
 from stochsolvers.lipschitz._constant import lipschitz_constant
 from stochsolvers.lipschitz._formula import singular_values
 from stochsolvers.lipschitz._matrix_free import FAILURE, STEPS, image_norm, ritz_vector, root
 from stochsolvers.lipschitz._operator import operator_bracket
 from stochsolvers.lipschitz._torus import is_exact
-from stochsolvers.lipschitz._types import Bracket, compute_dtype
+from stochsolvers.lipschitz._types import Bracket, compute_dtype, of_map
 from stochsolvers.lipschitz.machinery.blocks import best_of_all, block_size, scale_of
 from stochsolvers.lipschitz.machinery.taps import taps_and_phases
 from stochsolvers.lipschitz.machinery.top import top_square
@@ -28,6 +30,7 @@ from stochsolvers.lipschitz.machinery.written import base_of, checked, entries, 
 _EIGENVALUES = 512  # up to this order, eigenvalues rather than a search
 
 
+@of_map
 @replicated
 @jax.jit
 def spectral_norm(linear_map: LinearMap) -> Array:
@@ -53,9 +56,6 @@ def spectral_norm(linear_map: LinearMap) -> Array:
       >>> print(f"{ss.spectral_norm(ss.Dense(jnp.array([[3.0, 0.0], [0.0, 1.0]]))):.3f}")
       3.000
     """
-    if not isinstance(linear_map, LinearMap):
-        got = "an array" if hasattr(linear_map, "shape") else type(linear_map).__name__
-        _checks.fail("map of spectral_norm", "a LinearMap such as Dense(W) or Conv(W, shape)", got)
     base = base_of(linear_map)
     if isinstance(base, Conv) and not is_exact(base):
         if not is_small(base):
@@ -71,6 +71,7 @@ def spectral_norm(linear_map: LinearMap) -> Array:
     return root(_square(base)) * scale
 
 
+@of_map
 @functools.partial(jax.jit, static_argnames=("num_iters", "failure_probability"))
 def spectral_norm_bracket(
     linear_map: LinearMap,
@@ -110,15 +111,22 @@ def spectral_penalty(linear_maps: LinearMap | Iterable[LinearMap], bound: Scalar
       scalar; its derivative with respect to A is 2 max(0, ||A|| − c) u vᵀ.
     """
     _checks.non_negative("bound", bound)
-    maps = [linear_maps] if isinstance(linear_maps, LinearMap) else list(linear_maps)
+    _checks.rank("bound", bound, 0)
+    several = [linear_maps] if isinstance(linear_maps, LinearMap) else linear_maps
+    if not isinstance(several, Iterable) or isinstance(
+        several, str | dict | jax.Array | np.ndarray
+    ):
+        wanted = "a LinearMap, or several"
+        _checks.fail("linear_maps of spectral_penalty", wanted, _checks.named(several))
+    maps = list(several)
     for one in maps:
-        if not isinstance(one, LinearMap):
-            _checks.fail("maps of spectral_penalty", "a LinearMap, or several", repr(one))
+        check_map("maps of spectral_penalty", one)
     norms = [spectral_norm(one) for one in maps]
     terms = [jnp.maximum(norm - jnp.asarray(bound, norm.dtype), 0) ** 2 for norm in norms]
     return sum(terms[1:], start=terms[0]) if terms else jnp.zeros(())
 
 
+@of_map
 @jax.jit
 def stable_rank(linear_map: LinearMap) -> Array:
     r"""||A||_F² / ||A||², between 1 and the rank; of the layer as it is, NaN for A = 0.
@@ -133,6 +141,7 @@ def stable_rank(linear_map: LinearMap) -> Array:
     return jnp.where(norm > 0, _squared_frobenius(unit), jnp.nan)
 
 
+@of_map
 @jax.jit
 def condition_number(linear_map: LinearMap) -> Array:
     r"""σ_max / σ_min over the min(inputs, outputs) singular values of the layer as it is; ∞ if σ_min = 0.

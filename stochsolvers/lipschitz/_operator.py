@@ -11,11 +11,12 @@ from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Conv, LinearMap, Matrix
 from stochsolvers.lipschitz._bracket import lipschitz_bracket
 from stochsolvers.lipschitz._matrix_free import FAILURE, lanczos_bound, matrix_free_bracket
-from stochsolvers.lipschitz._types import Bracket, compute_dtype, rescaled
+from stochsolvers.lipschitz._types import Bracket, compute_dtype, of_map, rescaled
 from stochsolvers.lipschitz.machinery.blocks import scale_of
 from stochsolvers.lipschitz.machinery.written import base_of, entries, has_blocks, is_small
 
 
+@of_map
 @replicated
 @functools.partial(jax.jit, static_argnames=("num_iters", "failure_probability"))
 def operator_bracket(
@@ -55,8 +56,6 @@ def operator_bracket(
       a random start, 1992, theorem 4.1 (b).
     """
     num_iters = _checks.count("num_iters", num_iters)
-    if not 0 < failure_probability < 1:
-        _checks.fail("failure_probability", "a number in (0, 1)", failure_probability)
     linear_map = base_of(linear_map)
     if isinstance(linear_map, Conv):
         return _of_convolution(linear_map, num_iters, key)

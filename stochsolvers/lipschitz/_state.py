@@ -18,7 +18,14 @@ from stochsolvers._typing import Array, Scalar, static_field, value_object
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz._bracket import lipschitz_bracket
 from stochsolvers.lipschitz._constant import lipschitz_constant
-from stochsolvers.lipschitz._types import Bracket, Grid, check_grid, rescaled
+from stochsolvers.lipschitz._types import (
+    Bracket,
+    Grid,
+    check_grid,
+    of_map,
+    of_map_and_state,
+    rescaled,
+)
 from stochsolvers.lipschitz.machinery import spectra
 from stochsolvers.lipschitz.machinery.blocks import scale_of
 from stochsolvers.lipschitz.machinery.search import Found, frobenius_bounds
@@ -56,6 +63,7 @@ class LipschitzState:
     grid: Grid = static_field(default="layer", kw_only=True)
 
 
+@of_map
 @replicated
 @functools.partial(jax.jit, static_argnames="grid")
 def lipschitz_state(linear_map: LinearMap, *, grid: Grid = "layer") -> LipschitzState:
@@ -69,6 +77,7 @@ def lipschitz_state(linear_map: LinearMap, *, grid: Grid = "layer") -> Lipschitz
     return LipschitzState(taps / scale, scale, upper, best, grid=grid)
 
 
+@of_map_and_state(LipschitzState, "lipschitz_state")
 @replicated
 @jax.jit
 def lipschitz_refresh(
@@ -105,6 +114,7 @@ def lipschitz_refresh(
     return _refreshed(linear_map, taps, phases, state, tolerance)
 
 
+@of_map_and_state(LipschitzState, "lipschitz_state")
 @replicated
 @jax.jit
 def remembered_constant(linear_map: LinearMap, state: LipschitzState) -> Array:

@@ -5,10 +5,11 @@ import math
 import numpy as np
 
 from stochsolvers.linear_maps import Conv, LinearMap
-from stochsolvers.lipschitz._types import Grid, check_grid
+from stochsolvers.lipschitz._types import Grid, check_grid, of_map
 from stochsolvers.lipschitz.machinery.written import base_of
 
 
+@of_map
 def is_exact(linear_map: LinearMap) -> bool:
     """Whether lemma 2 on the layer's own grid is the norm.
 

@@ -21,7 +21,7 @@ from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.lipschitz._matrix_free import image_norm, smaller_side
 from stochsolvers.lipschitz._norm import spectral_norm, spectral_norm_bracket
-from stochsolvers.lipschitz._types import compute_dtype
+from stochsolvers.lipschitz._types import compute_dtype, of_map, of_map_and_state
 from stochsolvers.lipschitz.machinery import spectra
 from stochsolvers.lipschitz.machinery.blocks import scale_of
 from stochsolvers.lipschitz.machinery.written import base_of, checked, sizes
@@ -45,6 +45,7 @@ class NormState:
     checksum: Array
 
 
+@of_map
 def norm_state(linear_map: LinearMap) -> NormState:
     """The state that knows nothing: the first `norm_step` takes 48 steps from a fixed start."""
     dtype = compute_dtype(linear_map)
@@ -52,6 +53,7 @@ def norm_state(linear_map: LinearMap) -> NormState:
     return NormState(vectors, jnp.zeros((), dtype), jnp.zeros(2, jnp.uint32))
 
 
+@of_map_and_state(NormState, "norm_state")
 @replicated
 @functools.partial(jax.jit, static_argnames="num_steps")
 def norm_step(
@@ -79,6 +81,7 @@ def norm_step(
     return value, NormState(_known(vectors, state), state.norm, state.checksum)
 
 
+@of_map_and_state(NormState, "norm_state")
 @replicated
 @functools.partial(jax.jit, static_argnames="certified")
 def norm_refresh(linear_map: LinearMap, state: NormState, *, certified: bool = False) -> NormState:
@@ -88,6 +91,7 @@ def norm_refresh(linear_map: LinearMap, state: NormState, *, certified: bool = F
     return NormState(vectors, full_norm(linear_map, certified), checksum(linear_map))
 
 
+@of_map_and_state(NormState, "norm_state")
 @replicated
 @functools.partial(jax.jit, static_argnames="certified")
 def kept_norm(linear_map: LinearMap, state: NormState, *, certified: bool = False) -> Array:
@@ -104,6 +108,7 @@ def kept_norm(linear_map: LinearMap, state: NormState, *, certified: bool = Fals
     )
 
 
+@of_map
 def full_norm(linear_map: LinearMap, certified: bool) -> Array:
     """`spectral_norm(A)`, or the upper end of its bracket, with the derivative of the norm."""
     norm = spectral_norm(linear_map)
@@ -122,6 +127,10 @@ def normalising_factor(
     epsilon: float = 0.0,
 ) -> Array:
     """c / σ, or min(1, c / σ) if `shrink_only`; σ at least ε, and a constant unless `differentiate`."""
+    _checks.floating("norm", norm)
+    _checks.non_negative("bound", bound)
+    _checks.rank("bound", bound, 0)
+    norm = jnp.asarray(norm)
     if not differentiate:
         norm = lax.stop_gradient(norm)
     bound = jnp.asarray(bound, norm.dtype)

@@ -1,14 +1,17 @@
 """A constant between two numbers, and how they were obtained."""
 
-from collections.abc import Iterator
-from typing import Literal, TypeAlias
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax.numpy as jnp
 
 from stochsolvers import _checks
 from stochsolvers._typing import Array, at_least_float32, static_field, value_object
 from stochsolvers.linear_maps import LinearMap
+from stochsolvers.linear_maps._base import check_map
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 Grid: TypeAlias = Literal["layer", "padded"]
 Method: TypeAlias = Literal["exact", "bound", "probability"]
 
@@ -60,6 +63,73 @@ def rescaled(
 def check_grid(grid: str) -> None:
     """Refuse unknown grids."""
     _checks.member("grid", grid, ("layer", "padded"))
+
+
+def of_map(function: _Function) -> _Function:
+    """The function, which refuses what is no map, state, grid, count or key before JAX looks at it."""
+    name = getattr(function, "__name__", "")
+
+    @functools.wraps(function)
+    def call(linear_map: LinearMap, *arguments: Any, **options: Any) -> Any:
+        check_map(f"map of {name}", linear_map)
+        for option, value in options.items():
+            if option in _OPTIONS:
+                _OPTIONS[option](name, value)
+        return function(linear_map, *arguments, **options)
+
+    for attribute in ("lower", "trace", "clear_cache", "__wrapped__"):  # of a jitted function
+        if hasattr(function, attribute):
+            setattr(call, attribute, getattr(function, attribute))
+    return call  # pyright: ignore[reportReturnType]
+
+
+def of_map_and_state(kind: type, maker: str) -> Callable[[_Function], _Function]:
+    """`of_map` of a function whose second argument is a state of that class."""
+
+    def decorate(function: _Function) -> _Function:
+        checked = of_map(function)
+        what = f"state of {getattr(function, '__name__', '')}"
+
+        @functools.wraps(checked)
+        def call(linear_map: LinearMap, state: Any, **options: Any) -> Any:
+            _checks.instance(what, state, kind, f"what {maker} returns")
+            return checked(linear_map, state, **options)
+
+        return call  # pyright: ignore[reportReturnType]
+
+    return decorate
+
+
+def _check_grid_of(name: str, grid: Any) -> None:
+    grids = ("layer", "padded", "operator") if name == "singular_values" else ("layer", "padded")
+    _checks.member("grid", grid, grids)
+
+
+def _check_key(name: str, key: Any) -> None:
+    if key is not None:
+        _checks.random_key(f"key of {name}", key)
+
+
+def _check_tolerance(name: str, tolerance: Any) -> None:
+    _checks.non_negative(f"tolerance of {name}", tolerance)
+    _checks.rank(f"tolerance of {name}", tolerance, 0)
+
+
+def _check_probability(name: str, value: Any) -> None:
+    is_number = isinstance(value, float | int) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 1:
+        _checks.fail("failure_probability", "a Python number in (0, 1)", _checks.named(value))
+
+
+_OPTIONS: dict[str, Callable[[str, Any], object]] = {
+    "grid": _check_grid_of,
+    "method": lambda name, method: _checks.member("method", method, ("fast", "formula")),
+    "num_iters": lambda name, number: _checks.count("num_iters", number),
+    "num_steps": lambda name, number: _checks.count("num_steps", number),
+    "failure_probability": _check_probability,
+    "key": _check_key,
+    "tolerance": _check_tolerance,
+}
 
 
 def compute_dtype(linear_map: LinearMap) -> jnp.dtype:

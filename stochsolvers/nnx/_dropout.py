@@ -81,6 +81,7 @@ class AdditiveDropout(Stochastic):
         self, inputs: Array, z: Array, *, deterministic: bool | None = None, rngs: Any = None
     ) -> Array:
         """A x + b + (I − (n1/τ) Σ_{i∈S} A_i A_i*) z."""
+        _checks.activations(f"inputs of {type(self).__name__}", inputs)
         linear_map = linear_map_of(self.layer, inputs.shape)
         if self.deterministic if deterministic is None else deterministic:
             return self.layer(inputs) + z - linear_map(linear_map.adjoint(z))
@@ -122,6 +123,7 @@ class ImportanceDropout(Stochastic):
         """The masked inputs, each divided by its probability."""
         if self.deterministic if deterministic is None else deterministic:
             return inputs
+        _checks.activations(f"inputs of {type(self).__name__}", inputs)
         linear_map = linear_map_of(self.layer, inputs.shape)
         return dropout.importance_dropout(self.key(rngs), linear_map, inputs, self.tau, by=self.by)
 
@@ -136,6 +138,7 @@ def linear_map_of(layer: Any, inputs_shape: tuple[int, ...]) -> LinearMap:
     Raises:
       ValueError: for another layer, and for unsupported options.
     """
+    inputs_shape = _checks.shape("inputs_shape of linear_map_of", inputs_shape)
     if isinstance(layer, nnx.Linear):
         return Dense(layer.kernel[...])
     if isinstance(layer, nnx.LinearGeneral):

@@ -191,6 +191,8 @@ class DeepEquilibrium(Equilibrium):
         warm_start: tuple[int, ...] | None = None,
         deterministic: bool = False,
     ):
+        if not isinstance(layers, Sequence):
+            _checks.fail("layers of DeepEquilibrium", "a sequence of layers", _checks.named(layers))
         for layer in layers:
             if not isinstance(layer, EquilibriumUnit):
                 wanted = "EquilibriumLinear and EquilibriumConv layers"

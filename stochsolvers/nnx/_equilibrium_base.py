@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import errors, nnx
 from flax.nnx.nn import dtypes
 
-from stochsolvers import _equilibria, _layers
+from stochsolvers import _checks, _equilibria, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.equilibrium import DeepProblem, EquilibriumProblem, Regularized
 from stochsolvers.linear_maps import LinearMap
@@ -211,6 +211,7 @@ class EquilibriumUnit(Equilibrium):
 
     def unit_problem(self, inputs: Array) -> tuple[EquilibriumProblem, _equilibria.Kept | None]:
         """The problem without the regulariser, and the next state of the kept norm."""
+        _checks.activations(f"inputs of {type(self).__name__}", inputs)
         inputs, input_kernel, kernel, bias = self._promoted(inputs)
         input_map, linear_map = self._maps(inputs, input_kernel, kernel)
         kept = None if self.norm is None else self.norm.get_value()

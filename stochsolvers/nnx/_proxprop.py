@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from stochsolvers import _layers, proxprop
+from stochsolvers import _checks, _layers, proxprop
 from stochsolvers._typing import Array
 from stochsolvers.linear_maps import Dense
 from stochsolvers.nnx._solver_layer import attribute
@@ -137,5 +137,6 @@ class ProxPropConv(nnx.Conv):
 
 
 def _promoted(layer: Any, inputs: Array) -> Any:
+    _checks.activations(f"inputs of {type(layer).__name__}", inputs)
     bias = None if layer.bias is None else layer.bias[...]
     return layer.promote_dtype((inputs, layer.kernel[...], bias), dtype=layer.dtype)

@@ -123,6 +123,7 @@ def restore_layers(model: nnx.Module) -> None:
 
     Dropouts and BatchNorms get their own behaviour back. A model without replaced layers stays as it is.
     """
+    _checks.instance("model of restore_layers", model, nnx.Module, "an nnx.Module")
     for _, module in list(nnx.iter_modules(model)):
         _stand_ins.restore(module)
 

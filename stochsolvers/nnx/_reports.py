@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import errors, nnx
 
-from stochsolvers import _layers, _programs, reports
+from stochsolvers import _checks, _layers, _programs, reports
 from stochsolvers._compilation import jit_once
 from stochsolvers._typing import join_static, split_static
 from stochsolvers.linear_maps import LinearMap
@@ -61,6 +61,7 @@ def certify(
     Raises:
       ValueError: for an empty batch, and for a solver layer within a transform that drops its records.
     """
+    _checks.instance("model of certify", model, nnx.Module, "an nnx.Module")
     graph, state = nnx.split(model)
     traced, static = split_static((inputs, options))
     with _certificates.waiting("certificates of the layers", progress):
@@ -169,6 +170,7 @@ def lipschitz_report(
     Returns:
       `LipschitzReport`, a row for each call of a layer, in call order.
     """
+    _checks.instance("model of lipschitz_report", model, nnx.Module, "an nnx.Module")
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
 
     def forward(parameters, inputs):
@@ -177,7 +179,8 @@ def lipschitz_report(
         _mark_layers(copy)
         return copy(inputs, **options)
 
-    inputs = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32 if dtype is None else dtype)
+    input_shape = _checks.shape("input_shape", input_shape, minimum=1)
+    inputs = jax.ShapeDtypeStruct(input_shape, jnp.float32 if dtype is None else dtype)
     trace = _trace.trace(forward, parameters, inputs)
     modules = {_name(path): module for path, module in nnx.iter_modules(model)}
     arrays = jax.tree.leaves(parameters)

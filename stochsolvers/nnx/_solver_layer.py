@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stochsolvers import _layers
+from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.losses import Loss, Squares
@@ -254,6 +254,7 @@ class SolverLayer(Stochastic, KeepsConstant):
 
     def __call__(self, inputs: Array, **kwargs: Any) -> Array:
         """The solver's last iterate, or its pre-activation; keyword arguments as in `solve`."""
+        _checks.activations(f"inputs of {type(self).__name__}", inputs)
         output = _layers.output_of(self, self.solve(inputs, **kwargs))
         fold = self._fold()
         if fold is None or self.output == "activation":
@@ -270,6 +271,7 @@ def refresh_lipschitz(model: nnx.Module) -> None:
     A layer made by `from_layer` keeps its constant from the start. One made by its constructor, whose
     weights may be about to be loaded, computes it at every call until this function has run.
     """
+    _checks.instance("model of refresh_lipschitz", model, nnx.Module, "an nnx.Module")
     refresh_folds(model)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, KeepsConstant):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from stochsolvers import _checks
 
@@ -20,6 +21,9 @@ def path_string(path: Any) -> str:
 
 def matches(function: Callable[[str, Any], Any], params: Any) -> tuple[bool, str]:
     """Whether f(path, leaf) is not None for a leaf, computing nothing; the leaves as text, 8 of them."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)):
+            _checks.fail(f"params at {path_string(path)}", "an array", _checks.named(leaf))
     found: list[bool] = []
 
     def look(path: Any, leaf: Any) -> None:
@@ -46,7 +50,19 @@ def moved(function: Callable[[str, Any], Any], updates: Any, params: Any, what: 
     def of_leaf(path, update, param):
         if update is None:
             return None
+        name = f" of {path_string(path)}" if path else ""
+        _checks.floating(f"params{name}", param)
+        _checks.floating(f"updates{name}", update)
+        param, update = jnp.asarray(param), jnp.asarray(update)
+        if update.shape != param.shape:
+            _checks.fail(f"shape of updates{name}", param.shape, update.shape)
         after = function(path_string(path), param + update.astype(param.dtype))
         return update if after is None else (after.astype(param.dtype) - param).astype(update.dtype)
 
+    try:
+        jax.tree.map(lambda *_: None, updates, params, is_leaf=lambda u: u is None)
+    except (ValueError, TypeError) as error:
+        _checks.fail(
+            f"updates of {what}", "a tree of the parameters' structure", f"another ({error})"
+        )
     return jax.tree_util.tree_map_with_path(of_leaf, updates, params, is_leaf=lambda u: u is None)

@@ -52,6 +52,8 @@ def project_spectral_norm(
         parameters, or for maps that do not hold the leaf as their kernel.
     """
     _checks.positive("bound", bound)
+    _checks.rank("bound", bound, 0)
+    _checks.function("maps", maps)
     _checks.member("method", method, ("clip", "scale"))
     every = _checks.count("every", every)
 

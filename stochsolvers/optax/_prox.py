@@ -43,9 +43,9 @@ def prox(
     References:
       Parikh and Boyd, Proximal Algorithms, 2014, section 4.2.
     """
-    if not isinstance(prior, Prior) and not callable(prior):
+    if isinstance(prior, type) or not (isinstance(prior, Prior) or callable(prior)):
         _checks.fail("prior", "a Prior such as prox.L1(1e-3)", repr(prior))
-    if not callable(learning_rate):
+    if isinstance(learning_rate, type) or not callable(learning_rate):
         _checks.positive("learning_rate", learning_rate)
     if where is not None and not isinstance(prior, Prior):
         _checks.fail("where", "None for a function of paths", where)

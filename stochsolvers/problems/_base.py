@@ -101,6 +101,7 @@ class Problem(abc.ABC):
         return unit * jnp.sqrt(self.sum((array * inverse) ** 2))
 
     def _variable(self, z: Array) -> Array:
+        _checks.real_array("the variable z", z)
         if jnp.shape(z) != self.shape:
             _checks.fail("shape of the variable z", f"{self.shape}", jnp.shape(z))
         return jnp.asarray(z, self.dtype)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stochsolvers import _checks
 from stochsolvers._shards import automatic, batch_spec, is_explicit
 from stochsolvers._typing import Array, Scalar, value_object
 from stochsolvers.linear_maps import LinearMap
@@ -192,6 +193,9 @@ class NormalizedProblem(LayerProblem):
 
     def __post_init__(self):
         plain, smoothness = self.plain, self.scale
+        _checks.instance("plain of NormalizedProblem", plain, LayerProblem, "a LayerProblem")
+        _checks.floating("scale of NormalizedProblem", smoothness)
+        _checks.rank("scale of NormalizedProblem", smoothness, 0)
         scale = jnp.where(jnp.isfinite(smoothness) & (smoothness > 0), smoothness, 1.0)
         # a zero map has no scale; one that overflows must not pass for zero
         divisor = jnp.where(jnp.isfinite(smoothness), scale, jnp.nan)

@@ -27,7 +27,9 @@ def reduced_shape(like: Array, axes: int | tuple[int, ...]) -> tuple[int, ...]:
 
 def pair_of_axes(axes: tuple[int, int]) -> tuple[int, int]:
     """Two different integers."""
+    if not isinstance(axes, tuple | list) or len(axes) != 2:
+        _checks.fail("axes", "two different integers", _checks.named(axes))
     pair = tuple(axes)
-    if len(pair) != 2 or pair[0] == pair[1]:
+    if pair[0] == pair[1]:
         _checks.fail("axes", "two different integers", axes)
     return _checks.count("axes", pair[0], minimum=-99), _checks.count("axes", pair[1], minimum=-99)

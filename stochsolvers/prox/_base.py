@@ -117,6 +117,7 @@ class Prior(ABC):
         """A weight in the dtype of `like`, broadcast to `_weight_shape`."""
         shape = self._weight_shape(like)
         _checks.broadcastable(what, weight, shape)
+        _checks.held_by(what, weight, like.dtype)
         return jnp.broadcast_to(jnp.asarray(weight, like.dtype), shape)
 
     def _weight_shape(self, like: Array) -> tuple[int, ...]:
@@ -236,6 +237,7 @@ class Scaled(Prior):
         return self.prior._weight_shape(like)
 
     def _factor(self, like):
+        _checks.held_by("factor of a prior", self.factor, like.dtype)
         return jnp.asarray(self.factor, like.dtype)
 
     def _value(self, u):

@@ -74,6 +74,7 @@ class SquaredHinge(Weighted):
 
     def __post_init__(self):
         super().__post_init__()
+        _checks.finite("shift", self.shift)
         object.__setattr__(self, "shift", real(self.shift))
 
     def _parameters(self, like):

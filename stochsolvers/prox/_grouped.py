@@ -127,6 +127,12 @@ class NuclearNorm(Weighted):
     def _prox(self, v, step):
         return self._apply(_spectra.EXCESS, v, self._threshold(step * self._gamma(v), v))
 
+    def _pre_activation(self, v, step):
+        # u + P(v)/η, P the projection to η dom g*: v − u has no digits of it where η is small
+        threshold = self._threshold(step * self._gamma(v), v)
+        projected = self._apply(_spectra.CAPPED, v, threshold)
+        return self._apply(_spectra.EXCESS, v, threshold) + projected / step
+
     def _conjugate(self, w):
         radius = self._threshold(self._gamma(w), w) * (1 + _round_off(w, self.axes))
         sigma = _spectra.singular_values(self._matrices(w))

@@ -47,6 +47,7 @@ def implicit_gradient(
       ValueError: at trace time, for shapes that do not fit, no batch axis, and `Exact` for other maps.
     """
     _check_inputs(linear_map, inputs, step)
+    _checks.floating("cotangent", cotangent)
     inputs, cotangent = jnp.asarray(inputs), jnp.asarray(cotangent)
     batch = inputs.shape[: inputs.ndim - len(linear_map.in_shape)]
     if cotangent.shape != (*batch, *linear_map.out_shape):
@@ -80,6 +81,7 @@ def apply(linear_map: LinearMap, inputs: Array, bias: Array | None, step: Implic
     _check_inputs(linear_map, inputs, step)
     inputs = jnp.asarray(inputs)
     if bias is not None:
+        _checks.floating("bias of proximal backpropagation", bias)
         bias = jnp.asarray(bias)
         shapes = [linear_map.out_shape[-1:]]
         if not isinstance(linear_map, Dense | Conv):

@@ -191,6 +191,8 @@ class Solver(abc.ABC):
         deterministic = deterministic or not self.stochastic
         if key is None and not deterministic:
             _checks.fail("key", "a random key for a stochastic solver", None)
+        if key is not None:
+            _checks.random_key("key", key, "a random key, or None where nothing is sampled")
         self.check(problem)
         if isinstance(problem, LayerProblem):
             self.estimator().check(problem)

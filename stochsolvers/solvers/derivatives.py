@@ -78,6 +78,7 @@ class Implicit:
 
     def __post_init__(self):
         _checks.positive("tol of Implicit", self.tol)
+        _checks.rank("tol of Implicit", self.tol, 0)
         _checks.count("max_iters of Implicit", self.max_iters)
         _checks.member("unsolved of Implicit", self.unsolved, ("nan", "keep", None))
 

@@ -57,7 +57,9 @@ class SequentialAveraging(Solver):
         if not callable(self.gradient):
             _checks.fail("gradient", "a function of z", repr(self.gradient))
         _checks.positive("prior_step", self.prior_step)
+        _checks.rank("prior_step", self.prior_step, 0)
         _checks.non_negative("contraction", self.contraction)
+        _checks.rank("contraction", self.contraction, 0)
         if isinstance(self.contraction, int | float) and self.contraction >= 1:
             _checks.fail("contraction", "a number < 1", self.contraction)
 

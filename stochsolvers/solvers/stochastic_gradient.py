@@ -45,6 +45,7 @@ class ProxSG(Solver):
         super().__post_init__()
         object.__setattr__(self, "tau", canonical_tau(self.tau))
         _checks.positive("decay", self.decay)
+        _checks.rank("decay", self.decay, 0)
         if self.step_size is not None and self.decay != 1.0:
             _checks.fail("decay", "1.0 where step_size is given", self.decay)
         as_sampling(self.tau, self.sampling)

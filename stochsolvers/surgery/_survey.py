@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from stochsolvers import _checks
 from stochsolvers._programs import Program, Step, flatten
 from stochsolvers.prox import Prior
 from stochsolvers.surgery._activations import activation
@@ -85,6 +86,7 @@ class Survey:
 
 def survey(function: Callable[..., Any], *arguments: Any) -> Survey:
     """Trace `function(*arguments)` without running it; only shapes of arguments matter."""
+    _checks.function("function of survey", function)
     graph = _Graph(flatten(jax.make_jaxpr(function)(*arguments), unroll=False))
     layers, dropouts, norms = [], [], []
     for position, step in enumerate(graph.steps):

@@ -1,0 +1,78 @@
+"""Every public name is in the registry, and refuses wrong kinds of arguments in the library's wording.
+
+`sweep.py` has all the hostile values; these are the cases that need no compilation.
+"""
+
+import cases
+import entries
+import entries_networks
+import hostile
+import jax.numpy as jnp
+import pytest
+import verdicts
+
+import stochsolvers as ss
+
+WRONG = ("a string", "a random key")
+"""Of every argument, traced and not computed."""
+
+ROOMS = sorted({name.partition(".")[0] for name in cases.ENTRIES})
+
+
+def test_the_registry_is_complete():
+    """A public name has an entry in `entries_*.py`, or is among those that take no arguments of a user's."""
+    known = set(cases.ENTRIES) | entries.BASES | entries.RECORDS | entries_networks.INTERNAL
+    names: dict[int, list[str]] = {}
+    for name, member in entries.public_names():
+        names.setdefault(id(member), []).append(name)
+    missing = [same for same in names.values() if not known & set(same)]
+    assert not missing, f"add {missing} to tests/robustness/entries_*.py"
+    public = {name for same in names.values() for name in same}
+    stale = {name for name in known if name not in public and not set(" *") & set(name)}
+    assert not stale
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_wrong_kinds_are_refused_in_one_wording(room):
+    found = []
+    for name, entry in cases.ENTRIES.items():
+        if name.partition(".")[0] != room or entry.on_host:
+            continue
+        arguments = entry.arguments(hostile.Sizes())
+        for argument, (_, kind, _) in arguments.items():
+            for wrong in (w for w in WRONG if w in hostile.WRONG_KINDS[kind]):
+                outcome = cases.of_wrong_kind(
+                    entry, argument, wrong, abstract=True, arguments=arguments
+                )
+                if outcome.is_defect:
+                    found.append((name, argument, wrong, *outcome))
+    assert not found, "\n".join(map(str, found))
+
+
+def test_counts_are_no_fractions():
+    for wrong in ("a fraction", "True", "minus one", "NaN"):
+        outcome = cases.of_wrong_kind(cases.ENTRIES["solvers.ProxGD"], "num_iters", wrong)
+        assert outcome.verdict == "clear error", outcome
+
+
+def test_what_underflows_is_refused():
+    """XLA takes numbers below the smallest normal one for zero."""
+    v = jnp.ones(3, jnp.float32)
+    for make in (
+        lambda: ss.prox.L1(1e-42).prox(v, 1.0),
+        lambda: ss.prox.L1().prox(v, 1e-42),
+        lambda: (1e-42 * ss.prox.Tanh()).prox(v, 1.0),
+        lambda: ss.prox.LeakyReLU(1e-42).prox(v, 1e39),
+    ):
+        with pytest.raises(ValueError, match=verdicts.WORDING):
+            make()
+    assert ss.prox.L1(1e-42).prox(jnp.ones(3), 1.0).dtype == jnp.float64
+
+
+def test_nan_scores_are_not_lost():
+    scores = jnp.float32([[1.0, 2.0, jnp.nan], [1.0, 2.0, 3.0]])
+    p = ss.sampling.inclusion_probabilities(scores, 1)
+    assert jnp.all(jnp.isnan(p[0]))
+    assert jnp.allclose(jnp.sum(p[1]), 1)
+    drawn = jnp.sum(ss.sampling.serial_mask(hostile.KEY, p), axis=-1)
+    assert drawn.tolist() == [0, 1]
