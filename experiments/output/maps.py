@@ -257,7 +257,7 @@ def draw(path: Path, contents: Sequence[Cell], *, title: str) -> None:
             axes = grid[schedules.index(cell.epochs), widths.index(cell.width)]
             axes.set_visible(True)
             axes.set(title=cell.title, axisbelow=True)
-            axes.margins(x=0.15)
+            axes.margins(x=0.2)
             for network in cell.networks:
                 _point(axes, cell, network, colors.get(network.method, "0.35"))
         _shade(grid)
@@ -289,7 +289,7 @@ def _point(axes: Axes, cell: Cell, network: Network, color: str) -> None:
     axes.annotate(
         network.parameter.removesuffix(" n").replace(" ", ""),
         place,
-        (6, -3) if is_chosen else (-6, -3),
+        (6, 2) if is_chosen else (-6, 2),
         textcoords="offset points",
         ha="left" if is_chosen else "right",
         fontsize="x-small",

@@ -164,12 +164,13 @@ def test_a_run_from_end_to_end(tiny_cifar, tmp_path, monkeypatch):
             command.main([*arguments, *more])
         return printed.getvalue(), runs.read_rows(tmp_path / "out" / runs.ROWS)
 
-    printed, rows = run("--taus", "0.5", "--methods", "none", "dropout", "prox-sg")
+    full = "prox-gd-no-dropout"
+    printed, rows = run("--num-iters", "2", "--methods", "none", "dropout", full)
     assert "of the map, the solver that the validation images choose is ahead" in printed
     assert (tmp_path / "out" / "map.png").read_bytes().startswith(b"\x89PNG")
     (cell,) = maps.cells(rows)
-    assert [network.method for network in cell.networks] == ["none", "dropout", "prox-sg"]
+    assert [network.method for network in cell.networks] == ["none", "dropout", full]
     assert cell.solver.seconds > 0
     monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("trained again"))
-    # other methods, taus and schedules can be added to the folder, and those that are there are kept
-    assert run("--taus", "0.9", "--methods", "none")[1] == rows
+    # methods and τ can be added to the folder, and what is there is kept
+    assert run("--num-iters", "2", "--taus", "0.9", "--methods", "none")[1] == rows
