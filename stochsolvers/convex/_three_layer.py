@@ -82,8 +82,6 @@ class ThreeLayerProblem(ConeProgram):
             second = np.array(list(itertools.product([False, True], repeat=len(X)))).T[:, 1:]
         _checks.rank("second of ThreeLayerProblem", second, 2)
         _checks.trailing("second of ThreeLayerProblem", second, (len(X), jnp.shape(second)[1]))
-        if not isinstance(patterns, Patterns):
-            _checks.fail("patterns of ThreeLayerProblem", "Patterns", type(patterns).__name__)
         if patterns.mask.shape[:-1] != X.shape[:1]:
             _checks.fail("mask of the patterns", f"({len(X)}, P)", patterns.mask.shape)
         features, cones, signs = _blocks(X, patterns.mask, jnp.asarray(second, bool), width)

@@ -97,8 +97,6 @@ def train_network(
     _checks.random_key("key", key)
     if init is not None:
         _checks.instance("init", init, Network, "a Network, or None")
-    _checks.positive("tol", tol)
-    _checks.rank("tol", tol, 0)
     _checks.rank("X", X, 2)
     _inputs.finite("X", X)
     _inputs.finite("y", y)
