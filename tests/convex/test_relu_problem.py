@@ -47,6 +47,22 @@ def test_all_patterns_give_the_optimal_network(seed):
     assert primal - 1e-9 <= best <= 1.1 * primal
 
 
+def test_sizes_of_products_add_up_what_the_program_subtracts(rng):
+    """What bounds round-off: |F|ᵀ r and |F| |U|, in which the two halves do not cancel."""
+    X, U, r = (
+        rng.normal(size=(6, 2)),
+        np.abs(rng.normal(size=(2, 3, 2))),
+        np.abs(rng.normal(size=6)),
+    )
+    patterns = sample_patterns(jax.random.key(0), X, 3)
+    D = np.asarray(patterns.mask, float)
+    sizes = ReLUProblem(X, rng.normal(size=6), patterns, BETA)._magnitudes()
+    both = np.einsum("np,nd,pd->n", D, np.abs(X), U[0] + U[1])
+    np.testing.assert_allclose(sizes.adjoint(U), both, rtol=1e-12)
+    image = np.einsum("np,nd,n->pd", D, np.abs(X), r)
+    np.testing.assert_allclose(sizes(r), [image, image], rtol=1e-12)
+
+
 def test_the_example_of_three_data():
     """The printed one, with 2 D − I in the constraints, D_2 = diag(1, 1, 0) and D_4 = diag(0, 0, 1)."""
     X = np.array([[2.0, 2.0], [3.0, 3.0], [1.0, 0.0]])
