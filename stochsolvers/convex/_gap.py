@@ -230,10 +230,9 @@ def dual_point(network: Network, X: Any, y: Any, beta: float, loss: Loss) -> Dua
       ValueError: for shapes that do not fit, and numbers that are not finite.
     """
     _checks.rank("X", X, 2)
-    parts = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
-    for name, value in {"X": X, "y": y, **parts}.items():
-        if value is not None:
-            _inputs.finite(name, value)
+    _inputs.finite("X", X)
+    _inputs.finite("y", y)
+    _inputs.finite_fields("the network", network)
     weights = augmented_neurons(network)
     data = np.asarray(X, np.float64)
     _checks.trailing("X", X, (network.num_features,))

@@ -1,5 +1,6 @@
 """Checks of data and targets: structure always, values where they are concrete."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -25,6 +26,13 @@ def finite(what: str, array: Any) -> None:
     values = known(array)
     if values is not None and not np.all(np.isfinite(values)):
         _checks.fail(what, "finite numbers", f"{int(np.sum(~np.isfinite(values)))} that are not")
+
+
+def finite_fields(what: str, network: Any) -> None:
+    """Require that all weights of a network are finite."""
+    for field in dataclasses.fields(network):
+        if (value := getattr(network, field.name)) is not None:
+            finite(f"{field.name} of {what}", value)
 
 
 def scalar(value: Any, dtype: Any) -> Array:

@@ -117,7 +117,7 @@ class TwoLayer(abc.ABC):
     def balanced(self) -> Self:
         """The same function with ||(w_j, b_j)|| = ||a_j||: of least penalty among all its scalings."""
         inner, outer = self.sizes()
-        alive = (inner > 0) & (outer > 0)
+        alive = (inner != 0) & (outer != 0)  # NaN stays
         ratio = jnp.where(alive, outer, 1) / jnp.where(alive, inner, 1)
         return self._scaled(jnp.where(alive, jnp.sqrt(ratio), 0), jnp.where(alive, ratio**-0.5, 0))
 
@@ -133,7 +133,7 @@ class TwoLayer(abc.ABC):
     def active(self, tol: float = 0.0) -> np.ndarray:
         """Indices of the neurons with ||(w_j, b_j)|| ||a_j|| above `tol` times the largest. Not for jit."""
         size = np.multiply(*map(np.asarray, self.sizes()))
-        return np.flatnonzero(size > tol * np.max(size, initial=0))
+        return np.flatnonzero(~(size <= tol * np.max(size, initial=0)))  # NaN stays
 
     def take(self, indices: Any) -> Self:
         """The network of these neurons alone."""

@@ -36,7 +36,7 @@ def prune(network: _Network, X: Any, *, tol: float = 1e-9) -> _Network:
       tol: singular values below tol times the largest count as zero.
 
     Raises:
-      ValueError: for data that do not fit.
+      ValueError: for data that do not fit, and numbers that are not finite.
     """
     if not isinstance(network, TwoLayer):
         _checks.fail("network to prune", "a Network or a GatedNetwork", type(network).__name__)
@@ -45,6 +45,7 @@ def prune(network: _Network, X: Any, *, tol: float = 1e-9) -> _Network:
     _inputs.finite("X", X)
     _checks.non_negative("tol", tol)
     _checks.rank("tol", tol, 0)
+    _inputs.finite_fields("the network to prune", network)
     network = network.balanced().compact()
     if network.width == 0:
         return network

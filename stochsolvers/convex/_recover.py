@@ -93,12 +93,13 @@ def from_network(network: Any, X: Any) -> tuple[Array, Patterns]:
       patterns of the neurons that are active on X. Not for jit.
 
     Raises:
-      ValueError: for data that do not fit, and networks that are zero on X.
+      ValueError: for data that do not fit, weights that are not finite, and networks that are zero on X.
     """
     network = as_network(network)
     _checks.rank("X", X, 2)
     _checks.real_array("X", X)
     _inputs.finite("X", X)
+    _inputs.finite_fields("the network", network)
     weights = network.hidden
     X = jnp.asarray(X, weights.dtype)
     if network.hidden_bias is not None:

@@ -66,18 +66,21 @@ def of_numbers(entry: Entry, changes: dict[str, Any], sizes: Sizes = Sizes()) ->
         has["has_inf"] |= bool(np.isinf(np.asarray(value, np.float64)).any())
     wide = (lambda: entry.run(verdicts.in_float64(given))) if entry.compares else None
     outcome = verdicts.of_numbers(lambda: entry.run(given), wide, **has)
-    if outcome.verdict == "NaN lost" and _may_drop_nan(entry, changes):
+    if outcome.is_defect and _is_documented(entry, changes):
         return Outcome("value", "documented")
     return outcome
 
 
-def _may_drop_nan(entry: Entry, changes: dict[str, Any]) -> bool:
-    """Whether it is documented, of an argument with NaN, that entries have no effect."""
-    arguments = entry.arguments(Sizes())
-    return any(
-        np.isnan(np.asarray(value, np.float64)).any() and "NaN" in arguments[name].allowed
-        for name, value in changes.items()
-    )
+def _is_documented(entry: Entry, changes: dict[str, Any]) -> bool:
+    """Whether an argument has a number that is documented to be lost, or to overflow."""
+    arguments, hostiles = entry.arguments(Sizes()), hostile.NUMBERS | hostile.ENTRIES
+    for name, value in changes.items():
+        array = np.asarray(value, np.float32)
+        for which in hostiles.keys() & set(arguments[name].allowed):
+            number = np.float32(hostiles[which])
+            if np.any((array == number) | (np.isnan(array) & np.isnan(number))):
+                return True
+    return False
 
 
 def numbers(entry: Entry) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from entries import (
+    OVERFLOW,
     Entry,
     array,
     certified,
@@ -86,9 +87,9 @@ def deep(room):
     return call
 
 
-def weight(seed, *sizes):
+def weight(seed, *sizes, allowed=()):
     """Of a layer of Flax, which holds it whatever it is."""
-    return Argument(normal(seed, *sizes), "weight")
+    return Argument(normal(seed, *sizes), "weight", allowed)
 
 
 def with_weights(make, kernel, bias, **options):
@@ -806,7 +807,7 @@ WEIGHTS = {
             ss.nnx.SolverLinear, kernel, bias, solver=ss.ProxGD(2), normalize=bool(normalize)
         )(X),
         lambda s: {
-            "kernel": weight(1, 4, 3),
+            "kernel": weight(1, 4, 3, allowed=OVERFLOW),
             "bias": weight(2, 3),
             "normalize": Argument(True, "other"),
         },
@@ -827,7 +828,7 @@ WEIGHTS = {
     ),
     "nnx.lipschitz_report of weights": Entry(
         lambda kernel: {
-            "bound": ss.nnx.lipschitz_report(
+            "bound?": ss.nnx.lipschitz_report(
                 with_weights(nnx.Linear, kernel, None), (1, len(kernel))
             ).bound
         },
@@ -838,19 +839,28 @@ WEIGHTS = {
         lambda hidden, output: (
             C.network_gap(C.Network(hidden, output), DATA, normal(18, 5), 0.3).gap
         ),
-        lambda s: {"hidden": array(normal(19, 2, 3)), "output": array(normal(20, 3))},
+        lambda s: {
+            "hidden": array(normal(19, 2, 3)),
+            "output": array(normal(20, 3), "one axis more"),
+        },
         compares=False,
         on_host=True,
     ),
     "convex.prune of weights": Entry(
         lambda hidden, output: C.prune(C.Network(hidden, output), DATA)(DATA),
-        lambda s: {"hidden": array(normal(19, 2, 3)), "output": array(normal(20, 3))},
+        lambda s: {
+            "hidden": array(normal(19, 2, 3)),
+            "output": array(normal(20, 3), "one axis more"),
+        },
         compares=False,
         on_host=True,
     ),
     "convex.from_network of weights": Entry(
         lambda hidden, output: C.from_network(C.Network(hidden, output), DATA)[0],
-        lambda s: {"hidden": array(normal(19, 2, 3)), "output": array(normal(20, 3))},
+        lambda s: {
+            "hidden": array(normal(19, 2, 3)),
+            "output": array(normal(20, 3), "one axis more"),
+        },
         compares=False,
         on_host=True,
     ),

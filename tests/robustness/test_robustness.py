@@ -18,6 +18,7 @@ WRONG = ("a string", "a random key")
 
 HOSTILE = (
     ("dropout.importance_dropout", "x", "1e30"),
+    ("solvers.FixedPoint", "init", "-1e30"),
     ("equilibrium.normalized of a kernel", "kernel", "-1e30"),
     ("lipschitz.clip_singular_values of a kernel", "bound", "1e-30"),
     ("optax.project_spectral_norm", "gradient", "inf"),
@@ -28,6 +29,8 @@ HOSTILE = (
     ("convex.recover", "value", "1e-30 everywhere"),
     ("convex.decompose", "V", "inf"),
     ("convex.prune", "X", "zero everywhere"),
+    ("convex.prune of weights", "hidden", "NaN"),
+    ("convex.from_network of weights", "hidden", "NaN"),
 )
 """Entries, arguments and numbers of which something was wrong, and quick to compute."""
 
