@@ -16,7 +16,7 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._shards import varying
-from stochsolvers._typing import Array, Scalar
+from stochsolvers._typing import Array, Scalar, as_float
 
 
 def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int | Array:
@@ -174,7 +174,7 @@ def bernoulli_mask(
     _checks.at_most("keep_probability", keep_probability, 1, "a probability")
     shape = (*_batch(batch_shape), n)
     _checks.broadcastable("keep_probability", keep_probability, shape)
-    return jax.random.bernoulli(key, keep_probability, shape)
+    return jax.random.bernoulli(key, as_float(keep_probability), shape)
 
 
 def serial_mask(key: Array, probabilities: Array) -> Array:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array, Scalar, static_field, value_object
+from stochsolvers._typing import Array, Scalar, as_float, static_field, value_object
 from stochsolvers.estimators import Estimator, OutputCoordinates
 from stochsolvers.lipschitz import Grid, lipschitz_constant
 from stochsolvers.problems import FixedPointProblem, LayerProblem, NormalizedProblem, Problem
@@ -49,9 +49,7 @@ class ExponentialDecay:
 
     def __call__(self, k: Array | int) -> Array:
         """The step size of iteration k."""
-        is_float = jnp.issubdtype(jnp.result_type(self.rate), jnp.floating)
-        rate = jnp.asarray(self.rate if is_float else 1.0 * self.rate)
-        rate, k = jnp.broadcast_arrays(rate, jnp.asarray(k))
+        rate, k = jnp.broadcast_arrays(jnp.asarray(as_float(self.rate)), jnp.asarray(k))
         return self.initial * lax.pow(rate, k)  # of a float and an integer: no promotion
 
 

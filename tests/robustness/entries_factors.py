@@ -371,7 +371,7 @@ ESTIMATORS = {
     "estimators.feature_axis": Entry(
         E.feature_axis,
         lambda s: {
-            "weights": array(normal(6, s.batch, s.n1), "integers", "booleans", "float16"),
+            "weights": array(normal(6, s.batch, s.n1), "complex numbers"),
             "problem": value(problem(s)),
         },
     ),
@@ -383,7 +383,7 @@ ESTIMATORS = {
             "problem": value(problem(s)),
             "form": name("gram"),
             "num_calls": count(3),
-            "z": array(normal(5, s.batch, s.n2)),
+            "z": array(normal(5, s.batch, s.n2), "complex numbers"),  # linear, but for a constant
         },
     ),
     "estimators.forms.cheapest_form": Entry(

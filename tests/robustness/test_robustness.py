@@ -17,6 +17,8 @@ WRONG = ("a string", "a random key")
 """Of every argument, traced and not computed."""
 
 HOSTILE = (
+    ("sampling.bernoulli_mask", "keep_probability", "an integer"),
+    ("step_sizes.ExponentialDecay", "rate", "an integer"),
     ("dropout.importance_dropout", "x", "1e30"),
     ("solvers.FixedPoint", "init", "-1e30"),
     ("equilibrium.normalized of a kernel", "kernel", "-1e30"),
