@@ -334,7 +334,7 @@ class Refused(nnx.Module):
         self.twice = nnx.Linear(4, 4, rngs=rngs)
         self.lora = nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs)
         self.own = Own(4, 4, rngs=rngs)
-        self.transposed = nnx.ConvTranspose(4, 4, (3,), rngs=rngs)
+        self.transposed = nnx.ConvTranspose(4, 4, (3,), mask=jnp.ones((3, 4, 4)), rngs=rngs)
         self.weight = nnx.WeightNorm(nnx.Linear(4, 4, rngs=rngs), rngs=rngs)
         self.masked = nnx.Conv(4, 4, (3,), mask=jnp.ones((3, 4, 4)), rngs=rngs)
         self.unused = nnx.Linear(4, 4, rngs=rngs)
@@ -352,7 +352,7 @@ REASONS = {
     "twice": "it is called 2 times",
     "lora": "low-rank product",
     "own": "methods of its own",
-    "transposed": "transposed convolution",
+    "transposed": "the option mask",
     "weight.layer_instance": "made by WeightNorm",
     "masked": "the option mask",
     "unused": "it is not called",
