@@ -165,6 +165,8 @@ class Settings:
     ) -> LayerProblem:
         """The problem before it is normalised; `skip` joins the bias, as in a residual block."""
         if skip is not None:
+            batch_shape = jnp.shape(inputs)[: jnp.ndim(inputs) - len(linear_map.in_shape)]
+            _checks.broadcastable("skip", skip, (*batch_shape, *linear_map.out_shape))
             before = range(jnp.ndim(skip) - (0 if bias is None else jnp.ndim(bias)))
             bias = skip if bias is None else jnp.expand_dims(bias, before) + skip
         return LayerProblem(
