@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 import stochsolvers as ss
 from experiments.data import Dataset
-from experiments.networks import set_mode
+from experiments.networks import Network, set_mode
 from experiments.output import terminal
 from experiments.training import checkpoints, parallel, training_step
 from experiments.training.checkpoints import Progress
-from experiments.training.evaluation import Model, evaluate
+from experiments.training.evaluation import evaluate
 from experiments.training.training_step import State, TrainConfig
 
 Record = dict[str, float]
@@ -48,7 +48,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    build: Callable[[nnx.Rngs], Model],
+    build: Callable[[nnx.Rngs], Network],
     data: Dataset,
     config: TrainConfig,
     *,
@@ -62,7 +62,7 @@ def train(
 
 
 def train_together(
-    build: Callable[[nnx.Rngs], Model],
+    build: Callable[[nnx.Rngs], Network],
     data: dict[int, Dataset],
     config: TrainConfig,
     *,
@@ -142,7 +142,7 @@ def train_together(
 
 
 def _initial(
-    build: Callable[[nnx.Rngs], Model], seeds: Sequence[int], config: TrainConfig
+    build: Callable[[nnx.Rngs], Network], seeds: Sequence[int], config: TrainConfig
 ) -> tuple[Any, State]:
     """The networks before the first step: their common structure and their stacked states."""
     parts = []
