@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import stochsolvers as ss
-from experiments.output import plots, terminal
+from experiments.output import terminal
 
 PICTURE = Path(__file__).parent.parent / "docs/_static/layer.png"
 TITLES = {
@@ -91,8 +91,8 @@ def gaps(config: Config) -> tuple[dict[str, np.ndarray], dict[int, float]]:
 
 def draw(lines: dict[str, np.ndarray], certified: dict[int, float]) -> Figure:
     """Gaps over iterations, both on logarithmic axes."""
-    with mpl.rc_context(plots.STYLE):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+    with mpl.rc_context(ss.plot.STYLE):
+        figure = Figure(figsize=(7.4, 4.4))
         axes = figure.add_subplot()
         for name, gap in lines.items():
             shown = np.where(gap > ROUND_OFF, gap, np.nan)
@@ -114,7 +114,7 @@ def draw(lines: dict[str, np.ndarray], certified: dict[int, float]) -> Figure:
         axes.set_xlabel("iterations K, from zero; the first is the layer")
         axes.set_ylabel("(P(z) − min P) / (P(0) − min P)")
         axes.set_ylim(ROUND_OFF, 4)
-        figure.legend(loc="outside right upper", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
@@ -124,7 +124,7 @@ def main(args: list[str] | None = None) -> None:
     config.out.parent.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_enable_x64", True)
     lines, certified = gaps(config)
-    draw(lines, certified).savefig(config.out)
+    draw(lines, certified).savefig(config.out, dpi=150)
     print({name: f"{gap[0]:.2g} → {gap[-1]:.2g}" for name, gap in lines.items()}, certified)
 
 

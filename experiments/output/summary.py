@@ -1,6 +1,5 @@
 """The tables, the page and the pictures of a run, from its rows."""
 
-import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -227,8 +226,7 @@ def write(folder: Path, rows: Rows) -> list[str]:
             remarks.append(f"{folder / name}: removed, {CSV} takes its place")
     for name, (contents_of, draw) in zip(PICTURES, DRAWINGS, strict=True):
         if contents := contents_of(rows):
-            drawing = functools.partial(draw, contents=contents, title=title_of(rows))
-            runs.write_figure(folder / name, drawing)
+            draw(folder / name, contents, title=title_of(rows))
         elif (folder / name).exists():
             remarks.append(f"{folder / name}: kept, the rows hold nothing to draw it from")
     target, notes = folder / PAGE, folder / NOTES
