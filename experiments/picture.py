@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import stochsolvers as ss
-from experiments.output import terminal
+from experiments.output import plots, terminal
 
 PICTURE = Path(__file__).parent.parent / "docs/_static/layer.png"
 TITLES = {
@@ -91,18 +91,18 @@ def gaps(config: Config) -> tuple[dict[str, np.ndarray], dict[int, float]]:
 
 def draw(lines: dict[str, np.ndarray], certified: dict[int, float]) -> Figure:
     """Gaps over iterations, both on logarithmic axes."""
-    with mpl.rc_context(ss.plot.STYLE):
+    with mpl.rc_context(plots.STYLE):
         figure = Figure(figsize=(7.4, 4.4))
         axes = figure.add_subplot()
-        for name, gap in lines.items():
+        for (name, gap), dashes in zip(lines.items(), ss.plot.DASHES, strict=True):
             shown = np.where(gap > ROUND_OFF, gap, np.nan)
-            axes.loglog(np.arange(1, len(gap) + 1), shown, label=f"{name}: {TITLES[name]}")
+            axes.loglog(np.arange(1, len(gap) + 1), shown, dashes, label=f"{name}: {TITLES[name]}")
         axes.loglog(
             list(certified),
             list(certified.values()),
             "o",
             mfc="none",
-            color="C0",
+            color=ss.plot.COLORS[0],
             label="Prox-GD, certified",
         )
         first = float(lines["Prox-GD"][0]), float(lines["Prox-SG"][0])

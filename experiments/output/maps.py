@@ -122,11 +122,12 @@ def epoch_seconds(rows: Rows) -> dict[tuple[str, int], float]:
 
     Of a single epoch, its seconds.
     """
-    found = {}
-    for key, group in frame(rows, "epoch").groupby(["name", "seed"], sort=False):
-        seconds = np.diff([0.0, *group["seconds"]])
-        found[key] = float(np.median(seconds[1:] if len(seconds) > 1 else seconds))
-    return found
+
+    def median(seconds: Table) -> float:
+        each = np.diff([0.0, *seconds])
+        return float(np.median(each[1:] if len(each) > 1 else each))
+
+    return frame(rows, "epoch").groupby(["name", "seed"])["seconds"].agg(median).to_dict()
 
 
 def cells(rows: Rows) -> list[Cell]:

@@ -42,8 +42,7 @@ Panels = Mapping[str, Sequence[Curve]]
 """Lines by the titles of their axes."""
 SEEDS = "mean over the seeds, band from least to greatest"
 IMAGES = "of one seed: median over images, band around the middle 80%"
-
-
+STYLE: Any = ss.plot.STYLE
 COLORS = (*ss.plot.COLORS, "0.6")
 TICKS = (-50, -20, -5, -2, -1, 0, 1, 2, 5, 20, 50)
 """Of gains in points."""
@@ -52,7 +51,7 @@ TICKS = (-50, -20, -5, -2, -1, 0, 1, 2, 5, 20, 50)
 @contextlib.contextmanager
 def figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     """A figure in the style of `stochsolvers.plot`, saved to the path at the end of the block."""
-    with runs.whole_file(path) as partial, mpl.rc_context(ss.plot.STYLE):
+    with runs.whole_file(path) as partial, mpl.rc_context(STYLE):
         drawn = Figure(figsize=size)
         yield drawn
         drawn.savefig(partial, metadata={"Software": None})

@@ -107,7 +107,8 @@ def train_together(
     start = time.perf_counter() - progress.seconds
     word = "seeds" if len(seeds) > 1 else "seed"
     about = f"{label}, {word} {' '.join(map(str, seeds))}"
-    bar = tqdm(total=total, initial=progress.step, desc=about, leave=False, disable=_bar_disabled())
+    hidden = None if terminal.is_first() else True  # None shows the bar in a terminal only
+    bar = tqdm(total=total, initial=progress.step, desc=about, leave=False, disable=hidden)
     with bar, checkpoints.deferred_termination() as terminated:
         while progress.step < total:
             epoch, history = progress.step // count, progress.history
@@ -299,11 +300,6 @@ def _postfix(history: Sequence[Sequence[Record]]) -> dict[str, str]:
 def _show(watches: Sequence[Watch], progress: Progress) -> None:
     for watch, records in zip(watches, progress.history, strict=False):
         watch(records)
-
-
-def _bar_disabled() -> bool | None:
-    """For tqdm: None shows the bar in a terminal only; the first process alone has one."""
-    return None if terminal.is_first() else True
 
 
 def count_parameters(model: Any) -> int:
