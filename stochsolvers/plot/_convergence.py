@@ -55,7 +55,7 @@ def convergence(
     bounds = _by_name("certificate", certificate, runs)
     costs = _by_name("work", work, runs)
     for bound in bounds.values():
-        if bound is not None and (isinstance(bound, bool) or not _checks.is_real(bound)):
+        if bound is not None and (isinstance(bound, bool) or np.asarray(bound).dtype == object):
             wanted = "an array, as problem.certificate(solution.value) is"
             _checks.fail("certificate", wanted, _checks.named(bound))
     bounds = {n: runs[n].certificate if bounds[n] is None else bounds[n] for n in runs}

@@ -15,9 +15,8 @@ from stochsolvers.linear_maps import LinearMap
 from stochsolvers.problems._base import Problem
 
 _EXAMPLES = {
-    "linear_map": "Dense(W) or Conv(W, shape)",
-    "loss": "losses.Squares()",
-    "prior": "prox.NonNegative() (of an activation: prox.Activation(function))",
+    "linear_map": ", such as Dense(W) or Conv(W, shape)",
+    "prior": ", such as prox.NonNegative() (of an activation: prox.Activation(function))",
 }
 
 
@@ -38,7 +37,7 @@ class Objective(Problem):
             ("linear_map", LinearMap), ("loss", losses.Loss), ("prior", prox.Prior),
         ):  # fmt: skip
             factor = getattr(self, name)
-            wanted = f"an instance of {kind.__name__}, such as {_EXAMPLES[name]}"
+            wanted = f"an instance of {kind.__name__}" + _EXAMPLES.get(name, "")
             _checks.instance(f"{name} of LayerProblem", factor, kind, wanted)
             if jax.tree_util.all_leaves([factor]):
                 wanted = "a class under the decorator stochsolvers.value_object"

