@@ -64,9 +64,8 @@ class EquilibriumProblem(FixedPointProblem):
     def __post_init__(self):
         for name, kind in (("linear_map", LinearMap), ("prior", Prior)):
             factor = getattr(self, name)
-            if not isinstance(factor, kind):
-                wanted = f"an instance of {kind.__name__}"
-                _checks.fail(f"{name} of EquilibriumProblem", wanted, repr(factor))
+            wanted = f"an instance of {kind.__name__}"
+            _checks.instance(f"{name} of EquilibriumProblem", factor, kind, wanted)
         _checks.floating("drive of EquilibriumProblem", self.drive)
         _checks.trailing("drive of EquilibriumProblem", self.drive, self.linear_map.out_shape)
         dtype = at_least_float32(jnp.result_type(self.drive), self.linear_map.dtype)

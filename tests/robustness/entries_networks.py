@@ -142,6 +142,10 @@ NNX = {
         nnx_layer(ss.nnx.SolverConv, in_features=2, out_features=3, kernel_size=(2, 2)),
         images(**SOLVER, spatial_shape=shape(None, "None")),
     ),
+    "nnx.SolverConvTranspose": Entry(
+        nnx_layer(ss.nnx.SolverConvTranspose, in_features=2, out_features=3, kernel_size=(2, 2)),
+        images(**SOLVER, spatial_shape=shape(None, "None")),
+    ),
     "nnx.SolverLinearGeneral": Entry(
         nnx_layer(ss.nnx.SolverLinearGeneral, in_features=4, out_features=3), vectors(**SOLVER)
     ),
@@ -310,6 +314,9 @@ def norm_of_three():
 LINEN = {
     "linen.SolverDense": Entry(linen_layer(ss.linen.SolverDense, 3), vectors(*MADE, **SOLVER)),
     "linen.SolverConv": Entry(linen_layer(ss.linen.SolverConv, 3, (2, 2)), images(*MADE, **SOLVER)),
+    "linen.SolverConvTranspose": Entry(
+        linen_layer(ss.linen.SolverConvTranspose, 3, (2, 2)), images(*MADE, **SOLVER)
+    ),
     "linen.SolverDenseGeneral": Entry(
         linen_layer(ss.linen.SolverDenseGeneral, 3), vectors(*MADE, **SOLVER)
     ),
