@@ -47,12 +47,21 @@ def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int |
 
 
 def canonical_tau(tau: Any) -> Any:
-    """A known fraction as a Python float, so that it stays known where it is traced; else τ as it is."""
+    """A known fraction as a Python float, so that it stays known where it is traced; else τ as it is.
+
+    Raises:
+      ValueError: for a known τ that no number of features has: ≤ 0, or a fraction above 1.
+    """
     known = isinstance(tau, jax.Array | np.generic | np.ndarray)
     if known and not isinstance(tau, jax.core.Tracer) and jnp.ndim(tau) == 0:
         if jnp.issubdtype(jnp.result_type(tau), jnp.floating):
-            return float(tau)
-        return int(tau) if isinstance(tau, np.integer) else tau
+            tau = float(tau)
+        elif isinstance(tau, np.integer):
+            tau = int(tau)
+    if isinstance(tau, float) and not 0.0 < tau <= 1.0:
+        _checks.fail("tau", "a fraction in (0, 1] or a count", tau)
+    if isinstance(tau, int) and tau < 1:
+        _checks.fail("tau", "an integer >= 1 or a fraction in (0, 1]", tau)
     return tau
 
 

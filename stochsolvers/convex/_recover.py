@@ -32,6 +32,8 @@ def recover(problem: GatedProblem | ReLUProblem, value: Array) -> Network | Gate
         wanted = "a GatedProblem or a ReLUProblem"
         _checks.fail("problem", wanted, type(problem).__name__)
     _checks.rank("data of the program", problem.X, 2)
+    if not _checks.is_real(value):
+        _checks.fail("the value", "an array, such as solution.value", _checks.named(value))
     _checks.real_array("the value", value)
     if jnp.shape(value) != problem.shape:
         _checks.fail("shape of the value", problem.shape, jnp.shape(value))
