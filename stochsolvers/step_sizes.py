@@ -49,7 +49,9 @@ class ExponentialDecay:
 
     def __call__(self, k: Array | int) -> Array:
         """The step size of iteration k."""
-        rate, k = jnp.broadcast_arrays(jnp.asarray(self.rate), jnp.asarray(k))
+        is_float = jnp.issubdtype(jnp.result_type(self.rate), jnp.floating)
+        rate = jnp.asarray(self.rate if is_float else 1.0 * self.rate)
+        rate, k = jnp.broadcast_arrays(rate, jnp.asarray(k))
         return self.initial * lax.pow(rate, k)  # of a float and an integer: no promotion
 
 

@@ -27,8 +27,12 @@ class GatedMap(LinearMap):
     With data of patches X_k, one gate and one v_i for all of them, A*(V) = Σ_i Σ_k D_ik X_k v_i. With
     several outputs each has its own row of r and its own weights, with the same patterns.
 
-    The cost is one product of X with a d × P matrix for each output: the n × P × d array of all D_i X is
-    not formed.
+    The cost is one product of the n × P matrix D of the patterns for each output, and the n × P × d array
+    of all D_i X is not formed:
+
+        A(r)ᵀ = (r ∘ X)ᵀ D,      A*(V) = (X ∘ D V) 1,
+
+    or where P < d, of X: A(r) = (Dᵀ ∘ r) X and A*(V) = (Dᵀ ∘ V Xᵀ)ᵀ 1.
 
     Args:
       X: data, shape (n, d), or (n, K, d) for K patches each.
@@ -80,6 +84,9 @@ class GatedMap(LinearMap):
         X, mask = self._rows()
         if self.X.ndim == 3:
             x = jnp.repeat(x, self.X.shape[1], axis=-1)
+        if self._few_features:
+            rows = x[..., None] * _lifted(X, x.ndim + 1)
+            return jnp.matmul(mask.astype(X.dtype).T, rows)
         gated = jnp.where(_lifted(mask.T, x.ndim + 1), x[..., None, :], jnp.zeros((), x.dtype))
         return gated @ X
 
@@ -91,9 +98,13 @@ class GatedMap(LinearMap):
 
     def _predictions(self, z: Array) -> Array:
         X, mask = self._rows()
-        products = z @ X.T
-        kept = jnp.where(_lifted(mask.T, z.ndim), products, jnp.zeros((), products.dtype))
-        values = jnp.sum(kept, axis=-2)
+        if self._few_features:
+            values = _lifted(X, z.ndim) * jnp.matmul(mask.astype(X.dtype), z)
+            values = jnp.sum(values, axis=-1)
+        else:
+            products = z @ X.T
+            kept = jnp.where(_lifted(mask.T, z.ndim), products, jnp.zeros((), products.dtype))
+            values = jnp.sum(kept, axis=-2)
         if self.X.ndim == 3:
             values = jnp.sum(values.reshape(*values.shape[:-1], *self.X.shape[:2]), axis=-1)
         return values
@@ -109,6 +120,11 @@ class GatedMap(LinearMap):
         flat = argument.reshape(count, *argument.shape[len(lead) :])
         result = lax.map(product, flat, batch_size=max(1, _ENTRIES // own))
         return result.reshape(*lead, *result.shape[1:])
+
+    @property
+    def _few_features(self) -> bool:
+        """Whether an n × d array, for each example, is the smaller one to form."""
+        return self.X.shape[-1] <= self.patterns.num
 
     def _rows(self) -> tuple[Array, Array]:
         """X and the mask with one row for each patch of each datum."""
@@ -227,8 +243,8 @@ def _power_bound(matrix: Array) -> Array:
     return scales[0] * bound * (1 + 8 * n_eps)
 
 
-def _lifted(mask: Array, ndim: int) -> Array:
-    return jnp.expand_dims(mask, range(ndim - mask.ndim))
+def _lifted(matrix: Array, ndim: int) -> Array:
+    return jnp.expand_dims(matrix, range(ndim - matrix.ndim))
 
 
 def _schur_bound(X: Array, mask: Array) -> Array:

@@ -70,6 +70,16 @@ def number(what: str, value: Any) -> None:
     _checks.non_negative(what, value)
 
 
+def iterations(what: str, value: Any) -> None:
+    """Require an integer of at least 0, traced or not."""
+    dtype = getattr(value, "dtype", None)
+    if isinstance(value, np.integer) or dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        _checks.count(what, value, minimum=0, maximum=2**31 - 1)
+    else:
+        _checks.rank(what, value, 0)
+        _checks.non_negative(what, value)
+
+
 def loss(what: str, value: Any) -> None:
     """Require a loss."""
     if not isinstance(value, Loss):

@@ -101,7 +101,8 @@ class EquilibriumProblem(FixedPointProblem):
         v = self._point(z)
         p = self.prior.prox(v, 1.0)
         potential = self.sum((v - 0.5 * p) * p) - self.per_example(self.prior.value)(p)
-        return 0.5 * self.sum(self._variable(z) ** 2) - potential
+        half = 0.5 * self.sum(self._variable(z) ** 2)
+        return jnp.where(jnp.isinf(half), half, half - potential)  # which overflows with it
 
     def certificate(self, z: Array, *, squared_norm: Scalar | None = None) -> Array:
         r"""A certified optimality gap: G(z) − min G ≤ certificate(z), for each example.

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax
+
 from stochsolvers import _checks
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solver
@@ -258,8 +260,8 @@ def arguments(inputs: Any) -> tuple[Any, ...]:
     return inputs
 
 
-def check_options(solver: Any, prior: Any, dropout: Any) -> None:
-    """Refuse what is no solver, no prior and no choice."""
+def check_options(solver: Any, prior: Any, dropout: Any, inputs: tuple[Any, ...]) -> None:
+    """Refuse what is no solver, no prior, no choice and no example."""
     if not isinstance(solver, Solver):
         _checks.fail(
             "solver of replace_layers", "a Solver such as ProxGD(10)", _checks.named(solver)
@@ -269,3 +271,6 @@ def check_options(solver: Any, prior: Any, dropout: Any) -> None:
         expected += " (of an activation: prox.Activation(function))"
         _checks.fail("prior of replace_layers", expected, _checks.named(prior))
     _checks.member("dropout of replace_layers", dropout, DROPOUT_CHOICES)
+    for leaf in jax.tree.leaves(inputs):
+        if 0 in getattr(leaf, "shape", ()):
+            _checks.fail("inputs of replace_layers", "at least one example", f"shape {leaf.shape}")

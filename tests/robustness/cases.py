@@ -65,7 +65,19 @@ def of_numbers(entry: Entry, changes: dict[str, Any], sizes: Sizes = Sizes()) ->
         has["has_nan"] |= bool(np.isnan(np.asarray(value, np.float64)).any())
         has["has_inf"] |= bool(np.isinf(np.asarray(value, np.float64)).any())
     wide = (lambda: entry.run(verdicts.in_float64(given))) if entry.compares else None
-    return verdicts.of_numbers(lambda: entry.run(given), wide, **has)
+    outcome = verdicts.of_numbers(lambda: entry.run(given), wide, **has)
+    if outcome.verdict == "NaN lost" and _may_drop_nan(entry, changes):
+        return Outcome("value", "documented")
+    return outcome
+
+
+def _may_drop_nan(entry: Entry, changes: dict[str, Any]) -> bool:
+    """Whether it is documented, of an argument with NaN, that entries have no effect."""
+    arguments = entry.arguments(Sizes())
+    return any(
+        np.isnan(np.asarray(value, np.float64)).any() and "NaN" in arguments[name].allowed
+        for name, value in changes.items()
+    )
 
 
 def numbers(entry: Entry) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -73,7 +85,7 @@ def numbers(entry: Entry) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name, argument in entry.arguments(Sizes()).items():
         if argument.good is None:
             continue
-        if argument.kind == "array":
+        if argument.kind in ("array", "weight"):
             for which, number in hostile.ENTRIES.items():
                 for everywhere in (False, True):
                     changed = hostile.with_entries(argument.good, number, everywhere)
