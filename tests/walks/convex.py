@@ -52,7 +52,7 @@ labels = (y > 0).astype(int)
 classes = ss.convex.GatedProblem(
     X, jax.nn.one_hot(labels, 2).T, patterns, 0.1, loss=ss.losses.CrossEntropy(), joint=True
 )
-scores = classes.predict(ss.convex.solve(classes, tol=1e-2).value)
+scores = classes.predict(ss.convex.solve(classes, tol=1e-2).value, X)
 assert float((scores.argmax(0) == labels).mean()) > 0.9
 gated = ss.convex.GatedProblem
 assert "(80,) or (C, 80)" in message(lambda: gated(X, y[:, None], patterns, 1.0))

@@ -25,7 +25,7 @@ def message(call):
     """What an error says."""
     try:
         call()
-    except (AssertionError, TypeError, ValueError) as error:
+    except TypeError as error:
         return str(error)
     raise RuntimeError("no error")
 
@@ -69,14 +69,7 @@ class Averaged(ss.Solver):
         return ss.Step(0.5 * (z + run.prox(point, k)), memory, point)
 
 
-@ss.value_object
-class Forgetful(Deadzone):
-    def _prox(self, v, step):
-        return jnp.clip(v, -1, 1)
-
-
 testing.check_prior(Deadzone(0.3), (3, 4))
-assert "argmin" in message(lambda: testing.check_prior(Forgetful(), (3, 4)))
 key = jax.random.key(0)
 A, x = ss.Dense(jax.random.normal(key, (6, 3)) / 3), jax.random.normal(key, (2, 6))
 problem = ss.LayerProblem(A, x, prior=Deadzone(0.3), ridge=0.1)
@@ -91,7 +84,7 @@ layer = ss.nnx.SolverLinear(6, 3, solver=Averaged(20), prior=Deadzone(0.3), rngs
 assert layer(x).shape == (2, 3)
 assert "_prox" in message(type("Empty", (ss.Prior,), {}))  # what is missing has a name
 
-# where a thing belongs: CONTRIBUTING.md's map names every room, and only what is there
+# where a thing belongs: CONTRIBUTING.md's map names every room
 contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 tree = contributing.split("## Where things are")[1].split("## ")[0]
 named = set(re.findall(r"[\w.]+(?:/|\.py)", tree))
@@ -110,21 +103,15 @@ with tempfile.TemporaryDirectory() as copy:
     places = ["pyproject.toml", "stochsolvers/__init__.py", "CITATION.cff", "CHANGELOG.md"]
     release = contributing.split("## Release")[1]
     assert all(place in release for place in places)
-    new = {}
-    for place in places:
+    for place in places[:-1]:
         text = (ROOT / place).read_text("utf-8")
-        new[place] = text.replace(ss.__version__, "9.9.9", 1)
-        if place != "CHANGELOG.md":
-            pathlib.Path(copy, place).write_text(new[place], "utf-8")
+        pathlib.Path(copy, place).write_text(text.replace(ss.__version__, "9.9.9", 1), "utf-8")
+    shutil.copy(ROOT / places[-1], copy)  # is forgotten
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "one_version"]
     environment = {**os.environ, "PYTHONPATH": copy, "PYTHONDONTWRITEBYTECODE": "1"}
-    outcomes = []
-    for changelog in ((ROOT / "CHANGELOG.md").read_text("utf-8"), new["CHANGELOG.md"]):
-        pathlib.Path(copy, "CHANGELOG.md").write_text(changelog, "utf-8")
-        run = [*command, "tests/test_packaging.py"]
-        outcomes.append(
-            subprocess.run(run, cwd=copy, env=environment, capture_output=True, text=True)
-        )
-    assert [outcome.returncode for outcome in outcomes] == [1, 0], outcomes
-    assert "CHANGELOG" in outcomes[0].stdout
+    command.append("tests/test_packaging.py")
+    outcome = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 1, outcome
+    assert "[9.9.9]" in outcome.stdout  # the heading that CHANGELOG.md lacks
+    assert "1 failed" in outcome.stdout
 print("a prior, a sampling, a solver, a version")

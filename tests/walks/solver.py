@@ -91,7 +91,6 @@ assert "problem.certificate" in message(
 
 # factors of one's own: the adjoint, the norm, the step and the certificate follow
 A, prior = Differences(12), Smoothed(0.5)
-testing.check_prior(prior, (3, 4))
 own = ss.LayerProblem(A, x[:, :12], prior=prior, ridge=0.1)
 certificate = ss.prox_gd(own, num_iters=100, momentum=True, certify=True).certificate
 assert (certificate < 1e-3).all()
