@@ -35,9 +35,11 @@ def value_object(cls: type[_T]) -> type[_T]:
     tracers, axis numbers or placeholders for leaves, so that `jit`, `vmap(in_axes=...)` and
     `eval_shape` pass through.
 
-    Two objects are equal if their fields are, types included: a count 1 is not a fraction 1.0.
+    Two objects are equal if their fields are, types included: a count 1 is not a fraction 1.0. Of an array
+    with axes `repr` has the dtype and the shape, as in Dense(kernel=float32[64, 32]).
     """
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    own_repr = "__repr__" in vars(cls)
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     roles = {
         field.name: field.metadata.get("role", "data")
         for field in dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
@@ -80,10 +82,26 @@ def value_object(cls: type[_T]) -> type[_T]:
             )
         )
 
+    def represented(self):
+        fields = (f"{name}={_represented(getattr(self, name))}" for name in roles)
+        return f"{type(self).__qualname__}({', '.join(fields)})"
+
+    if not own_repr:
+        cls.__repr__ = represented  # pyright: ignore[reportAttributeAccessIssue]
     cls.__eq__ = equal  # pyright: ignore[reportAttributeAccessIssue]
     cls.__hash__ = lambda self: hash((cls, fields_of(self)))  # pyright: ignore
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def _represented(value: Any) -> str:
+    """A field of a value object: of an array the dtype and shape, or its one number."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        return repr(value)
+    is_known = not isinstance(value, jax.core.Tracer) and jnp.issubdtype(value.dtype, np.number)
+    if value.shape or not is_known or (isinstance(value, jax.Array) and value.is_deleted()):
+        return f"{value.dtype.name}[{', '.join(map(str, value.shape))}]"
+    return f"{value.dtype.name}({np.asarray(value)!s})"
 
 
 def at_least_float32(*dtypes: Any) -> np.dtype:

@@ -593,3 +593,18 @@ def test_the_certificate_of_a_large_layer_copies_no_kernel():
     operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     analysis = jax.jit(certificate).lower(*operands).compile().memory_analysis()
     assert analysis.temp_size_in_bytes < 0.5 * 4 * 16384 * 4096
+
+
+def test_repr_has_shapes_and_numbers_not_entries(rng):
+    A = ss.Dense(jnp.asarray(rng.normal(size=(64, 32)), jnp.float32))
+    problem = ss.LayerProblem(
+        A, jnp.zeros((5, 64), jnp.float32), prior=ss.prox.L1(jnp.float32(0.3))
+    )
+    assert repr(problem) == (
+        "LayerProblem(linear_map=Dense(kernel=float32[64, 32]), inputs=float32[5, 64], loss=Squares(), "
+        "bias=None, prior=L1(gamma=float32(0.3)), ridge=float32(0.0))"
+    )
+    seen = []
+    jax.eval_shape(lambda gamma: seen.append(repr(ss.prox.L1(gamma))), 1.0)
+    assert seen == ["L1(gamma=float64[])"]
+    assert repr(ss.prox.L1(0.3)) == "L1(gamma=0.3)"
