@@ -26,9 +26,7 @@ References:
 """
 
 import dataclasses
-import math
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -47,15 +45,12 @@ NAMES: dict[programs.Method, str] = {
 GATED: tuple[programs.Method, ...] = ("gated", "gated-adam")
 EPOCHS, WIDTHS = {"digits": 60}, {"digits": 200}
 OTHER_EPOCHS, OTHER_WIDTH = 30, 100
-SMOKE = {"epochs": 3, "width": 20}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(options.Options):
     """Train two-layer networks by convex programs, Adam and SGD; draw gap and accuracy over seconds."""
 
-    out: Path = Path("runs/convex")
-    """Folder of the results of one configuration; a stopped run goes on after the last finished method."""
     methods: tuple[programs.Method, ...] | None = None
     """By default all, relu for two classes only: its networks are trained one after the other."""
     classes: tuple[int, ...] | None = None
@@ -95,6 +90,7 @@ class Config(options.Options):
     counts: ClassVar[tuple[str, ...]] = (
         *(*options.Options.counts, "width", "components", "max_iters", "rounds", "polish_iters"),
     )
+    smoke_sizes: ClassVar[dict[str, float]] = {**options.SMOKE, "epochs": 3, "width": 20}
     smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {
         "fractions": (0.1, 0.03),
         "adam_rates": (1e-2,),
@@ -103,16 +99,10 @@ class Config(options.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.methods == ():
-            raise ValueError("methods: expected at least one, got none")
-        for name in ("fractions", "adam_rates", "sgd_rates"):
-            values = getattr(self, name)
-            if not values or not all(0 < value < math.inf for value in values):
-                raise ValueError(f"{name}: expected positive numbers, got {values}")
-        if max(self.fractions) >= 1:
-            raise ValueError(f"fractions: expected numbers in (0, 1), got {self.fractions}")
-        if not 0 < self.tol < 1:
-            raise ValueError(f"tol: expected a number in (0, 1), got {self.tol}")
+        for name in ("adam_rates", "sgd_rates"):
+            self.check(name, "positive numbers", options.is_positive)
+        self.check("fractions", "numbers in (0, 1)", lambda fraction: 0 < fraction < 1)
+        self.check("tol", "a number in (0, 1)", lambda tol: 0 < tol < 1)
 
     def defaults(self) -> dict[str, Any]:
         """The defaults that depend on the data set, and those of a smoke run."""
@@ -123,11 +113,6 @@ class Config(options.Options):
             "width": WIDTHS.get(self.dataset, OTHER_WIDTH),
             "methods": tuple(name for name in NAMES if name != "relu" or is_pair),
         }
-
-    def filled(self) -> Self:
-        """The options, with defaults of the data set or of a smoke run in the place of None."""
-        small = {k: v for k, v in SMOKE.items() if self.smoke and getattr(self, k) is None}
-        return super(Config, dataclasses.replace(self, **small)).filled()
 
 
 def run(config: Config) -> list[tables.Row]:
@@ -188,9 +173,8 @@ def _train_and_test(
     }
     try:
         trained = _trained(method, task, config, stored)
-    except nonconvex.DivergenceError as error:
-        terminal.say(str(error))
-        return [{"kind": "final", **tags, "accuracy": None, **final, "error": str(error)}]
+    except loop.DivergenceError as error:
+        return tables.diverged(tags, error, final)
     final |= trained.final | {
         "train_seconds": trained.history[-1]["seconds"],
         "validation_accuracy": programs.accuracy(trained.predict, task.data.validation),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import stochsolvers as ss
-from experiments.output import plots, runs, terminal
+from experiments.output import plots, terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Config:
     out: Path = Path("runs/figure2")
     """Folder of figure2.png."""
     points: int = 801
-    """Number of points of each curve."""
+    """Number of points of the differences, and of those that the largest distances are taken over."""
     smoke: bool = False
     """Accepted as by the tables, without effect: the whole figure takes seconds."""
 
@@ -66,18 +66,16 @@ def draw(path: Path, points: int) -> dict[str, float]:
     with plots.figure(path, (9, 6)) as figure:
         grid = figure.subplots(2, 2, sharex="col", height_ratios=(3, 2))
         for (top, bottom), panel in zip(grid.T, PANELS, strict=True):
+            ss.plot.activation(
+                panel.prior, panel.activation, steps=STEP_SIZES, reach=panel.reach, ax=top
+            )
+            top.set(title=f"{panel.name}:  {panel.formula}", xlabel="")
             v, activation, operators = values(panel, points)
             apart[panel.name] = float(np.abs(operators[1.0] - activation).max())
-            top.plot(v, activation, color="k", label=panel.name)
-            for color, (step, operator) in enumerate(operators.items()):
-                style = "-" if step == 1.0 else "--"
-                top.plot(v, operator, f"C{color}{style}", label=f"prox of ηg, η = {step:g}")
-                bottom.plot(v, operator - activation, f"C{color}{style}")
-            top.set(title=f"{panel.name}:  {panel.formula}")
-            top.legend(loc="upper left")
-            bottom.set(xlabel="v")
-        grid[0, 0].set_ylabel("activation")
-        grid[1, 0].set_ylabel("prox − activation")
+            for operator, dashes in zip(operators.values(), ss.plot.DASHES, strict=False):
+                bottom.plot(v, operator - activation, dashes)
+            bottom.set(xlabel="v", ylabel="prox − activation")
+        figure.align_ylabels()
     return apart
 
 
@@ -87,9 +85,7 @@ def main(args: list[str] | None = None) -> None:
         config = terminal.parse(Config, "experiments.figure2", args)
         if config.points < 2:
             raise ValueError(f"points: expected at least 2, got {config.points}")
-        apart: dict[str, float] = {}
-        target = config.out / "figure2.png"
-        runs.write_figure(target, lambda path: apart.update(draw(path, config.points)))
+        apart = draw(config.out / "figure2.png", config.points)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for name, distance in apart.items():

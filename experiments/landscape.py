@@ -22,12 +22,10 @@ References:
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from matplotlib.figure import Figure
 
 from experiments import data
 from experiments.data import archive
@@ -75,24 +73,15 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
     found = {}
     for name in dict.fromkeys(config.only):
         numbers, draw = getattr(landscape_examples, name)(config)
-        if draw is not None:
-            target = config.out / f"{name}.png"
-            runs.write_figure(target, lambda path, draw=draw: _figure(path, draw))
+        with plots.figure(config.out / f"{name}.png", (7.4, 4.2)) as figure:
+            draw(figure)
         found[name] = numbers
-        print(f"{name}: {landscape_examples.sentence(name, numbers)}", flush=True)
-    settings = dataclasses.asdict(dataclasses.replace(config, out=Path(), data_dir=Path()))
-    stored = {
-        "settings": {k: v for k, v in settings.items() if k not in ("out", "data_dir")},
-        "examples": found,
-        **runs.environment(),
-    }
+        print(f"{name}: {landscape_examples.sentence(numbers)}", flush=True)
+    settings = dataclasses.asdict(config)
+    del settings["out"], settings["data_dir"]
+    stored = {"settings": settings, "examples": found, **runs.environment()}
     runs.write_text(config.out / "landscape.json", json.dumps(stored, indent=1) + "\n")
     return found
-
-
-def _figure(path: Path, draw: Callable[[Figure], None]) -> None:
-    with plots.figure(path, (7.4, 4.2)) as figure:
-        draw(figure)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -23,13 +23,12 @@ added to a folder.
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import tyro
 
 from experiments import data, networks
-from experiments.networks import BlockConfig, LeNet, LeNetConfig, Method, Variant
+from experiments.networks import LeNet, LeNetConfig, Method, Variant
 from experiments.training import options, tables
 
 SCHEDULES = {"digits": (5, 20)}
@@ -40,8 +39,6 @@ CIFAR_SCHEDULES = (15, 60)
 class Config(options.Options):
     """Train LeNets over width, schedule and sampled fraction; draw the solvers' gains over both controls."""
 
-    out: Path = Path("runs/map")
-    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     methods: tuple[Method, ...] = ("none", "dropout", "prox-sg", "ms2gd", "prox-gd-no-dropout")
     """What the marked layers are; without none and dropout there is nothing to compare with."""
     widths: tuple[float, ...] = (1.0, 2.0, 4.0)
@@ -72,17 +69,10 @@ class Config(options.Options):
     def __post_init__(self):
         super().__post_init__()
         options.check_solver(self.num_iters, self.decay)
-        for name in ("methods", "widths", "schedules", "rates", "taus"):
-            if getattr(self, name) == ():
-                raise ValueError(f"{name}: expected at least one, got none")
-        if not all(width > 0 for width in self.widths):
-            raise ValueError(f"widths: expected positive factors, got {self.widths}")
-        if self.schedules is not None and min(self.schedules) < 1:
-            raise ValueError(f"schedules: expected at least 1 epoch, got {self.schedules}")
-        if not all(0 <= rate < 1 for rate in self.rates):
-            raise ValueError(f"rates: expected dropout rates in [0, 1), got {self.rates}")
-        if not all(0 < tau <= 1 for tau in self.taus):
-            raise ValueError(f"taus: expected fractions in (0, 1], got {self.taus}")
+        self.check("widths", "positive factors", options.is_positive)
+        self.check("schedules", "at least 1 epoch", lambda epochs: epochs >= 1)
+        self.check("rates", "dropout rates in [0, 1)", options.is_rate)
+        self.check("taus", "fractions in (0, 1]", lambda tau: 0 < tau <= 1)
 
     def defaults(self) -> dict[str, Any]:
         """The defaults that depend on the data set."""
@@ -95,13 +85,7 @@ class Config(options.Options):
         pairs = itertools.product(dict.fromkeys(self.widths), dict.fromkeys(self.methods))
         for width, method in pairs:
             for rate in self._rates_of(method):
-                block = BlockConfig(
-                    method,
-                    rate=rate,
-                    num_iters=self.num_iters,
-                    decay=self.decay,
-                    normalize=self.normalize,
-                )
+                block = options.block(self, method, rate)
                 yield LeNetConfig(shape, count, self.variant, block, width)
 
     def _rates_of(self, method: Method) -> Sequence[float]:
@@ -109,7 +93,7 @@ class Config(options.Options):
             return tuple(dict.fromkeys(self.rates))
         if method in (*networks.PLAIN, *networks.FULL):
             return (0.0,)
-        return tuple(float(f"{1 - tau:.12g}") for tau in dict.fromkeys(self.taus))
+        return tuple(options.rounded(1 - tau) for tau in dict.fromkeys(self.taus))
 
 
 def network(config: Config, lenet: LeNetConfig, epochs: int) -> tables.Network:
@@ -120,7 +104,7 @@ def network(config: Config, lenet: LeNetConfig, epochs: int) -> tables.Network:
     if method in ("dropout", *networks.BEHIND_DROPOUT):
         final["dropout_rate"], label, arm = rate, f"{label} p = {rate:g}", f"{arm}-{rate:g}"
     elif method not in (*networks.PLAIN, *networks.FULL):
-        tau = final["tau"] = float(f"{1 - rate:.12g}")
+        tau = final["tau"] = options.rounded(1 - rate)
         label, arm = f"{label} τ = {tau:g} n", f"{arm}-{tau:g}"
     return tables.Network(
         f"LeNet ×{lenet.width:g}, {epochs} epochs {label}",
@@ -134,9 +118,8 @@ def network(config: Config, lenet: LeNetConfig, epochs: int) -> tables.Network:
 
 def run(config: Config) -> list[tables.Row]:
     """Train the networks that are not finished yet, write the files and return all rows."""
-    config = config.filled()
 
-    def all_networks(dataset: data.Dataset) -> Iterator[tables.Network]:
+    def all_networks(config: Config, dataset: data.Dataset) -> Iterator[tables.Network]:
         assert config.schedules is not None
         for epochs in dict.fromkeys(config.schedules):
             for lenet in config.lenets(dataset):

@@ -17,12 +17,10 @@ References:
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import stochsolvers as ss
 from experiments import data, networks
@@ -45,8 +43,6 @@ SMOKE_METHODS: tuple[EquilibriumMethod, ...] = ("plain", "equilibrium")
 class Config(options.Options):
     """Train an equilibrium network, its plain twin and its unrolled one, and print their accuracy."""
 
-    out: Path = Path("runs/opteq")
-    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     methods: tuple[EquilibriumMethod, ...] = ("plain", "unrolled", "equilibrium")
     """What a tier is: plain layers, four iterations, or the equilibrium."""
     widths: tuple[int, ...] | None = None
@@ -68,8 +64,6 @@ class Config(options.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.methods or self.widths == ():
-            raise ValueError("methods, widths: expected at least one of each, got none")
         EquilibriumNetConfig(
             depth=self.depth, bound=self.bound, tol=self.tol, max_iters=self.max_iters
         )
@@ -120,9 +114,8 @@ def network(config: Config, net: EquilibriumNetConfig) -> tables.Network:
 
 def run(config: Config) -> list[tables.Row]:
     """Train the networks that are not finished yet, write the files and return all rows."""
-    config = config.filled()
 
-    def all_networks(dataset: data.Dataset) -> Iterator[tables.Network]:
+    def all_networks(config: Config, dataset: data.Dataset) -> Iterator[tables.Network]:
         return (network(config, net) for net in config.networks(dataset))
 
     rows = tables.run("opteq", config, all_networks)
@@ -142,8 +135,7 @@ def residuals(
       the largest number of iterations, the share that met the tolerance, the norms of W.
     """
     networks.set_mode(model, "test")
-    pixels = jnp.asarray(dataset.validation.images[:images])
-    x = evaluation.normalise(pixels, dataset.mean, dataset.std)
+    x = evaluation.first_images(dataset, images)
     rows, taken, converged, norms = [], [], [], []
     for number, tier in enumerate(model.features.tiers):
         if not tier.is_plain:
@@ -175,9 +167,7 @@ def _relative(problem: ss.FixedPointProblem, solver: ss.Solver) -> dict[str, lis
         solution = solver.solve(None, problem)
         return solution.residuals / jnp.maximum(problem.norm(solution.value), 1e-12)[None]
 
-    limits = np.quantile(np.asarray(solved(problem)), (0.1, 0.5, 0.9), axis=1)
-    low, middle, high = ([float(f"{x:.6g}") for x in line] for line in limits)
-    return {"low": low, "middle": middle, "high": high}
+    return evaluation.quantiles(solved(problem))
 
 
 def main(args: list[str] | None = None) -> None:

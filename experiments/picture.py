@@ -92,17 +92,17 @@ def gaps(config: Config) -> tuple[dict[str, np.ndarray], dict[int, float]]:
 def draw(lines: dict[str, np.ndarray], certified: dict[int, float]) -> Figure:
     """Gaps over iterations, both on logarithmic axes."""
     with mpl.rc_context(plots.STYLE):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = Figure(figsize=(7.4, 4.4))
         axes = figure.add_subplot()
-        for name, gap in lines.items():
+        for (name, gap), dashes in zip(lines.items(), ss.plot.DASHES, strict=True):
             shown = np.where(gap > ROUND_OFF, gap, np.nan)
-            axes.loglog(np.arange(1, len(gap) + 1), shown, label=f"{name}: {TITLES[name]}")
+            axes.loglog(np.arange(1, len(gap) + 1), shown, dashes, label=f"{name}: {TITLES[name]}")
         axes.loglog(
             list(certified),
             list(certified.values()),
             "o",
             mfc="none",
-            color="C0",
+            color=ss.plot.COLORS[0],
             label="Prox-GD, certified",
         )
         first = float(lines["Prox-GD"][0]), float(lines["Prox-SG"][0])
@@ -114,7 +114,7 @@ def draw(lines: dict[str, np.ndarray], certified: dict[int, float]) -> Figure:
         axes.set_xlabel("iterations K, from zero; the first is the layer")
         axes.set_ylabel("(P(z) − min P) / (P(0) − min P)")
         axes.set_ylim(ROUND_OFF, 4)
-        figure.legend(loc="outside right upper", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
@@ -124,7 +124,7 @@ def main(args: list[str] | None = None) -> None:
     config.out.parent.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_enable_x64", True)
     lines, certified = gaps(config)
-    draw(lines, certified).savefig(config.out)
+    draw(lines, certified).savefig(config.out, dpi=150)
     print({name: f"{gap[0]:.2g} → {gap[-1]:.2g}" for name, gap in lines.items()}, certified)
 
 

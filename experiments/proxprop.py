@@ -21,7 +21,6 @@ References:
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -51,8 +50,6 @@ SMOKE_METHODS: tuple[Method, ...] = ("backpropagation", "exact", "cg3")
 class Config(options.Options):
     """Train a network by backpropagation and by implicit steps; draw loss and accuracy."""
 
-    out: Path = Path("runs/proxprop")
-    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     network: Kind = "mlp"
     """mlp (4000, 1000 and 4000 hidden units) or convnet (5×5 convolutions of 16, 20 and 20 channels)."""
     methods: tuple[Method, ...] = ("backpropagation", "exact", "cg3", "cg10")
@@ -76,12 +73,8 @@ class Config(options.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.methods:
-            raise ValueError("methods: expected at least one, got none")
         for name in ("tau", "rate", "plain_rate", "width"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < np.inf:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+            self.check(name, "a positive number", options.is_positive)
 
     def defaults(self) -> dict[str, Any]:
         """Those of the paper, scaled from its batch to another one."""
@@ -93,8 +86,8 @@ class Config(options.Options):
         return {
             "epochs": EPOCHS.get(self.dataset, PAPER_EPOCHS),
             "batch_size": batch,
-            "tau": _rounded(paper["tau"] * BATCH_SIZE / batch),
-            "rate": _rounded(paper["rate"] * scale),
+            "tau": options.rounded(paper["tau"] * BATCH_SIZE / batch),
+            "rate": options.rounded(paper["rate"] * scale),
             "plain_rate": paper["plain"],
             "width": 1.0,
         }
@@ -121,10 +114,6 @@ class Config(options.Options):
         return ss.proxprop.ConjugateGradients(tau, int(method.removeprefix("cg")))
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.12g}")
-
-
 def in_unit_interval(dataset: data.Dataset) -> data.Dataset:
     """The data set whose pixels are divided by the largest of the training images, not standardised."""
     largest = np.float32(dataset.train.images.max() or 1)
@@ -149,9 +138,8 @@ def network(config: Config, method: Method, dataset: data.Dataset) -> tables.Net
 
 def run(config: Config) -> list[tables.Row]:
     """Train the networks that are not finished yet, write the files and return all rows."""
-    config = config.filled()
 
-    def networks(dataset: data.Dataset) -> Iterator[tables.Network]:
+    def networks(config: Config, dataset: data.Dataset) -> Iterator[tables.Network]:
         return (network(config, method, dataset) for method in dict.fromkeys(config.methods))
 
     # OpenBLAS's threads, in which Cholesky factorisations run on CPU, fight with those of XLA

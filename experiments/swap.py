@@ -20,7 +20,6 @@ Prox-SG takes τ = (1 − p) n1 inputs, p the rate of the dropout before the lay
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import jax.numpy as jnp
@@ -62,8 +61,6 @@ SAMPLE = 32
 class Config(options.FinetuneOptions):
     """Train networks of today, swap their layers for solvers, finetune, and print the accuracies."""
 
-    out: Path = Path("runs/swap")
-    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     networks: tuple[ModernName, ...] = tuple(MODERN_NAMES)
     """The networks."""
     arms: tuple[ArmName, ...] = ARMS
@@ -87,11 +84,8 @@ class Config(options.FinetuneOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.networks or not self.arms:
-            raise ValueError("networks, arms: expected at least one of each, got none")
         options.check_solver(min(self.num_iters, self.num_samples), self.decay)
-        if not 0 <= self.rate < 1:
-            raise ValueError(f"rate: expected a dropout rate in [0, 1), got {self.rate}")
+        self.check("rate", "a dropout rate in [0, 1)", options.is_rate)
 
     def defaults(self) -> dict[str, Any]:
         """The defaults that depend on the data set."""
@@ -163,12 +157,9 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     return [study(name) for name in dict.fromkeys(config.networks)]
 
 
-TABLE = finetune.Table("swap", studies, arms_of_shapes=False)
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the command."""
-    finetune.main(TABLE, Config, args)
+    finetune.main("swap", Config, studies, args, arms_of_shapes=False)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,12 @@ References:
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 
 from experiments import data, networks
-from experiments.networks import BlockConfig, LeNet, LeNetConfig, Method, Variant
+from experiments.networks import LeNet, LeNetConfig, Method, Variant
 from experiments.training import evaluation, options, tables
 
 PAPER: dict[tuple[str, str], tuple[float, float | None]] = {
@@ -42,8 +40,6 @@ SMOKE_VARIANTS: tuple[Variant, ...] = ("D-D",)
 class Config(options.Options):
     """Train the LeNets of table 2 and print their accuracy beside the paper's."""
 
-    out: Path = Path("runs/table2")
-    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     variants: tuple[Variant, ...] = ("D-D", "D-ND", "ND-D")
     """Which of the two hidden layers, penultimate-last, are marked D."""
     methods: tuple[Method, ...] = ("dropout", "none", "prox-sg")
@@ -61,16 +57,12 @@ class Config(options.Options):
     def __post_init__(self):
         super().__post_init__()
         options.check_solver(self.num_iters, self.decay)
-        if not self.variants or not self.methods:
-            raise ValueError("variants, methods: expected at least one of each, got none")
 
     def lenets(self, dataset: data.Dataset) -> Iterator[LeNetConfig]:
         """The networks for images of this shape."""
         pairs = itertools.product(dict.fromkeys(self.variants), dict.fromkeys(self.methods))
         for variant, method in pairs:
-            block = BlockConfig(
-                method, num_iters=self.num_iters, decay=self.decay, normalize=self.normalize
-            )
+            block = options.block(self, method)
             yield LeNetConfig(dataset.image_shape, len(dataset.classes), variant, block)
 
 
@@ -90,9 +82,8 @@ def network(config: Config, lenet: LeNetConfig) -> tables.Network:
 
 def run(config: Config) -> list[tables.Row]:
     """Train the networks that are not finished yet, write the files and return all rows."""
-    config = config.filled()
 
-    def all_networks(dataset: data.Dataset) -> Iterator[tables.Network]:
+    def all_networks(config: Config, dataset: data.Dataset) -> Iterator[tables.Network]:
         return (network(config, lenet) for lenet in config.lenets(dataset))
 
     return tables.run("table2", config, all_networks, together=config.seeds_at_once)
@@ -106,8 +97,7 @@ def residuals(model: LeNet, dataset: data.Dataset, *, images: int = 256) -> list
       median over the images and the quantiles 0.1 and 0.9.
     """
     networks.set_mode(model, "test")
-    pixels = jnp.asarray(dataset.validation.images[:images])
-    hidden = model.features(evaluation.normalise(pixels, dataset.mean, dataset.std))
+    hidden = model.features(evaluation.first_images(dataset, images))
     rows = []
     for name, layer in (("penultimate", model.penultimate), ("last", model.last)):
         solver = networks.solver_of(layer)
@@ -116,11 +106,8 @@ def residuals(model: LeNet, dataset: data.Dataset, *, images: int = 256) -> list
                 continue
             solution = solver.solve(hidden, deterministic=deterministic)
             scale = jnp.maximum(jnp.linalg.norm(solution.value, axis=-1), 1e-12)
-            relative = np.asarray(solution.residuals / scale)
-            limits = np.quantile(relative, (0.1, 0.5, 0.9), axis=1)
-            low, middle, high = ([float(f"{x:.6g}") for x in line] for line in limits)
             about = {"layer": name, "deterministic": deterministic}
-            rows.append({**about, "low": low, "middle": middle, "high": high})
+            rows.append({**about, **evaluation.quantiles(solution.residuals / scale)})
         hidden = layer(hidden)
     return rows
 

@@ -12,11 +12,10 @@ References:
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 from experiments import data
-from experiments.networks import NAMES, AlexNet, AlexNetConfig, BlockConfig, ConvReLU, swap_conv
+from experiments.networks import NAMES, AlexNet, AlexNetConfig, ConvReLU, swap_conv
 from experiments.training import finetune, options
 
 PAPER = {"cifar10": (77.30, 78.51), "cifar100": (44.20, 45.53)}
@@ -27,8 +26,6 @@ PAPER = {"cifar10": (77.30, 78.51), "cifar100": (44.20, 45.53)}
 class Config(options.FinetuneOptions):
     """Train AlexNet, swap its first layer for a solver, finetune, and print the accuracies."""
 
-    out: Path = Path("runs/table3")
-    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     num_iters: int = 10
     """Iterations of the solver; the paper does not give the number."""
     methods: tuple[Literal["prox-gd", "fista"], ...] = ("prox-gd",)
@@ -46,7 +43,7 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     paper = PAPER.get(config.dataset) if config.width == 1.0 else None
 
     def arm(method: Literal["prox-gd", "fista"]) -> finetune.Arm:
-        block = BlockConfig(method, num_iters=config.num_iters, normalize=config.normalize)
+        block = options.block(config, method)
 
         def swap(model: AlexNet, rngs: Any) -> None:
             del rngs  # the solver draws nothing
@@ -71,12 +68,9 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     ]
 
 
-TABLE = finetune.Table("table3", studies)
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the command."""
-    finetune.main(TABLE, Config, args)
+    finetune.main("table3", Config, studies, args)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ References:
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from flax import nnx
 
 from experiments import data
-from experiments.networks import FULL, NAMES, VGG16, BlockConfig, Method, VGG16Config, swap_hidden
+from experiments.networks import FULL, NAMES, VGG16, Method, VGG16Config, swap_hidden
 from experiments.training import finetune, options
 
 Marks = Literal["ND-D", "D-D"]
@@ -48,8 +47,6 @@ SMOKE_METHODS: tuple[Method, ...] = ("prox-sg",)  # a program of VGG16 takes ten
 class Config(options.FinetuneOptions):
     """Train VGG16, swap its hidden layers for solvers, finetune, and print the accuracies."""
 
-    out: Path = Path("runs/table4")
-    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     num_iters: int = 30
     """Iterations of the solvers."""
     decay: float = 0.9
@@ -70,17 +67,13 @@ class Config(options.FinetuneOptions):
         super().__post_init__()
         options.check_methods(self.methods)
         options.check_solver(self.num_iters, self.decay)
-        if not self.variants:
-            raise ValueError("variants: expected at least one, got none")
 
 
 def arms(config: Config, paper: dict[str, finetune.Accuracy]) -> list[finetune.Arm]:
     """Solvers that sample, and plain layers, in the last layer or in both; full gradients in both."""
 
     def arm(method: Method, marks: Marks) -> finetune.Arm:
-        block = BlockConfig(
-            method, num_iters=config.num_iters, decay=config.decay, normalize=config.normalize
-        )
+        block = options.block(config, method)
 
         def swap(model: VGG16, rngs: nnx.Rngs) -> None:
             if marks == "D-D":
@@ -116,12 +109,9 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     ]
 
 
-TABLE = finetune.Table("table4", studies)
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the command."""
-    finetune.main(TABLE, Config, args)
+    finetune.main("table4", Config, studies, args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ References:
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from flax import nnx
@@ -45,8 +44,6 @@ SMOKE_RATES = (0.95,)
 class Config(options.FinetuneOptions):
     """Train a network for each dropout rate, swap its last hidden layer, finetune, print accuracies."""
 
-    out: Path = Path("runs/table5")
-    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     network: Head = "vgg16"
     """vgg16 is the paper's; lenet is table 2's, which trains on a CPU and has no --width; alexnet is
     table 3's with a hidden layer of 256 units added."""
@@ -72,8 +69,7 @@ class Config(options.FinetuneOptions):
             raise ValueError(
                 "layer: expected last for alexnet, which has no other, got penultimate"
             )
-        if not self.rates or not all(0 <= rate < 1 for rate in self.rates):
-            raise ValueError(f"rates: expected dropout rates in [0, 1), got {self.rates}")
+        self.check("rates", "dropout rates in [0, 1)", options.is_rate)
 
 
 def builder(config: Config, dataset: data.Dataset) -> tuple[Callable[[nnx.Rngs], Any], Any]:
@@ -99,7 +95,7 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
 
     def study(rate: float) -> finetune.Study:
         def with_method(method: Method) -> Callable[[Any, nnx.Rngs], None]:
-            block = _block(config, method, rate)
+            block = options.block(config, method, rate)
 
             def swap(model: Any, rngs: nnx.Rngs) -> None:
                 twin = swap_hidden(getattr(model, config.layer), block, rngs=rngs)
@@ -119,7 +115,7 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
                 NAMES[method],
                 with_method(method),
                 paper[1] if method == "prox-sg" else None,
-                {"block": dataclasses.asdict(_block(config, method, rate))},
+                {"block": dataclasses.asdict(options.block(config, method, rate))},
             )
             for method in dict.fromkeys(config.methods)
         )
@@ -133,22 +129,9 @@ def studies(config: Config, dataset: data.Dataset) -> list[finetune.Study]:
     return [study(rate) for rate in dict.fromkeys(config.rates)]
 
 
-def _block(config: Config, method: Method, rate: float) -> BlockConfig:
-    return BlockConfig(
-        method,
-        rate=rate,
-        num_iters=config.num_iters,
-        decay=config.decay,
-        normalize=config.normalize,
-    )
-
-
-TABLE = finetune.Table("table5", studies)
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the command."""
-    finetune.main(TABLE, Config, args)
+    finetune.main("table5", Config, studies, args)
 
 
 if __name__ == "__main__":

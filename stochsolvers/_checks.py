@@ -148,7 +148,9 @@ def count(what: str, value: Any, *, minimum: int = 1, maximum: int | None = None
 def floating(what: str, array: Any) -> None:
     """Require a real floating-point dtype."""
     if not isinstance(array, jax.Array | np.ndarray | np.generic | float | int):
-        fail(what, "an array", type(array).__name__)
+        is_variable = hasattr(array, "__jax_array__")
+        wanted = "an array, as variable[...] is" if is_variable else "an array"
+        fail(what, wanted, type(array).__name__)
     dtype = jnp.result_type(array)
     if not jnp.issubdtype(dtype, jnp.floating):
         fail(f"dtype of {what}", "a real floating-point dtype", dtype)
@@ -203,7 +205,8 @@ def counts(what: str, value: Any, axes: int) -> tuple[int, ...]:
 def shape(what: str, value: Any, *, minimum: int = 0) -> tuple[int, ...]:
     """Require a sequence of integers >= minimum, and return it as a tuple."""
     if not isinstance(value, tuple | list):
-        fail(what, "a tuple of integers", named(value))
+        wanted = "a tuple of integers" + ", such as x.shape" * hasattr(value, "shape")
+        fail(what, wanted, named(value))
     return tuple(count(what, one, minimum=minimum) for one in value)
 
 

@@ -82,6 +82,24 @@ def einsum_map(equation: str, kernel: Array, inputs_shape: tuple[int, ...]) -> L
     return Contraction(equation, kernel, tuple(inputs_shape[len(inputs_shape) - len(labels) :]))
 
 
+def pixels_of(
+    layer: Any, inputs: Array, rank: int, expected: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
+    """The spatial shape of a convolution's inputs.
+
+    Raises:
+      ValueError: for inputs of too few axes, and of another shape than the expected one.
+    """
+    shape, name = jnp.shape(inputs), type(layer).__name__
+    if len(shape) < rank + 1:
+        axes = {1: "W", 2: "H, W", 3: "D, H, W"}.get(rank, "spatial")
+        _checks.fail(f"shape of {name}'s inputs", f"(..., {axes}, features)", shape)
+    pixels = tuple(shape[-rank - 1 : -1])
+    if expected not in (None, pixels):
+        _checks.fail("spatial shape of the inputs", expected, pixels)
+    return pixels
+
+
 def _spatial_rank(layer: Any, kernel: Array) -> int:
     """The number of spatial axes of a Flax convolution."""
     size = layer.kernel_size
@@ -147,6 +165,8 @@ class Settings:
     ) -> LayerProblem:
         """The problem before it is normalised; `skip` joins the bias, as in a residual block."""
         if skip is not None:
+            batch_shape = jnp.shape(inputs)[: jnp.ndim(inputs) - len(linear_map.in_shape)]
+            _checks.broadcastable("skip", skip, (*batch_shape, *linear_map.out_shape))
             before = range(jnp.ndim(skip) - (0 if bias is None else jnp.ndim(bias)))
             bias = skip if bias is None else jnp.expand_dims(bias, before) + skip
         return LayerProblem(

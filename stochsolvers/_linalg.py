@@ -32,17 +32,23 @@ def eigh(matrices: Array) -> tuple[Array, Array]:
 
 
 def svd(matrices: Array) -> tuple[Array, Array, Array]:
-    """Thin singular value decompositions P, Σ, Qᵀ of matrices (..., m, n)."""
-    return _each(lambda m: tuple(jnp.linalg.svd(m, full_matrices=False)), matrices)
+    """Thin singular value decompositions P, Σ, Qᵀ of matrices (..., m, n); NaN of what is not finite."""
+    return _each(lambda m: tuple(jnp.linalg.svd(_finite(m), full_matrices=False)), matrices)
 
 
 def singular_values(matrices: Array) -> Array:
     """Singular values of matrices (..., m, n), descending, shape (..., min(m, n))."""
-    return _each(functools.partial(jnp.linalg.svd, compute_uv=False), matrices)
+    return _each(lambda m: jnp.linalg.svd(_finite(m), compute_uv=False), matrices)
+
+
+def _finite(matrices: Array) -> Array:
+    """The matrices, or NaN: LAPACK's singular vectors of a matrix with an infinite entry take for ever."""
+    is_finite = jnp.all(jnp.isfinite(matrices), axis=(-2, -1), keepdims=True)
+    return jnp.where(is_finite, matrices, jnp.nan)
 
 
 def inverse(matrices: Array) -> Array:
-    """Inverses L⁻ᵀ L⁻¹ of positive definite matrices H = L Lᵀ (..., n, n).
+    """Inverses L⁻ᵀ L⁻¹ of positive definite matrices H = L Lᵀ (..., n, n); NaN where tr(H) is not finite.
 
     Lower triangles are read. Where round-off has made H indefinite it is that of H + n ε tr(H) I.
     """
@@ -72,7 +78,8 @@ def _inverse_of_one(matrix: Array) -> Array:
         lambda: lax.linalg.cholesky(matrix + round_off * identity, symmetrize_input=False),
     )
     half = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    return jnp.matmul(half.T, half, precision=lax.Precision.HIGHEST)
+    inverse = jnp.matmul(half.T, half, precision=lax.Precision.HIGHEST)
+    return jnp.where(jnp.isfinite(round_off), inverse, jnp.nan)
 
 
 _inverse_side_by_side = custom_vmap(_inverse_of_one)

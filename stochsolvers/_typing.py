@@ -5,6 +5,7 @@ import functools
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
@@ -94,6 +95,13 @@ def at_least_float32(*dtypes: Any) -> np.dtype:
 def real(value: Any) -> Any:
     """A Python integer as a float, so that it can be differentiated; anything else as it is."""
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def as_float(value: Any) -> Any:
+    """An integer or a boolean as a float, an array of them as one of floats; floats as they are."""
+    if isinstance(value, int | np.integer | np.bool_):
+        return float(value)
+    return value if jnp.issubdtype(jnp.result_type(value), jnp.floating) else 1.0 * value
 
 
 def split_static(tree: Any) -> tuple[list[Any], Any]:

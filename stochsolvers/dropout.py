@@ -29,6 +29,8 @@ def tau_nice_dropout(
 ) -> Array:
     r"""(n/τ) m ⊙ x with exactly τ features kept: inverted dropout that counts.
 
+    What is dropped is zero, whatever it was: infinite or NaN too.
+
     Args:
       key: random key.
       x: shape (*batch, *spatial, n).
@@ -49,6 +51,8 @@ def output_dropout(
     key: Array, u: Array, tau: int | float | Array, *, spatial_ndim: int = 0
 ) -> Array:
     r"""m ⊙ u with exactly τ of n2 outputs kept, not rescaled: goes after the linear map.
+
+    What is dropped is zero, whatever it was: infinite or NaN too.
 
     Args:
       key: random key.

@@ -16,7 +16,7 @@ from jax import lax
 
 from stochsolvers import _checks
 from stochsolvers._shards import varying
-from stochsolvers._typing import Array, Scalar
+from stochsolvers._typing import Array, Scalar, as_float
 
 
 def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int | Array:
@@ -47,12 +47,21 @@ def num_sampled(tau: int | float | Array, n: int, *, what: str = "tau") -> int |
 
 
 def canonical_tau(tau: Any) -> Any:
-    """A known fraction as a Python float, so that it stays known where it is traced; else τ as it is."""
+    """A known fraction as a Python float, so that it stays known where it is traced; else τ as it is.
+
+    Raises:
+      ValueError: for a known τ that no number of features has: ≤ 0, or a fraction above 1.
+    """
     known = isinstance(tau, jax.Array | np.generic | np.ndarray)
     if known and not isinstance(tau, jax.core.Tracer) and jnp.ndim(tau) == 0:
         if jnp.issubdtype(jnp.result_type(tau), jnp.floating):
-            return float(tau)
-        return int(tau) if isinstance(tau, np.integer) else tau
+            tau = float(tau)
+        elif isinstance(tau, np.integer):
+            tau = int(tau)
+    if isinstance(tau, float) and not 0.0 < tau <= 1.0:
+        _checks.fail("tau", "a fraction in (0, 1] or a count", tau)
+    if isinstance(tau, int) and tau < 1:
+        _checks.fail("tau", "an integer >= 1 or a fraction in (0, 1]", tau)
     return tau
 
 
@@ -174,7 +183,7 @@ def bernoulli_mask(
     _checks.at_most("keep_probability", keep_probability, 1, "a probability")
     shape = (*_batch(batch_shape), n)
     _checks.broadcastable("keep_probability", keep_probability, shape)
-    return jax.random.bernoulli(key, keep_probability, shape)
+    return jax.random.bernoulli(key, as_float(keep_probability), shape)
 
 
 def serial_mask(key: Array, probabilities: Array) -> Array:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from stochsolvers import _checks
-from stochsolvers._typing import Array, Scalar, static_field, value_object
+from stochsolvers._typing import Array, Scalar, as_float, static_field, value_object
 from stochsolvers.estimators import Estimator, OutputCoordinates
 from stochsolvers.lipschitz import Grid, lipschitz_constant
 from stochsolvers.problems import FixedPointProblem, LayerProblem, NormalizedProblem, Problem
@@ -49,7 +49,7 @@ class ExponentialDecay:
 
     def __call__(self, k: Array | int) -> Array:
         """The step size of iteration k."""
-        rate, k = jnp.broadcast_arrays(jnp.asarray(self.rate), jnp.asarray(k))
+        rate, k = jnp.broadcast_arrays(jnp.asarray(as_float(self.rate)), jnp.asarray(k))
         return self.initial * lax.pow(rate, k)  # of a float and an integer: no promotion
 
 

@@ -168,6 +168,22 @@ LAYERS = {
         ss.nnx.SolverConv(2, 3, (2, 2), solver=ss.ProxGD(2), spatial_shape=(3, 3), rngs=streams()),
         IMAGES,
     ),
+    "nnx.SolverConvTranspose": lambda: Layer(
+        ss.nnx.SolverConvTranspose(
+            2,
+            3,
+            (2, 2),
+            2,
+            solver=ss.ProxSG(0.5, 5),
+            spatial_shape=(3, 3),
+            bias_init=nnx.initializers.normal(),  # of zeros an iterate can be at the kink of ReLU
+            rngs=streams(),
+        ),
+        IMAGES,
+    ),
+    "linen.SolverConvTranspose": lambda: linen(
+        ss.linen.SolverConvTranspose(3, (2, 2), solver=ss.ProxGD(2)), IMAGES
+    ),
     "nnx.SolverLinearGeneral": lambda: Layer(
         ss.nnx.SolverLinearGeneral(4, 3, solver=ss.ProxGD(2), rngs=streams()), VECTORS
     ),

@@ -19,6 +19,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         # quicker to compile, the second by far; later versions do not have it
         "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+        # half of the time of optimised programs; they still contract and reassociate, not to the same bits
+        "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling,"
+        "xla_cpu_disable_slp_vectorizer,xla_cpu_optimize_for_size",
     ]
 )
 

@@ -187,7 +187,6 @@ def _sample(case, count=41):
     return np.linspace(low, high, count)[1:-1]
 
 
-@pytest.mark.optimized
 @names
 def test_values_are_those_of_their_definition(name):
     case = CASES[name]
@@ -232,7 +231,6 @@ def test_values_keep_their_digits_near_the_ends(name):
     np.testing.assert_allclose(slope, inverse(wide), rtol=2e-6)
 
 
-@pytest.mark.optimized
 def test_values_on_the_walls():
     values = [
         (prox.Tanh(), [-1.0, 1.0], 2 * np.log(2) - 1),
@@ -256,7 +254,6 @@ def test_values_on_the_walls():
     assert prox.LeakyReLU(1.0).conjugate(jnp.asarray([-1e-9])) == INF
 
 
-@pytest.mark.optimized
 @names
 def test_conjugates_are_suprema(name):
     """Sup of w u − g(u), at u = σ(p) with p − σ(p) = w by bisection."""
@@ -311,7 +308,6 @@ def test_second_derivatives_and_those_of_alpha():
     np.testing.assert_allclose(by_alpha(0.5)[1], expected, rtol=1e-7)
 
 
-@pytest.mark.optimized
 def test_huge_and_tiny_arguments_are_finite():
     v = jnp.asarray([0.0, 1e-38, 1e-30, 1e20, 3e38, -1e-38, -1e20, -3e38], np.float32)
     for case in CASES.values():
@@ -339,7 +335,6 @@ def test_leaky_relu_agrees_with_the_squared_hinge():
         )
 
 
-@pytest.mark.optimized
 def test_indicators_keep_the_point_before_the_projection():
     v = jnp.asarray([-3.0, -0.1, 0.4, 4.0])
     for prior in (prox.Zero(), prox.NonNegative(), prox.Box(-1.0, 1.0)):
@@ -563,7 +558,6 @@ def test_certificates_are_above_the_gap(name):
         assert np.all(bound <= 1e-4)
 
 
-@pytest.mark.optimized
 def test_layers_take_exact_activations():
     """One iteration at η = 1 is the activation of the linear layer."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), np.float32)

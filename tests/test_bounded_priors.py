@@ -156,7 +156,6 @@ def test_limits_of_softmax_for_short_and_long_steps(rng):
     np.testing.assert_allclose(long, 1 / 6, atol=1e-8)
 
 
-@pytest.mark.optimized
 def test_infinite_and_huge_entries():
     huge = np.finfo(np.float32).max
     for prior in (prox.Entropy(), prox.Simplex()):
@@ -170,7 +169,6 @@ def test_infinite_and_huge_entries():
     assert prox.Entropy().conjugate(jnp.asarray([2.0, -INF])) == 2.5
 
 
-@pytest.mark.optimized
 def test_derivatives_are_finite_over_the_range():
     v = jnp.asarray(rows(), jnp.float32)
     weight = jnp.asarray(np.random.default_rng(0).normal(size=v.shape), jnp.float32)

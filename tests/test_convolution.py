@@ -159,7 +159,6 @@ def test_an_empty_batch_has_gradients_of_zero():
     np.testing.assert_array_equal(of_kernel, jnp.zeros_like(kernel))
 
 
-@pytest.mark.optimized
 def test_low_precision_stays_what_it_is():
     ours, _, (x, kernel) = problem(4, **CASES["same"])
     exact = jax.grad(ours, (0, 1))(x, kernel)

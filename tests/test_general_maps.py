@@ -181,13 +181,19 @@ def test_adjoint_identity_and_batch_axes(rng, name):
     x, z = (
         jnp.asarray(rng.normal(size=(2, 3, *shape)), A.dtype) for shape in (A.in_shape, A.out_shape)
     )
-    products = jnp.vdot(A(x), z), jnp.vdot(x, A.adjoint(z))
-    np.testing.assert_allclose(*products, rtol=1e-10)
-    np.testing.assert_allclose(A(x)[1, 2], A(x[1, 2]), **TIGHT)
-    np.testing.assert_allclose(A.adjoint(z)[1], A.adjoint(z[1]), **TIGHT)
-    assert A(x[:0]).shape == (0, 3, *A.out_shape)
-    assert A.adjoint(z[:0]).shape == (0, 3, *A.in_shape)
-    gradient = jax.grad(lambda A: A.adjoint(A(x[:0])).sum(), allow_int=True)(A)
+
+    @jax.jit
+    def evaluate(A, x, z):
+        gradient = jax.grad(lambda A: A.adjoint(A(x[:0])).sum(), allow_int=True)(A)
+        whole, part, none = (x, z), (x[1, 2], z[1]), (x[:0], z[:0])
+        return [(A(x), A.adjoint(z)) for x, z in (whole, part, none)], gradient
+
+    ((image, pulled), part, none), gradient = evaluate(A, x, z)
+    np.testing.assert_allclose(np.vdot(image, z), np.vdot(x, pulled), rtol=1e-10)
+    np.testing.assert_allclose(image[1, 2], part[0], **TIGHT)
+    np.testing.assert_allclose(pulled[1], part[1], **TIGHT)
+    assert none[0].shape == (0, 3, *A.out_shape)
+    assert none[1].shape == (0, 3, *A.in_shape)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
     with pytest.raises(ValueError, match=r"expected \(\.\.\., "):
         A(x[..., :-1])
@@ -219,30 +225,40 @@ def test_low_precision_is_promoted(rng, name):
     x, z = (
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in (A.in_shape, A.out_shape)
     )
-    assert A.dtype == A(x).dtype == A.adjoint(z).dtype == jnp.float32
+
+    @jax.jit
+    def evaluate(A, x, z):
+        return A(x), A.adjoint(z), A.adjoint(A(x))
+
+    image, pulled, want = evaluate(A, x, z)
+    assert A.dtype == image.dtype == pulled.dtype == jnp.float32
     low = A.astype(jnp.bfloat16)
     assert low.dtype == jnp.bfloat16
     assert A.astype(jnp.float64).dtype == jnp.float64
     if name == "function":  # XLA has no FFT in bfloat16
         return
-    assert low(x).dtype == low.adjoint(z).dtype == jnp.bfloat16
-    want = np.asarray(A.adjoint(A(x)))
-    got = np.asarray(low.adjoint(low(x)), np.float32)
+    image, pulled, got = evaluate(low, x, z)
+    assert image.dtype == pulled.dtype == jnp.bfloat16
+    want, got = np.asarray(want), np.asarray(got, np.float32)
     np.testing.assert_allclose(got, want, atol=0.1 * np.max(np.abs(want)))
 
 
 @each_map
 def test_strict_modes(rng, name):
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        A = one_of_each(rng, jnp.float32)[name]
-        x = jnp.asarray(rng.normal(size=(2, *A.in_shape)), jnp.float32)
+    """They raise while tracing: nothing is compiled."""
+
+    def evaluate(A, x):
         problem = ss.LayerProblem(A, x, bias=jnp.ones(A.out_features, jnp.float32))
         for form in forms.FORMS:
             if form not in ("auto", "literal") and forms._refusal(A, form):
                 continue
             gradient = forms.gradient_form(problem, form, num_calls=1)
-            jax.jit(jax.grad(lambda z, gradient=gradient: gradient(z).sum()))(A(x))
-        A.restrict(jnp.array([0, 1])).adjoint(A(x))
+            jax.grad(lambda z, gradient=gradient: gradient(z).sum())(A(x))
+        return A.restrict(jnp.array([0, 1])).adjoint(A(x))
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        A = one_of_each(rng, jnp.float32)[name]
+        jax.eval_shape(evaluate, A, jnp.asarray(rng.normal(size=(2, *A.in_shape)), jnp.float32))
 
 
 @each_map

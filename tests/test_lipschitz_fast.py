@@ -95,12 +95,11 @@ def fast_and_bracket(kernel, shape):
     return lipschitz_constant(conv), lipschitz_bracket(conv)
 
 
-CASES = [(name, jnp.float32) for name in ADVERSARIES] + [
+CASES = [pytest.param(name, jnp.float32, marks=pytest.mark.optimized) for name in ADVERSARIES] + [
     (name, jnp.float64) for name, (_, shape) in ADVERSARIES.items() if shape == (6, 6)
 ]
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda part: getattr(part, "__name__", part))
 def test_constant_and_bracket_of_adversaries(name, dtype):
     kernel, shape = ADVERSARIES[name]
@@ -129,7 +128,6 @@ def test_brackets_hold_for_many_kernels(features, rng):
         np.testing.assert_allclose(value, exact, rtol=RTOL[jnp.float32])
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda part: getattr(part, "__name__", part))
 def test_strong_convexity_of_adversaries(name, dtype):
     kernel, shape = ADVERSARIES[name]
@@ -209,8 +207,7 @@ def blocks_of_several_leaves():
     yield 0 * plain
 
 
-@pytest.mark.optimized
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [SINGLE, jnp.float64])
 def test_blocks_of_several_leaves(dtype):
     for kernel in blocks_of_several_leaves():
         value, (lower, upper) = fast_and_bracket(jnp.asarray(kernel, dtype), (7, 6))
@@ -421,8 +418,7 @@ def test_operator_bracket_is_tight_for_small_layers(name, dtype, rng):
     assert upper <= lower * (1.003 if dtype == jnp.float32 else 1 + 1e-8)
 
 
-@pytest.mark.optimized
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [SINGLE, jnp.float64])
 def test_operator_bracket_of_many_channels_on_few_pixels(dtype, rng):
     """The factors are of an order above a thousand."""
     geometry = Geometry((2, 2), (3, 3), 260, 257)
@@ -434,11 +430,12 @@ def test_operator_bracket_of_many_channels_on_few_pixels(dtype, rng):
     assert upper <= lower * (1.02 if dtype == jnp.float32 else 1 + 1e-8)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("geometry", "dtype", "loss"),
     [
-        (Geometry((14, 15), (3, 3), 5, 6), jnp.float32, 3e-3),
+        pytest.param(
+            Geometry((14, 15), (3, 3), 5, 6), jnp.float32, 3e-3, marks=pytest.mark.optimized
+        ),
         (Geometry((14, 15), (3, 3), 6, 5), jnp.float64, 1e-3),
         (Geometry((20, 23), (3, 3), 4, 6, strides=(2, 2)), jnp.float64, 3e-3),
         (Geometry((9, 23), (5, 3), 12, 20, "VALID", strides=(1, 3), groups=2), jnp.float64, 3e-3),

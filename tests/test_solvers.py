@@ -306,17 +306,12 @@ def test_objectives_of_huge_points_are_no_nan():
     np.testing.assert_allclose(slope, 6.0)
 
 
-@pytest.mark.parametrize("mode", ["rank", "dtype", "nans"])
-def test_strict_modes_of_jax(mode, rng):
-    """What Flax's own layers pass, solvers, layers and certificates pass."""
-    context = {
-        "rank": lambda: jax.numpy_rank_promotion("raise"),
-        "dtype": lambda: jax.numpy_dtype_promotion("strict"),
-        "nans": lambda: jax.debug_nans(True),
-    }[mode]
+def test_strict_modes_of_jax(rng):
+    """What Flax's own layers pass, solvers, layers and certificates pass: ranks, dtypes and NaNs at once."""
     x = rng.normal(size=(2, 6, 5, 3)).astype(np.float32)
     flat, key = x.reshape(2, -1)[:, :8], jax.random.key(0)
-    with context():
+    strict = jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")
+    with strict[0], strict[1], jax.debug_nans(True):
         conv = ss.nnx.SolverConv(
             3, 4, (3, 3), solver=ss.ProxSG(2, 3), ridge=0.1, rngs=nnx.Rngs(0, dropout=1)
         )

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import pickle
+import shutil
 import tarfile
 import urllib.error
 import urllib.request
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from experiments.output import runs
 
 IMAGE_SHAPE = (32, 32, 3)
 ROW_LENGTH = 3072
@@ -115,21 +118,15 @@ def locate(layout: ArchiveFormat, data_dir: Path, *, timeout: float = 30.0) -> P
 
 
 def _download(response: Any, path: Path, layout: ArchiveFormat) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with runs.whole_file(path) as partial:
         with partial.open("wb") as file:
-            while block := response.read(1 << 20):
-                file.write(block)
+            shutil.copyfileobj(response, file)
         found = digest(partial)
         if found != layout.sha256:
             raise DataError(
                 f"{layout.name}: the download from {layout.url} is not the official archive: "
                 f"expected SHA-256 {layout.sha256}, got {found}."
             )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:

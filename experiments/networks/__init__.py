@@ -32,5 +32,6 @@ from experiments.networks.lenet import LeNetConfig as LeNetConfig
 from experiments.networks.modern import MODERN_NAMES as MODERN_NAMES
 from experiments.networks.modern import ModernConfig as ModernConfig
 from experiments.networks.modern import ModernName as ModernName
+from experiments.networks.network import Network as Network
 from experiments.networks.vgg import VGG16 as VGG16
 from experiments.networks.vgg import VGG16Config as VGG16Config

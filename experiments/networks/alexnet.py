@@ -7,13 +7,8 @@ from flax import nnx
 
 import stochsolvers as ss
 from experiments.networks import patches
-from experiments.networks.blocks import (
-    BlockConfig,
-    ConvReLU,
-    HiddenLayer,
-    has_stochastic_solver,
-    hidden_layer,
-)
+from experiments.networks.blocks import BlockConfig, ConvReLU, HiddenLayer, hidden_layer
+from experiments.networks.network import Network, check_size, scaled
 
 MIN_PIXELS = 8
 
@@ -62,17 +57,14 @@ class AlexNetFeatures(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Features (batch, size) of normalised images (batch, height, width, channels)."""
-        x = pool(self.first(images))
+        x = patches.max_pool(self.first(images))
         for layer, pooled in zip(self.convolutions, (True, False, False, True), strict=True):
-            x = pool(layer(x)) if pooled else layer(x)
+            x = patches.max_pool(layer(x)) if pooled else layer(x)
         return x.reshape(len(x), -1)
 
 
-class AlexNet(nnx.Module):
-    """The features and the classifier, with an optional ReLU layer between them.
-
-    `features` is the deterministic part, `head` the part that may sample.
-    """
+class AlexNet(Network):
+    """The features and the classifier, with an optional ReLU layer between them."""
 
     def __init__(self, config: AlexNetConfig, *, rngs: nnx.Rngs):
         self.features = AlexNetFeatures(config, rngs=rngs)
@@ -84,38 +76,9 @@ class AlexNet(nnx.Module):
             n1 = n2
         self.classifier = nnx.Linear(n1, config.num_classes, rngs=rngs)
 
-    def head(self, features: jax.Array) -> jax.Array:
-        """The fully-connected part: logits (batch, classes)."""
+    def head(self, features: jax.Array, /) -> jax.Array:
+        """Logits (batch, classes) of the features."""
         return self.classifier(features if self.last is None else self.last(features))
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits (batch, classes) of normalised images (batch, height, width, channels)."""
-        return self.head(self.features(images))
-
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether the network samples at test time."""
-        return has_stochastic_solver(self)
-
-
-def pool(images: jax.Array) -> jax.Array:
-    """The maximum of 2×2 pixels; of fewer in the last row and column of an odd grid."""
-    return patches.max_pool(images)
-
-
-def scaled(count: int, width: float) -> int:
-    """A number of channels times the width, rounded, at least 1."""
-    if not width > 0:
-        raise ValueError(f"width: expected a positive factor, got {width}")
-    return max(1, round(width * count))
-
-
-def check_size(image_shape: tuple[int, int, int], smallest: int) -> None:
-    """Raise a ValueError for images of fewer pixels than a network takes."""
-    if min(image_shape[:2]) < smallest:
-        raise ValueError(
-            f"image_shape: expected at least {smallest}×{smallest} pixels, got {image_shape}"
-        )
 
 
 def _pooled(size: int) -> int:

@@ -1,7 +1,6 @@
 """The layers under study: plain, with dropout, or solver layers."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -92,50 +91,24 @@ class BlockConfig:
         Raises:
           ValueError: for "none" and "dropout", which have no solver.
         """
-        if self.method not in _SOLVERS:
-            raise ValueError(f"method: expected one that solves, got {self.method}")
-        steps: dict[str, Any] = {"step_size": self.step_size}
-        if self.step_size is None:
-            steps = {"decay": self.decay}
-        return _SOLVERS[self.method](self, 1.0 - self.rate, steps)
-
-
-def _smooth(block: BlockConfig, tau: float, steps: dict[str, Any]) -> Any:
-    rule = ss.InverseExpectedSmoothness(**steps) if block.step_size is None else block.step_size
-    return ss.ProxSG(tau, block.num_iters, step_size=rule)
-
-
-def _importance(block: BlockConfig, tau: float, steps: dict[str, Any]) -> Any:
-    sampling = ss.estimators.Importance(tau, by="lipschitz")
-    return ss.ProxSG(None, block.num_iters, sampling=sampling, **steps)
-
-
-def _ms2gd(block: BlockConfig, tau: float, steps: dict[str, Any]) -> Any:
-    del steps  # no decay
-    outer = min(2, block.num_iters)
-    inner = block.num_iters // outer
-    return ss.MS2GD(tau, num_outer=outer, num_inner=inner, step_size=block.step_size)
-
-
-def _prox_gd(block: BlockConfig, tau: float, steps: dict[str, Any]) -> Any:
-    del tau, steps
-    return ss.ProxGD(block.num_iters, step_size=block.step_size)
-
-
-_SOLVERS: dict[Method, Callable[[BlockConfig, float, dict[str, Any]], Any]] = {
-    "prox-sg": lambda block, tau, steps: ss.ProxSG(tau, block.num_iters, **steps),
-    "prox-sg-constant": lambda block, tau, _: ss.ProxSG(
-        tau, block.num_iters, step_size=block.step_size
-    ),
-    "ms2gd": _ms2gd,
-    "importance": _importance,
-    "expected-smoothness": _smooth,
-    "prox-gd": _prox_gd,
-    "prox-gd-no-dropout": _prox_gd,
-    "fista": lambda block, _, __: ss.ProxGD(
-        block.num_iters, step_size=block.step_size, momentum=True
-    ),
-}
+        tau, count = 1.0 - self.rate, self.num_iters
+        step_size: dict[str, Any] = {"step_size": self.step_size}
+        if self.step_size is None and self.method in ("prox-sg", "importance"):
+            step_size = {"decay": self.decay}
+        if self.method in ("prox-sg", "prox-sg-constant"):
+            return ss.ProxSG(tau, count, **step_size)
+        if self.method == "importance":
+            sampling = ss.estimators.Importance(tau, by="lipschitz")
+            return ss.ProxSG(None, count, sampling=sampling, **step_size)
+        if self.method == "expected-smoothness":
+            rule = self.step_size or ss.InverseExpectedSmoothness(decay=self.decay)
+            return ss.ProxSG(tau, count, step_size=rule)
+        if self.method == "ms2gd":
+            outer = min(2, count)
+            return ss.MS2GD(tau, num_outer=outer, num_inner=count // outer, **step_size)
+        if self.method in FULL:
+            return ss.ProxGD(count, momentum=self.method == "fista", **step_size)
+        raise ValueError(f"method: expected one that solves, got {self.method}")
 
 
 class DropoutReLU(nnx.Module):

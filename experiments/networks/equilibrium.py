@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 import stochsolvers as ss
+from experiments.networks.network import Network, check_size
 
 EquilibriumMethod: TypeAlias = Literal["equilibrium", "unrolled", "plain"]
 
@@ -54,8 +55,7 @@ class EquilibriumNetConfig:
             raise ValueError("width, depth, max_iters: expected at least 1")
         if not 0 < self.bound < 1 or not self.tol > 0:
             raise ValueError("bound, tol: expected a bound in (0, 1) and a positive tolerance")
-        if min(self.image_shape[:2]) < 8:
-            raise ValueError(f"image_shape: expected at least 8×8 pixels, got {self.image_shape}")
+        check_size(self.image_shape, 8)
 
     def solver(self) -> ss.Solver:
         """How the equilibria are solved."""
@@ -132,22 +132,9 @@ class EquilibriumFeatures(nnx.Module):
         return nnx.avg_pool(x, (2, 2), (2, 2)).reshape(len(x), -1)
 
 
-class EquilibriumNet(nnx.Module):
+class EquilibriumNet(Network):
     """The features and a linear classifier."""
 
     def __init__(self, config: EquilibriumNetConfig, *, rngs: nnx.Rngs):
         self.features = EquilibriumFeatures(config, rngs=rngs)
         self.classifier = nnx.Linear(self.features.size, config.num_classes, rngs=rngs)
-
-    def head(self, features: jax.Array) -> jax.Array:
-        """Logits (batch, classes) of the features."""
-        return self.classifier(features)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits (batch, classes) of normalised images (batch, height, width, channels)."""
-        return self.head(self.features(images))
-
-    @property
-    def is_stochastic(self) -> bool:
-        """False: nothing is sampled."""
-        return False

@@ -6,17 +6,12 @@ import jax
 from flax import nnx
 
 from experiments.networks import patches
-from experiments.networks.alexnet import scaled
-from experiments.networks.blocks import (
-    BlockConfig,
-    HiddenLayer,
-    Variant,
-    has_stochastic_solver,
-    hidden_layer,
-)
+from experiments.networks.blocks import BlockConfig, Variant
+from experiments.networks.network import TwoHidden, check_size, scaled
 
 CHANNELS, UNITS = (6, 16), (120, 84)
 """Of the two convolutions and of the two hidden layers, at width 1."""
+MIN_PIXELS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +38,7 @@ class LeNetFeatures(nnx.Module):
 
     def __init__(self, config: LeNetConfig, *, rngs: nnx.Rngs):
         height, width, channels = config.image_shape
-        if min(_pooled(height), _pooled(width)) < 1:
-            raise ValueError(
-                f"image_shape: expected at least 16×16 pixels, got {config.image_shape}"
-            )
+        check_size(config.image_shape, MIN_PIXELS)
         first, second = (scaled(count, config.width) for count in CHANNELS)
         self.size = second * _pooled(height) * _pooled(width)
         self.conv1 = nnx.Conv(channels, first, (5, 5), padding="VALID", rngs=rngs)
@@ -59,38 +51,12 @@ class LeNetFeatures(nnx.Module):
         return x.reshape(len(x), -1)
 
 
-class LeNet(nnx.Module):
-    """The features, then linear layers of 120, 84 (times the width) and `num_classes` units.
-
-    ReLU after all but the last.
-
-    `features` is the deterministic part, `head` the part that may sample.
-    """
+class LeNet(TwoHidden):
+    """The features, then linear layers of 120, 84 (times the width) and `num_classes` units."""
 
     def __init__(self, config: LeNetConfig, *, rngs: nnx.Rngs):
-        mark_penultimate, mark_last = (mark == "D" for mark in config.variant.split("-"))
         first, second = (scaled(count, config.width) for count in UNITS)
-        self.features = LeNetFeatures(config, rngs=rngs)
-        self.penultimate: HiddenLayer = hidden_layer(
-            self.features.size, first, marked=mark_penultimate, block=config.block, rngs=rngs
-        )
-        self.last: HiddenLayer = hidden_layer(
-            first, second, marked=mark_last, block=config.block, rngs=rngs
-        )
-        self.classifier = nnx.Linear(second, config.num_classes, rngs=rngs)
-
-    def head(self, features: jax.Array) -> jax.Array:
-        """The fully-connected part: logits (batch, classes)."""
-        return self.classifier(self.last(self.penultimate(features)))
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits (batch, classes) of normalised images (batch, height, width, channels)."""
-        return self.head(self.features(images))
-
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether the network samples at test time."""
-        return has_stochastic_solver(self)
+        super().__init__(LeNetFeatures(config, rngs=rngs), (first, second), config, rngs=rngs)
 
 
 def _pooled(size: int) -> int:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.networks.blocks import has_stochastic_solver
+from experiments.networks.network import Network, check_size, scaled
 
 ModernName = Literal["cnn", "resnet", "transformer"]
 MODERN_NAMES: dict[ModernName, str] = {"cnn": "CNN", "resnet": "ResNet", "transformer": "ViT"}
@@ -37,15 +37,13 @@ class ModernConfig:
     def __post_init__(self):
         if self.name not in get_args(ModernName):
             raise ValueError(f"name: expected one of {', '.join(MODERN_NAMES)}, got {self.name}")
-        if not self.width > 0:
-            raise ValueError(f"width: expected a positive factor, got {self.width}")
-        if min(self.image_shape[:2]) < 8:
-            raise ValueError(f"image_shape: expected at least 8×8 pixels, got {self.image_shape}")
+        scaled(1, self.width)  # a positive factor
+        check_size(self.image_shape, 8)
 
     @property
     def channels(self) -> int:
         """Of the first layers."""
-        return max(1, round(16 * self.width))
+        return scaled(16, self.width)
 
     def build(self, rngs: nnx.Rngs) -> "Modern":
         """The network."""
@@ -60,20 +58,15 @@ class Features(nnx.Module):
         return images
 
 
-class Modern(nnx.Module):
+class Modern(Network):
     """A network whose every layer may become a solver."""
 
     def __init__(self):
         self.features = Features()
 
-    def head(self, images: jax.Array) -> jax.Array:
+    def head(self, images: jax.Array, /) -> jax.Array:
         """Logits (batch, classes) of normalised images (batch, height, width, channels)."""
         return self(images)
-
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether the network samples at test time."""
-        return has_stochastic_solver(self)
 
 
 class ConvNorm(nnx.Module):

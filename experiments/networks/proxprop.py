@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 import stochsolvers as ss
+from experiments.networks.network import Network, check_size, scaled
 
 Kind = Literal["mlp", "convnet"]
 Init = Literal["uniform", "lecun"]
@@ -53,12 +54,12 @@ class ProxPropConfig:
             raise ValueError(
                 f"network: expected one of {', '.join(get_args(Kind))}, got {self.kind}"
             )
-        if self.kind == "convnet" and min(self.image_shape[:2]) < 4:
-            raise ValueError(f"image_shape: expected at least 4×4 pixels, got {self.image_shape}")
+        if self.kind == "convnet":
+            check_size(self.image_shape, 4)
 
     def sizes(self, numbers: tuple[int, ...]) -> list[int]:
         """The numbers times the width."""
-        return [max(1, round(self.width * number)) for number in numbers]
+        return [scaled(number, self.width) for number in numbers]
 
 
 class _Dense(nnx.Module):
@@ -110,10 +111,8 @@ def _implicit(layer: Any, step: ss.proxprop.ImplicitStep | None) -> Any:
     return kind.from_layer(layer, step=step)
 
 
-class ProxPropNet(nnx.Module):
+class ProxPropNet(Network):
     """The hidden layers, `features`, and the last layer, `classifier`. Nothing samples."""
-
-    is_stochastic = False
 
     def __init__(self, config: ProxPropConfig, *, rngs: nnx.Rngs):
         kind = _Dense if config.kind == "mlp" else _Convolutional
@@ -122,11 +121,3 @@ class ProxPropNet(nnx.Module):
         self.classifier = nnx.Linear(
             self.features.size, config.num_classes, kernel_init=init, rngs=rngs
         )
-
-    def head(self, features: jax.Array) -> jax.Array:
-        """Logits (batch, classes)."""
-        return self.classifier(features)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits (batch, classes) of images (batch, height, width, channels)."""
-        return self.head(self.features(images))

@@ -5,15 +5,9 @@ import dataclasses
 import jax
 from flax import nnx
 
-from experiments.networks.alexnet import check_size, pool, scaled
-from experiments.networks.blocks import (
-    BlockConfig,
-    ConvReLU,
-    HiddenLayer,
-    Variant,
-    has_stochastic_solver,
-    hidden_layer,
-)
+from experiments.networks import patches
+from experiments.networks.blocks import BlockConfig, ConvReLU, Variant
+from experiments.networks.network import TwoHidden, check_size, scaled
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 HIDDEN = 512
@@ -70,37 +64,13 @@ class VGG16Features(nnx.Module):
         for stage in self.stages:
             for layer in stage:
                 x = layer(x)
-            x = pool(x)
+            x = patches.max_pool(x)
         return x.reshape(len(x), -1)
 
 
-class VGG16(nnx.Module):
-    """The features, then linear layers of 512, 512 and `num_classes` units; ReLU after all but the last.
-
-    `features` is the deterministic part, `head` the part that may sample.
-    """
+class VGG16(TwoHidden):
+    """The features, then linear layers of 512, 512 (times the width) and `num_classes` units."""
 
     def __init__(self, config: VGG16Config, *, rngs: nnx.Rngs):
-        self.features = VGG16Features(config, rngs=rngs)
-        mark_penultimate, mark_last = (mark == "D" for mark in config.variant.split("-"))
-        n1, n2 = self.features.size, scaled(HIDDEN, config.width)
-        self.penultimate: HiddenLayer = hidden_layer(
-            n1, n2, marked=mark_penultimate, block=config.block, rngs=rngs
-        )
-        self.last: HiddenLayer = hidden_layer(
-            n2, n2, marked=mark_last, block=config.block, rngs=rngs
-        )
-        self.classifier = nnx.Linear(n2, config.num_classes, rngs=rngs)
-
-    def head(self, features: jax.Array) -> jax.Array:
-        """The fully-connected part: logits (batch, classes)."""
-        return self.classifier(self.last(self.penultimate(features)))
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits (batch, classes) of normalised images (batch, height, width, channels)."""
-        return self.head(self.features(images))
-
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether the network samples at test time."""
-        return has_stochastic_solver(self)
+        units = scaled(HIDDEN, config.width)
+        super().__init__(VGG16Features(config, rngs=rngs), (units, units), config, rngs=rngs)

@@ -1,4 +1,4 @@
-"""The curves of a training run as event files for TensorBoard, through tensorboardX."""
+"""The records of a training run as event files for TensorBoard, through tensorboardX."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ TAGS = {
     "validation_accuracy": "accuracy/validation",
     "learning_rate": "learning_rate",
 }
-"""Keys of an epoch's record, and the names of the curves in TensorBoard."""
+"""Keys of an epoch's record, and their names in TensorBoard."""
 TEST = "accuracy/test"
 
 
@@ -29,14 +29,14 @@ def check_installed() -> None:
 
 
 class Board:
-    """The curves of one network, one point for each epoch, in one event file.
+    """The records of one network, one point for each epoch, in one event file.
 
     When a run is resumed, the file is written anew from the records of its checkpoint, so that every
     epoch has exactly one point.
 
     Args:
       folder: folder of the event file; with None, nothing is written.
-      after: number of epochs that were trained before these curves begin.
+      after: number of epochs that were trained before these records begin.
     """
 
     def __init__(self, folder: Path | None, after: int = 0):

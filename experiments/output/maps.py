@@ -15,16 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from experiments import networks
 from experiments.output import plots
-from experiments.output.rows import Row, Rows, frame, name_of
+from experiments.output.rows import METHODS, Row, Rows, Table, frame
 
 CONTROLS = ("none", "dropout")
 TESTS = {"": "sampled", "full_gradient_": "full gradient"}
 """Prefixes of the accuracies of a network that samples, and how it is tested."""
-HEADER = ("cell", "solver", "test %", "over no dropout", "over dropout", "best p", "time", "pays")
 CAPTION = """\
 Solver: of each cell the method, τ and test, sampled or along the full gradient, with the best mean validation
 accuracy over the seeds; the rate p of dropout is chosen likewise. Over no dropout, over dropout: difference
@@ -65,7 +62,7 @@ class Network:
     @property
     def label(self) -> str:
         """Method, parameter and test."""
-        words = f"{_name(self)} {self.parameter}".strip()
+        words = f"{METHODS[self.method]} {self.parameter}".strip()
         return f"{words}, {self.how}" if self.how else words
 
 
@@ -125,55 +122,46 @@ def epoch_seconds(rows: Rows) -> dict[tuple[str, int], float]:
 
     Of a single epoch, its seconds.
     """
-    found = {}
-    for key, group in frame(rows, "epoch").groupby(["name", "seed"], sort=False):
-        seconds = np.diff([0.0, *group["seconds"]])
-        found[key] = float(np.median(seconds[1:] if len(seconds) > 1 else seconds))
-    return found
+
+    def median(seconds: Table) -> float:
+        each = np.diff([0.0, *seconds])
+        return float(np.median(each[1:] if len(each) > 1 else each))
+
+    return frame(rows, "epoch").groupby(["name", "seed"])["seconds"].agg(median).to_dict()
 
 
 def cells(rows: Rows) -> list[Cell]:
     """The cells of the map by schedule and width; [] for other commands' rows."""
     if not is_map(rows):
         return []
-    groups: dict[tuple[int, float], dict[str, list[Row]]] = {}
-    for row in rows:
-        if row["kind"] == "final":
-            cell = groups.setdefault((row["epochs"], row["width"]), {})
-            cell.setdefault(name_of(row), []).append(row)
-    seconds = epoch_seconds(rows)
+    tests = [f"{split}{prefix}accuracy" for split in ("", "validation_") for prefix in TESTS]
+    finals, seconds = frame(rows, "final", *tests), epoch_seconds(rows)
+    finals["seconds"] = [
+        seconds.get(key) for key in zip(finals["name"], finals["seed"], strict=True)
+    ]
     return [
-        Cell(width, epochs, tuple(_network(each, seconds) for each in group.values()))
-        for (epochs, width), group in sorted(groups.items(), key=lambda item: item[0])
+        Cell(width, epochs, tuple(_network(each) for _, each in group.groupby("name", sort=False)))
+        for (epochs, width), group in finals.groupby(["epochs", "width"])
     ]
 
 
-def _network(finals: Rows, seconds: Mapping[tuple[str, int], float]) -> Network:
-    first = finals[0]
+def _network(finals: Table) -> Network:
+    first = finals.iloc[0]
     about = first["name"], first["method"], _parameter(first)
-    if any(row["accuracy"] is None for row in finals):
+    if finals["accuracy"].isna().any():
         return Network(*about, -np.inf, {}, "", np.nan)
-    tests = [prefix for prefix in TESTS if first.get(f"{prefix}accuracy") is not None]
-    means = {p: float(np.mean([row[f"validation_{p}accuracy"] for row in finals])) for p in tests}
+    tests = [prefix for prefix in TESTS if finals[f"{prefix}accuracy"].notna().all()]
+    means = {prefix: finals[f"validation_{prefix}accuracy"].mean() for prefix in tests}
     best = max(tests, key=lambda prefix: means[prefix])
-    return Network(
-        *about,
-        means[best],
-        {row["seed"]: row[f"{best}accuracy"] for row in finals},
-        TESTS[best] if len(tests) > 1 else "",
-        float(np.mean([seconds[row["name"], row["seed"]] for row in finals])),
-    )
-
-
-def _name(network: Network) -> str:
-    names: Mapping[str, str] = {**networks.NAMES}
-    return names[network.method]
+    test = finals.set_index("seed")[f"{best}accuracy"].to_dict()
+    how = TESTS[best] if len(tests) > 1 else ""
+    return Network(*about, means[best], test, how, finals["seconds"].mean())
 
 
 def _parameter(row: Row) -> str:
-    if row["tau"] is not None:
+    if pd.notna(row["tau"]):
         return f"τ = {row['tau']:g} n"
-    return "" if row["dropout_rate"] is None else f"p = {row['dropout_rate']:g}"
+    return f"p = {row['dropout_rate']:g}" if pd.notna(row["dropout_rate"]) else ""
 
 
 def completed(rows: Rows) -> Rows:
@@ -202,10 +190,8 @@ def answer(contents: Sequence[Cell]) -> str:
     lines = [_line(cell) for cell in contents if cell.solver and cell.controls]
     if not lines:
         return sentence(contents)
-    table = pd.DataFrame(lines, columns=list(HEADER))
-    return "\n\n".join(
-        [sentence(contents), table.to_markdown(index=False, disable_numparse=True), CAPTION]
-    )
+    table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    return "\n\n".join([sentence(contents), table, CAPTION])
 
 
 def sentence(contents: Sequence[Cell]) -> str:
@@ -220,18 +206,19 @@ def sentence(contents: Sequence[Cell]) -> str:
     )
 
 
-def _line(cell: Cell) -> list[str]:
-    solver, controls = cell.solver, cell.controls
+def _line(cell: Cell) -> dict[str, str]:
+    solver, (none, dropout) = cell.solver, cell.controls
     assert solver is not None
-    return [
-        cell.title,
-        solver.label,
-        f"{np.mean(list(solver.test.values())):.2f}",
-        *(_spread(solver.gains(control)) for control in controls),
-        controls[1].parameter.removeprefix("p = "),
-        f"× {cell.time(solver):.2f}",
-        "yes" if cell.pays(solver) else "no",
-    ]
+    return {
+        "cell": cell.title,
+        "solver": solver.label,
+        "test %": f"{np.mean(list(solver.test.values())):.2f}",
+        "over no dropout": _spread(solver.gains(none)),
+        "over dropout": _spread(solver.gains(dropout)),
+        "best p": dropout.parameter.removeprefix("p = "),
+        "time": f"× {cell.time(solver):.2f}",
+        "pays": "yes" if cell.pays(solver) else "no",
+    }
 
 
 def _spread(gains: np.ndarray) -> str:
@@ -256,7 +243,7 @@ def draw(path: Path, contents: Sequence[Cell], *, title: str) -> None:
         for cell in contents:
             axes = grid[schedules.index(cell.epochs), widths.index(cell.width)]
             axes.set_visible(True)
-            axes.set(title=cell.title, axisbelow=True)
+            axes.set(title=cell.title)
             axes.margins(x=0.2)
             for network in cell.networks:
                 _point(axes, cell, network, colors.get(network.method, "0.35"))
@@ -266,7 +253,7 @@ def draw(path: Path, contents: Sequence[Cell], *, title: str) -> None:
         for axes in grid[-1]:
             axes.set_xlabel("seconds of an epoch, × no dropout")
         drawn.suptitle(f"{title}\n{textwrap.fill(sentence(contents), round(11 * size[0]))}")
-        _legend(drawn, grid.ravel())
+        plots.legend(drawn, grid.ravel())
 
 
 def _point(axes: Axes, cell: Cell, network: Network, color: str) -> None:
@@ -282,7 +269,7 @@ def _point(axes: Axes, cell: Cell, network: Network, color: str) -> None:
         marker=MARKERS.get(network.method, "o"),
         markersize=6,
         markerfacecolor=color if is_chosen else "none",
-        label=_name(network) if is_chosen else "_",
+        label=METHODS[network.method] if is_chosen else "_",
     )
     if is_chosen:
         axes.vlines(place[0], gains.min(), gains.max(), color=color, linewidth=1.2)
@@ -309,12 +296,3 @@ def _shade(grid: np.ndarray) -> None:
     grid[0, 0].annotate(
         words, place, xycoords="axes fraction", va="top", fontsize="small", color="0.35"
     )
-
-
-def _legend(drawn: Figure, grid: Iterable[Axes]) -> None:
-    """One legend below, of the methods."""
-    lines = [line for axes in grid for line in axes.lines]
-    shown = {str(line.get_label()): line for line in lines}
-    shown = {name: line for name, line in shown.items() if not name.startswith("_")}
-    if shown:
-        drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown))

@@ -1,4 +1,4 @@
-"""Pictures of a run, from the lines of `panels`."""
+"""Pictures of a run, from the lines of `panels`, in the style of `stochsolvers.plot`."""
 
 import contextlib
 import dataclasses
@@ -13,15 +13,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "0.9",
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-}
+import stochsolvers as ss
+from experiments.output import runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +25,7 @@ class Curve:
       label: text in the legend.
       x: abscissas.
       y: ordinates.
-      color: index in matplotlib's colour cycle.
+      color: index in the colours of `stochsolvers.plot`.
       dashed: whether the line is dashed instead of solid.
       band: lower and upper ordinates of a shaded band, or None.
     """
@@ -46,22 +39,22 @@ class Curve:
 
 
 Panels = Mapping[str, Sequence[Curve]]
-"""Curves by the titles of their axes."""
+"""Lines by the titles of their axes."""
 SEEDS = "mean over the seeds, band from least to greatest"
 IMAGES = "of one seed: median over images, band around the middle 80%"
-
-
+STYLE: Any = ss.plot.STYLE
+COLORS = (*ss.plot.COLORS, "0.6")
 TICKS = (-50, -20, -5, -2, -1, 0, 1, 2, 5, 20, 50)
 """Of gains in points."""
 
 
 @contextlib.contextmanager
 def figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure in `STYLE`, saved to the path at the end of the block."""
-    with mpl.rc_context(STYLE):
-        drawn = Figure(figsize=size, layout="constrained")
+    """A figure in the style of `stochsolvers.plot`, saved to the path at the end of the block."""
+    with runs.whole_file(path) as partial, mpl.rc_context(STYLE):
+        drawn = Figure(figsize=size)
         yield drawn
-        drawn.savefig(path, metadata={"Software": None})
+        drawn.savefig(partial, metadata={"Software": None})
 
 
 def accuracy(path: Path, contents: Panels, *, title: str) -> None:
@@ -91,7 +84,7 @@ def progress(path: Path, contents: Mapping[str, Panels], *, title: str) -> None:
                 _logarithmic(line[0])
         every = [curves for panels in contents.values() for curves in panels.values()]
         drawn.suptitle(_titled(title, every))
-        _legend(drawn, grid[0, :1])
+        legend(drawn, grid[0, :1])
 
 
 def descent(path: Path, contents: Panels, *, title: str) -> None:
@@ -110,7 +103,7 @@ def descent(path: Path, contents: Panels, *, title: str) -> None:
             if "%" not in ylabel:
                 _logarithmic(axes)
         drawn.suptitle(title)
-        _legend(drawn, grid[:1])
+        legend(drawn, grid[:1])
 
 
 def path(path: Path, contents: Panels, *, title: str) -> None:
@@ -138,26 +131,22 @@ def rates(path: Path, contents: Sequence[Curve], *, title: str) -> None:
 
 
 def gains(path: Path, contents: Mapping[str, Mapping[str, list[float]]], *, title: str) -> None:
-    """A bar for each arm, its mean over the seeds, and a dot for each seed; logarithmic beyond one point."""
+    """A row for each arm, its seeds and their mean; logarithmic beyond one point."""
     arms = list(dict.fromkeys(arm for group in contents.values() for arm in group))
     every = [value for group in contents.values() for values in group.values() for value in values]
     low, high = min(*every, -1.0), max(*every, 1.0)
     with figure(path, (2.6 + 2.2 * len(contents), 1.2 + 0.35 * len(arms))) as drawn:
         grid = drawn.subplots(1, len(contents), squeeze=False, sharex=True, sharey=True)[0]
         for axes, (name, group) in zip(grid, contents.items(), strict=True):
-            for arm, values in group.items():
-                place = arms.index(arm)
-                axes.barh(place, np.mean(values), color="C0", alpha=0.4, height=0.6)
-                axes.plot(values, [place] * len(values), "o", color="C0", markersize=4)
-            axes.axvline(0, color="0.3", linewidth=0.8)
-            axes.set(title=name, xlabel="gain (points)", axisbelow=True)
+            values = {arm: group.get(arm, np.nan) for arm in arms}
+            ss.plot.table(values, label="gain (points)", ax=axes)
+            axes.axvline(0, color="0.4", linewidth=1)
+            axes.set(title=name)
             axes.set_xscale("symlog", linthresh=1.0, linscale=0.5)
-            axes.set_xlim(1.4 * low, 1.4 * high)
+            axes.set_xlim(1.4 * low, 5 * high)  # with room for the means as numbers
             shown = [tick for tick in TICKS if low <= tick <= high]
             axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
             axes.minorticks_off()
-        grid[0].set_yticks(range(len(arms)), arms)
-        grid[0].invert_yaxis()
         drawn.suptitle(title)
 
 
@@ -179,14 +168,15 @@ def _panels(path: Path, panels: Panels, title: str, *, xlabel: str, ylabel: str,
         for axes in grid[::columns]:
             axes.set_ylabel(ylabel)
         drawn.suptitle(title)
-        _legend(drawn, grid[:count], max(columns, 2))
+        legend(drawn, grid[:count], max(columns, 2))
 
 
-def _legend(drawn: Figure, grid: Iterable[Axes], columns: int | None = None) -> None:
+def legend(drawn: Figure, grid: Iterable[Axes], columns: int | None = None) -> None:
     """One legend below, of all labels of some axes, by default in one row."""
-    handles: dict[str, Any] = {str(line.get_label()): line for axes in grid for line in axes.lines}
-    place, count = "outside lower center", columns or len(handles)
-    drawn.legend(handles.values(), handles.keys(), loc=place, ncols=count)
+    found = [axes.get_legend_handles_labels() for axes in grid]
+    shown = {label: line for pair in found for line, label in zip(*pair, strict=True)}
+    place, count = "outside lower center", columns or max(1, len(shown))
+    drawn.legend(shown.values(), shown.keys(), loc=place, ncols=count)
 
 
 def _titled(title: str, panels: Iterable[Sequence[Curve]]) -> str:
@@ -209,7 +199,7 @@ def _plain_numbers(axis: Axis) -> None:
 
 def _draw(axes: Axes, curves: Sequence[Curve], *, markers: bool = True) -> None:
     for curve in curves:
-        color = f"C{curve.color}"
+        color = COLORS[curve.color % len(COLORS)]
         axes.plot(
             curve.x,
             curve.y,

@@ -11,14 +11,15 @@ Row = Mapping[str, Any]
 Rows = Sequence[Row]
 Table = Any
 """A `pandas` DataFrame or Series; its annotations do not know what a selection of columns is."""
+METHODS: Mapping[Any, str] = networks.NAMES
+"""The methods as tables and pictures name them."""
 BASELINES = ("dropout", "control", "backpropagation")
 """Roles of the networks over which the others gain."""
 
 
 def name_of(row: Row) -> str:
     """The name of a row's network."""
-    names: Mapping[Any, str] = networks.NAMES
-    return row.get("name") or f"{row['variant']} {names.get(row['method'], row['method'])}"
+    return row.get("name") or f"{row['variant']} {METHODS.get(row['method'], row['method'])}"
 
 
 def title_of(rows: Rows) -> str:

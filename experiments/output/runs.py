@@ -7,8 +7,7 @@ import json
 import os
 import platform
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +31,12 @@ KEYS = {
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path, renamed to `path` if the block succeeds, removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield partial
-        partial.chmod(0o666 & ~_umask())  # temporary files are private, results are not
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,12 +60,6 @@ def read_text(path: Path) -> str:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def write_figure(path: Path, draw: Callable[[Path], None]) -> None:
-    """A picture that `draw` saves to the path it is given."""
-    with whole_file(path) as partial:
-        draw(partial)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -142,8 +126,8 @@ class Run:
       folder: made when there is something to write.
       settings: settings that all rows share, as JSON; a folder with other settings is refused.
       files: names of other files that the run writes there; `overwrite` removes them too.
-      overwrite: first remove the rows, checkpoints and curves in the folder.
-      tensorboard: write curves for TensorBoard.
+      overwrite: first remove the rows, checkpoints and event files in the folder.
+      tensorboard: write event files for TensorBoard.
 
     Raises:
       FolderError: the folder belongs to another run, or is damaged.
@@ -183,7 +167,7 @@ class Run:
         return self.folder / CHECKPOINTS / _joined(names)
 
     def board(self, *names: Any, after: int = 0) -> boards.Board:
-        """The curves of one network, after so many earlier epochs; written only with `tensorboard`."""
+        """The event file of one network, after so many earlier epochs; written only with `tensorboard`."""
         return boards.Board(
             self.folder / BOARDS / _joined(names) if self._tensorboard else None, after
         )

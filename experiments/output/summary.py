@@ -1,7 +1,6 @@
 """The tables, the page and the pictures of a run, from its rows."""
 
-import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ PICTURES = {
     "time; filled what the validation images choose of each method, lines from the least to the greatest "
     "seed",
 }
-DRAWINGS = (
+DRAWINGS: tuple[tuple[Callable[[Rows], Any], Callable[..., None]], ...] = (
     (panels.accuracy, plots.accuracy),
     (panels.residuals, plots.residuals),
     (panels.rates, plots.rates),
@@ -61,14 +60,12 @@ COLUMNS = (
     *("validation_seed_std", "paper_accuracy", "paper_std", "difference", "gain", "gain_seed_std"),
     *("epochs", "batch_size", "parameters", "train_seconds"),
 )
-MEANS = {
-    **{key: key for key in ("accuracy", "full_gradient_accuracy", "validation_accuracy", "gain")},
-    **{"std": "trial_std", "train_seconds": "train_seconds"},
-    **{key: key for key in ("objective", "lower_bound", "neurons", "search_seconds", "gap")},
-    "start_validation_accuracy": "start_validation_accuracy",
-    **{key: key for key in ("gain_over_none", "epoch_seconds")},
-}
-"""Entries of the final rows whose means over the seeds are taken, and their names in the summary."""
+MEANS = (
+    *("accuracy", "full_gradient_accuracy", "validation_accuracy", "gain", "std", "train_seconds"),
+    *("objective", "lower_bound", "neurons", "search_seconds", "gap"),
+    *("start_validation_accuracy", "gain_over_none", "epoch_seconds"),
+)
+"""Entries of the final rows whose means over the seeds are taken; that of std is called trial_std."""
 SPREADS = {
     "accuracy": "seed_std",
     "full_gradient_accuracy": "full_gradient_seed_std",
@@ -77,7 +74,7 @@ SPREADS = {
     "start_validation_accuracy": "start_seed_std",
     "gain_over_none": "gain_over_none_std",
 }
-"""Likewise their sample standard deviations."""
+"""Those whose sample standard deviations are taken, and the names of these in the summary."""
 CONSTANTS = ("trials", "paper_accuracy", "paper_std", "epochs", "batch_size", "parameters")
 CONSTANTS += ("schedule", "family")
 TAGS = ("arm", "method", "study", "variant", "fraction", "bound")
@@ -106,7 +103,9 @@ def summarise(rows: Rows) -> Table:
     constants = finals.drop_duplicates(key).set_index(key)[list(CONSTANTS)].convert_dtypes()
     parts: list[Table] = [
         constants,
-        groups[numbers].agg(lambda values: values.mean(skipna=False)).rename(columns=MEANS),
+        groups[numbers]
+        .agg(lambda values: values.mean(skipna=False))
+        .rename(columns={"std": "trial_std"}),
         groups[list(SPREADS)].agg(lambda values: values.std(skipna=False)).rename(columns=SPREADS),
         groups.agg(
             seeds=("seed", lambda seeds: " ".join(map(str, seeds))),
@@ -227,8 +226,7 @@ def write(folder: Path, rows: Rows) -> list[str]:
             remarks.append(f"{folder / name}: removed, {CSV} takes its place")
     for name, (contents_of, draw) in zip(PICTURES, DRAWINGS, strict=True):
         if contents := contents_of(rows):
-            drawing = functools.partial(draw, contents=contents, title=title_of(rows))
-            runs.write_figure(folder / name, drawing)
+            draw(folder / name, contents, title=title_of(rows))
         elif (folder / name).exists():
             remarks.append(f"{folder / name}: kept, the rows hold nothing to draw it from")
     target, notes = folder / PAGE, folder / NOTES

@@ -10,7 +10,7 @@ import hashlib
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,30 +156,37 @@ def structure(graph: Any, state: Any) -> str:
 
 
 @contextlib.contextmanager
+def termination_handled_by(receive: Callable[[int, Any], None]) -> Iterator[None]:
+    """Give SIGTERM and SIGINT to a function while the block runs, if this is the main thread."""
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in TERMINATION}
+    try:
+        for number in TERMINATION:
+            signal.signal(number, receive)
+    except ValueError:  # only the main thread handles signals
+        previous = {}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def deferred_termination() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT in a list while the block runs, instead of ending the program.
 
     A second Ctrl-C ends it at once.
     """
     received: list[int] = []
-    previous: dict[int, Any] = {number: signal.getsignal(number) for number in TERMINATION}
+    interrupt = signal.getsignal(signal.SIGINT)
 
     def receive(number: int, _: Any) -> None:
         received.append(number)
         if number == signal.SIGINT:
-            signal.signal(number, previous[number])
+            signal.signal(number, interrupt)
 
-    try:
-        for number in TERMINATION:
-            signal.signal(number, receive)
-    except ValueError:  # only the main thread handles signals
+    with termination_handled_by(receive):
         yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def host_arrays(state: Any) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
-"""The interface of a network, and its accuracy on a split."""
+"""Accuracy of a network on a split; residuals over images as rows."""
 
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,31 +15,21 @@ from experiments.networks import set_mode
 from experiments.training import parallel
 
 
-class Model(Protocol):
-    """A network: an `nnx.Module` of two parts; only the second may sample at test time."""
-
-    @property
-    def features(self) -> nnx.Module:
-        """The deterministic part, a module that maps normalised images to features."""
-        ...
-
-    def head(self, features: jax.Array, /) -> jax.Array:
-        """The part that may sample: logits (batch, classes) of the features."""
-        ...
-
-    def __call__(self, images: jax.Array, /) -> jax.Array:
-        """Logits (batch, classes) of normalised images (batch, height, width, channels)."""
-        ...
-
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether the network samples at test time."""
-        ...
-
-
 def normalise(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
     """Stored pixels as float32 of zero mean and unit variance."""
     return (jnp.asarray(images, jnp.float32) - mean) / std
+
+
+def first_images(data: Dataset, count: int) -> jax.Array:
+    """The first validation images, normalised."""
+    return normalise(data.validation.images[:count], data.mean, data.std)
+
+
+def quantiles(values: ArrayLike) -> dict[str, list[float]]:
+    """The median over the images and the quantiles 0.1 and 0.9, of values (iterations, images)."""
+    limits = np.quantile(np.asarray(values), (0.1, 0.5, 0.9), axis=1)
+    low, middle, high = ([float(f"{x:.6g}") for x in line] for line in limits)
+    return {"low": low, "middle": middle, "high": high}
 
 
 def evaluate(

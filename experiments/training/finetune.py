@@ -7,7 +7,7 @@ epochs. The gain of the swap is the difference between the two finetuned network
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,18 +63,8 @@ class Study:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class Table(NamedTuple):
-    """A table: the name of its module, and its studies from the filled options and a data set.
-
-    Attributes:
-      name: name of the module.
-      studies: makes the studies.
-      arms_of_shapes: whether the swaps can be tried on shapes, before anything is trained.
-    """
-
-    name: str
-    studies: Callable[[Any, data.Dataset], Sequence[Study]]
-    arms_of_shapes: bool = True
+Studies = Callable[[Any, data.Dataset], Sequence[Study]]
+"""The studies of a table, from the filled options and a data set."""
 
 
 def copied(model: Any) -> Any:
@@ -95,20 +85,29 @@ def swapped(baseline: Any, arm: Arm) -> Callable[[nnx.Rngs], Any]:
     return build
 
 
-def run(table: Table, options: FinetuneOptions) -> list[tables.Row]:
-    """Train the networks that are not finished yet, write the files, and return all rows."""
+def run(
+    table: str, options: FinetuneOptions, studies: Studies, *, arms_of_shapes: bool = True
+) -> list[tables.Row]:
+    """Train the networks that are not finished yet, write the files, and return all rows.
+
+    Args:
+      table: name of the module.
+      options: the options.
+      studies: makes the studies.
+      arms_of_shapes: whether the swaps can be tried on shapes, before anything is trained.
+    """
     options = options.filled()
 
     def builds(dataset: data.Dataset) -> Iterator[tables.Build]:
-        for study in table.studies(options, dataset):
+        for study in studies(options, dataset):
             yield study.build
-            for arm in study.arms if table.arms_of_shapes else ():
+            for arm in study.arms if arms_of_shapes else ():
                 yield lambda rngs, study=study, arm=arm: swapped(study.build(rngs), arm)(rngs)
 
-    with tables.opened(table.name, options, builds) as job:
+    with tables.opened(table, options, builds) as job:
         for seed in options.seeds:
             dataset = job.source.dataset(seed, options.examples)
-            for study in table.studies(options, dataset):
+            for study in studies(options, dataset):
                 _run_study(study, dataset, options, seed, job)
     return job.stored.rows
 
@@ -152,6 +151,12 @@ def _run_study(
             trained(arm, swapped(baseline, arm), options.finetune_config(seed))
 
 
-def main(table: Table, config: type[FinetuneOptions], args: list[str] | None) -> None:
-    """Run a table's command."""
-    tables.main(table.name, config, lambda options: run(table, options), args)
+def main(
+    table: str,
+    config: type[FinetuneOptions],
+    studies: Studies,
+    args: list[str] | None,
+    **options: bool,
+) -> None:
+    """Run a table's command, with the options of `run`."""
+    tables.main(table, config, lambda config: run(table, config, studies, **options), args)

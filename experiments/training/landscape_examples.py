@@ -89,11 +89,11 @@ def starts(config: Any) -> tuple[Numbers, Drawing]:
     with jax.enable_x64(True):
         optimum = float(problem.objective(solution.value))
     widths = (4, 20)
-    curves = {}
+    descents = {}
     for width in widths:
         keys = jax.random.split(jax.random.key(config.seed), 10)
         run = functools.partial(_descend, X=X, y=y, beta=beta, width=width, steps=steps)
-        curves[width] = np.asarray(jax.jit(jax.vmap(run))(keys))
+        descents[width] = np.asarray(jax.jit(jax.vmap(run))(keys))
     numbers = {
         "optimum": optimum,
         "gap": float(solution.certificate),
@@ -103,13 +103,13 @@ def starts(config: Any) -> tuple[Numbers, Drawing]:
                 "largest": float(values[:, -1].max()),
                 "within 1%": int(np.sum(values[:, -1] <= 1.01 * optimum)),
             }
-            for width, values in curves.items()
+            for width, values in descents.items()
         },
     }
 
     def draw(figure: Figure) -> None:
         for axes, (width, values) in zip(
-            figure.subplots(1, 2, sharey=True), curves.items(), strict=True
+            figure.subplots(1, 2, sharey=True), descents.items(), strict=True
         ):
             axes.loglog(np.arange(1, steps + 1), values.T, color="C0", lw=1, alpha=0.7)
             axes.axhline(optimum, color="k", ls="--", label="convex optimum")
@@ -217,7 +217,7 @@ def stochastic(config: Any) -> tuple[Numbers, Drawing]:
     for k in range(epochs):
         V, *scores = epoch(jax.random.fold_in(jax.random.key(config.seed), k), problem, V)
         convex.append([float(score) for score in scores])
-    network = stochastic_descent.best_curve(
+    network = stochastic_descent.best_descent(
         config.seed, X, y, problem, (held, labels), epochs, batch
     )
     lower = float(problem.objective(optimum.value)) * (1 - relative_gap(problem, optimum))
@@ -234,10 +234,10 @@ def stochastic(config: Any) -> tuple[Numbers, Drawing]:
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        for color, (name, curve) in enumerate(
+        for color, (name, scores) in enumerate(
             {"convex program": convex, "ReLU network": network}.items()
         ):
-            values, accuracies = np.array(curve).T
+            values, accuracies = np.array(scores).T
             x = np.arange(1, epochs + 1)
             left.plot(x, values, f"C{color}o-", ms=3, label=f"SGD on the {name}")
             right.plot(x, accuracies, f"C{color}o-", ms=3)
@@ -348,20 +348,15 @@ def _units(problem: Any, V: Any, X: np.ndarray) -> np.ndarray:
     return (products * (X @ gates >= 0)[:, None]).reshape(len(X), -1).astype(np.float32)
 
 
-def sentence(name: str, numbers: Mapping[str, Any]) -> str:
+def sentence(numbers: Mapping[str, Any]) -> str:
     """The numbers of an example on one line."""
+    return "; ".join(f"{key} {_shown(value)}" for key, value in numbers.items())
 
-    def shown(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.4g}"
-        if isinstance(value, list):
-            return (
-                f"{shown(value[0])} … {shown(value[-1])}"
-                if len(value) > 4
-                else ", ".join(map(shown, value))
-            )
-        if isinstance(value, Mapping):
-            return "(" + "; ".join(f"{k} {shown(v)}" for k, v in value.items()) + ")"
-        return str(value)
 
-    return "; ".join(f"{key} {shown(value)}" for key, value in numbers.items())
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({sentence(value)})"
+    if isinstance(value, list):
+        ends = value if len(value) <= 4 else (value[0], "…", value[-1])
+        return ", ".join(map(_shown, ends))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 import stochsolvers as ss
 from experiments.data import Dataset
-from experiments.networks import set_mode
+from experiments.networks import Network, set_mode
 from experiments.output import terminal
 from experiments.training import checkpoints, parallel, training_step
 from experiments.training.checkpoints import Progress
-from experiments.training.evaluation import Model, evaluate
+from experiments.training.evaluation import evaluate
 from experiments.training.training_step import State, TrainConfig
 
 Record = dict[str, float]
@@ -48,7 +48,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    build: Callable[[nnx.Rngs], Model],
+    build: Callable[[nnx.Rngs], Network],
     data: Dataset,
     config: TrainConfig,
     *,
@@ -62,7 +62,7 @@ def train(
 
 
 def train_together(
-    build: Callable[[nnx.Rngs], Model],
+    build: Callable[[nnx.Rngs], Network],
     data: dict[int, Dataset],
     config: TrainConfig,
     *,
@@ -107,7 +107,8 @@ def train_together(
     start = time.perf_counter() - progress.seconds
     word = "seeds" if len(seeds) > 1 else "seed"
     about = f"{label}, {word} {' '.join(map(str, seeds))}"
-    bar = tqdm(total=total, initial=progress.step, desc=about, leave=False, disable=_bar_disabled())
+    hidden = None if terminal.is_first() else True  # None shows the bar in a terminal only
+    bar = tqdm(total=total, initial=progress.step, desc=about, leave=False, disable=hidden)
     with bar, checkpoints.deferred_termination() as terminated:
         while progress.step < total:
             epoch, history = progress.step // count, progress.history
@@ -142,7 +143,7 @@ def train_together(
 
 
 def _initial(
-    build: Callable[[nnx.Rngs], Model], seeds: Sequence[int], config: TrainConfig
+    build: Callable[[nnx.Rngs], Network], seeds: Sequence[int], config: TrainConfig
 ) -> tuple[Any, State]:
     """The networks before the first step: their common structure and their stacked states."""
     parts = []
@@ -299,11 +300,6 @@ def _postfix(history: Sequence[Sequence[Record]]) -> dict[str, str]:
 def _show(watches: Sequence[Watch], progress: Progress) -> None:
     for watch, records in zip(watches, progress.history, strict=False):
         watch(records)
-
-
-def _bar_disabled() -> bool | None:
-    """For tqdm: None shows the bar in a terminal only; the first process alone has one."""
-    return None if terminal.is_first() else True
 
 
 def count_parameters(model: Any) -> int:

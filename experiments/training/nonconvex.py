@@ -9,14 +9,10 @@ import jax
 import jax.numpy as jnp
 
 import stochsolvers as ss
-from experiments.training import descent, programs
+from experiments.training import descent, loop, programs
 
 MOST_BOUND_FEATURES = 300
 """Beyond, ReLU networks have no lower bound: it takes eigenvalues of many d × d matrices."""
-
-
-class DivergenceError(RuntimeError):
-    """Every learning rate of the grid diverged."""
 
 
 def train_by_batches(
@@ -33,7 +29,7 @@ def train_by_batches(
     The rates of SGD are divided by the mean of ||x_j||², to which the curvature of the loss is proportional.
 
     Raises:
-      DivergenceError: there is no rate with finite objectives.
+      loop.DivergenceError: there is no rate with finite objectives.
     """
     begun = time.perf_counter()
     mask = task.program.patterns.mask if method == "gated-adam" else None
@@ -46,7 +42,8 @@ def train_by_batches(
     runs = {rate: _one_rate(task, trainer, method, rate, epochs) for rate in rates}
     ends = {rate: history[-1] for rate, (history, _) in runs.items() if history is not None}
     if not ends:
-        raise DivergenceError(f"{method}: every learning rate of {tuple(rates)} diverged")
+        message = f"{method}: every learning rate of {tuple(rates)} diverged"
+        raise loop.DivergenceError(message, task.seed)
     rate = max(ends, key=lambda rate: (ends[rate]["validation_accuracy"], -ends[rate]["objective"]))
     history, weights = runs[rate]
     assert history is not None

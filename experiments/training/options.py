@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -10,6 +10,7 @@ import tyro
 
 from experiments import data
 from experiments.data.datasets import name_of
+from experiments.networks import BlockConfig, Method
 from experiments.training import parallel, training_step
 
 LEARNING_RATES = training_step.TrainConfig().learning_rates
@@ -31,7 +32,7 @@ class Options:
     """The command line of every table."""
 
     out: Path = Path("runs/table")
-    """Folder of the results and checkpoints of one configuration; a stopped run goes on there."""
+    """Folder of the results and checkpoints of one configuration; a stopped run is resumed from it."""
     dataset: Annotated[data.DatasetName, tyro.conf.arg(metavar="NAME|FILE.npz")] = "digits"
     """digits (comes with scikit-learn), cifar10 or cifar100 (read from --data-dir), or FILE.npz with
     arrays "images" and "labels"."""
@@ -60,27 +61,37 @@ class Options:
     overwrite: bool = False
     """Remove the results and checkpoints in --out first."""
     tensorboard: bool = False
-    """Write the curves of each network for TensorBoard as well, to --out/tensorboard."""
+    """Write loss, accuracies and rate of each epoch for TensorBoard as well, to --out/tensorboard."""
     machine: tyro.conf.OmitArgPrefixes[parallel.Machine] = dataclasses.field(
         default_factory=parallel.Machine
     )
 
     counts: ClassVar[tuple[str, ...]] = ("epochs", "batch_size", "trials", "examples")
+    smoke_sizes: ClassVar[dict[str, float]] = SMOKE
+    """Values that a smoke run uses in place of None."""
     smoke_choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Values that a smoke run uses in place of the defaults."""
     unrecorded: ClassVar[tuple[str, ...]] = ()
     """Options of other commands, without effect here."""
 
     def __post_init__(self):
-        for name in self.counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        _check_rate("learning_rate", self.learning_rate)
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
                 f"seeds: expected at least one, not negative, each once, got {self.seeds}"
             )
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) == ():
+                raise ValueError(f"{field.name}: expected at least one, got none")
+        for name in self.counts:
+            self.check(name, "at least 1", lambda count: count >= 1)
+        self.check("learning_rate", "a positive rate", is_positive)
+
+    def check(self, name: str, expected: str, fits: Callable[[Any], bool]) -> None:
+        """Raise a ValueError for an option that does not fit, or one of its values; None is to be filled."""
+        value = getattr(self, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(each is None or fits(each) for each in values):
+            raise ValueError(f"{name}: expected {expected}, got {value}")
 
     def defaults(self) -> dict[str, Any]:
         """Defaults that depend on the data set; see `filled`."""
@@ -91,7 +102,7 @@ class Options:
 
     def filled(self) -> Self:
         """The options, with defaults of the data set or of a smoke run in the place of None."""
-        defaults = self.defaults() | (SMOKE if self.smoke else {})
+        defaults = self.defaults() | (self.smoke_sizes if self.smoke else {})
         names = {field.name for field in dataclasses.fields(self)}
         missing: dict[str, Any] = {
             key: value
@@ -145,10 +156,8 @@ class FinetuneOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.width is not None and not self.width > 0:
-            raise ValueError(f"width: expected a positive factor, got {self.width}")
-        if self.finetune_learning_rate is not None:
-            _check_rate("finetune_learning_rate", self.finetune_learning_rate)
+        self.check("width", "a positive factor", is_positive)
+        self.check("finetune_learning_rate", "a positive rate", is_positive)
 
     def defaults(self) -> dict[str, Any]:
         """The defaults of all tables, and those of the options added here."""
@@ -169,10 +178,15 @@ class FinetuneOptions(Options):
         )
 
 
+def rounded(value: float) -> float:
+    """To 12 digits: 1 − 0.9 is 0.1."""
+    return float(f"{value:.12g}")
+
+
 def _scaled(rates: Sequence[float], first: float) -> tuple[float, ...]:
     """The rates times a factor that makes `first` the first of them, rounded to 12 digits."""
     factor = first / rates[0]
-    return tuple(float(f"{rate * factor:.12g}") for rate in rates)
+    return tuple(rounded(rate * factor) for rate in rates)
 
 
 def adamw(
@@ -184,9 +198,20 @@ def adamw(
     return dataclasses.replace(config, learning_rates=rates, **changes)
 
 
-def _check_rate(name: str, rate: float) -> None:
-    if not 0 < rate < math.inf:
-        raise ValueError(f"{name}: expected a positive rate, got {rate}")
+def is_positive(value: float) -> bool:
+    """Whether a number is positive and finite."""
+    return 0 < value < math.inf
+
+
+def is_rate(value: float) -> bool:
+    """Whether a number can be a dropout rate."""
+    return 0 <= value < 1
+
+
+def block(config: Any, method: Method, rate: float = 0.5) -> BlockConfig:
+    """The layers of a method, from a command's options: num_iters, normalize and, if it has one, decay."""
+    decay = getattr(config, "decay", BlockConfig.decay)
+    return BlockConfig(method, rate, config.num_iters, decay, normalize=config.normalize)
 
 
 def check_methods(methods: Sequence[str]) -> None:

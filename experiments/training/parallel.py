@@ -81,14 +81,9 @@ def local_mesh() -> Mesh:
     return Mesh(np.array(jax.local_devices()[:1]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A tree of arrays, equal on every process, on every device of a mesh; copied only if needed."""
-    return jax.tree.map(lambda leaf: _put(leaf, replicated(mesh)), tree)
+    return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def shard(array: Any, mesh: Mesh, *, axis: int = 0) -> jax.Array:

@@ -12,13 +12,13 @@ import stochsolvers as ss
 RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
 
 
-def best_curve(seed, X, y, problem, validation, epochs, batch):
-    """The curve of SGD on a ReLU network of the same width, at the rate with the least final objective."""
-    curves = [_curve(seed, X, y, problem, validation, epochs, batch, rate) for rate in RATES]
-    return min(curves, key=lambda curve: np.nan_to_num(curve[-1][0], nan=np.inf))
+def best_descent(seed, X, y, problem, validation, epochs, batch):
+    """Scores of SGD on a ReLU network of the same width, at the rate with the least final objective."""
+    descents = [_descent(seed, X, y, problem, validation, epochs, batch, rate) for rate in RATES]
+    return min(descents, key=lambda scores: np.nan_to_num(scores[-1][0], nan=np.inf))
 
 
-def _curve(seed, X, y, problem, validation, epochs, batch, rate):
+def _descent(seed, X, y, problem, validation, epochs, batch, rate):
     """Objective and validation accuracy after each epoch."""
     first, second = jax.random.split(jax.random.key(seed))
     width, classes = problem.patterns.num, len(y)
@@ -48,9 +48,9 @@ def _curve(seed, X, y, problem, validation, epochs, batch, rate):
         hits = jnp.argmax(trained(held), axis=0) == labels
         return network, state, objective(network, X, y, 1.0), 100 * jnp.mean(hits)
 
-    state, curve = optimiser.init(network), []
+    state, every = optimiser.init(network), []
     for k in range(epochs):
         key = jax.random.fold_in(jax.random.key(seed), k)
         network, state, *scores = epoch(key, network, state)
-        curve.append([float(score) for score in scores])
-    return curve
+        every.append([float(score) for score in scores])
+    return every

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -153,7 +153,7 @@ def scored(trained: loop.Trained, dataset: data.Dataset, trials: int, mesh: Mesh
 def run(
     table: str,
     options: Options,
-    networks: Callable[[data.Dataset], Iterable[Network]],
+    networks: Callable[[Any, data.Dataset], Iterable[Network]],
     *,
     prepare: Callable[[data.Dataset], data.Dataset] = lambda dataset: dataset,
     together: bool = False,
@@ -162,15 +162,20 @@ def run(
 
     Args:
       table: name of the module.
-      options: the options, after `filled`.
-      networks: the networks for a data set of this shape.
+      options: the options.
+      networks: the networks, from the filled options and a data set of this shape.
       prepare: changes the data set.
       together: train the network of all seeds in one step.
     """
-    with opened(table, options, lambda first: (each.build for each in networks(first))) as job:
+    options = options.filled()
+
+    def builds(first: data.Dataset) -> Iterator[Build]:
+        return (network.build for network in networks(options, first))
+
+    with opened(table, options, builds) as job:
         for group in [options.seeds] if together else [(seed,) for seed in options.seeds]:
             datasets = {s: prepare(job.source.dataset(s, options.examples)) for s in group}
-            for network in networks(datasets[group[0]]):
+            for network in networks(options, datasets[group[0]]):
                 remaining = {
                     seed: dataset
                     for seed, dataset in datasets.items()
@@ -255,9 +260,10 @@ def main(
     table: str, config: type[Any], run: Callable[[Any], list[Row]], args: list[str] | None
 ) -> None:
     """Parse the command line, run, print the table; fail if a network diverged."""
-    options: Any = terminal.parse(config, f"experiments.{table}", args)
+    default = config(out=Path("runs") / table)
+    options: Any = terminal.parse(config, f"experiments.{table}", args, default=default)
     try:
-        with _stoppable():
+        with checkpoints.termination_handled_by(_stop):
             rows = run(options)
     except EXPECTED as error:
         sys.exit(f"error: {error}")
@@ -268,23 +274,7 @@ def main(
         sys.exit(f"error: diverged: {'; '.join(names)}")
 
 
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """End the program on SIGTERM and Ctrl-C with a message; training saves a checkpoint first."""
-
-    def stop(number: int, _: Any) -> None:
-        print("stopped; the same command goes on from what is saved", file=sys.stderr)
-        sys.exit(128 + number)
-
-    previous = {number: signal.getsignal(number) for number in checkpoints.TERMINATION}
-    try:
-        for number in previous:
-            signal.signal(number, stop)
-    except ValueError:  # only the main thread may
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _stop(number: int, _: Any) -> None:
+    """End the program with a message; training saves a checkpoint first."""
+    print("stopped; the same command goes on from what is saved", file=sys.stderr)
+    sys.exit(128 + number)

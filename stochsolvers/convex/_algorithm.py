@@ -52,7 +52,7 @@ class Algorithm(abc.ABC):
     max_iters: Scalar = 10_000
 
     def __post_init__(self):
-        _inputs.number("max_iters", self.max_iters)
+        _inputs.iterations("max_iters", self.max_iters)
 
     @abc.abstractmethod
     def check(self, problem: Any) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 
 from stochsolvers import _checks
 from stochsolvers._typing import value_object
+from stochsolvers.convex import _inputs
 from stochsolvers.convex._network import Network, relu_network
 from stochsolvers.convex._problems import GatedProblem
 from stochsolvers.convex._responses import nnls
@@ -68,6 +69,7 @@ def decompose(problem: GatedProblem, V: Any, *, num_rounds: int = 4) -> Decompos
     _checks.real_array("the value V", V)
     if jnp.shape(V) != problem.shape:
         _checks.fail("shape of the value V", problem.shape, jnp.shape(V))
+    _inputs.finite("the value V", V)
     _checks.rank("data of decompose", problem.X, 2)
     num_rounds = _checks.count("num_rounds", num_rounds)
     X, mask = np.asarray(problem.X, np.float64), np.asarray(problem.patterns.mask)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from stochsolvers._typing import Array
-from stochsolvers.convex._network import GatedNetwork, TwoLayer
+from stochsolvers.convex._network import GatedNetwork, TwoLayer, through_gates
 from stochsolvers.convex._recover import as_kernel, given, recover
 
 
@@ -96,8 +96,8 @@ def _nnx_modules() -> tuple[Any, Any, Any]:
             self.gate_bias = None if network.gate_bias is None else Gates(network.gate_bias)
 
         def __call__(self, x):
-            opened = _affine(x, self.gates, self.gate_bias) >= 0
-            return jnp.where(opened, _affine(x, self.kernel, self.bias), 0)
+            level = _affine(x, self.gates, self.gate_bias)
+            return through_gates(level, _affine(x, self.kernel, self.bias))
 
     class TwoLayerNetwork(nnx.Module):
         """Output(hidden(x)), with a ReLU between Linears."""
@@ -140,7 +140,7 @@ def _linen_module() -> Any:
                 bias = self.param("bias", nn.initializers.zeros, shape[1:])
             if self.gate_bias:
                 gate_bias = self.variable("gates", "bias", jnp.zeros, shape[1:]).value
-            return jnp.where(_affine(x, gates, gate_bias) >= 0, _affine(x, kernel, bias), 0)
+            return through_gates(_affine(x, gates, gate_bias), _affine(x, kernel, bias))
 
         def _draw(self, shape):
             return jax.random.normal(self.make_rng("params"), shape)

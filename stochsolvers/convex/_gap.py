@@ -94,6 +94,8 @@ def network_gap(
       Pilanci and Ergen 2020, theorem 1 and its dual.
     """
     network = as_network(network)
+    _checks.real_array("X of network_gap", X)
+    _checks.real_array("y of network_gap", y)
     _checks.member("method", method, ("enumerate", "bound", "search"))
     _inputs.positive_number("beta", beta)
     _inputs.loss("loss", loss)
@@ -228,8 +230,9 @@ def dual_point(network: Network, X: Any, y: Any, beta: float, loss: Loss) -> Dua
       ValueError: for shapes that do not fit, and numbers that are not finite.
     """
     _checks.rank("X", X, 2)
-    for name, value in (("X", X), ("y", y), ("hidden", network.hidden), ("output", network.output)):
-        _inputs.finite(name, value)
+    _inputs.finite("X", X)
+    _inputs.finite("y", y)
+    _inputs.finite_fields("the network", network)
     weights = augmented_neurons(network)
     data = np.asarray(X, np.float64)
     _checks.trailing("X", X, (network.num_features,))

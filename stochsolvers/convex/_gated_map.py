@@ -50,8 +50,8 @@ class GatedMap(LinearMap):
 
     def __post_init__(self):
         X = _inputs.data("X of GatedMap", self.X)
-        if not isinstance(self.patterns, Patterns):
-            _checks.fail("patterns of GatedMap", "Patterns", type(self.patterns).__name__)
+        wanted = "Patterns, such as sample_patterns(key, X, 100)"
+        _checks.instance("patterns of GatedMap", self.patterns, Patterns, wanted)
         gates, mask = self.patterns.gates, self.patterns.mask
         if mask.shape[:-1] != X.shape[:-1] or gates.shape[0] != X.shape[-1]:
             wanted = f"gates ({X.shape[-1]}, P) and a mask {(*X.shape[:-1], 'P')}"

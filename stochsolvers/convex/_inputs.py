@@ -1,5 +1,6 @@
 """Checks of data and targets: structure always, values where they are concrete."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -25,6 +26,13 @@ def finite(what: str, array: Any) -> None:
     values = known(array)
     if values is not None and not np.all(np.isfinite(values)):
         _checks.fail(what, "finite numbers", f"{int(np.sum(~np.isfinite(values)))} that are not")
+
+
+def finite_fields(what: str, network: Any) -> None:
+    """Require that all weights of a network are finite."""
+    for field in dataclasses.fields(network):
+        if (value := getattr(network, field.name)) is not None:
+            finite(f"{field.name} of {what}", value)
 
 
 def scalar(value: Any, dtype: Any) -> Array:
@@ -68,6 +76,16 @@ def number(what: str, value: Any) -> None:
         _checks.fail(what, "a number >= 0", repr(value))
     _checks.rank(what, value, 0)
     _checks.non_negative(what, value)
+
+
+def iterations(what: str, value: Any) -> None:
+    """Require an integer of at least 0, traced or not."""
+    dtype = getattr(value, "dtype", None)
+    if isinstance(value, np.integer) or dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        _checks.count(what, value, minimum=0, maximum=2**31 - 1)
+    else:
+        _checks.rank(what, value, 0)
+        _checks.non_negative(what, value)
 
 
 def loss(what: str, value: Any) -> None:

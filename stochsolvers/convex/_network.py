@@ -21,8 +21,9 @@ from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from stochsolvers import _checks
+from stochsolvers import _checks, _linalg
 from stochsolvers._typing import Array, Scalar, at_least_float32, value_object
 from stochsolvers.losses import Loss, Squares
 
@@ -82,6 +83,7 @@ class TwoLayer(abc.ABC):
         return value if self.output.ndim == 1 else jnp.swapaxes(value, -1, -2)
 
     def _linear(self, X: Any, weights: Array, bias: Array | None) -> Array:
+        _checks.real_array(f"data of {type(self).__name__}", X)
         _checks.trailing(f"data of {type(self).__name__}", X, (self.num_features,))
         value = jnp.asarray(X, self.hidden.dtype) @ weights
         return value if bias is None else value + jnp.expand_dims(bias, range(value.ndim - 1))
@@ -107,18 +109,15 @@ class TwoLayer(abc.ABC):
 
     def sizes(self) -> tuple[Array, Array]:
         """||(w_j, b_j)|| and ||a_j|| for each neuron."""
-        squares = jnp.sum(self.hidden**2, axis=0)
+        hidden = self.hidden.T
         if self.hidden_bias is not None:
-            squares = squares + self.hidden_bias**2
-        output = (
-            jnp.abs(self.output) if self.output.ndim == 1 else jnp.linalg.norm(self.output, axis=1)
-        )
-        return jnp.sqrt(squares), output
+            hidden = jnp.concatenate([hidden, self.hidden_bias[:, None]], axis=1)
+        return _norms(hidden), _norms(self.output.reshape(self.width, -1))
 
     def balanced(self) -> Self:
         """The same function with ||(w_j, b_j)|| = ||a_j||: of least penalty among all its scalings."""
         inner, outer = self.sizes()
-        alive = (inner > 0) & (outer > 0)
+        alive = (inner != 0) & (outer != 0)  # NaN stays
         ratio = jnp.where(alive, outer, 1) / jnp.where(alive, inner, 1)
         return self._scaled(jnp.where(alive, jnp.sqrt(ratio), 0), jnp.where(alive, ratio**-0.5, 0))
 
@@ -134,7 +133,7 @@ class TwoLayer(abc.ABC):
     def active(self, tol: float = 0.0) -> np.ndarray:
         """Indices of the neurons with ||(w_j, b_j)|| ||a_j|| above `tol` times the largest. Not for jit."""
         size = np.multiply(*map(np.asarray, self.sizes()))
-        return np.flatnonzero(size > tol * np.max(size, initial=0))
+        return np.flatnonzero(~(size <= tol * np.max(size, initial=0)))  # NaN stays
 
     def take(self, indices: Any) -> Self:
         """The network of these neurons alone."""
@@ -197,8 +196,13 @@ class GatedNetwork(TwoLayer):
 
     def neurons(self, X: Any) -> Array:
         """1[X G + h ≥ 0] ∘ (X W + b), shape (..., n, m)."""
-        open_gates = self._linear(X, self.gates, self.gate_bias) >= 0
-        return jnp.where(open_gates, self._linear(X, self.hidden, self.hidden_bias), 0)
+        level = self._linear(X, self.gates, self.gate_bias)
+        return through_gates(level, self._linear(X, self.hidden, self.hidden_bias))
+
+
+def through_gates(level: Array, value: Array) -> Array:
+    """1[g ≥ 0] ∘ value for levels g; NaN where g is."""
+    return jnp.where(level >= 0, value, jnp.where(jnp.isnan(level), level, 0))
 
 
 def relu_network(U: Array) -> Network:
@@ -230,7 +234,7 @@ def gated_network(gates: Array, V: Array, *, joint: bool = False) -> GatedNetwor
       joint: whether the outputs share their neurons.
     """
     if joint:
-        left, values, right = jnp.linalg.svd(jnp.moveaxis(V, 0, 1), full_matrices=False)
+        left, values, right = _linalg.svd(jnp.moveaxis(V, 0, 1))
         root = jnp.sqrt(values)
         hidden = (right * root[..., None]).reshape(-1, V.shape[-1]).T
         output = jnp.swapaxes(left * root[:, None, :], 1, 2).reshape(-1, V.shape[0])
@@ -242,8 +246,7 @@ def gated_network(gates: Array, V: Array, *, joint: bool = False) -> GatedNetwor
 
 def _balanced_neurons(V: Array, signs: Array) -> tuple[Array, Array]:
     """Hidden and output weights of the vectors V, shape (m, d) or (C, m, d), with the signs of m outputs."""
-    norms = jnp.linalg.norm(V, axis=-1)
-    root = jnp.sqrt(norms)
+    root = jnp.sqrt(_norms(V))
     hidden = V / jnp.where(root > 0, root, 1)[..., None]
     output = root * jnp.expand_dims(signs, range(root.ndim - 1))
     if V.ndim == 2:
@@ -251,3 +254,10 @@ def _balanced_neurons(V: Array, signs: Array) -> tuple[Array, Array]:
     num, width = output.shape
     spread = jnp.eye(num, dtype=V.dtype)[:, None, :] * output[..., None]
     return hidden.reshape(num * width, -1).T, spread.reshape(num * width, num)
+
+
+def _norms(vectors: Array) -> Array:
+    """Euclidean norms along the last axis, in units of the largest entry: no square over- or underflows."""
+    unit = jnp.max(jnp.abs(lax.stop_gradient(vectors)), axis=-1, initial=0.0)
+    unit = jnp.where(unit > 0, unit, 1.0)
+    return unit * jnp.sqrt(jnp.sum((vectors / unit[..., None]) ** 2, axis=-1))

@@ -145,10 +145,10 @@ def sample_patterns(
     num = _checks.count("num", num)
     _checks.member("kind", kind, ("gaussian", "sparse", "convolutional"))
     features = X.shape[-1]
+    kept = _checks.count("num_nonzero", num_nonzero, maximum=features)
     normal_key, support_key = jax.random.split(key)
     gates = jax.random.normal(normal_key, (features, num), X.dtype)
     if kind == "sparse":
-        kept = _checks.count("num_nonzero", num_nonzero, maximum=features)
         ranks = jnp.argsort(jnp.argsort(jax.random.uniform(support_key, gates.shape), 0), 0)
         gates = jnp.where(ranks < kept, gates, 0)
     elif kind == "convolutional":

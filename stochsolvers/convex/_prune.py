@@ -36,15 +36,16 @@ def prune(network: _Network, X: Any, *, tol: float = 1e-9) -> _Network:
       tol: singular values below tol times the largest count as zero.
 
     Raises:
-      ValueError: for data that do not fit.
+      ValueError: for data that do not fit, and numbers that are not finite.
     """
     if not isinstance(network, TwoLayer):
         _checks.fail("network to prune", "a Network or a GatedNetwork", type(network).__name__)
+    _checks.real_array("X", X)
     _checks.rank("X", X, 2)
     _inputs.finite("X", X)
     _checks.non_negative("tol", tol)
     _checks.rank("tol", tol, 0)
-    _checks.real_array("X", X)
+    _inputs.finite_fields("the network to prune", network)
     network = network.balanced().compact()
     if network.width == 0:
         return network
@@ -52,6 +53,7 @@ def prune(network: _Network, X: Any, *, tol: float = 1e-9) -> _Network:
     hidden = np.asarray(network.neurons(X), np.float64)
     output = np.asarray(network.output, np.float64).reshape(network.width, -1)
     columns = np.einsum("nj,jc->ncj", hidden, output).reshape(-1, network.width)
+    _inputs.finite("predictions of the network to prune", columns)
     factors = _fewest(columns, inner * outer, tol)
     root = jnp.asarray(np.sqrt(factors), network.hidden.dtype)
     return network._scaled(root, root).compact()
@@ -62,6 +64,8 @@ def _fewest(columns: np.ndarray, costs: np.ndarray, tol: float) -> np.ndarray:
     scale = np.linalg.norm(columns, axis=0)
     factors = np.where(scale > 0, 1.0, 0.0)
     used = np.flatnonzero(scale)
+    if not used.size:
+        return factors
     columns, costs, scale = columns[:, used], costs[used], scale[used]
     f = np.ones(len(used))
     null = _null_space(columns / scale, tol) / scale[:, None]

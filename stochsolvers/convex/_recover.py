@@ -32,6 +32,8 @@ def recover(problem: GatedProblem | ReLUProblem, value: Array) -> Network | Gate
         wanted = "a GatedProblem or a ReLUProblem"
         _checks.fail("problem", wanted, type(problem).__name__)
     _checks.rank("data of the program", problem.X, 2)
+    if not _checks.is_real(value):
+        _checks.fail("the value", "an array, such as solution.value", _checks.named(value))
     _checks.real_array("the value", value)
     if jnp.shape(value) != problem.shape:
         _checks.fail("shape of the value", problem.shape, jnp.shape(value))
@@ -93,12 +95,13 @@ def from_network(network: Any, X: Any) -> tuple[Array, Patterns]:
       patterns of the neurons that are active on X. Not for jit.
 
     Raises:
-      ValueError: for data that do not fit, and networks that are zero on X.
+      ValueError: for data that do not fit, weights that are not finite, and networks that are zero on X.
     """
     network = as_network(network)
     _checks.rank("X", X, 2)
     _checks.real_array("X", X)
     _inputs.finite("X", X)
+    _inputs.finite_fields("the network", network)
     weights = network.hidden
     X = jnp.asarray(X, weights.dtype)
     if network.hidden_bias is not None:

@@ -79,8 +79,10 @@ def solve(
     if isinstance(problem, GatedProblem) and not _terms.has_gauge(problem):
         wanted = "a norm or a ridge; ss.ProxGD is for every prior"
         _checks.fail("regularizer of convex.solve", wanted, type(problem.prior).__name__)
-    if init is not None and jnp.shape(init) != problem.shape:
-        _checks.fail("shape of init of convex.solve", f"{problem.shape}", jnp.shape(init))
+    if init is not None:
+        _checks.real_array("init of convex.solve", init)
+        if jnp.shape(init) != problem.shape:
+            _checks.fail("shape of init of convex.solve", f"{problem.shape}", jnp.shape(init))
     if isinstance(solver, InteriorPoint):
         return _on_host(problem, solver, init, tol, certify, progress)
     start = None if init is None else jnp.asarray(init, problem.dtype)

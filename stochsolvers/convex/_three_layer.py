@@ -84,6 +84,8 @@ class ThreeLayerProblem(ConeProgram):
         _checks.trailing("second of ThreeLayerProblem", second, (len(X), jnp.shape(second)[1]))
         if patterns.mask.shape[:-1] != X.shape[:1]:
             _checks.fail("mask of the patterns", f"({len(X)}, P)", patterns.mask.shape)
+        if len(patterns.gates) != X.shape[1]:
+            _checks.fail("gates of the patterns", f"({X.shape[1]}, P)", patterns.gates.shape)
         features, cones, signs = _blocks(X, patterns.mask, jnp.asarray(second, bool), width)
         linear_map = SignedMap(Contraction("n,bnd->bd", features, (len(X),)))
         prior = ConeGroupL2(PolyhedralCones.of(cones), 1.0)

@@ -98,6 +98,8 @@ def train_network(
     if init is not None:
         _checks.instance("init", init, Network, "a Network, or None")
     _checks.rank("X", X, 2)
+    _checks.real_array("X", X)
+    _checks.real_array("y", y)
     _inputs.finite("X", X)
     _inputs.finite("y", y)
     _inputs.positive_number("beta", beta)

@@ -7,6 +7,7 @@ its round-off. The derivative of u is taken to be that of the norm on that grid 
 from which u differs by round-off. A map within the bound is left as it is, as in spectral normalisation.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -46,11 +47,11 @@ def normalized(linear_map: LinearMap, bound: Scalar = 0.95) -> LinearMap:
     check_map("map of normalized", linear_map)
     _check(bound)
     state = lipschitz_state(lax.stop_gradient(linear_map), grid="padded")
-    if state.anchor is None or state.ceiling is None or state.scale is None:
+    unit, state, scale = _unit(linear_map, state)
+    squared = state.ceiling
+    if squared is None:
         squared = lipschitz_bracket(lax.stop_gradient(linear_map), grid="padded").upper
-    else:
-        squared = state.ceiling * state.scale * state.scale
-    return _scaled(linear_map, state, squared, bound)
+    return _scaled(linear_map, unit, state, squared, scale, bound)
 
 
 def normalized_refresh(
@@ -80,9 +81,12 @@ def normalized_refresh(
     _check(bound)
     if state.grid != "padded":
         _checks.fail("grid of the state of normalized_refresh", "'padded'", repr(state.grid))
-    constant = lax.stop_gradient(linear_map)
-    bracket, state = lipschitz_refresh(constant, lax.stop_gradient(state), tolerance=tolerance)
-    return _scaled(linear_map, state, bracket.upper, bound), state
+    unit, state, scale = _unit(linear_map, lax.stop_gradient(state))
+    bracket, state = lipschitz_refresh(lax.stop_gradient(unit), state, tolerance=tolerance)
+    scaled = _scaled(linear_map, unit, state, bracket.upper, scale, bound)
+    if state.scale is not None:
+        state = dataclasses.replace(state, scale=state.scale * scale)
+    return scaled, state
 
 
 def _check(bound: Scalar) -> None:
@@ -90,17 +94,35 @@ def _check(bound: Scalar) -> None:
     _checks.rank("bound", bound, 0)
 
 
+def _unit(
+    linear_map: LinearMap, state: LipschitzState
+) -> tuple[LinearMap, LipschitzState, Array | float]:
+    """The map and its state in units of the state's scale, whose squares are far from overflow."""
+    if state.scale is None:
+        return linear_map, state, 1.0
+    unit = linear_map.scaled(1 / state.scale)
+    return unit, dataclasses.replace(state, scale=jnp.ones_like(state.scale)), state.scale
+
+
 @jax.jit
 def _scaled(
-    linear_map: LinearMap, state: LipschitzState, squared: Array, bound: Scalar
+    linear_map: LinearMap,
+    unit: LinearMap,
+    state: LipschitzState,
+    squared: Array,
+    scale: Scalar,
+    bound: Scalar,
 ) -> LinearMap:
-    """W / max(1, u/ω), the derivative of u² = `squared` that of the norm at the state's vector."""
+    """W / max(1, u/ω), the derivative of u² = `squared` that of the norm at the state's vector.
+
+    `squared` and `state` are those of `unit`, which is W / scale.
+    """
     known = lax.stop_gradient(squared)
-    moving = remembered_constant(linear_map, state)
+    moving = remembered_constant(unit, state)
     fixed = lax.stop_gradient(moving)
     # no derivative of the zero map
     ratio = jnp.where(fixed > 0, moving, 1) / jnp.where(fixed > 0, fixed, 1)
-    norm = jnp.sqrt(known) * jnp.sqrt(ratio)
+    norm = jnp.sqrt(known) * jnp.sqrt(ratio) * jnp.asarray(scale, known.dtype)
     allowed = jnp.asarray(bound, norm.dtype) * (1 - _round_off(linear_map, norm.dtype))
     return linear_map.scaled(jnp.where(norm > allowed, allowed / norm, 1))
 

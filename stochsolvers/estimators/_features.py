@@ -3,7 +3,14 @@
 import jax.numpy as jnp
 
 from stochsolvers import _checks, sampling
-from stochsolvers._typing import Array, Scalar, count_field, static_field, value_object
+from stochsolvers._typing import (
+    Array,
+    Scalar,
+    as_float,
+    count_field,
+    static_field,
+    value_object,
+)
 from stochsolvers.estimators._base import (
     FeatureEstimator,
     Sample,
@@ -95,6 +102,7 @@ class Bernoulli(FeatureEstimator):
         _checks.rank("keep_probability", self.keep_probability, 0)
         _checks.held_by("keep_probability", self.keep_probability, jnp.float32)
         _checks.ordered("keep_probability", self.keep_probability, 1.0)
+        object.__setattr__(self, "keep_probability", as_float(self.keep_probability))
 
     def draw(self, key: Array, problem: LayerProblem, z: Array) -> Array:
         """Weights (*batch, n1)."""

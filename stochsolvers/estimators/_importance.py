@@ -4,6 +4,7 @@ import abc
 from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
+from jax import lax
 
 from stochsolvers import _checks, sampling
 from stochsolvers._typing import Array, count_field, static_field, value_object
@@ -41,8 +42,11 @@ class _ImportanceScores(FeatureEstimator):
         if self.by == "lipschitz":  # the same for every example
             p = sampling.inclusion_probabilities(constants.astype(problem.dtype), tau)
             return jnp.broadcast_to(p, (*problem.batch_shape, *p.shape))
-        squares = problem.residual(z) ** 2
-        spatial = tuple(range(len(problem.batch_shape), squares.ndim - 1))
+        residual = problem.residual(z)
+        axes = tuple(range(len(problem.batch_shape), residual.ndim))
+        # the scores' unit is their own, and no square overflows
+        unit = jnp.max(jnp.abs(lax.stop_gradient(residual)), axes, keepdims=True, initial=0.0)
+        squares, spatial = (residual / jnp.where(unit > 0, unit, 1.0)) ** 2, axes[:-1]
         constants = jnp.expand_dims(constants, range(len(problem.batch_shape)))
         scores = jnp.sqrt(constants * jnp.sum(squares, axis=spatial)).astype(problem.dtype)
         return sampling.inclusion_probabilities(scores, tau)

@@ -48,7 +48,7 @@ class LinearMap(abc.ABC):
 
     def __post_init__(self) -> None:
         for name in ("in_shape", "out_shape"):
-            shape = getattr(self, name)
+            shape = getattr(self, name, None)
             if not isinstance(shape, tuple) or not all(
                 isinstance(n, int | np.integer) for n in shape
             ):

@@ -10,6 +10,7 @@ written where it is mutable, for `certify`, and is never part of a model's varia
 from stochsolvers.linen._blocks import SolverResNetBlock as SolverResNetBlock
 from stochsolvers.linen._blocks import fold_batch_norm as fold_batch_norm
 from stochsolvers.linen._blocks import refresh_lipschitz as refresh_lipschitz
+from stochsolvers.linen._conv_transpose import SolverConvTranspose as SolverConvTranspose
 from stochsolvers.linen._dropout import AdditiveDropout as AdditiveDropout
 from stochsolvers.linen._dropout import ImportanceDropout as ImportanceDropout
 from stochsolvers.linen._dropout import OutputDropout as OutputDropout

@@ -13,7 +13,7 @@ from flax.core import meta
 
 from stochsolvers import _checks, _layers
 from stochsolvers._typing import Array, Scalar
-from stochsolvers.linear_maps import Conv, Dense, LinearMap, dense_general
+from stochsolvers.linear_maps import Conv, Dense, LinearMap, Transposed, dense_general
 from stochsolvers.linen._following import FollowingNorm
 from stochsolvers.losses import Loss, Squares
 from stochsolvers.problems import LayerProblem
@@ -90,7 +90,12 @@ class SolverLayer(nn.Module):
         layer: Any = self
         if layer.following is None or self.is_initializing():
             return kernel, bias
-        return _fold.folded(kernel, bias, self._affine())
+        return _fold.folded(kernel, bias, self._affine(), axis=self.output_axis())
+
+    @nn.nowrap
+    def output_axis(self) -> int:
+        """The kernel's axis of the features of the output."""
+        return -1
 
     def _affine(self) -> tuple[Array, Array]:
         """(s, t) of the normalisation behind the layer."""
@@ -115,10 +120,7 @@ class SolverLayer(nn.Module):
         ):
             return output
         problem = _layers.Settings.of(self).problem(linear_map, inputs, bias, None)
-        features = output.shape[-1:]
-        fold = jnp.ones(features, output.dtype), jnp.zeros(features, output.dtype)
-        if layer.following is not None:
-            fold = self._affine()
+        fold = _fold.identity(output) if layer.following is None else self._affine()
         with _layers.precision_context(layer.precision):
             return _fold.unfolded(output, plain(), problem, fold)
 
@@ -145,7 +147,9 @@ class SolverLayer(nn.Module):
 
 
 def _adds_in_another_order(linear_map: LinearMap) -> bool:
-    """Whether a convolution is one that `_convolution` pads first: a small image, or one without padding."""
+    """Whether it is a transposed convolution, or one that `_convolution` pads first: small, or unpadded."""
+    if isinstance(linear_map, Transposed):
+        return True
     if not isinstance(linear_map, Conv):
         return False
     sizes = zip(linear_map.in_shape, linear_map.dilated_kernel_shape, strict=False)
@@ -246,10 +250,7 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
             conv_general_dilated_cls=self.conv_general_dilated_cls,
         )
         size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
-        if jnp.ndim(inputs) < len(size) + 1:
-            names = {1: "W", 2: "H, W", 3: "D, H, W"}.get(len(size), "spatial")
-            wanted = f"(..., {names}, features)"
-            _checks.fail("shape of SolverConv's inputs", wanted, jnp.shape(inputs))
+        _layers.pixels_of(self, inputs, len(size))
         n1 = jnp.shape(inputs)[-1]
         shape = (*size, n1 // self.feature_group_count, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)

@@ -96,8 +96,8 @@ def replace_layers(
     if not isinstance(variables, Mapping):
         got = type(variables).__name__
         _checks.fail("variables", "the collections that init returns (see Module.unbind)", got)
-    _plan.check_options(solver, prior, dropout)
-    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    arguments = _plan.arguments(inputs)
+    _plan.check_options(solver, prior, dropout, arguments)
     network = _survey.look(module, variables, arguments, options, rngs)
     chosen = _where.select(where, network.modules)
     candidates = _survey.candidates(network, chosen)

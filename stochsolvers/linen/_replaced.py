@@ -11,13 +11,20 @@ from flax import linen as nn
 
 from stochsolvers import _layers
 from stochsolvers._typing import Array
+from stochsolvers.linen._conv_transpose import SolverConvTranspose
 from stochsolvers.linen._following import FollowingNorm, Path
-from stochsolvers.linen._layers import SolverConv, SolverDense, SolverDenseGeneral, SolverLayer
+from stochsolvers.linen._layers import (
+    SolverConv,
+    SolverDense,
+    SolverDenseGeneral,
+    SolverLayer,
+)
 from stochsolvers.reports._known_layers import inherits_unchanged
 
 TWINS: dict[type, Any] = {
     nn.Dense: SolverDense,
     nn.Conv: SolverConv,
+    nn.ConvTranspose: SolverConvTranspose,
     nn.DenseGeneral: SolverDenseGeneral,
 }
 

@@ -16,6 +16,7 @@ from stochsolvers import _checks, _equilibria, _layers, _programs, reports
 from stochsolvers._compilation import jit_once
 from stochsolvers._typing import Array, join_static, split_static
 from stochsolvers.linear_maps import LinearMap
+from stochsolvers.linen._conv_transpose import SolverConvTranspose
 from stochsolvers.linen._equilibrium import (
     DeepEquilibrium,
     Equilibrium,
@@ -265,6 +266,7 @@ _LINEAR_MAPS: dict[type, Callable[[Any, Array, tuple[int, ...]], LinearMap]] = {
     nn.Einsum: linear_map_of,
     SolverDense: linear_map_of,
     SolverConv: linear_map_of,
+    SolverConvTranspose: linear_map_of,
     SolverDenseGeneral: linear_map_of,
     ProxPropDense: linear_map_of,
     ProxPropConv: linear_map_of,

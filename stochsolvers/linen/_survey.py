@@ -24,7 +24,7 @@ from stochsolvers.surgery._survey import Survey
 from stochsolvers.surgery._survey import survey as survey_of
 from stochsolvers.surgery._where import Chosen
 
-_OTHERS = (nn.ConvTranspose, nn.ConvLocal, nn.Einsum, SolverLayer)
+_OTHERS = (nn.ConvLocal, nn.Einsum, SolverLayer)
 _WRAPPERS: dict[type, str] = {
     nn.SpectralNorm: "nn.SpectralNorm",
     nn.WeightNorm: "nn.WeightNorm",
@@ -217,7 +217,7 @@ def _kernel_shape(network: Network, label: str) -> tuple[int, ...] | None:
 
 def kernel_ndim(layer: Any) -> int | None:
     """The number of axes of the kernel of one layer."""
-    if isinstance(layer, nn.Conv):
+    if isinstance(layer, nn.Conv | nn.ConvTranspose):
         return (1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)) + 2
     if isinstance(layer, nn.DenseGeneral):
         sizes = layer.axis, layer.features
@@ -229,8 +229,6 @@ def _obstacle(module: Any) -> str:
     """What is against a solver in a module's place, whatever surrounds it."""
     if isinstance(module, SolverLayer):
         return _obstacles.ALREADY
-    if isinstance(module, nn.ConvTranspose):
-        return _obstacles.TRANSPOSED
     reason = _obstacles.of_class(module, TWINS, "nn") or _obstacles.of_options(module)
     if not reason and isinstance(module, nn.DenseGeneral):
         reason = _obstacles.of_contraction(module.axis, tuple(module.batch_dims))

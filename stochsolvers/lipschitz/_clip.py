@@ -91,10 +91,10 @@ def clip_singular_values(
 
 
 def clipped(matrices: Array, bound: Array) -> Array:
-    """M − Σ_i max(0, σ_i − c) p_i q_iᴴ for matrices (..., m, n)."""
+    """Σ_i min(σ_i, c) p_i q_iᴴ for matrices (..., m, n); one without a σ_i above c is returned as it is."""
     p, sigma, q = _linalg.svd(matrices)
-    excess = jnp.maximum(sigma - bound, 0.0)
-    return matrices - jnp.matmul(p * excess[..., None, :], q, precision="highest")
+    inside = jnp.matmul(p * jnp.minimum(sigma, bound)[..., None, :], q, precision="highest")
+    return jnp.where(jnp.all(sigma <= bound, axis=-1)[..., None, None], matrices, inside)
 
 
 @jax.jit

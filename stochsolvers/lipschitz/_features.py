@@ -53,7 +53,7 @@ def _columns(linear_map: LinearMap, grid: Grid) -> Array:
         return _rows(linear_map.base, grid)
     if not isinstance(linear_map, Dense | Conv):
         return _parts_of_matrix(linear_map, of_inputs=True)
-    blocks, scale = _blocks(linear_map, grid)
+    blocks, scale = _blocks(linear_map, grid, (1, 3))
     columns = jnp.moveaxis(blocks, -1, -3)  # (frequencies, groups, inputs, outputs, aliases)
     if columns.shape[-1] == 1:
         squared = jnp.sum(jnp.abs(columns) ** 2, axis=(-2, -1))
@@ -69,15 +69,18 @@ def _rows(linear_map: LinearMap, grid: Grid) -> Array:
         return _columns(linear_map.base, grid)
     if not isinstance(linear_map, Dense | Conv):
         return _parts_of_matrix(linear_map, of_inputs=False)
-    blocks, scale = _blocks(linear_map, grid)
+    blocks, scale = _blocks(linear_map, grid, (1, 2))
     squared = jnp.sum(jnp.abs(blocks) ** 2, axis=(-2, -1))
     return jnp.max(squared, axis=0).reshape(-1) * scale * scale
 
 
-def _blocks(linear_map: LinearMap, grid: Grid) -> tuple[Array, Array]:
-    """Blocks of half of the frequencies, (frequencies, groups, outputs, aliases, inputs), and a scale."""
+def _blocks(linear_map: LinearMap, grid: Grid, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Blocks of half of the frequencies, (frequencies, groups, outputs, aliases, inputs), and their scales.
+
+    One for each feature, from the taps, (groups, taps, inputs, outputs), along `axes`.
+    """
     taps, phases = taps_and_phases(linear_map, grid)
-    scale = scale_of(taps)
+    scale = scale_of(taps, axes)
     re, im = (
         jnp.einsum(
             "fat,gtio->fgoai", jnp.asarray(part, taps.dtype), taps / scale, precision="highest"
@@ -85,7 +88,7 @@ def _blocks(linear_map: LinearMap, grid: Grid) -> tuple[Array, Array]:
         for part in (phases.cosines, phases.sines)
     )
     real = phases.num_real == len(phases.cosines)
-    return re if real else lax.complex(re, im), scale
+    return re if real else lax.complex(re, im), scale.ravel()
 
 
 def _parts_of_matrix(linear_map: LinearMap, *, of_inputs: bool) -> Array:
@@ -94,9 +97,10 @@ def _parts_of_matrix(linear_map: LinearMap, *, of_inputs: bool) -> Array:
     if not is_small(linear_map) and not isinstance(linear_map, Matrix):
         return jnp.full(features, norm_estimate(linear_map, safe=True))
     matrix, _ = entries(linear_map)
-    scale = scale_of(matrix)
-    matrix = (matrix if of_inputs else matrix.T) / scale
+    matrix = matrix if of_inputs else matrix.T
     parts = jnp.moveaxis(matrix.reshape(-1, features, matrix.shape[-1]), 1, 0)
+    scale = scale_of(parts, (1, 2))
+    parts, scale = parts / scale, scale.ravel()
     if min(parts.shape[1:]) == 1:
         squared = jnp.sum(parts**2, axis=(-2, -1))
     else:

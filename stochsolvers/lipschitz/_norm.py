@@ -63,12 +63,17 @@ def spectral_norm(linear_map: LinearMap) -> Array:
         base = _written(base)
     if not has_blocks(base):
         return _ritz_value(base)
-    # squares of small entries would underflow; a norm is homogeneous
-    scale = jnp.asarray(1.0, compute_dtype(base))
-    if hasattr(base, "kernel"):
-        scale = scale_of(base.kernel.astype(scale.dtype))  # pyright: ignore
-        base = base.astype(scale.dtype).scaled(1 / scale)
+    base, scale = _in_units(base)
     return root(_square(base)) * scale
+
+
+def _in_units(linear_map: LinearMap) -> tuple[LinearMap, Array]:
+    """The map in units of a power of two, in which no square over- or underflows: a norm is homogeneous."""
+    scale = jnp.asarray(1.0, compute_dtype(linear_map))
+    if not (hasattr(linear_map, "kernel") and has_blocks(linear_map)):
+        return linear_map, scale
+    scale = scale_of(linear_map.kernel.astype(scale.dtype))  # pyright: ignore
+    return linear_map.astype(scale.dtype).scaled(1 / scale), scale
 
 
 @of_map
@@ -85,13 +90,15 @@ def spectral_norm_bracket(
     The roots of `lipschitz_bracket` where lemma 2 is exact, else of `operator_bracket`, whose arguments these
     are; `Bracket.method` says how the ends were obtained.
     """
+    linear_map, scale = _in_units(linear_map)
     if is_exact(linear_map) and has_blocks(linear_map):
         squared = lipschitz_bracket(linear_map)
     else:
         squared = operator_bracket(
             linear_map, num_iters=num_iters, key=key, failure_probability=failure_probability
         )
-    lower, upper = jnp.sqrt(squared.lower), jnp.sqrt(squared.upper)
+    lower, upper = jnp.sqrt(squared.lower) * scale, jnp.sqrt(squared.upper) * scale
+    upper = jnp.maximum(upper, jnp.finfo(upper.dtype).tiny)
     return Bracket(
         jnp.maximum(jnp.nextafter(lower, -jnp.ones_like(lower)), 0.0),
         jnp.nextafter(upper, jnp.full_like(upper, jnp.inf)),

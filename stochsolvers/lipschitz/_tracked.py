@@ -133,6 +133,7 @@ def normalising_factor(
     norm = jnp.asarray(norm)
     if not differentiate:
         norm = lax.stop_gradient(norm)
+    _checks.held_by("bound", bound, norm.dtype)
     bound = jnp.asarray(bound, norm.dtype)
     least = max(float(epsilon), float(jnp.finfo(norm.dtype).tiny))
     norm = jnp.where(norm < least, least, norm)  # NaN stays

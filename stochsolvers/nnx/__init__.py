@@ -9,6 +9,7 @@ the plain layers' parameters and values, and another backward pass.
 
 from stochsolvers.nnx._blocks import SolverResNetBlock as SolverResNetBlock
 from stochsolvers.nnx._blocks import fold_batch_norm as fold_batch_norm
+from stochsolvers.nnx._conv_transpose import SolverConvTranspose as SolverConvTranspose
 from stochsolvers.nnx._dropout import AdditiveDropout as AdditiveDropout
 from stochsolvers.nnx._dropout import ImportanceDropout as ImportanceDropout
 from stochsolvers.nnx._dropout import OutputDropout as OutputDropout

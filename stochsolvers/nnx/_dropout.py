@@ -7,7 +7,7 @@ from flax import nnx
 from stochsolvers import _checks, _layers, dropout
 from stochsolvers._typing import Array
 from stochsolvers.estimators import ImportanceScore
-from stochsolvers.linear_maps import Dense, LinearMap, dense_general
+from stochsolvers.linear_maps import Conv, Dense, LinearMap, dense_general
 from stochsolvers.nnx._stochastic import Stochastic
 
 
@@ -83,6 +83,8 @@ class AdditiveDropout(Stochastic):
         """A x + b + (I − (n1/τ) Σ_{i∈S} A_i A_i*) z."""
         _checks.activations(f"inputs of {type(self).__name__}", inputs)
         linear_map = linear_map_of(self.layer, inputs.shape)
+        if isinstance(linear_map, Dense | Conv):
+            _checks.trailing(f"inputs of {type(self).__name__}", inputs, linear_map.in_shape)
         if self.deterministic if deterministic is None else deterministic:
             return self.layer(inputs) + z - linear_map(linear_map.adjoint(z))
         return self.layer(inputs) + dropout.additive_dropout(

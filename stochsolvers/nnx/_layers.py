@@ -151,11 +151,5 @@ class SolverConv(SolverLayer, nnx.Conv):
         return nnx.Conv.__call__(self, inputs)
 
     def _linear_map(self, kernel: Array, inputs: Array) -> Conv:
-        rank = kernel.ndim - 2
-        if inputs.ndim < rank + 1:
-            names = {1: "W", 2: "H, W", 3: "D, H, W"}.get(rank, "spatial")
-            _checks.fail("shape of SolverConv's inputs", f"(..., {names}, features)", inputs.shape)
-        pixels = inputs.shape[-rank - 1 : -1]
-        if self.spatial_shape not in (None, pixels):
-            _checks.fail("spatial shape of the inputs", self.spatial_shape, pixels)
+        pixels = _layers.pixels_of(self, inputs, kernel.ndim - 2, self.spatial_shape)
         return _layers.conv_map(self, kernel, pixels)

@@ -80,8 +80,8 @@ def replace_layers(
     """
     if not isinstance(model, nnx.Module):
         _checks.fail("model of replace_layers", "an nnx.Module", type(model).__name__)
-    _plan.check_options(solver, prior, dropout)
-    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    arguments = _plan.arguments(inputs)
+    _plan.check_options(solver, prior, dropout, arguments)
     modules = _survey.modules_of(model)
     chosen = _where.select(where, modules)
     found = _plan.plan(

@@ -14,6 +14,7 @@ from stochsolvers import _checks, _layers, _programs, reports
 from stochsolvers._compilation import jit_once
 from stochsolvers._typing import join_static, split_static
 from stochsolvers.linear_maps import LinearMap
+from stochsolvers.nnx._conv_transpose import SolverConvTranspose
 from stochsolvers.nnx._dropout import linear_map_of
 from stochsolvers.nnx._equilibrium import DeepEquilibrium, EquilibriumConv, EquilibriumLinear
 from stochsolvers.nnx._equilibrium_base import Equilibrium, promotes_plainly
@@ -231,6 +232,7 @@ _LINEAR_MAPS: dict[type, Callable[[Any, tuple[int, ...]], LinearMap]] = {
     nnx.Einsum: linear_map_of,
     SolverLinear: linear_map_of,
     SolverConv: linear_map_of,
+    SolverConvTranspose: linear_map_of,
     SolverLinearGeneral: linear_map_of,
     ProxPropLinear: linear_map_of,
     ProxPropConv: linear_map_of,

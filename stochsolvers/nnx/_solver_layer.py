@@ -40,9 +40,11 @@ class SolverLayer(Stochastic, KeepsConstant):
 
     Attributes:
       plain_class: the class of `nnx` that it is a twin of.
+      rounds_as_plain: whether the library's product A x has the plain layer's bits.
     """
 
     plain_class: ClassVar[Any]
+    rounds_as_plain: ClassVar[bool] = True
 
     prior: Prior
     solver: Solver
@@ -79,7 +81,7 @@ class SolverLayer(Stochastic, KeepsConstant):
         """The solver twin of a trained layer; it holds the very same parameter variables.
 
         Args:
-          layer: an `nnx.Linear`, `nnx.Conv` or `nnx.LinearGeneral` for the twin of this name.
+          layer: an `nnx.Linear`, `Conv`, `ConvTranspose` or `LinearGeneral` for the twin of this name.
           solver: a configuration such as `ProxGD(num_iters=10)`.
           prior: g, whose prox is the activation.
           ridge: λ.
@@ -164,6 +166,10 @@ class SolverLayer(Stochastic, KeepsConstant):
     def _kernel_ndim(self) -> int:
         return 2
 
+    def _output_axis(self) -> int:
+        """The kernel's axis of the features of the output."""
+        return -1
+
     def _plain_call(self, inputs: Array) -> Array:
         """A x + b, as the plain layer computes it."""
         raise TypeError("a solver layer defines _plain_call")
@@ -176,7 +182,7 @@ class SolverLayer(Stochastic, KeepsConstant):
 
     def _folded_kernel(self) -> Array:
         """The kernel of the map that is solved with."""
-        return _fold.folded(self.kernel[...], None, self._fold())[0]
+        return _fold.folded(self.kernel[...], None, self._fold(), axis=self._output_axis())[0]
 
     def refresh_lipschitz(self) -> None:
         """Recompute the kept constant from the current kernel, and use it from now on."""
@@ -197,7 +203,7 @@ class SolverLayer(Stochastic, KeepsConstant):
             (inputs, self.kernel[...], None if self.bias is None else self.bias[...]),
             dtype=self.dtype,
         )
-        kernel, bias = _fold.folded(kernel, bias, self._fold())
+        kernel, bias = _fold.folded(kernel, bias, self._fold(), axis=self._output_axis())
         linear_map = self._linear_map(kernel, inputs)
         return _layers.Settings.of(self).problem(linear_map, inputs, bias, skip)
 
@@ -257,8 +263,10 @@ class SolverLayer(Stochastic, KeepsConstant):
         _checks.activations(f"inputs of {type(self).__name__}", inputs)
         output = _layers.output_of(self, self.solve(inputs, **kwargs))
         fold = self._fold()
-        if fold is None or self.output == "activation":
+        if self.output == "activation" or (fold is None and self.rounds_as_plain):
             return output
+        if fold is None:
+            fold = _fold.identity(output)
         problem = self._plain_problem(inputs, kwargs.get("skip"))
         return _fold.unfolded(output, self._plain_call(inputs), problem, fold)
 

@@ -7,6 +7,7 @@ from flax import nnx
 
 from stochsolvers import _programs
 from stochsolvers._typing import join_static, split_static
+from stochsolvers.nnx._conv_transpose import SolverConvTranspose
 from stochsolvers.nnx._layers import SolverConv, SolverLinear
 from stochsolvers.nnx._linear_general import SolverLinearGeneral
 from stochsolvers.nnx._solver_layer import SolverLayer
@@ -21,9 +22,10 @@ from stochsolvers.surgery._where import Chosen
 SOLVERS: dict[type, type[SolverLayer]] = {
     nnx.Linear: SolverLinear,
     nnx.Conv: SolverConv,
+    nnx.ConvTranspose: SolverConvTranspose,
     nnx.LinearGeneral: SolverLinearGeneral,
 }
-_OTHERS = (nnx.ConvTranspose, nnx.Einsum, nnx.LoRA, nnx.LoRALinear)
+_OTHERS = (nnx.Einsum, nnx.LoRA, nnx.LoRALinear)
 _ATTRIBUTES = frozenset(
     (
         "solver", "prior", "ridge", "loss", "normalize", "output", "lipschitz", "reference", "rngs",
@@ -118,8 +120,6 @@ def _obstacle(module: Any) -> str:
     """What is against a solver in a module's place, whatever surrounds it."""
     if isinstance(module, SolverLayer):
         return f"{_obstacles.ALREADY}; restore_layers makes it a plain one"
-    if isinstance(module, nnx.ConvTranspose):
-        return _obstacles.TRANSPOSED
     if isinstance(module, nnx.LoRA | nnx.LoRALinear):
         return _obstacles.LOW_RANK
     reason = _obstacles.of_class(module, SOLVERS, "nnx")
@@ -136,7 +136,7 @@ def _obstacle(module: Any) -> str:
 
 def kernel_ndim(layer: Any) -> int:
     """The number of axes of the kernel of one layer."""
-    if isinstance(layer, nnx.Conv):
+    if isinstance(layer, nnx.Conv | nnx.ConvTranspose):
         return len(layer.kernel_size) + 2
     if isinstance(layer, nnx.LinearGeneral):
         return len(layer.in_features) + len(layer.out_features)
@@ -153,7 +153,7 @@ def stack_shape(layer: Any) -> tuple[int, ...]:
 
 def spatial_shape(layer: Any, input_shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The pixels of a convolution's inputs; None for another layer."""
-    if not isinstance(layer, nnx.Conv):
+    if not isinstance(layer, nnx.Conv | nnx.ConvTranspose):
         return None
     rank = len(layer.kernel_size)
     return tuple(input_shape[-rank - 1 : -1])

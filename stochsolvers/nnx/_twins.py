@@ -12,6 +12,7 @@ _ARGUMENTS: dict[type, tuple[str, ...]] = {
     nnx.Linear: _SIZES,
     nnx.LinearGeneral: _SIZES,
     nnx.Conv: (*_SIZES, "kernel_size", "strides"),
+    nnx.ConvTranspose: (*_SIZES, "kernel_size", "strides"),
 }
 _COMMON = (
     "use_bias", "dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type",
@@ -22,6 +23,7 @@ _OPTIONS: dict[type, tuple[str, ...]] = {
     nnx.Conv: (
         "padding", "input_dilation", "kernel_dilation", "feature_group_count", "mask", "conv_general_dilated",
     ),
+    nnx.ConvTranspose: ("padding", "kernel_dilation", "mask", "transpose_kernel"),
 }  # fmt: skip
 
 

@@ -54,6 +54,10 @@ def convergence(
     runs = _axes.named("solutions", solutions, Solution, "a Solution")
     bounds = _by_name("certificate", certificate, runs)
     costs = _by_name("work", work, runs)
+    for bound in bounds.values():
+        if bound is not None and (isinstance(bound, bool) or np.asarray(bound).dtype == object):
+            wanted = "an array, as problem.certificate(solution.value) is"
+            _checks.fail("certificate", wanted, _checks.named(bound))
     bounds = {n: runs[n].certificate if bounds[n] is None else bounds[n] for n in runs}
     traced = all(run.objectives is not None for run in runs.values())
     if minimum is not None and not traced:

@@ -58,7 +58,13 @@ def table(
                 text = f"{mean:+.2f}" if baseline else f"{mean:.2f}"
                 right = (max(known.max(), mean), place)
                 ax.annotate(
-                    text, right, (6, 0), textcoords="offset points", va="center", fontsize=8
+                    text.replace("-", "−"),
+                    right,
+                    (6, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                    bbox={"facecolor": ax.get_facecolor(), "edgecolor": "none", "pad": 0.5},
                 )
         ax.plot([], [], color=color, linewidth=2.5, label=name)
     _axes.categories(ax, methods)

@@ -93,12 +93,15 @@ class Problem(abc.ABC):
 
         Args:
           array: shape (*batch, ...).
-          unit: of its entries, shape (*batch,), so that no square overflows; 1 by default.
+          unit: of the largest entries, shape (*batch,), so that no square overflows; 1 by default. Squares
+            of far smaller entries would vanish in it: they are taken as they are.
         """
+        plain = jnp.sqrt(self.sum(array**2))
         if unit is None:
-            return jnp.sqrt(self.sum(array**2))
+            return plain
         inverse = jnp.expand_dims(1 / unit, range(unit.ndim, array.ndim))
-        return unit * jnp.sqrt(self.sum((array * inverse) ** 2))
+        scaled = unit * jnp.sqrt(self.sum((array * inverse) ** 2))
+        return jnp.where(scaled < 1e15, plain, scaled)
 
     def _variable(self, z: Array) -> Array:
         _checks.real_array("the variable z", z)

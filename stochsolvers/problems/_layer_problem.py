@@ -129,7 +129,7 @@ class LayerProblem(Objective):
         The default step is then 1, and the first iterate from zero is prox_g(A x + b), the plain layer, for
         every prior; all further iterations apply the same activation prox_g, where in the paper's scaling it
         is prox_{g/L}. For other losses it is the map A/L with the loss L ℓ, and the first iterate is
-        prox_g(b − A ∂ℓ(0, x)).
+        prox_g(b − A ∂ℓ(0, x)). Where L overflows, all is NaN.
 
         Args:
           squared_norm: ‖A‖²; by default `lipschitz_constant`, on the layer's grid. Derivatives pass through.
@@ -196,6 +196,7 @@ class NormalizedProblem(LayerProblem):
         _checks.instance("plain of NormalizedProblem", plain, LayerProblem, "a LayerProblem")
         _checks.floating("scale of NormalizedProblem", smoothness)
         _checks.rank("scale of NormalizedProblem", smoothness, 0)
+        _checks.held_by("scale of NormalizedProblem", smoothness, plain.dtype)
         scale = jnp.where(jnp.isfinite(smoothness) & (smoothness > 0), smoothness, 1.0)
         # a zero map has no scale; one that overflows must not pass for zero
         divisor = jnp.where(jnp.isfinite(smoothness), scale, jnp.nan)

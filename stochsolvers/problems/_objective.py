@@ -14,6 +14,11 @@ from stochsolvers._typing import Array, Scalar, at_least_float32, value_object
 from stochsolvers.linear_maps import LinearMap
 from stochsolvers.problems._base import Problem
 
+_EXAMPLES = {
+    "linear_map": ", such as Dense(W) or Conv(W, shape)",
+    "prior": ", such as prox.NonNegative() (of an activation: prox.Activation(function))",
+}
+
 
 @value_object
 class Objective(Problem):
@@ -32,9 +37,8 @@ class Objective(Problem):
             ("linear_map", LinearMap), ("loss", losses.Loss), ("prior", prox.Prior),
         ):  # fmt: skip
             factor = getattr(self, name)
-            if not isinstance(factor, kind):
-                wanted = f"an instance of {kind.__name__}"
-                _checks.fail(f"{name} of LayerProblem", wanted, repr(factor))
+            wanted = f"an instance of {kind.__name__}" + _EXAMPLES.get(name, "")
+            _checks.instance(f"{name} of LayerProblem", factor, kind, wanted)
             if jax.tree_util.all_leaves([factor]):
                 wanted = "a class under the decorator stochsolvers.value_object"
                 _checks.fail(f"{name} of LayerProblem", wanted, type(factor).__name__)
@@ -126,7 +130,11 @@ class Objective(Problem):
 
     def prior_value(self, z: Array) -> Array:
         """g(z) for each example, shape (*batch,)."""
-        return self.per_example(self.prior.value)(self._variable(z))
+        value = self.per_example(self.prior.value)(self._variable(z))
+        if jnp.shape(value) != self.batch_shape:
+            name, got = type(self.prior).__name__, jnp.shape(value)[len(self.batch_shape) :]
+            _checks.fail(f"shape of {name}._value(u)", "(), a sum over all entries of u", got)
+        return value
 
     def smoothness(self, squared_norm: Array) -> Array:
         """L_F = L_ℓ ‖A‖² + λ, a Lipschitz constant of ∇F, given ‖A‖²."""

@@ -30,7 +30,7 @@ class Exact:
 
     The relative round-off of d is at most of the order of ε (1 + τ λ_max(AᵀA)). Where it makes the system, of
     order k, indefinite, k ε tr(AᵀA) is added to 1/τ: the step is finite as long as τ tr(AᵀA)² does not
-    overflow.
+    overflow, and NaN beyond.
 
     Args:
       tau: τ > 0, the step size; traced.
@@ -56,7 +56,7 @@ class ConjugateGradients:
     parameters for each output and n outputs, T iterations cost the smallest of N² (m + T n) in the space of
     the rows, m² n T and the Gram matrix in that of the parameters, and 2 T N m n without either; they are the
     same iterates. For maps other than dense ones and convolutions, and for `through`, all parameters are one
-    system.
+    system. The step is NaN where (τ AᵀA)² overflows.
 
     Args:
       tau: τ > 0, the step size; traced.

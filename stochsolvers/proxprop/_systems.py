@@ -97,7 +97,7 @@ def conjugate_gradients(
     r"""Steps of conjugate gradients on (H + I) d = r from zero, H ⪰ 0, for each column side by side.
 
     A column of zeros stays one, and one that has converged stays where it is. Columns are scaled to
-    entries of at most 1 first, so that no square of theirs vanishes.
+    entries of at most 1 first, so that no square of theirs vanishes. What overflows is NaN.
 
     The iteration of `stochsolvers.solvers` is another one: it runs each example to a tolerance, in
     the inner product of D M, where this one takes a fixed number of steps for each column of parameters.
@@ -115,7 +115,8 @@ def conjugate_gradients(
         return jnp.sum(weight(v, image) * w, -2, keepdims=True)
 
     def ratio(a, b):
-        return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+        quotient = jnp.where(b < jnp.inf, a / jnp.where(b > 0, b, 1), jnp.nan)
+        return jnp.where(b <= 0, 0, quotient)
 
     def moved(carry):
         d, r, p, image, rho = carry

@@ -33,6 +33,7 @@ from stochsolvers.reports._propagation import LayerBound, names_between, propaga
 from stochsolvers.reports._trace import Call, Trace
 
 _BYPASSED = "on one of several paths"
+_UNUSED = "the output does not depend on it"
 _NOT_BOUNDED = "not bounded"
 _STALE = "not bounded: its BatchNorm has changed, call refresh_lipschitz"
 _BETWEEN = "counted between the layers"
@@ -232,7 +233,7 @@ def _rows(
             if math.isinf(ratio):
                 row = dataclasses.replace(row, constant=math.inf, note=_STALE)
             elif not row.note:
-                note = "" if trace.calls[index].on_every_path else _BYPASSED
+                note = _path_note(trace.calls[index])
                 row = dataclasses.replace(row, constant=ratio * row.constant, note=note)
         elif part.settings is not None and part.fold is not None:
             row = LayerNorm(
@@ -244,7 +245,7 @@ def _rows(
 
 def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:
     lower, upper, constant = map(float, numbers)
-    note = "" if call.on_every_path else _BYPASSED
+    note = _path_note(call)
     if not part.bounded:
         note = _NOT_BOUNDED
     elif part.settings is not None and not part.has_solver_bound:
@@ -252,6 +253,12 @@ def _row(call: Call, part: Part, numbers: Sequence[Any]) -> LayerNorm:
     elif part.standardised is not None and not note:
         note = _STANDARDISED
     return LayerNorm(call.name, part.kind, call.input_shape, lower, upper, constant, note)
+
+
+def _path_note(call: Call) -> str:
+    if call.on_every_path:
+        return ""
+    return _BYPASSED if call.is_used else _UNUSED
 
 
 def _cells(row: LayerNorm) -> list[str]:

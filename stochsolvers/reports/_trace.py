@@ -24,6 +24,7 @@ class Call:
       input_shape: as the layer sees it, batch axes included, without those of an enclosing `jax.vmap`.
       position: in the order of the trace.
       on_every_path: whether the network's output sees its input only through this layer.
+      is_used: whether the network's output depends on this layer's.
       parameters: those, by their number, that the layer reads as they are.
       reads_others: whether it reads other arrays that are computed outside of it, beside its input.
       slices: those, by their number, of which it reads a slice, as in a scan over a stack of layers, with
@@ -37,6 +38,7 @@ class Call:
     input_shape: tuple[int, ...]
     position: int
     on_every_path: bool
+    is_used: bool
     parameters: frozenset[int]
     reads_others: bool
     slices: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -123,7 +125,8 @@ def trace(function: Callable[..., Any], parameters: Any, inputs: Any) -> Trace:
         alone = _reads_its_input_alone(steps, span, dependent)
         on_every_path = span in everywhere and alone
         follows = outputs.get(steps[span.start].reads[0])
-        calls.append(_call(program, span, on_every_path, follows))
+        is_used = not useful.isdisjoint(steps[span.stop].writes)
+        calls.append(_call(program, span, on_every_path, is_used, follows))
     strays = _strays(program, marked(steps), weights)
     return Trace(
         tuple(calls), tuple(spans), strays, program, tuple(inputs), frozenset(dependent),
@@ -131,7 +134,9 @@ def trace(function: Callable[..., Any], parameters: Any, inputs: Any) -> Trace:
     )  # fmt: skip
 
 
-def _call(program: Program, span: Span, on_every_path: bool, follows: int | None) -> Call:
+def _call(
+    program: Program, span: Span, on_every_path: bool, is_used: bool, follows: int | None
+) -> Call:
     """One call of a marked layer, and where what it reads comes from."""
     parameters, slices, constants, others = set(), {}, [], False
     for number in _outside_reads(program.steps, span):
@@ -149,6 +154,7 @@ def _call(program: Program, span: Span, on_every_path: bool, follows: int | None
         span.input_shape,
         position=span.start,
         on_every_path=on_every_path,
+        is_used=is_used,
         parameters=frozenset(parameters),
         reads_others=others,
         slices={} if others else slices,

@@ -25,20 +25,28 @@ def affine(
     return s, t if bias is None else t + bias
 
 
+def identity(output: Array) -> tuple[Array, Array]:
+    """(1, 0), of no normalisation behind a layer with this output."""
+    features = output.shape[-1:]
+    return jnp.ones(features, output.dtype), jnp.zeros(features, output.dtype)
+
+
 def folded(
-    kernel: Array, bias: Array | None, fold: tuple[Array, Array] | None
+    kernel: Array, bias: Array | None, fold: tuple[Array, Array] | None, *, axis: int = -1
 ) -> tuple[Array, Array | None]:
     r"""The kernel and bias of x ↦ s (A x + b) + t; as they are without a fold.
 
     Args:
-      kernel: of A, the features of the output last.
+      kernel: of A.
       bias: b, or None.
       fold: (s, t), each of shape (features,).
+      axis: the kernel's axis of the features of the output, −1 or −2.
     """
     if fold is None:
         return kernel, bias
     s, t = (one.astype(kernel.dtype) for one in fold)
-    kernel = kernel * jnp.expand_dims(s, range(kernel.ndim - 1))
+    others = [i for i in range(kernel.ndim) if i != kernel.ndim + axis]
+    kernel = kernel * jnp.expand_dims(s, others)
     if bias is None:
         return kernel, t
     before = range(bias.ndim - 1)

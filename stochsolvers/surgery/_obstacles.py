@@ -8,7 +8,6 @@ import jax
 from stochsolvers.reports._known_layers import inherits_unchanged
 
 ALREADY = "it is a solver layer already"
-TRANSPOSED = "it is a transposed convolution, for which there is no solver layer"
 LOW_RANK = "its call adds a low-rank product to the kernel's: merge it into the kernel first"
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "dot_general": (None, jax.lax.dot_general),

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax
+
 from stochsolvers import _checks
 from stochsolvers.prox import Prior
 from stochsolvers.solvers import Solver
@@ -248,11 +250,27 @@ def one_iteration(solver: Any) -> Solver:
     return dataclasses.replace(solver, **counts)
 
 
-def check_options(solver: Any, prior: Any, dropout: Any) -> None:
-    """Refuse what is no solver, no prior and no choice."""
+def arguments(inputs: Any) -> tuple[Any, ...]:
+    """The model's positional arguments: of a tuple its entries, of anything else this alone."""
+    if not isinstance(inputs, tuple):
+        return (inputs,)
+    if inputs and all(type(one) is int for one in inputs):
+        wanted = "an array, or a tuple of the model's arguments"
+        _checks.fail("inputs of replace_layers", wanted, f"the shape {inputs}")
+    return inputs
+
+
+def check_options(solver: Any, prior: Any, dropout: Any, inputs: tuple[Any, ...]) -> None:
+    """Refuse what is no solver, no prior, no choice and no example."""
     if not isinstance(solver, Solver):
-        _checks.fail("solver of replace_layers", "a Solver such as ProxGD(10)", repr(solver))
+        _checks.fail(
+            "solver of replace_layers", "a Solver such as ProxGD(10)", _checks.named(solver)
+        )
     if not (isinstance(prior, Prior) or (isinstance(prior, str) and prior == "auto")):
         expected = '"auto" or a Prior such as prox.NonNegative()'
-        _checks.fail("prior of replace_layers", expected, repr(prior))
+        expected += " (of an activation: prox.Activation(function))"
+        _checks.fail("prior of replace_layers", expected, _checks.named(prior))
     _checks.member("dropout of replace_layers", dropout, DROPOUT_CHOICES)
+    for leaf in jax.tree.leaves(inputs):
+        if 0 in getattr(leaf, "shape", ()):
+            _checks.fail("inputs of replace_layers", "at least one example", f"shape {leaf.shape}")

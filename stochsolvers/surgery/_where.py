@@ -54,8 +54,11 @@ def _matches(one: Any, modules: Mapping[str, Any]) -> tuple[list[str], bool]:
         return [path for path in modules if fnmatch.fnmatchcase(path, one)], False
     if isinstance(one, type):
         return [path for path, module in modules.items() if isinstance(module, one)], False
-    if not callable(one):
+    own = [path for path, module in modules.items() if module is one]
+    if own or not callable(one):
         expected = "a path, a type, a function of a path and a module, or a list of these"
+        if own:
+            _checks.fail("where", expected, f"a module, whose path is {own[0]!r}")
         _checks.fail("where", expected, repr(one))
     return [path for path, module in modules.items() if one(path, module)], True
 

@@ -18,11 +18,8 @@ import toys
 
 from experiments.training import checkpoints, loop, training_step
 
-pytestmark = [
-    pytest.mark.optimized,
-    # the other reads of a damaged checkpoint end after the one that failed
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+# the other reads of a damaged checkpoint end after the one that failed
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module")

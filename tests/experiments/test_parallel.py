@@ -13,8 +13,6 @@ import toys
 
 from experiments.training import loop, parallel, training_step
 
-pytestmark = pytest.mark.optimized
-
 TERMINATED = 5
 """The step at which one of two processes has to end; they ask each other every three steps."""
 STOPPED = 6

@@ -65,7 +65,22 @@ def of_numbers(entry: Entry, changes: dict[str, Any], sizes: Sizes = Sizes()) ->
         has["has_nan"] |= bool(np.isnan(np.asarray(value, np.float64)).any())
         has["has_inf"] |= bool(np.isinf(np.asarray(value, np.float64)).any())
     wide = (lambda: entry.run(verdicts.in_float64(given))) if entry.compares else None
-    return verdicts.of_numbers(lambda: entry.run(given), wide, **has)
+    outcome = verdicts.of_numbers(lambda: entry.run(given), wide, **has)
+    if outcome.is_defect and _is_documented(entry, changes):
+        return Outcome("value", "documented")
+    return outcome
+
+
+def _is_documented(entry: Entry, changes: dict[str, Any]) -> bool:
+    """Whether an argument has a number that is documented to be lost, or to overflow."""
+    arguments, hostiles = entry.arguments(Sizes()), hostile.NUMBERS | hostile.ENTRIES
+    for name, value in changes.items():
+        array = np.asarray(value, np.float32)
+        for which in hostiles.keys() & set(arguments[name].allowed):
+            number = np.float32(hostiles[which])
+            if np.any((array == number) | (np.isnan(array) & np.isnan(number))):
+                return True
+    return False
 
 
 def numbers(entry: Entry) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -73,7 +88,7 @@ def numbers(entry: Entry) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name, argument in entry.arguments(Sizes()).items():
         if argument.good is None:
             continue
-        if argument.kind == "array":
+        if argument.kind in ("array", "weight"):
             for which, number in hostile.ENTRIES.items():
                 for everywhere in (False, True):
                     changed = hostile.with_entries(argument.good, number, everywhere)

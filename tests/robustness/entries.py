@@ -72,6 +72,13 @@ def function(good: Any, *allowed: str) -> Argument:
     return Argument(good, "function", allowed)
 
 
+OF_RANK_ONE = ("1e30 everywhere", "-1e30 everywhere")
+"""Matrices of one large number, whose other singular values are round-off of its size."""
+
+OVERFLOW = ("1e30", "-1e30", *OF_RANK_ONE)
+"""Numbers with squares that float32 does not hold: NaN is documented."""
+
+
 def dense(s: Sizes) -> ss.Dense:
     return ss.Dense(normal(1, s.n1, s.n2))
 
@@ -91,6 +98,14 @@ def solution(result: ss.Solution) -> dict[str, Any]:
     if result.certificate is not None:
         found["certificate?"] = result.certificate
     return found
+
+
+def certified(report: ss.reports.CertificateReport) -> list[dict[str, Any]]:
+    """A report's numbers; gaps may be infinite, and are those of the precision."""
+    return [
+        {"L": row.lipschitz, "gap?": row.gap_max, "finite": np.asarray(row.finite)}
+        for row in report.rows
+    ]
 
 
 ROOMS = [

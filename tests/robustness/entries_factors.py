@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from entries import (
+    OF_RANK_ONE,
     Entry,
     array,
     conv,
@@ -178,6 +179,13 @@ def at(*tail, **weights):
     }
 
 
+def matrices(s, *tail, **weights):
+    """`at` for priors of matrices."""
+    arguments = at(*tail, axes=shape((-2, -1)), **weights)(s)
+    v = arguments["v"]
+    return arguments | {"v": v._replace(allowed=(*v.allowed, *OF_RANK_ONE))}
+
+
 def gamma(*allowed):
     return number(0.3, *allowed)
 
@@ -209,13 +217,13 @@ PRIORS = {
     "prox.NuclearNorm": Entry(
         of_prior(P.NuclearNorm),
         lambda s: {
-            **at(s.n1, s.n2, gamma=gamma(), axes=shape((-2, -1)))(s),
+            **matrices(s, s.n1, s.n2, gamma=gamma()),
             "weights": number(None, "None"),
         },
     ),
     "prox.PositiveSemidefinite": Entry(
         of_prior(P.PositiveSemidefinite),
-        lambda s: at(s.n1, s.n1, axes=shape((-2, -1)))(s),
+        lambda s: matrices(s, s.n1, s.n1),
     ),
     "prox.Tanh": Entry(of_prior(P.Tanh), at()),
     "prox.Sigmoid": Entry(of_prior(P.Sigmoid), at()),
@@ -363,7 +371,7 @@ ESTIMATORS = {
     "estimators.feature_axis": Entry(
         E.feature_axis,
         lambda s: {
-            "weights": array(normal(6, s.batch, s.n1), "integers", "booleans", "float16"),
+            "weights": array(normal(6, s.batch, s.n1), "complex numbers"),
             "problem": value(problem(s)),
         },
     ),
@@ -375,7 +383,7 @@ ESTIMATORS = {
             "problem": value(problem(s)),
             "form": name("gram"),
             "num_calls": count(3),
-            "z": array(normal(5, s.batch, s.n2)),
+            "z": array(normal(5, s.batch, s.n2), "complex numbers"),  # linear, but for a constant
         },
     ),
     "estimators.forms.cheapest_form": Entry(

@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from entries import (
+    OVERFLOW,
     Entry,
     array,
+    certified,
     count,
     key,
     name,
@@ -85,6 +87,20 @@ def deep(room):
     return call
 
 
+def weight(seed, *sizes, allowed=()):
+    """Of a layer of Flax, which holds it whatever it is."""
+    return Argument(normal(seed, *sizes), "weight", allowed)
+
+
+def with_weights(make, kernel, bias, **options):
+    """A layer of 4 features in and 3 out with these weights."""
+    layer = make(4, 3, use_bias=bias is not None, **options, rngs=rngs())
+    layer.kernel = nnx.Param(kernel)
+    if bias is not None:
+        layer.bias = nnx.Param(bias)
+    return layer
+
+
 def members(room):
     if room is ss.linen:
         return [room.EquilibriumLinear(features=3, hidden_features=3)]
@@ -124,6 +140,10 @@ NNX = {
     ),
     "nnx.SolverConv": Entry(
         nnx_layer(ss.nnx.SolverConv, in_features=2, out_features=3, kernel_size=(2, 2)),
+        images(**SOLVER, spatial_shape=shape(None, "None")),
+    ),
+    "nnx.SolverConvTranspose": Entry(
+        nnx_layer(ss.nnx.SolverConvTranspose, in_features=2, out_features=3, kernel_size=(2, 2)),
         images(**SOLVER, spatial_shape=shape(None, "None")),
     ),
     "nnx.SolverLinearGeneral": Entry(
@@ -168,7 +188,7 @@ NNX = {
     "nnx.TauNiceDropout": Entry(
         nnx_dropout(ss.nnx.TauNiceDropout),
         lambda s: {
-            "x": array(normal(2, s.batch, 4), "one axis more", *INPUTS),
+            "x": array(normal(2, s.batch, 4), "one axis more", "NaN", *INPUTS),
             "rngs": key("None"),
             "tau": count(2),
             "spatial_ndim": count(0),
@@ -178,7 +198,7 @@ NNX = {
     "nnx.OutputDropout": Entry(
         nnx_dropout(ss.nnx.OutputDropout),
         lambda s: {
-            "x": array(normal(2, s.batch, 4), "one axis more", *INPUTS),
+            "x": array(normal(2, s.batch, 4), "one axis more", "NaN", *INPUTS),
             "rngs": key("None"),
             "tau": count(2),
             "spatial_ndim": count(0),
@@ -231,10 +251,10 @@ NNX = {
         ss.nnx.refresh_lipschitz, lambda s: {"model": value(network())}, on_host=True
     ),
     "nnx.certify": Entry(
-        lambda model, x: ss.nnx.certify(model, x).as_dict() and None,
+        lambda model, x: certified(ss.nnx.certify(model, x)),
         lambda s: {
             "model": value(ss.nnx.SolverLinear(4, 3, solver=ss.ProxGD(2), rngs=rngs())),
-            "x": array(normal(2, s.batch, 4), "NaN"),
+            "x": array(normal(2, s.batch, 4)),
         },
         on_host=True,
     ),
@@ -294,6 +314,9 @@ def norm_of_three():
 LINEN = {
     "linen.SolverDense": Entry(linen_layer(ss.linen.SolverDense, 3), vectors(*MADE, **SOLVER)),
     "linen.SolverConv": Entry(linen_layer(ss.linen.SolverConv, 3, (2, 2)), images(*MADE, **SOLVER)),
+    "linen.SolverConvTranspose": Entry(
+        linen_layer(ss.linen.SolverConvTranspose, 3, (2, 2)), images(*MADE, **SOLVER)
+    ),
     "linen.SolverDenseGeneral": Entry(
         linen_layer(ss.linen.SolverDenseGeneral, 3), vectors(*MADE, **SOLVER)
     ),
@@ -334,7 +357,7 @@ LINEN = {
     "linen.TauNiceDropout": Entry(
         linen_dropout(ss.linen.TauNiceDropout),
         lambda s: {
-            "x": array(normal(2, s.batch, 4), "one axis more", *INPUTS),
+            "x": array(normal(2, s.batch, 4), "one axis more", "NaN", *INPUTS),
             "rng": Argument(hostile.KEY, "other"),
             "tau": count(2),
             "spatial_ndim": count(0),
@@ -344,7 +367,7 @@ LINEN = {
     "linen.OutputDropout": Entry(
         linen_dropout(ss.linen.OutputDropout),
         lambda s: {
-            "x": array(normal(2, s.batch, 4), "one axis more", *INPUTS),
+            "x": array(normal(2, s.batch, 4), "one axis more", "NaN", *INPUTS),
             "rng": Argument(hostile.KEY, "other"),
             "tau": count(2),
             "spatial_ndim": count(0),
@@ -413,7 +436,7 @@ LINEN = {
         on_host=True,
     ),
     "linen.certify": Entry(
-        lambda module, variables, x: ss.linen.certify(module, variables, x) and None,
+        lambda module, variables, x: certified(ss.linen.certify(module, variables, x)),
         lambda s: {
             "module": value(ss.linen.SolverDense(3, solver=ss.ProxGD(2))),
             "variables": value(variables(ss.linen.SolverDense(3, solver=ss.ProxGD(2)), X)),
@@ -440,7 +463,7 @@ LINEN = {
         lambda s: {
             "module": value(BLOCK),
             "variables": value(BLOCK_VARIABLES),
-            "where": name("Dense_0", "a class"),
+            "where": name("Dense_1", "a class"),  # which is made second, and called first
             "solver": value(ss.ProxGD(2)),
             "inputs": Argument(normal(2, s.batch, 4), "other"),
             "prior": name("auto"),
@@ -451,7 +474,7 @@ LINEN = {
     ),
     "linen.restore_layers": Entry(
         ss.linen.restore_layers,
-        lambda s: {"module": value(BLOCK), "variables": value(BLOCK_VARIABLES)},
+        lambda s: {"module": value(BLOCK), "variables": value(BLOCK_VARIABLES, "a dict")},
         on_host=True,
     ),
 }
@@ -513,7 +536,7 @@ def with_algorithm(make, problem):
 
 
 def iterations():
-    return number(20)
+    return count(20)
 
 
 def fitted(make):
@@ -532,7 +555,7 @@ CONVEX = {
         lambda **o: C.sample_patterns(**o).gates,
         lambda s: {
             "key": key(),
-            "X": data("integers", "booleans", *INPUTS),
+            "X": data("integers", "booleans", "one axis more", *INPUTS),
             "num": count(3),
             "kind": name("gaussian"),
             "num_nonzero": count(1),
@@ -542,7 +565,7 @@ CONVEX = {
     ),
     "convex.enumerate_patterns": Entry(
         lambda X: C.enumerate_patterns(X).gates,
-        lambda s: {"X": data("integers", "booleans", *INPUTS)},
+        lambda s: {"X": data("integers", "booleans", "one axis more", *INPUTS)},
         compares=False,
         on_host=True,
     ),
@@ -552,7 +575,7 @@ CONVEX = {
             "X": data(),
             "patterns": value(patterns()),
             "outputs": count(2, "None"),
-            "x": array(normal(21, 2, 5)),
+            "x": array(normal(21, 2, 5), "complex numbers"),
         },
     ),
     "convex.GatedProblem": Entry(program(C.GatedProblem), programs(regularizer=name("group"))),
@@ -637,7 +660,7 @@ CONVEX = {
             "hidden": array(normal(19, 2, 3)),
             "output": array(normal(20, 3)),
             "hidden_bias": array(normal(21, 3), "None"),
-            "output_bias": number(0.5, "None"),
+            "output_bias": number(0.5, "None", "NaN"),
             "X": data(),
         },
     ),
@@ -645,7 +668,7 @@ CONVEX = {
         lambda X, **o: C.GatedNetwork(**o)(X),
         lambda s: {
             "hidden": array(normal(19, 2, 3)),
-            "output": array(normal(20, 3)),
+            "output": array(normal(20, 3), "one axis more"),
             "gates": array(GATES),
             "gate_bias": array(normal(21, 3), "None"),
             "X": data(),
@@ -726,7 +749,7 @@ CONVEX = {
         lambda **o: getattr(C.separate(**o), "gates", None),
         lambda s: {
             "key": key(),
-            "X": data("integers", "booleans"),
+            "X": data("integers", "booleans", *INPUTS),
             "v": targets("integers", "booleans"),
             "patterns": value(None, "None"),
             "threshold": number(0.0),
@@ -741,7 +764,7 @@ CONVEX = {
         lambda **o: C.train_network(**o).objectives,
         lambda s: {
             "key": key(),
-            "X": data("integers", "booleans"),
+            "X": data("integers", "booleans", *INPUTS),
             "y": targets("integers", "booleans"),
             "beta": number(0.3),
             "loss": value(ss.losses.Squares()),
@@ -785,9 +808,74 @@ CONVEX = {
     ),
 }
 
+WEIGHTS = {
+    "nnx.SolverLinear of weights": Entry(
+        lambda kernel, bias, normalize: with_weights(
+            ss.nnx.SolverLinear, kernel, bias, solver=ss.ProxGD(2), normalize=bool(normalize)
+        )(X),
+        lambda s: {
+            "kernel": weight(1, 4, 3, allowed=OVERFLOW),
+            "bias": weight(2, 3),
+            "normalize": Argument(True, "other"),
+        },
+    ),
+    "nnx.SpectralNorm of weights": Entry(
+        lambda kernel: ss.nnx.SpectralNorm(
+            with_weights(nnx.Linear, kernel, None), bound=0.5, rngs=rngs()
+        )(X),
+        lambda s: {"kernel": weight(1, 4, 3)},
+        compares=False,
+    ),
+    "nnx.certify of weights": Entry(
+        lambda kernel: certified(
+            ss.nnx.certify(with_weights(ss.nnx.SolverLinear, kernel, None, solver=ss.ProxGD(2)), X)
+        ),
+        lambda s: {"kernel": weight(1, 4, 3)},
+        on_host=True,
+    ),
+    "nnx.lipschitz_report of weights": Entry(
+        lambda kernel: {
+            "bound?": ss.nnx.lipschitz_report(
+                with_weights(nnx.Linear, kernel, None), (1, len(kernel))
+            ).bound
+        },
+        lambda s: {"kernel": weight(1, 4, 3)},
+        on_host=True,
+    ),
+    "convex.network_gap of weights": Entry(
+        lambda hidden, output: (
+            C.network_gap(C.Network(hidden, output), DATA, normal(18, 5), 0.3).gap
+        ),
+        lambda s: {
+            "hidden": array(normal(19, 2, 3)),
+            "output": array(normal(20, 3), "one axis more"),
+        },
+        compares=False,
+        on_host=True,
+    ),
+    "convex.prune of weights": Entry(
+        lambda hidden, output: C.prune(C.Network(hidden, output), DATA)(DATA),
+        lambda s: {
+            "hidden": array(normal(19, 2, 3)),
+            "output": array(normal(20, 3), "one axis more"),
+        },
+        compares=False,
+        on_host=True,
+    ),
+    "convex.from_network of weights": Entry(
+        lambda hidden, output: C.from_network(C.Network(hidden, output), DATA)[0],
+        lambda s: {
+            "hidden": array(normal(19, 2, 3)),
+            "output": array(normal(20, 3), "one axis more"),
+        },
+        compares=False,
+        on_host=True,
+    ),
+}
+
 REPORTS = {
     "reports.certify": Entry(
-        lambda model, x: ss.certify(model, x) and None,
+        lambda model, x: certified(ss.certify(model, x)),
         lambda s: {
             "model": value(ss.nnx.SolverLinear(4, 3, solver=ss.ProxGD(2), rngs=rngs())),
             "x": array(normal(2, s.batch, 4)),
@@ -806,4 +894,4 @@ INTERNAL = {
     "reports.observe",
 }
 
-ENTRIES = NNX | LINEN | CONVEX | REPORTS
+ENTRIES = NNX | LINEN | CONVEX | WEIGHTS | REPORTS

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 from entries import (
+    OF_RANK_ONE,
+    OVERFLOW,
     Entry,
     array,
     conv,
@@ -32,15 +34,20 @@ def of_map(function, **options):
     return Entry(call, lambda s: {"linear_map": value(dense(s)), **options})
 
 
-def of_kernel(function, **options):
+def of_kernel(function, allowed=(), **options):
     return Entry(
         lambda kernel, **options: function(ss.Dense(kernel), **options),
-        lambda s: {"kernel": array(normal(1, s.n1, s.n2), "another length"), **options},
+        lambda s: {"kernel": array(normal(1, s.n1, s.n2), "another length", *allowed), **options},
     )
 
 
 def ends(bracket):
     return {"lower": bracket.lower, "upper?": bracket.upper}
+
+
+def remembered(state):
+    """Without the round-off, which is that of the precision."""
+    return {"anchor": state.anchor, "scale": state.scale, "ceiling": state.ceiling}
 
 
 def with_state(function, state):
@@ -104,7 +111,9 @@ NORMS = {
         tolerance=number(1e-3),
         num_iters=count(3),
     ),
-    "lipschitz.lipschitz_state": of_map(L.lipschitz_state, grid=name("layer")),
+    "lipschitz.lipschitz_state": of_map(
+        lambda A, grid: remembered(L.lipschitz_state(A, grid=grid)), grid=name("layer")
+    ),
     "lipschitz.lipschitz_refresh": Entry(
         lambda linear_map, state, tolerance: first(
             L.lipschitz_refresh(linear_map, state, tolerance=tolerance)
@@ -179,9 +188,11 @@ NUMBERS_OF_NORMS = {
         },
     ),
     "lipschitz.clip_singular_values of a kernel": of_kernel(
-        lambda A, bound: L.clip_singular_values(A, bound).kernel, bound=number(0.8)
+        lambda A, bound: L.clip_singular_values(A, bound).kernel, OF_RANK_ONE, bound=number(0.8)
     ),
-    "lipschitz.stable_rank of a kernel": of_kernel(lambda A: {"rank?": L.stable_rank(A)}),
+    "lipschitz.stable_rank of a kernel": of_kernel(
+        lambda A: {"rank?": L.stable_rank(A)}, ("zero everywhere", "denormal everywhere")
+    ),
     "equilibrium.normalized of a kernel": of_kernel(
         lambda A, bound: ss.equilibrium.normalized(A, bound).kernel, bound=number(0.9)
     ),
@@ -204,7 +215,7 @@ PROBLEMS = {
     "problems.LayerProblem": Entry(
         of_problem,
         lambda s: {
-            "kernel": array(normal(1, s.n1, s.n2)),
+            "kernel": array(normal(1, s.n1, s.n2), *OVERFLOW),
             "x": array(normal(2, s.batch, s.n1)),
             "bias": array(normal(3, s.n2), "None", "a scalar"),
             "ridge": number(0.3),
@@ -449,7 +460,7 @@ DROPOUTS = {
         ss.dropout.tau_nice_dropout,
         lambda s: {
             "key": key(),
-            "x": array(normal(2, s.batch, s.n1), "one axis more", "another length"),
+            "x": array(normal(2, s.batch, s.n1), "one axis more", "another length", "NaN"),
             "tau": count(1),
             "spatial_ndim": count(0),
         },
@@ -459,7 +470,7 @@ DROPOUTS = {
         ss.dropout.output_dropout,
         lambda s: {
             "key": key(),
-            "u": array(normal(2, s.batch, s.n1), "one axis more", "another length"),
+            "u": array(normal(2, s.batch, s.n1), "one axis more", "another length", "NaN"),
             "tau": count(1),
             "spatial_ndim": count(0),
         },
@@ -506,7 +517,7 @@ OPTIMISERS = {
             "prior": value(ss.prox.L1(0.1)),
             "learning_rate": number(0.1),
             "weights": array(normal(1, s.n1, s.n2)),
-            "gradient": array(normal(2, s.n1, s.n2)),
+            "gradient": array(normal(2, s.n1, s.n2), "None"),  # as optax masks updates
         },
     ),
     "optax.project_spectral_norm": Entry(
@@ -516,8 +527,8 @@ OPTIMISERS = {
             "maps": function(ss.optax.dense_kernels),
             "method": name("clip"),
             "every": count(1),
-            "weights": array(normal(1, s.n1, s.n2)),
-            "gradient": array(normal(2, s.n1, s.n2)),
+            "weights": array(normal(1, s.n1, s.n2), *OF_RANK_ONE),
+            "gradient": array(normal(2, s.n1, s.n2), "None", *OF_RANK_ONE),
         },
     ),
     "optax.dense_kernels": Entry(
@@ -544,7 +555,7 @@ PROXPROP = {
         backward,
         lambda s: {
             "linear_map": value(dense(s)),
-            "inputs": array(normal(2, s.batch, s.n1)),
+            "inputs": array(normal(2, s.batch, s.n1), *OVERFLOW),
             "bias": array(normal(3, s.n2), "None"),
             "step": value(B.Exact(0.5)),
         },
@@ -554,8 +565,8 @@ PROXPROP = {
             ss.Dense(kernel), inputs, cotangent, step
         ),
         lambda s: {
-            "kernel": array(normal(1, s.n1, s.n2)),
-            "inputs": array(normal(2, s.batch, s.n1)),
+            "kernel": array(normal(1, s.n1, s.n2), "NaN", "NaN everywhere"),  # no part of the step
+            "inputs": array(normal(2, s.batch, s.n1), *OVERFLOW),
             "cotangent": array(normal(3, s.batch, s.n2)),
             "step": value(B.ConjugateGradients(0.5)),
         },
@@ -570,7 +581,11 @@ PROXPROP = {
         lambda cotangent, **o: B.implicit_gradient(
             ss.Dense(normal(1, 4, 3)), normal(2, 2, 4), cotangent, B.ConjugateGradients(**o)
         ),
-        lambda s: {"cotangent": array(normal(3, 2, 3)), "tau": number(0.5), "num_iters": count(2)},
+        lambda s: {
+            "cotangent": array(normal(3, 2, 3)),
+            "tau": number(0.5, "1e30"),
+            "num_iters": count(2),
+        },
     ),
     "proxprop.checked_step": Entry(
         B.checked_step, lambda s: {"step": value(B.Exact())}, on_host=True

@@ -100,6 +100,7 @@ WRONG_KINDS: dict[str, dict[str, Any]] = {
         "an array": np.ones((2, 2), np.float32),
     },
     "other": {},  # what another one's function takes
+    "weight": {},  # of another one's object
     "function": {
         "a string": "abc",
         "None": None,

@@ -10,6 +10,7 @@ with hostile numbers among random ones. A verdict is one of `verdicts.py`; those
 import argparse
 import collections
 import datetime
+import faulthandler
 import importlib.metadata
 import json
 import os
@@ -17,23 +18,28 @@ import pathlib
 import re
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # thousands of small programs
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results.json"
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 import cases  # noqa: E402
+import compilation  # noqa: E402
 import hostile  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+import verdicts  # noqa: E402
 from cases import Case  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)  # for the comparison; arguments are in float32
+compilation.quicken()
+MANY_PROGRAMS = 2000  # a process can hold a limited number
 
 
 def hostile_arrays(good: Any) -> st.SearchStrategy[Any]:
@@ -49,18 +55,34 @@ def changes(entry: cases.Entry) -> st.SearchStrategy[dict[str, Any]]:
     arguments = entry.arguments(hostile.Sizes())
     choices = {
         name: hostile_arrays(argument.good)
-        if argument.kind == "array"
+        if argument.kind in ("array", "weight")
         else st.sampled_from(list(hostile.NUMBERS.values()))
         for name, argument in arguments.items()
-        if argument.kind in ("array", "number") and argument.good is not None
+        if argument.kind in ("array", "weight", "number") and argument.good is not None
     }
     names = st.lists(st.sampled_from(sorted(choices)), min_size=1, max_size=3, unique=True)
     some = names.flatmap(lambda chosen: st.fixed_dictionaries({n: choices[n] for n in chosen}))
     return some if choices else st.just({})
 
 
-def random_cases(entry: cases.Entry, examples: int) -> list[Case]:
-    found: list[Case] = []
+def timed(found: Iterator[Case]) -> Iterator[tuple[float, Case]]:
+    """Each case with its seconds."""
+    while True:
+        start = watched()
+        case = next(found, None)
+        if case is None:
+            return
+        yield time.monotonic() - start, case
+
+
+def watched() -> float:
+    """The time; the process ends, and says where it was, if the next case never returns from native code."""
+    faulthandler.dump_traceback_later(2 * verdicts.LIMIT, exit=True)
+    return time.monotonic()
+
+
+def random_cases(entry: cases.Entry, examples: int) -> list[tuple[float, Case]]:
+    found: list[tuple[float, Case]] = []
 
     @settings(
         max_examples=examples,
@@ -72,24 +94,31 @@ def random_cases(entry: cases.Entry, examples: int) -> list[Case]:
     @given(changes(entry))
     def collect(given: dict[str, Any]) -> None:
         if given:
+            start = watched()
             outcome = cases.of_numbers(entry, given)
-            found.append(Case(", ".join(given), "random", outcome))
+            seconds = time.monotonic() - start
+            found.append((seconds, Case(", ".join(given), f"random {given}", outcome)))
 
     collect()
     return found
 
 
 def swept(name: str, examples: int) -> dict[str, Any]:
-    """The verdicts on one entry, counted, and its defects."""
-    entry, start = cases.ENTRIES[name], time.monotonic()
-    found = [*cases.all_cases(entry), *random_cases(entry, examples)]
+    """The verdicts on one entry, counted, its defects, and its slowest case."""
+    if compilation.compiled() > MANY_PROGRAMS:
+        jax.clear_caches()
+        compilation.forget()
+    entry = cases.ENTRIES[name]
+    found = [*timed(cases.all_cases(entry)), *random_cases(entry, examples)]
     defects: dict[tuple[str, str], list[str]] = {}
-    for case in found:
+    for _, case in found:
         if case.outcome.is_defect:
-            defects.setdefault((case.argument, case.outcome.verdict), []).append(case.hostile)
+            print(" ", case.argument, case.hostile, *case.outcome, sep=" | ", flush=True)
+            which = case.hostile.partition(" {")[0]
+            defects.setdefault((case.argument, case.outcome.verdict), []).append(which)
     return {
-        "seconds": round(time.monotonic() - start, 1),
-        "verdicts": dict(collections.Counter(case.outcome.verdict for case in found)),
+        "slowest case in seconds": round(max((seconds for seconds, _ in found), default=0), 1),
+        "verdicts": dict(collections.Counter(case.outcome.verdict for _, case in found)),
         "defects": [
             {"argument": argument, "verdict": verdict, "hostile": sorted(set(which))}
             for (argument, verdict), which in defects.items()
@@ -113,11 +142,14 @@ def main() -> None:
     for name in cases.ENTRIES:
         if not re.search(options.only, name) or (options.missing and name in stored()):
             continue
+        start = time.monotonic()
         found = swept(name, options.examples)
-        print(name, found["verdicts"], *found["defects"], sep="\n  ", flush=True)
+        print(f"{name}: {found['verdicts']}, {time.monotonic() - start:.1f} s", flush=True)
         if options.write:
             entries = stored() | {name: found}
-            RESULTS.write_text(summary(entries, options.examples), encoding="utf-8")
+            draft = RESULTS.with_suffix(f".{os.getpid()}")  # for two sweeps side by side
+            draft.write_text(summary(entries, options.examples), encoding="utf-8")
+            draft.replace(RESULTS)
 
 
 def summary(entries: dict[str, Any], examples: int) -> str:

@@ -63,6 +63,8 @@ def of_error(error: BaseException) -> Outcome:
     """A clear error is a ValueError or a TypeError in the library's wording."""
     if isinstance(error, Hangs):
         return Outcome("hangs")
+    if type(error).__module__ == "flax.errors":  # names the cause, and links to its explanation
+        return Outcome("error of Flax", f"{type(error).__name__}: {error}"[:300])
     clear = isinstance(error, ValueError | TypeError) and WORDING.match(str(error))
     message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return Outcome("clear error" if clear else "foreign error", message[:300])

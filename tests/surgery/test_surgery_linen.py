@@ -440,7 +440,7 @@ class Odd(nn.Module):
         )
         x = nn.relu(Scaled(4, name="scaled")(x))
         x = nn.relu(x + nn.Dense(4, name="residual")(x))
-        x = nn.relu(nn.ConvTranspose(4, (3,), name="transposed")(x))
+        x = nn.relu(nn.ConvTranspose(4, (3,), mask=jnp.ones((3, 4, 4)), name="transposed")(x))
         mirrored = nn.Conv(4, (3,), padding="REFLECT", name="mirrored")
         return nn.Dense(2, name="logits")(nn.relu(mirrored(x)))
 
@@ -462,7 +462,7 @@ def test_what_is_left_and_what_is_refused(rng):
     reasons = {
         "twice": "called 2 times", "gelu": "GELU decreases", "normed": "made by nn.SpectralNorm",
         "scaled": "methods of its own", "residual": "another array is added", "mirrored": "padding",
-        "transposed": "transposed convolution", "logits": "leaves the network without an activation",
+        "transposed": "the option mask", "logits": "leaves the network without an activation",
     }  # fmt: skip
     _, _, report = replace(["*", "logits"], prior=ss.prox.Zero())
     left = {one.name: one.reason for one in report.left}

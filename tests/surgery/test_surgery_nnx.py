@@ -334,7 +334,7 @@ class Refused(nnx.Module):
         self.twice = nnx.Linear(4, 4, rngs=rngs)
         self.lora = nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs)
         self.own = Own(4, 4, rngs=rngs)
-        self.transposed = nnx.ConvTranspose(4, 4, (3,), rngs=rngs)
+        self.transposed = nnx.ConvTranspose(4, 4, (3,), mask=jnp.ones((3, 4, 4)), rngs=rngs)
         self.weight = nnx.WeightNorm(nnx.Linear(4, 4, rngs=rngs), rngs=rngs)
         self.masked = nnx.Conv(4, 4, (3,), mask=jnp.ones((3, 4, 4)), rngs=rngs)
         self.unused = nnx.Linear(4, 4, rngs=rngs)
@@ -352,7 +352,7 @@ REASONS = {
     "twice": "it is called 2 times",
     "lora": "low-rank product",
     "own": "methods of its own",
-    "transposed": "transposed convolution",
+    "transposed": "the option mask",
     "weight.layer_instance": "made by WeightNorm",
     "masked": "the option mask",
     "unused": "it is not called",
@@ -408,7 +408,7 @@ def test_a_given_prior_and_wrong_inputs(network):
 
 
 def test_a_model_that_others_wrote(monkeypatch, rng):
-    """VGG16 of lpips-nnx: all 13 layers by their activations, one pair replaced, to the last bit."""
+    """VGG16 of lpips-nnx: all 13 layers by their activations, one pair replaced, to the last bit; bounded."""
     from lpips_nnx import vgg
 
     monkeypatch.setattr(vgg.VGG16Features, "_load_weights", lambda self: None)
@@ -425,5 +425,25 @@ def test_a_model_that_others_wrote(monkeypatch, rng):
     replace(model, ["conv_0", "conv_5"], inputs=images, solver=ss.ProxGD(1))
     assert type(model.conv_0) is ss.nnx.SolverConv
     assert same(model(images), plain)
+
+    class Shallow(nnx.Module):
+        def __init__(self):
+            self.whole = model
+
+        def __call__(self, x):
+            return self.whole(x)[1]
+
+    report = ss.lipschitz_report(Shallow(), images.shape)
+    layers = [(row.name, row.kind) for row in report.rows if not row.note]
+    assert layers == [
+        ("whole.conv_0", "SolverConv"),
+        ("whole.conv_2", "Conv"),
+        ("whole.conv_5", "SolverConv"),
+        ("whole.conv_7", "Conv"),
+    ]
+    assert {row.note for row in report.rows[4:]} == {"the output does not depend on it"}
+    moved = images + 1e-2 * jax.random.normal(jax.random.key(1), images.shape)
+    gain = jnp.linalg.norm(model(moved)[1] - plain[1]) / jnp.linalg.norm(moved - images)
+    assert gain <= report.bound < np.inf
     ss.nnx.restore_layers(model)
     assert same(model(images), plain)

@@ -17,9 +17,12 @@ DIRECT = 16
 _CONSTANT_GAP, _BRACKET_GAP, _FLOAT64_GAP = 2.0**-18, 2.0**-12, 2.0**-33
 
 
-def scale_of(taps: Array) -> Array:
-    """A power of two, by which division is exact, that brings the largest entry near 1."""
-    largest = jnp.max(jnp.abs(lax.stop_gradient(taps)))
+def scale_of(taps: Array, axes: tuple[int, ...] | None = None) -> Array:
+    """A power of two, by which division is exact, that brings the largest entry near 1.
+
+    With axes, which are kept, that of the entries along them.
+    """
+    largest = jnp.max(jnp.abs(lax.stop_gradient(taps)), axis=axes, keepdims=axes is not None)
     scale = largest / jnp.frexp(largest)[0]
     return jnp.where(largest > 0, scale, 1.0)
 
