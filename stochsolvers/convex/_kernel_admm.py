@@ -26,8 +26,8 @@ from stochsolvers.convex._problems import GatedProblem
 from stochsolvers.losses import Squares
 
 RELAXATION = 1.6
-PENALTY = 0.13
-"""ρ = 0.13 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, the mean of K's eigenvalues by their own weight."""
+PENALTY = 0.09
+"""ρ = 0.09 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, the mean of K's eigenvalues by their own weight."""
 _SMALL = 2048
 """Up to so many data, no FISTA iterations first: compiling them takes longer than all else."""
 
@@ -46,7 +46,7 @@ class KernelADMM(Algorithm):
 
     For more than 2048 data it begins with FISTA for as many iterations as cost a quarter of what factoring
     costs, which suffice near β_max.
-    ρ = 0.13 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, about 0.04 (β/β_max) λ_max(K). It is not adapted: balancing
+    ρ = 0.09 (β/β_max) λ̄, λ̄ = ||K||²_F / tr K, about 0.03 (β/β_max) λ_max(K). It is not adapted: balancing
     its residuals saved a third of the iterations on some data and took ten times as many on others. All
     programs of a batch, and all outputs of a joint program, share ρ and the factor.
 

@@ -25,7 +25,7 @@ def everything(A, r, V):
     return A(r), A.adjoint(V), A.kernel_matrix(), A.squared_norm_bound(), part.adjoint(V)
 
 
-@pytest.mark.parametrize("shape", [(7, 3), (5, 4, 3)])
+@pytest.mark.parametrize("shape", [(7, 3), (5, 4, 3), (7, 9)])  # d ≤ P and d > P
 @pytest.mark.parametrize("outputs", [None, 2])
 def test_products_are_those_of_the_dense_matrix(rng, shape, outputs):
     X, patterns = example(rng, *shape)
@@ -33,7 +33,8 @@ def test_products_are_those_of_the_dense_matrix(rng, shape, outputs):
     matrix = oracles.gated_matrix(X, patterns.mask)
     lead = () if outputs is None else (outputs,)
     assert A.in_shape == (*lead, shape[0])
-    assert A.out_shape == (*lead, patterns.num, 3)
+    assert A.out_shape == (*lead, patterns.num, shape[-1])
+    assert (shape[-1] > patterns.num) == (shape == (7, 9))
     r = rng.normal(size=(2, *A.in_shape))
     V = rng.normal(size=(2, *A.out_shape))
     weights, predictions, kernel, bound, part = map(np.asarray, everything(A, r, V))
