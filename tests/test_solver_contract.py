@@ -261,7 +261,10 @@ def test_tau_outside_1_to_n1_raises(arrays, tau):
         (lambda p: ss.prox_gd(p, step_size=jnp.ones(3), num_iters=1), "shape of step_size"),
         (lambda p: ss.ProxSG(0.5, 4, step_size=0.1, decay=0.5), "decay: expected 1.0 where"),
         (lambda p: ss.InverseSeparable(-1.0), "scale: expected a number > 0"),
-        (lambda p: ss.ProxSG(0, 4), "tau: expected a number > 0, got 0"),
+        (
+            lambda p: ss.ProxSG(0, 4),
+            r"tau: expected an integer >= 1 or a fraction in \(0, 1\], got 0",
+        ),
         (lambda p: ss.ProxSG(0.5, 0), "num_iters: expected an integer >= 1"),
         (lambda p: ss.nsync(KEY, p, tau=2, step_size=jnp.ones(2), num_iters=1), "shape of step"),
         (

@@ -179,7 +179,10 @@ def test_what_cannot_be_solved_is_refused(rng):
     ("call", "message"),
     [
         (lambda p, key: convex.solve(p, tol="x"), "tol: expected a number >= 0, got 'x'."),
-        (lambda p, key: convex.FISTA("x"), "max_iters: expected a number >= 0, got 'x'."),
+        (
+            lambda p, key: convex.FISTA("x"),
+            "max_iters: expected an integer in 0..2147483647, got 'x' of type str.",
+        ),
         (lambda p, key: convex.regularization_path(3, [1.0]), "problem of regularization_path"),
         (lambda p, key: convex.train_network(key, p.X, p.y, 1.0, tol=-1.0), "tol: expected"),
         (lambda p, key: convex.train_network(key, p.X, p.y, "1"), "beta: expected a number > 0"),
