@@ -5,6 +5,7 @@ import functools
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
