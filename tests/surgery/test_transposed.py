@@ -54,11 +54,11 @@ class Decoder(nnx.Module):
 
     def __init__(self, rngs, transpose_kernel):
         options: dict[str, Any] = {"transpose_kernel": transpose_kernel, "rngs": rngs}
-        self.up = nnx.ConvTranspose(3, 4, (3, 3), strides=2, **options)
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.up = nnx.ConvTranspose(3, 16, (5, 5), strides=2, **options)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.higher = nnx.ConvTranspose(4, 2, (2, 2), strides=2, padding="VALID", **options)
-        self.last = nnx.ConvTranspose(2, 1, (3, 3), **options)
+        self.higher = nnx.ConvTranspose(16, 8, (5, 3), strides=2, padding="CIRCULAR", **options)
+        self.last = nnx.ConvTranspose(8, 1, (3, 3), **options)
 
     def __call__(self, x):
         x = nnx.relu(self.norm(self.up(x)))
@@ -73,10 +73,10 @@ class LinenDecoder(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         options: dict[str, Any] = {"transpose_kernel": self.transpose_kernel}
-        x = nn.ConvTranspose(4, (3, 3), (2, 2), name="up", **options)(x)
+        x = nn.ConvTranspose(16, (5, 5), (2, 2), name="up", **options)(x)
         x = nn.relu(nn.BatchNorm(not train, name="norm")(x))
         x = nn.Dropout(0.5, deterministic=not train)(x)
-        x = nn.ConvTranspose(2, (2, 2), (2, 2), padding="VALID", name="higher", **options)(x)
+        x = nn.ConvTranspose(8, (5, 3), (2, 2), padding="CIRCULAR", name="higher", **options)(x)
         return nn.ConvTranspose(1, (3, 3), name="last", **options)(jnp.tanh(x))
 
 
@@ -124,7 +124,7 @@ def test_more_iterations_with_a_folded_normalisation(rng):
     variables = jax.tree.map(lambda leaf: leaf.astype(float), drawn(module, rng, x))
 
     def folded(x):
-        y = nn.ConvTranspose(4, (3, 3), (2, 2), transpose_kernel=True).apply(
+        y = nn.ConvTranspose(16, (5, 5), (2, 2), transpose_kernel=True).apply(
             {"params": variables["params"]["up"]}, x
         )
         collections = {name: variables[name]["norm"] for name in ("params", "batch_stats")}
@@ -136,8 +136,8 @@ def test_more_iterations_with_a_folded_normalisation(rng):
     z = by_hand(folded, x, 3, own["solver_state"]["up"]["lipschitz"])
     np.testing.assert_allclose(swapped.apply(own, x).reshape(len(x), -1), z, rtol=0, atol=1e-9)
 
-    up = nnx.ConvTranspose(3, 4, (3, 3), strides=2, transpose_kernel=True, rngs=nnx.Rngs(0))
-    norm = nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0))
+    up = nnx.ConvTranspose(3, 16, (5, 5), strides=2, transpose_kernel=True, rngs=nnx.Rngs(0))
+    norm = nnx.BatchNorm(16, use_running_average=True, rngs=nnx.Rngs(0))
     for key, value in variables["params"]["up"].items():
         setattr(up, key, nnx.Param(value))
     for collection, kind in (("params", nnx.Param), ("batch_stats", nnx.BatchStat)):
@@ -155,5 +155,5 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.ConvTranspose(4, (3, 3), (2, 2), transpose_kernel=True, name="up")(x)
+        x = nn.ConvTranspose(16, (5, 5), (2, 2), transpose_kernel=True, name="up")(x)
         return nn.relu(nn.BatchNorm(True, name="norm")(x))
