@@ -6,13 +6,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from stochsolvers import _layers
-from stochsolvers._typing import Array, Scalar
+from stochsolvers._typing import Array
 from stochsolvers.linear_maps import LinearMap
-from stochsolvers.linen._following import FollowingNorm
-from stochsolvers.linen._layers import SolverLayer, linear_map_of, plain_options
-from stochsolvers.losses import Loss, Squares
-from stochsolvers.prox import NonNegative, Prior
-from stochsolvers.solvers import Solver
+from stochsolvers.linen._layers import SolverLayer, linear_map_of
 
 
 class SolverConvTranspose(SolverLayer, nn.ConvTranspose, kw_only=True):
@@ -23,22 +19,7 @@ class SolverConvTranspose(SolverLayer, nn.ConvTranspose, kw_only=True):
         `SolverDense`.
     """
 
-    solver: Solver
-    prior: Prior = NonNegative()
-    ridge: Scalar = 0.0
-    loss: Loss = Squares()
-    normalize: bool = False
-    output: _layers.Output = "activation"
-    deterministic: bool = False
-    rng_collection: str = "dropout"
-    following: FollowingNorm | None = None
-
-    @classmethod
-    def from_layer(
-        cls, layer: nn.ConvTranspose, *, solver: Solver, **options: Any
-    ) -> "SolverConvTranspose":
-        """The solver twin of a layer; see `SolverDense.from_layer`."""
-        return cls(solver=solver, **(plain_options(layer, nn.ConvTranspose) | options))
+    plain_class = nn.ConvTranspose
 
     @nn.nowrap
     def output_axis(self) -> int:

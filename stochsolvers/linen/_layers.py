@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,46 @@ STATE = "solver_state"
 RECORDS = "solver_records"
 
 
-class SolverLayer(nn.Module):
-    """What the two solver layers share; not for use on its own."""
+class SolverLayer(nn.Module, kw_only=True):
+    """What the solver layers share; not for use on its own.
+
+    Attributes:
+      plain_class: the layer of Linen that it is a twin of.
+      solver: a configuration such as `ProxSG(tau=0.5, num_iters=10)`.
+      prior: g, whose prox is the activation; ReLU by default.
+      ridge: λ.
+      loss: ℓ between A* z and the input; half the squared distance by default.
+      normalize, output: as in `stochsolvers.nnx.SolverLinear`.
+      deterministic: use the full gradient.
+      rng_collection: name of the random stream.
+      following: set by `replace_layers`: a batch normalisation behind the layer, with which it is one map.
+    """
+
+    plain_class: ClassVar[Any]
+
+    solver: Solver
+    prior: Prior = NonNegative()
+    ridge: Scalar = 0.0
+    loss: Loss = Squares()
+    normalize: bool = False
+    output: _layers.Output = "activation"
+    deterministic: bool = False
+    rng_collection: str = "dropout"
+    following: FollowingNorm | None = None
+
+    @classmethod
+    def from_layer(cls, layer: nn.Module, *, solver: Solver, **options: Any) -> Self:
+        """The solver twin of a layer: its options, its name and its parameter tree.
+
+        Args:
+          layer: of the class that it is a twin of, without a call of its own.
+          solver: of the twin.
+          **options: the twin's other attributes, such as `prior` and `ridge`.
+
+        Raises:
+          ValueError: for another layer, and for a subclass with a call of its own, which would be lost.
+        """
+        return cls(solver=solver, **(plain_options(layer, cls.plain_class) | options))
 
     def __post_init__(self) -> None:
         _layers.Settings.of(self).check(type(self).__name__)
@@ -171,29 +209,7 @@ class SolverDense(SolverLayer, nn.Dense, kw_only=True):
       following: set by `replace_layers`: a batch normalisation behind the layer, with which it is one map.
     """
 
-    solver: Solver
-    prior: Prior = NonNegative()
-    ridge: Scalar = 0.0
-    loss: Loss = Squares()
-    normalize: bool = False
-    output: _layers.Output = "activation"
-    deterministic: bool = False
-    rng_collection: str = "dropout"
-    following: FollowingNorm | None = None
-
-    @classmethod
-    def from_layer(cls, layer: nn.Dense, *, solver: Solver, **options: Any) -> "SolverDense":
-        """The solver twin of a layer: its options, its name and its parameter tree.
-
-        Args:
-          layer: without a call of its own.
-          solver: of the twin.
-          **options: the twin's other attributes, such as `prior` and `ridge`.
-
-        Raises:
-          ValueError: for what is no `nn.Dense`, or a subclass with a call of its own, which would be lost.
-        """
-        return cls(solver=solver, **(plain_options(layer, nn.Dense) | options))
+    plain_class = nn.Dense
 
     @nn.compact
     def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
@@ -226,20 +242,7 @@ class SolverConv(SolverLayer, nn.Conv, kw_only=True):
       following: set by `replace_layers`: a batch normalisation behind the layer, with which it is one map.
     """
 
-    solver: Solver
-    prior: Prior = NonNegative()
-    ridge: Scalar = 0.0
-    loss: Loss = Squares()
-    normalize: bool = False
-    output: _layers.Output = "activation"
-    deterministic: bool = False
-    rng_collection: str = "dropout"
-    following: FollowingNorm | None = None
-
-    @classmethod
-    def from_layer(cls, layer: nn.Conv, *, solver: Solver, **options: Any) -> "SolverConv":
-        """The solver twin of a layer; see `SolverDense.from_layer`."""
-        return cls(solver=solver, **(plain_options(layer, nn.Conv) | options))
+    plain_class = nn.Conv
 
     @nn.compact
     def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
@@ -271,22 +274,7 @@ class SolverDenseGeneral(SolverLayer, nn.DenseGeneral, kw_only=True):
         `SolverDense`.
     """
 
-    solver: Solver
-    prior: Prior = NonNegative()
-    ridge: Scalar = 0.0
-    loss: Loss = Squares()
-    normalize: bool = False
-    output: _layers.Output = "activation"
-    deterministic: bool = False
-    rng_collection: str = "dropout"
-    following: FollowingNorm | None = None
-
-    @classmethod
-    def from_layer(
-        cls, layer: nn.DenseGeneral, *, solver: Solver, **options: Any
-    ) -> "SolverDenseGeneral":
-        """The solver twin of a layer; see `SolverDense.from_layer`."""
-        return cls(solver=solver, **(plain_options(layer, nn.DenseGeneral) | options))
+    plain_class = nn.DenseGeneral
 
     @nn.compact
     def assembled(self, inputs: Array) -> tuple[LinearMap, Array, Array | None]:
