@@ -156,7 +156,7 @@ def _step(
         return values + jnp.sum(metric.coordinates(V) * metric.coordinates(W), -1)
 
     def attempt(constant):
-        if metric is None:
+        if metric is None or guess is None:
             point = Y - gradient / expanded(constant, gradient)
             (V, penalty), p = _terms.prox(problem, point, 1.0 / constant), None
         else:

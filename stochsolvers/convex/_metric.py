@@ -1,12 +1,12 @@
 r"""Proximal steps in a metric that has the curvature of the linear network within a gated one.
 
 Half of the patterns hold at a datum, so D ≈ s aᵀ, ||a|| = 1, s = D a, and most of A A* acts on the weights
-v_i = a_i w of one linear map: X̃ᵀX̃, X̃ = diag(s) X, d × d. In the metric
+v_i = a_i w of one linear map: X̃ᵀX̃, X̃ = diag(s) X, d × d. In
 
     M = c I + (a ⊗ I) G (a ⊗ I)ᵀ,     G = L_ℓ X̃ᵀX̃ = R Rᵀ,
 
-c ≥ L_ℓ ‖A A*‖ on what is left, a third of ‖A A*‖ on Gaussian data, and FISTA takes half of the iterations. The
-step V⁺ = argmin <g, V> + ½ ||V − Y||²_M + R(V) is a prox at a point that d numbers p tell,
+c ≥ L_ℓ ‖A A*‖ on what is left, a third of ‖A A*‖ on Gaussian data, and FISTA takes half of the iterations.
+The step V⁺ = argmin <g, V> + ½ ||V − Y||²_M + R(V) is a prox at a point that d numbers p tell,
 
     V(p) = prox_{R/c}(Y − (g + a ⊗ R p)/c),     Φ(p) = p − Rᵀ Σ_i a_i (V(p) − Y)_i = 0,
 
@@ -18,7 +18,8 @@ groups (1 − t_i) hhᵀ + t_i I, h = w_i/||w_i||, t_i = max(1 − γ_i/(c ||w_i
 Products with d × d matrices are few beside n P d where d² ≪ n P.
 
 References:
-  Becker, Fadili and Ochs, On quasi-Newton forward-backward splitting: proximal calculus and convergence, 2019.
+  Becker, Fadili and Ochs, On quasi-Newton forward-backward splitting: proximal calculus and
+  convergence, 2019.
 """
 
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ def metric_of(problem: Any) -> Metric | None:
     if not isinstance(problem, GatedProblem) or problem.joint or not is_large(problem):
         return None
     prior = problem.prior
-    X, mask = problem.linear_map._rows()
+    X, mask = problem.gated_map._rows()
     d = X.shape[1]
     if not isinstance(prior, GroupL2) or prior.axis not in (-1, (-1,)) or 8 * d * d > mask.size:
         return None

@@ -127,7 +127,7 @@ def test_a_step_in_the_metric_is_the_prox_of_the_dense_one(rng, large, scale):
     c = np.array([3.0, 0.5]) * scale**2
     Y, g = rng.standard_normal((2, 2, 7, 2)) / scale
     g *= scale**2
-    V, value, p = _metric.step(problem, metric, *map(jnp.asarray, (Y, g, c)), jnp.zeros((2, 2)))
+    V, value, _ = _metric.step(problem, metric, *map(jnp.asarray, (Y, g, c)), jnp.zeros((2, 2)))
     V = np.asarray(V)
     assert np.any(V == 0)
     for one in range(2):
@@ -297,7 +297,9 @@ def test_the_bound_within_jit_is_that_of_the_host(rng):
     )
 
 
-def test_the_blocked_factor_solves(rng):
+@pytest.mark.parametrize("large", [1024, 4])  # of a block, whose halves are inverted one by one
+def test_the_blocked_factor_solves(rng, monkeypatch, large):
+    monkeypatch.setattr(_factor, "BLOCK", large)
     M = rng.standard_normal((23, 23))
     M = M @ M.T
     b = rng.standard_normal((2, 23))
