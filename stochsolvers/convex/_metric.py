@@ -105,7 +105,7 @@ def step(
         k, p, _ = state
         w = point(p)
         norms = jnp.sqrt(jnp.sum(w * w, -1, keepdims=True))
-        t = jnp.maximum(1.0 - gamma / jnp.where(norms > gamma, norms, gamma), 0.0)
+        t = jnp.where(norms > gamma, 1.0 - gamma / jnp.where(norms > gamma, norms, 1.0), 0.0)
         residual = p - metric.coordinates(t * w - Y)
         h = a * jnp.sqrt(1.0 - t) / jnp.where(t > 0, norms, 1.0) * jnp.where(t > 0, w, 0.0)
         spread = jnp.sum(a**2 * t, -2, keepdims=True)
