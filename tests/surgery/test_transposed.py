@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from linen_variables import drawn
+from linen_variables import built, drawn
 
 import stochsolvers as ss
 
@@ -96,7 +96,7 @@ def test_decoders_keep_their_bits_for_one_iteration(rng, transpose_kernel):
     ]
     np.testing.assert_array_equal(swapped.apply(own, x), plain)
 
-    model = Decoder(nnx.Rngs(0, dropout=1), transpose_kernel)
+    model = built(lambda: Decoder(nnx.Rngs(0, dropout=1), transpose_kernel), rng)
     for name, values in variables["params"].items():
         for key, value in values.items():
             getattr(getattr(model, name), key)[...] = value
