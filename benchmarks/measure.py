@@ -91,7 +91,7 @@ def bandwidth(megabytes: int = 256, rounds: int = 5) -> float:
 
 def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
     """Bytes that the compiled function allocates beside its arguments and results."""
-    compiled = function if hasattr(function, "lower") else jax.jit(function)
+    compiled: Any = function if hasattr(function, "lower") else jax.jit(function)
     analysis = compiled.lower(*args).compile().memory_analysis()
     assert analysis is not None
     return int(analysis.temp_size_in_bytes)
