@@ -38,7 +38,7 @@ def interleaved(
     sides: Mapping[str, Callable[[], Any]],
     *,
     rounds: int,
-    seconds: float = SAMPLE_SECONDS,
+    seconds: float | None = None,
     pause: float = 0.0,
 ) -> dict[str, Timing]:
     """Time every side once a round, so that whatever else the machine does hits all of them alike.
@@ -46,10 +46,11 @@ def interleaved(
     Args:
       sides: calls without arguments; what they return is waited for.
       rounds: samples of each side, after one call to compile and one to choose the repetitions.
-      seconds: about how long a sample lasts; longer calls are made once.
+      seconds: about how long a sample lasts, by default `SAMPLE_SECONDS`; longer calls are made once.
       pause: seconds before each sample, for sides of several libraries: the threads of the one before go on
         spinning for a while, at the expense of the next.
     """
+    seconds = SAMPLE_SECONDS if seconds is None else seconds
     for call in sides.values():
         seconds_of(call, 1)
     repeats = {
@@ -90,7 +91,8 @@ def bandwidth(megabytes: int = 256, rounds: int = 5) -> float:
 
 def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
     """Bytes that the compiled function allocates beside its arguments and results."""
-    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
+    compiled: Any = function if hasattr(function, "lower") else jax.jit(function)
+    analysis = compiled.lower(*args).compile().memory_analysis()
     assert analysis is not None
     return int(analysis.temp_size_in_bytes)
 

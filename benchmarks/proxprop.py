@@ -127,7 +127,7 @@ def _steps(kind: Kind, options: Options) -> list[Figure]:
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.random((batch, pixels, pixels, 3)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 10, batch))
-    sides = ["backpropagation", "exact", "cg3", "cg10"]
+    sides = ["backpropagation", "exact", "cg3"] + ["cg10"] * (not options.quick)
     sides += [IN_PARAMETERS] if kind == "mlp" else []
     calls = {}
     for side in sides:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
+import scipy  # its parts are loaded where they are first used
 
 from stochsolvers import _checks
 from stochsolvers._typing import value_object

@@ -20,7 +20,7 @@ References:
 """
 
 import numpy as np
-from scipy import optimize
+import scipy  # its parts are loaded where they are first used
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -78,7 +78,7 @@ def nnls(A: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float]:
     if scale == 0 or not np.any(target):
         return np.zeros(A.shape[1]), float(np.linalg.norm(target))
     try:
-        return optimize.nnls(A, target)
+        return scipy.optimize.nnls(A, target)
     except RuntimeError:
         a = np.zeros(A.shape[1])
         for _ in range(1000):
@@ -106,7 +106,7 @@ def _relaxed(X: np.ndarray, v: np.ndarray, max_iters: int) -> float:
     start = np.concatenate([np.log(tau), np.zeros(len(v) - num)])
     bounds = [(float(t) - 20, float(t) + 20) for t in start[:num]] + [(-40, 40)] * (len(v) - num)
     options = {"maxiter": max_iters, "ftol": 1e-9}
-    result = optimize.minimize(
+    result = scipy.optimize.minimize(
         _relaxation, start, args, "L-BFGS-B", jac=True, bounds=bounds, options=options
     )
     values = [_relaxation(point, *args) for point in (start, result.x)]
@@ -143,7 +143,7 @@ def _largest_in_ball(b: np.ndarray, Q: np.ndarray) -> tuple[float, np.ndarray]:
 
     mu = lower
     if excess(lower) > 0:
-        mu = float(optimize.brentq(excess, lower, upper))  # pyright: ignore[reportArgumentType]
+        mu = float(scipy.optimize.brentq(excess, lower, upper))  # pyright: ignore[reportArgumentType]
     u = vectors @ (c / (mu - values))
     return 0.5 * mu + 0.5 * float(c @ (c / (mu - values))), u
 

@@ -134,6 +134,8 @@ def bound(problem: Objective, products: Products, convexity: Array | None, z: Ar
         point = _point(problem, products, z)
         bound = _curvature_gap(problem, point, convexity)
         bound = jnp.minimum(bound, _scaled_gap(problem, point))
+        if not problem.prior._moves_duals:  # the search would stay at r, which δ = 0 was
+            return bound
         reach = _reach(problem, point)
         poor = _is_poor(problem, point, reach, bound)
         return lax.cond(
@@ -220,7 +222,7 @@ def _in_domain(problem: Objective, w: Array, error: Array) -> Array:
     """Whether g* is finite at all points within `error` of w, for each example."""
     prior, conjugate = problem.prior, problem.per_example(problem.prior.conjugate)
     if prior.separable:
-        return jnp.isfinite(conjugate(w - error)) & jnp.isfinite(conjugate(w + error))
+        return jnp.all(jnp.isfinite(jax.vmap(conjugate)(jnp.stack([w - error, w + error]))), axis=0)
     radius = problem.norm(error) + _spectral_round_off(problem, w)
     # a ball that is smaller than the margin has no point that far inside
     ball = jnp.broadcast_to(1.25 * _expanded(problem, radius), w.shape)

@@ -70,13 +70,13 @@ class LayerProblem(Objective):
             Σ_i [ℓ(u_i, x_i) + ℓ*(r_i + d_i, x_i) − u_i (r_i + d_i)] + g(z) + g*(w) − <w, z>,
 
         u = A* z and w = −∇F(z) − A d ∈ dom g*; the sum is ½ ||d||² for squares. Once at shrunken points, d
-        = −δ r,
-        and, where the bounds so far may be far above the gap, with a small d found by accelerated gradient
-        steps. All go to zero with the gap, to the round-off of ∇F times the size of z, which is added to
-        them: the value is never below the gap of the arrays as they are, if the losses are accurate (see
-        `Loss`) and a map too large to be written out as well (see `LinearMap`). A* z and A r are summed in
-        blocks of some 32 products, whose sums go on in twice the precision. The value is +inf where z is
-        infeasible, and where no dual point was found, as when the problem is unbounded below.
+        = −δ r, and, where g* is infinite somewhere and the bounds so far may be far above the gap, with a
+        small d found by accelerated gradient steps. All go to zero with the gap, to the round-off of ∇F times
+        the size of z, which is added to them: the value is never below the gap of the arrays as they are, if
+        the losses are accurate (see `Loss`) and a map too large to be written out as well (see `LinearMap`).
+        A* z and A r are summed in blocks of some 32 products, whose sums go on in twice the precision. The
+        value is +inf where z is infeasible, and where no dual point was found, as when the problem is
+        unbounded below.
 
         Args:
           z: shaped as the outputs.

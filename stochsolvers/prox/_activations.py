@@ -29,9 +29,6 @@ class _Exact(Prior):
     def _root(self, v: Array, step: Array) -> tuple[Array, Array]:
         """u = prox_{ηg}(v), and the w with σ(w) = u."""
 
-    def _dual_projection(self, w, margin):
-        return w
-
     def _term_sizes(self, u, w):
         return jnp.sum(u * u) + jnp.sum(jnp.abs(w))
 

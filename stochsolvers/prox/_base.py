@@ -146,6 +146,11 @@ class Prior(ABC):
     def _dual_projection(self, w: Array, margin: Array) -> Array:
         return w
 
+    @property
+    def _moves_duals(self) -> bool:
+        """Whether `_dual_projection` moves points at all: else no search for a dual point can gain."""
+        return type(self)._dual_projection is not Prior._dual_projection
+
     def _conjugate_rise(self, w: Array, value: Array, error: Array) -> Array:
         r"""An upper bound on g*(w + e) − `value` for all |e| ≤ error, entry by entry, in the domain of g*.
 
@@ -258,6 +263,10 @@ class Scaled(Prior):
             margin = margin + 2 * float(jnp.finfo(w.dtype).eps) * jnp.abs(inner)
             inner = self.prior._dual_projection(scaled, margin)
         return factor * inner
+
+    @property
+    def _moves_duals(self):
+        return self.prior._moves_duals
 
     def _conjugate_rise(self, w, value, error):
         factor = self._factor(w)

@@ -122,9 +122,6 @@ class _Barrier(Weighted):
         wanted = f"a number > 0 ({self._limit} is the limit)"
         _checks.positive("gamma", self.gamma, wanted)
 
-    def _dual_projection(self, w, margin):
-        return w
-
     def _term_sizes(self, u, w):
         return jnp.sum(jnp.abs(w) + self._gamma(w))
 

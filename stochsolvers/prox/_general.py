@@ -86,6 +86,10 @@ class Activation(Prior):
         middle = 0.5 * low + 0.5 * high
         return jnp.clip(w, jnp.minimum(low + margin, middle), jnp.maximum(high - margin, middle))
 
+    @property
+    def _moves_duals(self):
+        return self._known._moves_duals if self._known else True
+
     def _term_sizes(self, u, w):
         if self._known:
             return self._known._term_sizes(u, w)

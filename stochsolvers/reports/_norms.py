@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-import scipy.linalg
+import scipy  # its parts are loaded where they are first used
 
 from stochsolvers.linear_maps import Conv, Dense, LinearMap, Matrix, Transposed
 from stochsolvers.lipschitz import is_exact

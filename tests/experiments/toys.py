@@ -200,7 +200,8 @@ def main(
       port: of the first one.
       sharded: try solver layers with split kernels and solvers with split batches, too.
       terminate_at: train once more, from the beginning, in the folder "terminated" beside the first;
-        SIGTERM at this step, if this is the last process.
+        SIGTERM at this step, if this is the last process. Then go on from there, print the steps since
+        and the digest, and end with the status that the signal gave.
     """
     if kill_at is not None:
         loop.tqdm = interrupted_bar(kill_at, signal.SIGKILL)
@@ -220,7 +221,7 @@ def main(
     losses = recorded_losses()
     trained = train(folder and Path(folder), mesh=mesh)
     found = {
-        "steps": losses,
+        "steps": losses[:],
         "losses": [record["train_loss"] for record in trained.history],
         "scores": [record["validation_accuracy"] for record in trained.history],
         "devices": mesh.size,
@@ -232,10 +233,19 @@ def main(
         found["distances_of_parts"] = mapped_batch(mesh)
     print(json.dumps(found), flush=True)
     if terminate_at is not None:
-        parallel.AGREE_EVERY = 3
+        parallel.AGREE_EVERY, bar = 3, loop.tqdm
         if not terminal.is_first():
             loop.tqdm = interrupted_bar(terminate_at, signal.SIGTERM)
-        train(Path(folder).with_name("terminated"), mesh=mesh)
+        terminated = Path(folder).with_name("terminated")
+        try:
+            train(terminated, mesh=mesh)
+        except SystemExit as stopped:
+            status, loop.tqdm = stopped.code, bar
+        stopped_at = max(int(step.name) for step in terminated.iterdir() if step.name.isdecimal())
+        del losses[:]
+        again = {"digest": digest(train(terminated, mesh=mesh)), "steps": losses}
+        print(json.dumps({**found, "stopped_at": stopped_at, "again": again}), flush=True)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

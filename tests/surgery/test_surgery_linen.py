@@ -224,7 +224,7 @@ class Outer(nn.Module):
 def test_modules_as_attributes_and_a_replaced_network_within_another(rng):
     x = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
     module = Held((nn.Dense(5), nn.Dense(5, use_bias=False)))
-    variables = module.init(KEY, x)
+    variables = drawn(module, rng, x)
     swapped, own, report = ss.linen.replace_layers(
         module, variables, "*", solver=ss.ProxGD(3), inputs=x, measure=False
     )
@@ -240,7 +240,9 @@ def test_modules_as_attributes_and_a_replaced_network_within_another(rng):
     within = {name: {"inner": tree} for name, tree in own.items()}
     twice = swapped.apply(own, swapped.apply(own, x))
     np.testing.assert_allclose(Outer(swapped).apply(within, x), twice, rtol=1e-5, atol=1e-6)
-    assert jax.tree.structure(Outer(swapped).init(KEY, x)) == jax.tree.structure(within)
+    assert jax.tree.structure(jax.eval_shape(Outer(swapped).init, KEY, x)) == jax.tree.structure(
+        within
+    )
 
 
 class Normalised(nn.Module):
@@ -253,7 +255,7 @@ class Normalised(nn.Module):
 def test_derivatives_at_one_iteration_are_the_plain_ones(rng):
     x = jnp.asarray(rng.normal(size=(3, 7)))
     module = Normalised()
-    variables = module.init(KEY, x)
+    variables = drawn(module, rng, x)
     swapped, own, _ = ss.linen.replace_layers(
         module, variables, "dense", solver=ONE, inputs=x, measure=False
     )
@@ -274,7 +276,7 @@ def test_derivatives_at_one_iteration_are_the_plain_ones(rng):
 def test_a_folded_normalisation_against_float64(rng):
     x = jnp.asarray(rng.normal(size=(3, 7)))
     module = Normalised()
-    variables = module.init(KEY, x)
+    variables = drawn(module, rng, x)
     m, v, a, b = (rng.uniform(0.5, 2, size=5) for _ in range(4))
     variables["batch_stats"]["norm"] = {"mean": jnp.asarray(m), "var": jnp.asarray(v)}
     variables["params"]["norm"] = {"scale": jnp.asarray(a), "bias": jnp.asarray(b)}
@@ -308,7 +310,7 @@ def test_reports_on_a_network_with_replaced_layers(rng):
     """The bound, of the layer and its normalisation in one row, is above the norms of Jacobians."""
     x = jnp.asarray(rng.normal(size=(3, 7)), jnp.float32)
     module = Normalised()
-    variables = module.init(KEY, x)
+    variables = drawn(module, rng, x)
     own = variables["batch_stats"]["norm"]
     own["mean"], own["var"] = (
         jnp.asarray(rng.uniform(0.2, 3, size=5), jnp.float32) for _ in range(2)
@@ -342,7 +344,7 @@ class Stack(nn.Module):
 def test_a_stack_is_a_loop_of_solver_layers(lifted, rng):
     x = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
     module = Stack(tuple((LIFTED if lifted else {"params": 0}).items()))
-    variables = module.init(KEY, x)
+    variables = drawn(module, rng, x)
     solver = ss.ProxGD(3)
     swapped, own, report = ss.linen.replace_layers(
         module, variables, "stack/dense", solver=solver, inputs=x
@@ -368,7 +370,7 @@ class Dropped(nn.Module):
 def test_a_rate_becomes_a_sampling(rng):
     x = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
     module = Dropped()
-    variables = module.init(KEY, x)
+    variables = drawn(module, rng, x)
     options = {"inputs": x, "measure": False}
     swapped, own, report = ss.linen.replace_layers(
         module, variables, "dense", solver=ss.ProxSG(0.5, 3), **options
@@ -405,7 +407,7 @@ def test_a_rate_becomes_a_sampling(rng):
 def test_export(rng):
     x = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
     module = Dropped()
-    variables = module.init(KEY, x)
+    variables = drawn(module, rng, x)
     swapped, own, _ = ss.linen.replace_layers(
         module, variables, "dense", solver=ss.ProxGD(3), inputs=x, measure=False
     )
@@ -417,7 +419,7 @@ def test_export(rng):
 def test_what_nn_jit_has_traced_of_one_network_is_not_the_others(rng):
     x = jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
     module = Head()
-    variables = module.init(KEY, x)
+    variables = drawn(module, rng, x)
     plain = module.apply(variables, x)  # traced
     swapped, own, report = ss.linen.replace_layers(
         module, variables, "*", solver=ss.ProxGD(3), inputs=x, measure=False
