@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from stochsolvers.linear_maps import Conv, Dense, LinearMap
 from stochsolvers.problems import LayerProblem
@@ -49,25 +49,22 @@ def check_certificate(what: str, problem: LayerProblem) -> None:
         early, late = solve(problem, step)
         return *look(problem, early), *look(problem, late)
 
-    first, early, _, best, late, gradient = common.attempt(
-        f"solution of a problem with {what}", both
-    )
-    common.require(jnp.isfinite(gradient), f"∇F of a problem with {what}", "numbers", gradient)
-    common.require(jnp.isfinite(best), f"objective of a solution with {what}", "a number", best)
-    small = 1e-9 * (1 + jnp.abs(best))
-    expected = f"at least P(z) − min P >= {jnp.max(first - best):.8g}"
+    seen = common.attempt(f"solution of a problem with {what}", both)
+    first, early, _, best, late, gradient = map(np.asarray, seen)
+    common.require(np.isfinite(gradient), f"∇F of a problem with {what}", "numbers", gradient)
+    common.require(np.isfinite(best), f"objective of a solution with {what}", "a number", best)
+    small = 1e-9 * (1 + np.abs(best))
+    expected = f"at least P(z) − min P >= {np.max(first - best):.8g}"
     at = f"certificate of a problem with {what}"
     common.require(early >= first - best - small, at, expected, early)
-    common.require(jnp.isfinite(early), f"{at} and a ridge", "a number", early)
-    common.require(
-        late <= 1e-4 * (1 + jnp.abs(best)), f"{at} after 400 iterations", "about 0", late
-    )
+    common.require(np.isfinite(early), f"{at} and a ridge", "a number", early)
+    common.require(late <= 1e-4 * (1 + np.abs(best)), f"{at} after 400 iterations", "about 0", late)
 
 
-def _squared_norm(A: LinearMap) -> jax.Array:
+def _squared_norm(A: LinearMap) -> float:
     """‖A‖² of a map that takes the last axis through its kernel, at every pixel."""
     kernel: Any = A.kernel  # pyright: ignore[reportAttributeAccessIssue]
-    return jnp.linalg.norm(kernel.reshape(kernel.shape[-2:]), 2) ** 2
+    return float(np.linalg.norm(np.asarray(kernel).reshape(kernel.shape[-2:]), 2)) ** 2
 
 
 def expand_to_map(prior: Prior, shape: tuple[int, ...]) -> LayerProblem:

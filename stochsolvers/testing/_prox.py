@@ -51,8 +51,7 @@ def check_prior(prior: Prior, shape: tuple[int, ...]) -> None:
             _check_conjugate(name, seen)
             _check_rise(name, wide, shape)
         _check_derivatives(name, wide, shape)
-        _check_dtypes(name, prior, shape)
-        _check_entries(name, wide, shape)
+        _check_kinds(name, prior, shape)
         problems.check_certificate(name, problems.expand_to_map(wide, shape))
 
 
@@ -285,28 +284,34 @@ def _check_derivatives(name: str, prior: Prior, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_dtypes(name: str, prior: Prior, shape: tuple[int, ...]) -> None:
-    v = common.normal(8, shape)
-    exact = prior.prox(v, 0.5)
-    common.same_dtype(f"{name}.prox of float64", exact, jnp.float64)
-    for dtype in (jnp.float32, jnp.bfloat16):
-        narrow = v.astype(dtype)
-        what = f"{name}.prox of {jnp.dtype(dtype).name}"
-        got = common.attempt(what, prior.prox, narrow, 0.5)
-        common.same_dtype(what, got, jnp.float32)
-        value = prior.value(narrow)
-        common.same_dtype(f"{name}.value of {jnp.dtype(dtype).name}", value, jnp.float32)
-        rtol = 1e-3 if dtype == jnp.float32 else 2e-2
-        common.close(what, got, exact, rtol=rtol, words="about that of float64")
+def _check_kinds(name: str, prior: Prior, shape: tuple[int, ...]) -> None:
+    """Of every dtype, in one program; and of a separable prior with one entry changed."""
+    v = np.asarray(common.normal(8, shape))
+    other = v.copy()
+    other.flat[0] += 1.0
 
+    def at(v):
+        return prior.prox(v, 0.5), prior.value(v)
 
-def _check_entries(name: str, prior: Prior, shape: tuple[int, ...]) -> None:
-    if not prior.separable:
-        return
-    v = common.normal(9, shape).ravel()
-    both = jnp.stack([v, v.at[0].add(1.0)]).reshape(2, *shape)
-    before, after = prior.prox(both, 0.5).reshape(2, -1)
-    words = "those of before, as separable = True says"
-    what = f"{name}.prox at the other entries after one has changed"
-    if v.size > 1:
+    @jax.jit
+    def kinds(v):
+        return {
+            "float64": (prior.prox(v, 0.5), prior.value(v[0])),
+            **{kind: at(v[0].astype(kind)) for kind in ("float32", "bfloat16")},
+        }
+
+    seen = common.attempt(f"{name}.prox in three dtypes", kinds, np.stack([v, other]))
+    both = seen["float64"][0]
+    for kind, (u, value) in seen.items():
+        dtype = jnp.float64 if kind == "float64" else jnp.float32
+        common.same_dtype(f"{name}.prox of {kind}", u, dtype)
+        common.same_dtype(f"{name}.value of {kind}", value, dtype)
+        if kind != "float64":
+            rtol = 1e-3 if kind == "float32" else 2e-2
+            what, words = f"{name}.prox of {kind}", "about that of float64"
+            common.close(what, u, both[0], rtol=rtol, words=words)
+    if prior.separable and v.size > 1:
+        before, after = np.asarray(both).reshape(2, -1)
+        words = "those of before, as separable = True says"
+        what = f"{name}.prox at the other entries after one has changed"
         common.close(what, after[1:], before[1:], words=words)
