@@ -57,10 +57,10 @@ def check_layer(layer: Any, inputs: Any, *, variables: Any = None) -> None:
     view = _view(layer, variables)
     with common.own_dtypes():
         output = common.attempt(f"{view.name}(x)", view.call, view.params, inputs, None, True)
-        _check_outputs(view, inputs, output)
+        _check_dtypes(view, inputs)
+        _check_derivatives(view, inputs, output)
         _check_modes(view, inputs, output)
         _check_solution(view, inputs, output)
-        _check_derivatives(view, inputs, output)
         restored = common.attempt(f"state of {view.name}", view.restored)
         got = restored(view.params, inputs, None, True)
         common.close(f"{view.name} after a round trip of its state", got, output)
@@ -125,8 +125,7 @@ def _linen_view(layer: Any, variables: Any) -> _View:
     return _View(name, params, call, solve, restored, stochastic, layer.dtype)
 
 
-def _check_outputs(view: _View, x: Array, output: Array) -> None:
-    """Dtypes, and one jitted call: of x, and for each example of a batch of it alone, on two batch axes."""
+def _check_dtypes(view: _View, x: Array) -> None:
     arrays = [leaf for leaf in jax.tree.leaves(view.params) if common.is_real(leaf)]
     for dtype in (x.dtype, jnp.dtype(jnp.bfloat16)):
         expected = view.dtype or jnp.result_type(dtype, *arrays)
@@ -134,14 +133,6 @@ def _check_outputs(view: _View, x: Array, output: Array) -> None:
         out = common.attempt(what, jax.eval_shape, lambda p, x: view.call(p, x, None, True),
                              view.params, x.astype(dtype))  # fmt: skip
         common.same_dtype(what, out, expected)
-    call = jax.jit(view.call, static_argnums=3)
-    what = f"jit of {view.name}(x) with two batch axes"
-    got = common.attempt(what, call, view.params, _batches(x), None, True)
-    (whole, *alone), (_, *each) = np.asarray(got), _batches(np.asarray(output))
-    words = "that of each example (leading axes are a batch)"
-    common.close(f"{view.name}(x)", np.stack(alone), np.stack(each), rtol=1e-4, words=words)
-    words = "that without jit and with one"
-    common.close(what, whole, output, rtol=1e-4, words=words)
 
 
 def _batches(x: Any) -> np.ndarray:
@@ -179,20 +170,26 @@ def _check_solution(view: _View, x: Array, output: Array) -> None:
 
 
 def _check_derivatives(view: _View, x: Array, plain: Array) -> None:
-    """Of <w, output>: every parameter counts; along directions in the inputs and the biases."""
-    weight = common.normal(31, plain.shape, jnp.float32)
+    """Of <w, output>: every parameter counts; along directions in the inputs and the biases.
+
+    One program gives values and derivatives, of x and of batches of each of its examples, on two batch axes.
+    """
 
     def loss(params, x):
         output = view.call(params, x, None, True)
-        return jnp.sum(output * weight), output
+        return jnp.sum(output * common.normal(31, output.shape, jnp.float32)), output
 
-    # one program for values and derivatives
     both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     what = f"derivative of {view.name}(x)"
-    (_, output), (params, _) = common.attempt(what, both, view.params, x)
-    words = "the output without derivatives"
+    attempt = f"{what} with two batch axes, under jit"
+    (_, output), (params, _) = common.attempt(attempt, both, view.params, _batches(x))
+    whole, alone = np.asarray(output)[0], np.asarray(output)[1:]
     rtol = 1e-4 if plain.dtype.itemsize >= 4 else 2e-2
-    common.close(f"output of {view.name}(x) under grad", output, plain, rtol=rtol, words=words)
+    words = "that of each example (leading axes are a batch)"
+    each = np.stack([np.broadcast_to(row, whole.shape) for row in whole])
+    common.close(f"{view.name}(x)", alone, each, rtol=rtol, words=words)
+    words = "the output without derivatives, without jit, with one batch axis"
+    common.close(f"output of {view.name}(x) under grad", whole, plain, rtol=rtol, words=words)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         where = f"{what} in parameter {jax.tree_util.keystr(path)}"
         leaf = np.asarray(leaf)
