@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from stochsolvers._typing import Array
 
@@ -108,7 +109,7 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 def in_numpy(function: Callable[..., Any], *arrays: Any) -> Any:
     """The function of arrays, by numpy where they are JAX's and concrete: nothing is compiled for it."""
-    traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+    traced = any(isinstance(array, Tracer) for array in arrays)
     if traced or not any(isinstance(array, jax.Array) for array in arrays):
         return function(*arrays)
     return jnp.asarray(function(*map(np.asarray, arrays)))
