@@ -1,5 +1,6 @@
 """What makes many small programs quick to compile: for tests, and for examples in their own process."""
 
+import re
 import threading
 import time
 from typing import Any
@@ -11,6 +12,9 @@ from jax._src.interpreters import mlir
 PROGRAMS_PER_CONTEXT = 100  # what it interns stays in memory as long as it does
 _contexts = threading.local()
 WORTH_KEEPING = 0.03  # seconds of compilation; most programs take less, and each takes memory
+_NAMES = re.compile(
+    r'^module @\S+| ?\{jax\.result_info = "[^"]*"\}'
+)  # of the function and its results
 _executables: dict[tuple[str, bytes], Any] = {}
 _compiled = [0]
 
@@ -40,12 +44,13 @@ def _share_contexts() -> None:
 def _share_executables() -> None:
     """Compile equal programs once: functions that are traced anew often lower to the text of an earlier one.
 
-    Programs that call back into Python hold their callbacks, and are compiled each by itself.
+    Their names are no part of the text, so that layers of NNX and of Linen share a program. Programs that
+    call back into Python hold their callbacks, and are compiled each by itself.
     """
     compile_one = getattr(compiler, "compile_or_get_cached", None)
 
     def shared(backend, computation, devices, options, callbacks, *rest, **more):
-        text = str(computation)  # without the places in the source
+        text = _NAMES.sub("", str(computation))  # without the places in the source
         key = text, options.SerializeAsString()
         if key not in _executables:
             start = time.perf_counter()

@@ -191,17 +191,19 @@ def _sample(case, count=41):
 def test_values_are_those_of_their_definition(name):
     case = CASES[name]
     u = _sample(case)
-    value = jax.jit(jax.vmap(case.prior.value))
-    np.testing.assert_allclose(value(jnp.asarray(u)), case.value(u), rtol=1e-12, atol=1e-15)
-    np.testing.assert_allclose(
-        value(jnp.asarray(u, np.float32)), case.value(u), rtol=2e-6, atol=1e-7
-    )
-    np.testing.assert_allclose(case.prior.value(jnp.asarray(u)), np.sum(case.value(u)), rtol=1e-12)
-    for end in case.domain:
-        if np.isfinite(end):
-            assert (
-                case.prior.value(jnp.asarray([0.5 * end, end + 1e-6 * np.sign(end - u[0])])) == INF
-            )
+    ends = [end for end in case.domain if np.isfinite(end)]
+    beyond = np.array([[0.5 * end, end + 1e-6 * np.sign(end - u[0])] for end in ends])
+
+    @jax.jit
+    def values(u, narrow, beyond):
+        g = case.prior.value
+        return jax.vmap(g)(u), jax.vmap(g)(narrow), g(u), [g(point) for point in beyond]
+
+    wide, narrow, total, outside = values(u, u.astype(np.float32), list(beyond))
+    np.testing.assert_allclose(wide, case.value(u), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(narrow, case.value(u), rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(total, np.sum(case.value(u)), rtol=1e-12)
+    np.testing.assert_array_equal(outside, np.full(len(ends), INF))
 
 
 @pytest.mark.optimized
@@ -243,8 +245,10 @@ def test_values_on_the_walls():
         (prox.LeakyReLU(0.0), [0.0, 0.5], 0.0),
         (prox.LeakyReLU(1.0), [-2.0], 0.0),
     ]
-    for prior, u, expected in values:
-        assert prior.value(jnp.asarray(u, np.float32)) == pytest.approx(expected, abs=3e-7)
+    points = [np.asarray(u, np.float32) for _, u, _ in values]
+    evaluate = jax.jit(lambda us: [case[0].value(u) for case, u in zip(values, us, strict=True)])
+    for (prior, _, expected), got in zip(values, evaluate(points), strict=True):
+        assert got == pytest.approx(expected, abs=3e-7), prior
     assert prox.Softplus().conjugate(jnp.zeros(2)) == pytest.approx(np.pi**2 / 3, rel=1e-15)
     for prior in (prox.Softplus(), prox.ELU(), prox.LeakyReLU(0.3)):
         assert prior.conjugate(jnp.asarray([-1.0, 1e-9])) == INF
@@ -368,8 +372,9 @@ def test_a_function_without_a_closed_form(name):
     prior = prox.Activation(Wrapped(case.jax))
     for dtype in (np.float32, np.float64):
         v, step = _points(dtype)
-        known = _everything(type(case.prior), jax.tree.leaves(case.prior), v, step)
-        u, w, dv, dstep = _general(prior, v, step)
+        arguments = type(case.prior), jax.tree.leaves(case.prior), v, step
+        known = list(map(np.asarray, _everything(*arguments)))
+        u, w, dv, dstep = map(np.asarray, _general(prior, v, step))
         eps = float(np.finfo(dtype).eps)
         assert np.all(
             np.abs(u - known[0]) <= 4 * eps * np.maximum(step, 2) * np.abs(known[0]) + 1e-37
@@ -378,21 +383,30 @@ def test_a_function_without_a_closed_form(name):
             assert np.all(np.isfinite(got))
             away = np.abs(known[1]) > 1e-5  # of the kink
             assert np.max((np.abs(got - expected) / (1 + np.abs(expected)))[away]) < 2e3 * eps
-        sigma = case.jax(w)
+        sigma = case.jax(jnp.asarray(w))
         np.testing.assert_allclose(sigma, u, rtol=1e3 * eps, atol=1e-30)
         np.testing.assert_array_equal(u[STEPS.index(1.0)], case.jax(jnp.asarray(v)))
-    u = jnp.asarray(_sample(case))
-    w = case.prior.dual_projection(jnp.linspace(-3, 3, 18), 0.01)
-    for method, point in (("value", u), ("conjugate", w)):
-        got, slope = jax.jit(jax.vmap(jax.value_and_grad(getattr(prior, method))))(point)
-        expected, known = jax.vmap(jax.value_and_grad(getattr(case.prior, method)))(point)
+
+    @jax.jit
+    def both(u, far):
+        """Values and conjugates with derivatives, and projections, of either prior."""
+        w = case.prior.dual_projection(far, 0.01)
+
+        def along(prior):
+            points = ((prior.value, u), (prior.conjugate, w))
+            slopes = [jax.vmap(jax.value_and_grad(method))(point) for method, point in points]
+            return slopes, prior.dual_projection(far, 0.1)
+
+        return along(prior), along(case.prior)
+
+    (mine, projected), (theirs, expected) = both(_sample(case), np.linspace(-3, 3, 18))
+    np.testing.assert_allclose(projected, expected, atol=1e-6)
+    for got, known in zip(mine, theirs, strict=True):
+        (got, slope), (expected, known) = (list(map(np.asarray, pair)) for pair in (got, known))
         np.testing.assert_allclose(slope, known, atol=1e-9)
         np.testing.assert_allclose(got - got[0], expected - expected[0], atol=1e-10)
-    assert prior.value(jnp.zeros(2) + case.domain[0] - 1e-3) == INF or name == "LeakyReLU"
-    far = jnp.linspace(-3, 3, 18)
-    np.testing.assert_allclose(
-        prior.dual_projection(far, 0.1), case.prior.dual_projection(far, 0.1), atol=1e-6
-    )
+    outside = np.full(2, case.domain[0] - 1e-3)
+    assert jax.jit(prior.value)(outside) == INF or name == "LeakyReLU"
 
 
 @jax.jit
@@ -529,6 +543,12 @@ def _iterates(case, data, ridge):
     return iterates, objective
 
 
+@jax.jit
+def _certified(problem, z):
+    """The certificate at z, and a point of the domain far from there."""
+    return problem.certificate(z), problem.prior.prox(9 * z, 0.05)
+
+
 @pytest.mark.optimized
 @names
 def test_certificates_are_above_the_gap(name):
@@ -539,7 +559,6 @@ def test_certificates_are_above_the_gap(name):
     x = (3 * rng.normal(size=(2, 8))).astype(np.float32)
     bias = rng.normal(size=3).astype(np.float32)
     wide = [array.astype(np.float64) for array in (matrix, x, bias)]
-    certificate = jax.jit(lambda problem, z: (problem.certificate(z), case.prior.prox(9 * z, 0.05)))
     for ridge in (0.0, 0.25):
         problem = ss.LayerProblem(
             ss.Dense(jnp.asarray(matrix)),
@@ -552,7 +571,7 @@ def test_certificates_are_above_the_gap(name):
         best, far = objective(iterates[-1]), iterates[0]
         for start in (iterates[0], iterates[3], None, iterates[-1]):
             z = jnp.asarray(far if start is None else start, np.float32)
-            bound, far = certificate(problem, z)
+            bound, far = map(np.asarray, _certified(problem, z))
             assert np.all(bound >= objective(np.asarray(z, np.float64)) - best - 1e-13)
             assert np.all(np.isfinite(bound))
         assert np.all(bound <= 1e-4)

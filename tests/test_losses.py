@@ -1,5 +1,6 @@
 """Losses against numpy, and every solver, estimator, derivative and certificate with each of them."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -175,36 +176,44 @@ def test_certificates_bound_the_gap_and_go_to_zero(name, ridge, rng):
 @every_loss
 @pytest.mark.optimized
 def test_float32_certificates_are_above_the_float64_gap(name, rng):
-    for _ in range(5):
-        double = problem_of(name, rng, prior=ss.prox.L1(0.1), bias=False)
-        single = ss.LayerProblem(
-            double.linear_map.astype(jnp.float32),
-            double.inputs.astype(jnp.float32),
-            loss=double.loss,
-            prior=double.prior,
-        )
-        double = ss.LayerProblem(
-            single.linear_map.astype(jnp.float64),
-            single.inputs.astype(jnp.float64),
-            loss=double.loss,
-            prior=double.prior,
-        )
+    @jax.jit
+    def solve(single, double):
         z = ss.prox_gd(single, num_iters=2000, momentum=True).value
         best = ss.prox_gd(double, num_iters=4000, momentum=True).value
         gap = double.objective(z.astype(jnp.float64)) - double.objective(best)
-        bound = np.asarray(single.certificate(z), np.float64)
-        assert np.all(bound >= gap)
+        return gap, single.certificate(z)
+
+    for _ in range(5):
+        given = problem_of(name, rng, prior=ss.prox.L1(0.1), bias=False)
+        kernel, x = (np.asarray(a, np.float32) for a in (given.linear_map.kernel, given.inputs))
+        gap, bound = solve(
+            *(
+                ss.LayerProblem(
+                    dataclasses.replace(given.linear_map, kernel=jnp.asarray(kernel, dtype)),
+                    jnp.asarray(x, dtype),
+                    loss=given.loss,
+                    prior=given.prior,
+                )
+                for dtype in (np.float32, np.float64)
+            )
+        )
+        assert np.all(np.asarray(bound, np.float64) >= gap)
         assert np.all(bound < 1e-3)
 
 
 @every_loss
 def test_terms_and_gradient(name, rng):
     problem = problem_of(name, rng, ridge=0.3)
-    z = jnp.asarray(rng.normal(size=problem.shape))
-    ridge = 0.15 * problem.sum(z**2)
-    np.testing.assert_allclose(problem.terms(z).mean(-1) + ridge, problem.smooth(z), rtol=1e-12)
-    slope = jax.grad(lambda z: problem.smooth(z).sum())(z)
-    np.testing.assert_allclose(problem.gradient(z), slope, rtol=1e-10, atol=1e-12)
+
+    @jax.jit
+    def evaluate(z):
+        mean = problem.terms(z).mean(-1) + 0.15 * problem.sum(z**2)
+        slope = jax.grad(lambda z: problem.smooth(z).sum())(z)
+        return mean, problem.smooth(z), problem.gradient(z), slope
+
+    mean, smooth, gradient, slope = evaluate(rng.normal(size=problem.shape))
+    np.testing.assert_allclose(mean, smooth, rtol=1e-12)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-10, atol=1e-12)
 
 
 @every_loss
@@ -212,17 +221,26 @@ def test_sampled_gradients_are_unbiased_over_all_subsets(name, rng):
     problem = problem_of(name, rng, n1=4, ridge=0.1)
     z, y = (jnp.asarray(rng.normal(size=problem.shape)) for _ in range(2))
     subsets = [np.isin(np.arange(4), s) for s in itertools.combinations(range(4), 2)]
-    tau_nice = ss.estimators.TauNice(2)
-    reduced = ss.estimators.VarianceReduced.at(problem, y, tau_nice)
-    for estimator in (tau_nice, reduced):
-        draws = [2.0 * jnp.broadcast_to(jnp.asarray(s), (2, 4)) for s in subsets]
-        mean = sum(estimator.gradient(problem, z, draw) for draw in draws) / len(subsets)
-        np.testing.assert_allclose(mean, problem.gradient(z), rtol=1e-10, atol=1e-12)
-    at_anchor = reduced.gradient(problem, y, 2.0 * jnp.ones((2, 4)).at[:, :2].set(0))
-    np.testing.assert_allclose(at_anchor, problem.gradient(y), rtol=1e-10, atol=1e-12)
-    shared = ss.estimators.TauNice(2, shared=True)
-    masked = tau_nice.gradient(problem, z, draws[0])
-    np.testing.assert_allclose(shared.gradient(problem, z, jnp.arange(2)), masked, rtol=1e-10)
+    draws = [np.broadcast_to(2.0 * s, (2, 4)) for s in subsets]
+    tau_nice, shared = ss.estimators.TauNice(2), ss.estimators.TauNice(2, shared=True)
+
+    @jax.jit
+    def evaluate(problem, z, y):
+        reduced = ss.estimators.VarianceReduced.at(problem, y, tau_nice)
+        means = [
+            jax.vmap(lambda draw, e=e: e.gradient(problem, z, draw))(np.stack(draws)).mean(0)
+            for e in (tau_nice, reduced)
+        ]
+        masked = tau_nice.gradient(problem, z, jnp.asarray(draws[0]))
+        same = masked, shared.gradient(problem, z, jnp.arange(2))
+        at_anchor = reduced.gradient(problem, y, jnp.asarray(draws[-1]))
+        return means, problem.gradient(z), at_anchor, problem.gradient(y), same
+
+    means, at_z, at_anchor, at_y, (masked, gathered) = evaluate(problem, z, y)
+    for mean in means:
+        np.testing.assert_allclose(mean, at_z, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(at_anchor, at_y, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(gathered, masked, rtol=1e-10)
 
 
 @every_loss
@@ -230,16 +248,24 @@ def test_expected_smoothness_of_random_pairs(name, rng):
     """E||∇Ψ(z) − ∇Ψ(y)||² ≤ 2 𝓛 (F(z) − F(y) − <∇F(y), z − y>) over all subsets."""
     problem = problem_of(name, rng, n1=4, ridge=0.1)
     estimator = ss.estimators.TauNice(2)
-    bound, subsets = estimator.expected_smoothness(problem), itertools.combinations(range(4), 2)
-    draws = [2.0 * jnp.zeros((2, 4)).at[:, list(s)].set(1.0) for s in subsets]
-    for scale in (0.1, 1.0, 3.0):
-        z, y = (jnp.asarray(scale * rng.normal(size=problem.shape)) for _ in range(2))
-        moved = [
-            estimator.gradient(problem, z, d) - estimator.gradient(problem, y, d) for d in draws
-        ]
-        mean = sum(problem.sum(m**2) for m in moved) / len(draws)
+    draws = np.zeros((6, 2, 4))
+    for draw, subset in zip(draws, itertools.combinations(range(4), 2), strict=True):
+        draw[:, list(subset)] = 2.0
+
+    @jax.jit
+    def evaluate(z, y):
+        def moved(draw):
+            one, other = (estimator.gradient(problem, at, draw) for at in (z, y))
+            return problem.sum((one - other) ** 2)
+
         bregman = problem.smooth(z) - problem.smooth(y) - problem.sum(problem.gradient(y) * (z - y))
-        assert np.all(mean <= 2 * bound * bregman * (1 + 1e-9))
+        bound = 2 * estimator.expected_smoothness(problem) * bregman
+        return jax.vmap(moved)(jnp.asarray(draws)).mean(0), bound
+
+    for scale in (0.1, 1.0, 3.0):
+        z, y = (scale * rng.normal(size=problem.shape) for _ in range(2))
+        mean, bound = map(np.asarray, evaluate(z, y))
+        assert np.all(mean <= bound * (1 + 1e-9))
 
 
 @every_loss

@@ -1,6 +1,7 @@
 """Proximal operators against brute force in numpy that shares no code with the library."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -66,6 +67,26 @@ def _argmin(objective, lower, upper, rounds=40):
 
 def _matrix(rng, *shape):
     return rng.normal(size=shape)
+
+
+@jax.jit
+def _prox(prior, v, step):
+    """The prox, in one program for all numbers of a prior."""
+    return prior.prox(v, step)
+
+
+def _along(function):
+    """(point, way) ↦ the function's derivative along the way, by forward mode and by differences."""
+
+    @jax.jit
+    def both(point, way):
+        def moved(t):
+            return function(*(p + t * d for p, d in zip(point, way, strict=True)))
+
+        right, left = jax.vmap(moved)(jnp.asarray([1e-6, -1e-6]))
+        return jax.jvp(moved, (0.0,), (1.0,))[1], (right - left) / 2e-6
+
+    return both
 
 
 # --- values, against minimisation -----------------------------------------------------------------
@@ -173,9 +194,18 @@ def test_values_of_group_and_nuclear(rng):
 @names
 def test_firmly_non_expansive(name, rng):
     prior = ALL[name]
-    v, w = jnp.asarray(3 * _matrix(rng, 20, 3, 3)), jnp.asarray(3 * _matrix(rng, 20, 3, 3))
-    du, dv = prior.prox(v, 0.7) - prior.prox(w, 0.7), v - w
-    assert np.all(jnp.sum(du * du, (1, 2)) <= jnp.sum(du * dv, (1, 2)) + 1e-12)
+    v, w = 3 * _matrix(rng, 20, 3, 3), 3 * _matrix(rng, 20, 3, 3)
+    u, other = (np.asarray(_prox(prior, point, 0.7)) for point in (v, w))
+    du, dv = u - other, v - w
+    assert np.all(np.sum(du * du, (1, 2)) <= np.sum(du * dv, (1, 2)) + 1e-12)
+
+
+@jax.jit
+def _moreau(prior, v, step):
+    """u = prox(v, η), the subgradient (v − u)/η, its round-off removed, and g(u) + g*(s)."""
+    u = prior.prox(v, step)
+    s = prior.dual_projection((v - u) / step)
+    return u, s, prior.value(u) + prior.conjugate(s)
 
 
 @names
@@ -183,11 +213,10 @@ def test_firmly_non_expansive(name, rng):
 def test_fenchel_young_holds_with_equality(name, step, rng):
     # v − u = ηs with s a subgradient at u: this is Moreau's identity, v = u + ηs.
     prior = ALL[name]
-    v = jnp.asarray(2 * _matrix(rng, 3, 3))
-    u = prior.prox(v, step)
-    s = prior.dual_projection((v - u) / step)  # removes round-off
+    v = 2 * _matrix(rng, 3, 3)
+    u, s, total = map(np.asarray, _moreau(prior, v, step))
     np.testing.assert_allclose(s, (v - u) / step, atol=1e-13)
-    np.testing.assert_allclose(prior.value(u) + prior.conjugate(s), jnp.sum(u * s), atol=1e-11)
+    np.testing.assert_allclose(total, np.sum(u * s), atol=1e-11)
 
 
 @names
@@ -438,9 +467,9 @@ def test_values_and_derivatives_are_finite_in_single_precision(name):
 def test_distances_below_the_spacing_of_floats_stay_inside():
     v = jnp.asarray([-1e6, 1e6, -1e30, 1e15], jnp.float32)
     for prior in (prox.SymmetricLogBarrier(1e-8), prox.IntervalLogBarrier(1e-8)):
-        u = prior.prox(v[:2], 1.0)
+        u, slope = jax.jit(jax.vmap(jax.value_and_grad(lambda x, p=prior: p.prox(x, 1.0))))(v[:2])
         assert np.isfinite(prior.value(u))
-        assert np.all(jax.vmap(jax.grad(lambda x, p=prior: p.prox(x, 1.0)))(v[:2]) > 0)
+        assert np.all(slope > 0)
     assert np.isfinite(prox.LogBarrier(1e-8).value(prox.LogBarrier(1e-8).prox(v[:2], 1.0)))
 
 
@@ -709,50 +738,49 @@ def test_group_jacobian_over_the_whole_range(size, weight):
     assert (conjugate == INF) == bool(keeps)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _scaled(name, s, v, dv):
+    """Prox and dual projection of s v, with derivatives, and what the prior says of s prox(v)."""
+    prior, gamma = ALL[name], () if name == "psd" else (0.7 * s,)
+    scaled = type(prior)(*gamma).dual_projection
+    one = jnp.float32(1)
+    maps = (
+        jax.jvp(prior.prox, (s * v, jnp.float32(0.4) * s), (dv, one)),
+        jax.jvp(scaled, (s * v, jnp.float32(0.1) * s), (dv, one)),
+    )
+    u = s * prior.prox(v, 0.4)
+    return maps, jax.value_and_grad(prior.value)(u), prior.conjugate(-u)
+
+
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-66, 2.0**66, 2.0**120])
 @pytest.mark.parametrize("name", list(GROUPED))
 def test_norms_and_spectra_are_homogeneous(name, scale, rng):
     # prox of s v at the step s η is s prox(v, η), and the derivatives are the same.
-    prior, scale = ALL[name], np.float32(scale)
-    v, dv = (
-        jnp.asarray(_matrix(rng, 2, 3, 4 if name == "nuclear" else 3), np.float32) for _ in "12"
-    )
-
-    def prox_of(s):
-        return jax.jvp(prior.prox, (s * v, jnp.float32(0.4) * s), (dv, jnp.float32(1.0)))
-
-    def dual_of(s):
-        gamma = () if name == "psd" else (0.7 * s,)
-        return jax.jvp(type(prior)(*gamma).dual_projection, (s * v, 0.1 * s), (dv, jnp.float32(1)))
-
-    for function in (prox_of, dual_of):
-        (u, du), (at_one, du_at_one) = function(scale), function(np.float32(1))
-        np.testing.assert_allclose(u / scale, at_one, atol=2e-6)
+    shape = (2, 3, 4 if name == "nuclear" else 3)
+    v, dv = (_matrix(rng, *shape).astype(np.float32) for _ in "12")
+    maps, (value, slope), conjugate = _scaled(name, np.float32(scale), v, dv)
+    at_one, (value_at_one, slope_at_one), _ = _scaled(name, np.float32(1), v, dv)
+    for (u, du), (u_at_one, du_at_one) in zip(maps, at_one, strict=True):
+        np.testing.assert_allclose(np.asarray(u) / np.float32(scale), u_at_one, atol=2e-6)
         np.testing.assert_allclose(du, du_at_one, atol=2e-6)
-    u = prior.prox(v, 0.4)
     if name == "psd":
-        assert prior.value(scale * u) == 0
-        assert prior.conjugate(-scale * u) == 0
+        assert value == conjugate == 0
     else:
-        value, slope = jax.value_and_grad(prior.value)(scale * u)
-        np.testing.assert_allclose(value / scale, prior.value(u), rtol=1e-5)
-        np.testing.assert_allclose(slope, jax.grad(prior.value)(u), atol=2e-5)
+        np.testing.assert_allclose(np.asarray(value) / scale, value_at_one, rtol=1e-5)
+        np.testing.assert_allclose(slope, slope_at_one, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", list(GROUPED))
 def test_dual_projections_have_the_derivatives_of_finite_differences(name, rng):
     prior = ALL[name]
+    along = _along(prior.dual_projection)
     for shape in ((3, 3),) if name == "psd" else ((3, 3), (2, 5), (5, 2)):
-        w, dw = jnp.asarray(2 * _matrix(rng, *shape)), jnp.asarray(_matrix(rng, *shape))
-
-        def along(t, w=w, dw=dw):
-            return prior.dual_projection(w + t * dw, 0.2 + 0.3 * t)
-
-        tangent = jax.jvp(along, (0.0,), (1.0,))[1]
-        np.testing.assert_allclose(tangent, _finite_difference(along, 0.0, 1.0), atol=1e-7)
+        w, dw = 2 * _matrix(rng, *shape), _matrix(rng, *shape)
+        tangent, expected = along((w, 0.2), (dw, 0.3))
+        np.testing.assert_allclose(tangent, expected, atol=1e-7)
     gradient = jax.grad(lambda w: jnp.sum(jnp.sin(prior.dual_projection(w, 0.2))))
-    for point in (jnp.zeros((3, 3)), jnp.eye(3), -5 * jnp.eye(3), jnp.ones((3, 3))):
-        assert np.all(np.isfinite(gradient(point)))
+    points = np.stack([np.zeros((3, 3)), np.eye(3), -5 * np.eye(3), np.ones((3, 3))])
+    assert np.all(np.isfinite(jax.jit(jax.vmap(gradient))(points)))
 
 
 # --- derivatives ----------------------------------------------------------------------------------
@@ -764,27 +792,26 @@ def _finite_difference(function, point, direction, h=1e-6):
 
 @names
 def test_derivatives_are_those_of_finite_differences(name, rng):
-    prior = ALL[name]
-    shape = (2, 3, 3)
-    function = jax.jit(prior.prox)
-    v, dv = jnp.asarray(2 * _matrix(rng, *shape)), jnp.asarray(_matrix(rng, *shape))
-    _, tangent = jax.jvp(lambda x: function(x, 0.4), (v,), (dv,))
-    expected = _finite_difference(lambda x: function(x, 0.4), v, dv)
-    np.testing.assert_allclose(tangent, expected, atol=1e-7)
-    _, dstep = jax.jvp(lambda s: function(v, s), (0.4,), (1.0,))
-    expected = _finite_difference(lambda s: function(v, s), 0.4, 1.0)
-    np.testing.assert_allclose(dstep, expected, atol=1e-7)
-    cotangent = jnp.asarray(_matrix(rng, *shape))
-    _, pull = jax.vjp(lambda x: function(x, 0.4), v)
-    np.testing.assert_allclose(jnp.sum(pull(cotangent)[0] * dv), jnp.sum(cotangent * tangent))
+    """In v and in η, forward, and in v reverse."""
+    prior, shape = ALL[name], (2, 3, 3)
+    v, dv, cotangent = 2 * _matrix(rng, *shape), _matrix(rng, *shape), _matrix(rng, *shape)
+    point, ways = (v, 0.4), (np.stack([dv, 0 * dv]), np.array([0.0, 1.0]))
+
+    @jax.jit
+    def evaluate(point):
+        pull = jax.vjp(lambda v: prior.prox(v, point[1]), point[0])[1]
+        return jax.vmap(_along(prior.prox), (None, 0))(point, ways), pull(cotangent)[0]
+
+    (tangents, expected), pulled = evaluate(point)
+    np.testing.assert_allclose(tangents, expected, atol=1e-7)
+    np.testing.assert_allclose(np.sum(pulled * dv), np.sum(cotangent * tangents[0]))
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (2, 5)])
 def test_nuclear_derivative_of_oblong_matrices(shape, rng):
     prior = prox.NuclearNorm(0.5)
-    v, dv = jnp.asarray(2 * _matrix(rng, *shape)), jnp.asarray(_matrix(rng, *shape))
-    tangent = jax.jvp(lambda x: prior.prox(x, 1.0), (v,), (dv,))[1]
-    expected = _finite_difference(lambda x: prior.prox(x, 1.0), v, dv)
+    v, dv = 2 * _matrix(rng, *shape), _matrix(rng, *shape)
+    tangent, expected = _along(lambda v: prior.prox(v, 1.0))((v,), (dv,))
     np.testing.assert_allclose(tangent, expected, atol=1e-7)
 
 
@@ -809,10 +836,8 @@ def test_degenerate_matrices_have_finite_derivatives(name, v, rng):
     for step in (1e-6, 1.0, 50.0):
         assert all(np.all(np.isfinite(g)) for g in gradient(v, step))
     if name == "nuclear":  # 5 I is a smooth point, with all singular values equal
-        direction = jnp.asarray(_matrix(rng, 3, 3))
-        point = 5 * jnp.eye(3)
-        tangent = jax.jvp(lambda x: prior.prox(x, 1.0), (point,), (direction,))[1]
-        expected = _finite_difference(lambda x: prior.prox(x, 1.0), point, direction)
+        along = _along(lambda x: prior.prox(x, 1.0))
+        tangent, expected = along((5 * np.eye(3),), (_matrix(rng, 3, 3),))
         np.testing.assert_allclose(tangent, expected, atol=1e-8)
 
 
@@ -827,8 +852,7 @@ def test_weights_differentiate(rng):
         prox.GroupL2,
         prox.NuclearNorm,
     ):
-        tangent = jax.jvp(lambda w, make=make: make(w).prox(v, 0.8), (0.6,), (1.0,))[1]
-        expected = _finite_difference(lambda w, make=make: make(w).prox(v, 0.8), 0.6, 1.0)
+        tangent, expected = _along(lambda w, make=make: make(w).prox(v, 0.8))((0.6,), (1.0,))
         np.testing.assert_allclose(tangent, expected, atol=1e-8)
     tangent = jax.jvp(lambda lo: prox.Box(lo, 1.5).prox(v, 1.0), (-0.5,), (1.0,))[1]
     np.testing.assert_array_equal(tangent, v < -0.5)
@@ -840,7 +864,7 @@ def test_weights_differentiate(rng):
 @names
 def test_batches_jit_and_vmap_agree(name, rng):
     prior = ALL[name]
-    v = jnp.asarray(2 * _matrix(rng, 5, 3, 3))
+    v = jnp.asarray(2 * _matrix(rng, 3, 3, 3))
 
     @jax.jit
     def evaluate(prior, v):
@@ -852,7 +876,7 @@ def test_batches_jit_and_vmap_agree(name, rng):
     rows, together, mapped, values = evaluate(prior, v)
     for result in (prior.prox(v, 0.6), together, mapped):
         np.testing.assert_allclose(result, np.stack(rows), atol=1e-13)
-    assert all(value.shape == (5,) for value in values)
+    assert all(value.shape == (3,) for value in values)
 
 
 def test_arrays_of_weights_and_steps(rng):
@@ -906,7 +930,7 @@ def test_half_precision_is_computed_in_single(name, dtype, rng):
 
 
 STRICT = ((), (3, 1), (4, 1, 1))
-"""Shapes of weights and steps that broadcast to an array of shape (4, 3, 3)."""
+"""Shapes of weights and steps that broadcast to an array of shape (4, 3, 3); all priors take the last."""
 
 
 def _with_weight(prior, weight):
@@ -935,26 +959,43 @@ def _check_all_of(prior, v, step):
 
 
 @each_prior
-@pytest.mark.parametrize("shape", STRICT, ids=str)
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
-def test_strict_modes(prior, shape, jitted, rng):
-    if not _fits(prior, shape):
-        with pytest.raises(ValueError, match="broadcasts"):
-            prior.prox(jnp.ones((4, 3, 3)), jnp.ones(shape))
-        return
+def test_strict_modes(prior, jitted, rng):
+    """Ranks and dtypes at weights and steps of every shape; numbers at those of all axes.
+
+    Weights and steps of the other shapes are broadcast to that before they meet an array.
+    """
     v = jnp.asarray(_matrix(rng, 4, 3, 3), jnp.float32)
-    prior = jax.tree.map(jnp.float32, _with_weight(prior, jnp.full(shape, 0.3, jnp.float32)))
-    check = jax.jit(_check_all_of) if jitted else _check_all_of
+
+    def arguments(shape):
+        weighted = _with_weight(prior, jnp.full(shape, 0.3, jnp.float32))
+        return jax.tree.map(jnp.float32, weighted), v, jnp.full(shape, 0.5, jnp.float32)
+
+    def narrow_and_wide(prior):
+        us = [prior.prox(v.astype(dtype), 0.5) for dtype in (jnp.bfloat16, jnp.float64)]
+        return [(u, prior.value(u), prior.conjugate(u)) for u in us]
+
+    for shape in STRICT:
+        if not _fits(prior, shape):
+            with pytest.raises(ValueError, match="broadcasts"):
+                prior.prox(jnp.ones((4, 3, 3)), jnp.ones(shape))
     with (
         jax.numpy_rank_promotion("raise"),
         jax.numpy_dtype_promotion("strict"),
         jax.debug_nans(True),
     ):
-        results = check(prior, v, jnp.full(shape, 0.5, jnp.float32))
-        for array in (v.astype(jnp.bfloat16), v.astype(jnp.float64)):
-            u = prior.prox(array, 0.5)
-            assert prior.value(u).dtype == prior.conjugate(u).dtype == u.dtype
-    assert all(result.dtype == np.float32 for result in results)
+        if jitted:
+            fits = [arguments(shape) for shape in STRICT if _fits(prior, shape)]
+            results = [jax.eval_shape(_check_all_of, *case) for case in fits[:-1]]
+            results.append(jax.jit(_check_all_of)(*fits[-1]))
+            halves = [jax.eval_shape(narrow_and_wide, case[0]) for case in fits]
+        else:
+            case = arguments(STRICT[-1])
+            results, halves = [_check_all_of(*case)], [narrow_and_wide(case[0])]
+    assert all(result.dtype == np.float32 for result in jax.tree.leaves(results))
+    for half in halves:
+        for u, value, conjugate in half:
+            assert value.dtype == conjugate.dtype == u.dtype
 
 
 @each_prior
@@ -1022,7 +1063,7 @@ def test_a_prior_of_two_formulas(make, jitted, rng):
 
 @names
 def test_nan_propagates(name):
-    assert np.all(np.isnan(ALL[name].prox(jnp.full((3, 3), jnp.nan), 0.5)))
+    assert np.all(np.isnan(_prox(ALL[name], np.full((3, 3), np.nan), 0.5)))
 
 
 def test_separable():

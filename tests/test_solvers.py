@@ -224,8 +224,15 @@ def test_prepared_importance_draws_the_same(rng, by, tau):
     problem = Case(rng).problem
     serial, fixed = ss.estimators.SerialImportance(by), ss.estimators.Importance(tau, by=by)
     z = jnp.asarray(rng.normal(size=problem.shape))
-    for estimator in (serial, fixed):
-        plain, prepared = (e(KEY, problem, z) for e in (estimator, estimator.prepare(problem)))
+
+    @jax.jit
+    def both(problem, z):
+        return [
+            [e(KEY, problem, z) for e in (estimator, estimator.prepare(problem))]
+            for estimator in (serial, fixed)
+        ]
+
+    for plain, prepared in both(problem, z):
         np.testing.assert_allclose(prepared, plain, rtol=1e-12)
 
 

@@ -220,15 +220,14 @@ def _loss_gap(problem: Objective, point: _Point, r: Array, move: Array) -> Array
 
 def _in_domain(problem: Objective, w: Array, error: Array) -> Array:
     """Whether g* is finite at all points within `error` of w, for each example."""
-    prior, conjugate = problem.prior, problem.per_example(problem.prior.conjugate)
-    if prior.separable:
-        return jnp.all(jnp.isfinite(jax.vmap(conjugate)(jnp.stack([w - error, w + error]))), axis=0)
+    conjugates = jax.vmap(problem.per_example(problem.prior.conjugate))
+    if problem.prior.separable:
+        return jnp.all(jnp.isfinite(conjugates(jnp.stack([w - error, w + error]))), axis=0)
     radius = problem.norm(error) + _spectral_round_off(problem, w)
     # a ball that is smaller than the margin has no point that far inside
     ball = jnp.broadcast_to(1.25 * _expanded(problem, radius), w.shape)
-    return _near(problem, w, radius) & (
-        jnp.isfinite(conjugate(ball)) | jnp.isfinite(conjugate(-ball))
-    )
+    exists = jnp.any(jnp.isfinite(conjugates(jnp.stack([ball, -ball]))), axis=0)
+    return _near(problem, w, radius) & exists
 
 
 def _near(problem: Objective, w: Array, radius: Array) -> Array:

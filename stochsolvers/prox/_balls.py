@@ -41,21 +41,21 @@ def _along(axes: Axes, unit: Array, dv: Array) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def weighted_norm(axes: Axes, u: Array, gamma: Array) -> Array:
+def _weighted_norm(axes: Axes, u: Array, gamma: Array) -> Array:
     """γ n, of size 1 in the axes."""
     _, scale, norm = _polar(axes, u)
     return gamma * scale * norm
 
 
-@weighted_norm.defjvp
+@_weighted_norm.defjvp
 def _weighted_norm_jvp(axes, primals, tangents):
     (u, gamma), (du, dgamma) = primals, tangents
     unit, scale, norm = _polar(axes, u)
-    return weighted_norm(axes, u, gamma), _along(axes, gamma * unit, du) + scale * (norm * dgamma)
+    return _weighted_norm(axes, u, gamma), _along(axes, gamma * unit, du) + scale * (norm * dgamma)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def shrink(axes: Axes, v: Array, weight: Array) -> Array:
+def _shrink(axes: Axes, v: Array, weight: Array) -> Array:
     """max(1 − c/n, 0) v."""
     _, scale, norm = _polar(axes, v)
     weight = weight / scale
@@ -63,7 +63,7 @@ def shrink(axes: Axes, v: Array, weight: Array) -> Array:
     return jnp.where(zero, 0, v * ((norm - weight) / jnp.where(zero, 1, norm)))
 
 
-@shrink.defjvp
+@_shrink.defjvp
 def _shrink_jvp(axes, primals, tangents):
     (v, weight), (dv, dweight) = primals, tangents
     unit, scale, norm = _polar(axes, v)
@@ -71,21 +71,27 @@ def _shrink_jvp(axes, primals, tangents):
     zero = (norm <= relative) & (relative > 0)  # no weight, no shrinking: also at v = 0
     relative = jnp.where(zero, 1, relative / jnp.where(norm == 0, 1, norm))
     moved = (1 - relative) * dv + unit * (relative * _along(axes, unit, dv) - dweight)
-    return shrink(axes, v, weight), jnp.where(zero, 0, moved)
+    return _shrink(axes, v, weight), jnp.where(zero, 0, moved)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def project(axes: Axes, w: Array, radius: Array) -> Array:
+def _project(axes: Axes, w: Array, radius: Array) -> Array:
     """W, or (c/n) w where n > c."""
     unit, scale, norm = _polar(axes, w)
     return jnp.where(norm > radius / scale, unit * radius, w)
 
 
-@project.defjvp
+@_project.defjvp
 def _project_jvp(axes, primals, tangents):
     (w, radius), (dw, dradius) = primals, tangents
     unit, scale, norm = _polar(axes, w)
     outside = norm > radius / scale
     relative = jnp.where(outside, radius / scale / jnp.where(outside, norm, 1), 1)
     moved = relative * (dw - unit * _along(axes, unit, dw)) + unit * dradius
-    return project(axes, w, radius), jnp.where(outside, moved, dw)
+    return _project(axes, w, radius), jnp.where(outside, moved, dw)
+
+
+# outside of any program they are one each, not one an operation
+weighted_norm = jax.jit(_weighted_norm, static_argnums=0)
+shrink = jax.jit(_shrink, static_argnums=0)
+project = jax.jit(_project, static_argnums=0)

@@ -72,7 +72,7 @@ def _slopes(sigma: Array, f: Array, block: Array, positive: Array, weights: Arra
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def of_singular_values(function: str, matrix: Array, weights: Array) -> Array:
+def _of_singular_values(function: str, matrix: Array, weights: Array) -> Array:
     """P f(Σ) Qᵀ (`EXCESS`), or P (Σ − f(Σ)) Qᵀ, for PΣQᵀ and weights of shape (..., r)."""
     matrix, scale = scaled(matrix)
     left, sigma, right = _linalg.svd(matrix)
@@ -80,7 +80,7 @@ def of_singular_values(function: str, matrix: Array, weights: Array) -> Array:
     return scale[..., None] * product(left * values[..., None, :], right)
 
 
-@of_singular_values.defjvp
+@_of_singular_values.defjvp
 def _of_singular_values_jvp(function, primals, tangents):
     # as that of `_spectra.of_singular_values`; the diagonal of Pᵀ dV Q moves all values of its block
     (matrix, weights), (tangent, dweights) = primals, tangents
@@ -109,5 +109,8 @@ def _of_singular_values_jvp(function, primals, tangents):
         across = product(left_t, tangent)
         outer += product(left * ratio, across - product(core, right))
     outer = outer.astype(matrix.dtype)
-    primal = of_singular_values(function, matrix, weights)
+    primal = _of_singular_values(function, matrix, weights)
     return primal, outer if function == EXCESS else tangent - outer
+
+
+of_singular_values = jax.jit(_of_singular_values, static_argnums=0)  # as those of `_spectra`

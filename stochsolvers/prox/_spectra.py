@@ -50,7 +50,7 @@ def _derivatives(function: str, x: Array, bound: Array) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def of_eigenvalues(function: str, matrix: Array, bound: Array) -> Array:
+def _of_eigenvalues(function: str, matrix: Array, bound: Array) -> Array:
     """Q f(Λ) Qᵀ for a symmetric matrix QΛQᵀ, c of shape (..., 1) or (..., n)."""
     matrix, scale = scaled(matrix)
     values, vectors = _linalg.eigh(matrix)
@@ -58,7 +58,7 @@ def of_eigenvalues(function: str, matrix: Array, bound: Array) -> Array:
     return scale[..., None] * symmetric(product(kept, jnp.swapaxes(vectors, -1, -2)))
 
 
-@of_eigenvalues.defjvp
+@_of_eigenvalues.defjvp
 def _of_eigenvalues_jvp(function, primals, tangents):
     # Daleckii–Krein: dF = Q (Γ ∘ Qᵀ dS Q + diag(df/dc)) Qᵀ with Γ the divided differences.
     (matrix, bound), (tangent, dbound) = primals, tangents
@@ -81,13 +81,13 @@ def diagonal(values: Array) -> Array:
 
 
 @jax.custom_jvp
-def singular_values(matrix: Array) -> Array:
+def _singular_values(matrix: Array) -> Array:
     """Σ of PΣQᵀ, descending."""
     matrix, scale = scaled(matrix)
     return scale * _linalg.singular_values(matrix)
 
 
-@singular_values.defjvp
+@_singular_values.defjvp
 def _singular_values_jvp(primals, tangents):
     (matrix,), (tangent,) = primals, tangents
     matrix, scale = scaled(matrix)
@@ -98,7 +98,7 @@ def _singular_values_jvp(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def of_singular_values(function: str, matrix: Array, bound: Array) -> Array:
+def _of_singular_values(function: str, matrix: Array, bound: Array) -> Array:
     """P f(Σ) Qᵀ for PΣQᵀ, c ≥ 0 of shape (..., 1)."""
     matrix, scale = scaled(matrix)
     left, sigma, right = _linalg.svd(matrix)
@@ -106,7 +106,7 @@ def of_singular_values(function: str, matrix: Array, bound: Array) -> Array:
     return scale[..., None] * product(left * values[..., None, :], right)
 
 
-@of_singular_values.defjvp
+@_of_singular_values.defjvp
 def _of_singular_values_jvp(function, primals, tangents):
     # Daleckii–Krein for the odd function of [[0, V], [Vᵀ, 0]]: the symmetric part of M = Pᵀ dV Q
     # meets (f_i − f_j)/(σ_i − σ_j), the skew part (f_i + f_j)/(σ_i + σ_j), and what lies outside
@@ -139,3 +139,9 @@ def _of_singular_values_jvp(function, primals, tangents):
         outer += product(left * ratio, across - product(core, right))
     primal = scale[..., None] * product(left * values[..., None, :], right)
     return primal, outer.astype(matrix.dtype)
+
+
+# outside of any program they are one each, not one an operation
+of_eigenvalues = jax.jit(_of_eigenvalues, static_argnums=0)
+singular_values = jax.jit(_singular_values)
+of_singular_values = jax.jit(_of_singular_values, static_argnums=0)

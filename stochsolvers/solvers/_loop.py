@@ -261,6 +261,8 @@ class _Gaps(NamedTuple):
         last: Array | bool,
     ) -> _Checks:
         """The gaps after iteration k where it is time; those of examples that have stopped stay."""
+        if isinstance(k, int) and k < self.certifier.interval - 1 and not last:
+            return checks  # of the first iteration, too early for any
         near = running & (0.5 * self.certifier.smoothness * moved**2 <= 4.0 * self.gap_tol)
         now = ((checks.due <= k) & jnp.any(near)) | last
 

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from stochsolvers._typing import Array
 
@@ -98,7 +99,20 @@ def tolerance(*arrays: Any) -> float:
 
 def cast(tree: Any, dtype: Any) -> Any:
     """A tree with its real floating-point arrays in another dtype; numbers and the rest stay."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_real(leaf) else leaf, tree)
+    kind = jnp.dtype(dtype)
+
+    def convert(leaf):
+        return in_numpy(lambda a: a.astype(kind), leaf) if is_real(leaf) else leaf
+
+    return jax.tree.map(convert, tree)
+
+
+def in_numpy(function: Callable[..., Any], *arrays: Any) -> Any:
+    """The function of arrays, by numpy where they are JAX's and concrete: nothing is compiled for it."""
+    traced = any(isinstance(array, Tracer) for array in arrays)
+    if traced or not any(isinstance(array, jax.Array) for array in arrays):
+        return function(*arrays)
+    return jnp.asarray(function(*map(np.asarray, arrays)))
 
 
 def is_real(leaf: Any) -> bool:
@@ -110,7 +124,11 @@ def scaled(tree: Any, factor: float) -> Any:
     """A tree with its real floating-point leaves multiplied, numbers included."""
 
     def scale(leaf):
-        return leaf * factor if is_real(leaf) or isinstance(leaf, float) else leaf
+        return (
+            in_numpy(lambda a: a * factor, leaf)
+            if is_real(leaf) or isinstance(leaf, float)
+            else leaf
+        )
 
     return jax.tree.map(scale, tree)
 
@@ -174,9 +192,12 @@ def slope(
     """(f(p + h d) − f(p − h d)) / 2h, for trees."""
 
     def at(sign):
-        return function(jax.tree.map(lambda p, d: p + sign * step * d, point, direction))
+        def move(p, d):
+            return in_numpy(lambda p, d: p + sign * step * d, p, d)
 
-    return (at(1) - at(-1)) / (2 * step)
+        return function(jax.tree.map(move, point, direction))
+
+    return in_numpy(lambda right, left: (right - left) / (2 * step), at(1), at(-1))
 
 
 def directions(tree: Any, seed: int = 1) -> Any:

@@ -56,14 +56,14 @@ def check_layer(layer: Any, inputs: Any, *, variables: Any = None) -> None:
     inputs = jnp.asarray(inputs)
     view = _view(layer, variables)
     with common.own_dtypes():
-        _check_outputs(view, inputs)
-        _check_modes(view, inputs)
-        _check_solution(view, inputs)
-        _check_derivatives(view, inputs)
+        output = common.attempt(f"{view.name}(x)", view.call, view.params, inputs, None, True)
+        _check_dtypes(view, inputs)
+        _check_derivatives(view, inputs, output)
+        _check_modes(view, inputs, output)
+        _check_solution(view, inputs, output)
         restored = common.attempt(f"state of {view.name}", view.restored)
         got = restored(view.params, inputs, None, True)
-        expected = view.call(view.params, inputs, None, True)
-        common.close(f"{view.name} after a round trip of its state", got, expected)
+        common.close(f"{view.name} after a round trip of its state", got, output)
         if isinstance(layer, nnx.Module):
             _check_problem(layer, inputs)
 
@@ -125,30 +125,23 @@ def _linen_view(layer: Any, variables: Any) -> _View:
     return _View(name, params, call, solve, restored, stochastic, layer.dtype)
 
 
-def _check_outputs(view: _View, x: Array) -> None:
+def _check_dtypes(view: _View, x: Array) -> None:
     arrays = [leaf for leaf in jax.tree.leaves(view.params) if common.is_real(leaf)]
-    eager = common.attempt(f"{view.name}(x)", view.call, view.params, x, None, True)
-    call = jax.jit(view.call, static_argnums=3)
-    jitted = common.attempt(f"jit of {view.name}(x)", call, view.params, x, None, True)
-    words = "that without jit"
-    common.close(f"{view.name}(x) under jit", jitted, eager, rtol=1e-4, words=words)
     for dtype in (x.dtype, jnp.dtype(jnp.bfloat16)):
         expected = view.dtype or jnp.result_type(dtype, *arrays)
         what = f"output of {view.name} for inputs of {dtype.name}"
         out = common.attempt(what, jax.eval_shape, lambda p, x: view.call(p, x, None, True),
                              view.params, x.astype(dtype))  # fmt: skip
         common.same_dtype(what, out, expected)
-    flat = x.reshape(-1, *x.shape[1:])
-    rows = jnp.stack([call(view.params, row[None], None, True)[0] for row in flat[:2]])
-    words = "that of each example (leading axes are a batch)"
-    common.close(f"{view.name}(x)", eager[:2], rows, rtol=1e-4, words=words)
-    deep = common.attempt(
-        f"{view.name} with two batch axes", call, view.params, x[None], None, True
-    )
-    common.close(f"{view.name} with two batch axes", deep[0], eager, rtol=1e-4, words=words)
 
 
-def _check_modes(view: _View, x: Array) -> None:
+def _batches(x: Any) -> np.ndarray:
+    """x, then for each of its examples a batch that repeats it, stacked."""
+    x = np.asarray(x)
+    return np.stack([x, *(np.broadcast_to(row, x.shape) for row in x)])
+
+
+def _check_modes(view: _View, x: Array, output: Array) -> None:
     one, again, other = (
         common.attempt(
             f"{view.name} with a key", view.call, view.params, x, jax.random.key(k), False
@@ -156,56 +149,60 @@ def _check_modes(view: _View, x: Array) -> None:
         for k in (0, 0, 1)
     )
     same = f"{view.name} with the same key"
-    common.require(jnp.array_equal(one, again), same, "the same output", "another")
+    common.require(np.array_equal(one, again), same, "the same output", "another")
     if view.stochastic:
         what = f"{view.name} with another key"
-        common.require(~jnp.array_equal(one, other), what, "another output", "the same")
+        common.require(not np.array_equal(one, other), what, "another output", "the same")
     else:
-        still = view.call(view.params, x, None, True)
         what = f"{view.name} with a solver that does not sample"
-        common.close(what, one, still, words="the output of deterministic=True")
+        common.close(what, one, output, words="the output of deterministic=True")
 
 
-def _check_solution(view: _View, x: Array) -> None:
-    output = view.call(view.params, x, None, True)
+def _check_solution(view: _View, x: Array, output: Array) -> None:
     what = f"{view.name}.solve"
     solution = common.attempt(what, view.solve, view.params, x)
     words = "the layer's output"
     part = "value" if solution.pre_activation is None else "pre_activation"
     common.close(f"{part} of {what}", getattr(solution, part), output, rtol=1e-4, words=words)
-    gap = solution.certificate
+    gap = np.asarray(solution.certificate)
     common.same_shape(f"certificate of {what}", gap, x.shape[: gap.ndim])
     common.require(gap >= 0, f"certificate of {what}", "at least 0", gap)
 
 
-def _check_derivatives(view: _View, x: Array) -> None:
-    """Of <w, output>: every parameter counts; along directions in the inputs and the biases."""
-    shape = jax.eval_shape(lambda p, x: view.call(p, x, None, True), view.params, x).shape
-    weight = common.normal(31, shape, jnp.float32)
+def _check_derivatives(view: _View, x: Array, plain: Array) -> None:
+    """Of <w, output>: every parameter counts; along directions in the inputs and the biases.
+
+    One program gives values and derivatives, of x and of batches of each of its examples, on two batch axes.
+    """
 
     def loss(params, x):
         output = view.call(params, x, None, True)
-        return jnp.sum(output * weight), output
+        return jnp.sum(output * common.normal(31, output.shape, jnp.float32)), output
 
-    # one program for values and derivatives
     both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     what = f"derivative of {view.name}(x)"
-    (_, output), (params, _) = common.attempt(what, both, view.params, x)
-    plain, words = view.call(view.params, x, None, True), "the output without derivatives"
+    attempt = f"{what} with two batch axes, under jit"
+    (_, output), (params, _) = common.attempt(attempt, both, view.params, _batches(x))
+    whole, alone = np.asarray(output)[0], np.asarray(output)[1:]
     rtol = 1e-4 if plain.dtype.itemsize >= 4 else 2e-2
-    common.close(f"output of {view.name}(x) under grad", output, plain, rtol=rtol, words=words)
+    words = "that of each example (leading axes are a batch)"
+    each = np.stack([np.broadcast_to(row, whole.shape) for row in whole])
+    common.close(f"{view.name}(x)", alone, each, rtol=rtol, words=words)
+    words = "the output without derivatives, without jit, with one batch axis"
+    common.close(f"output of {view.name}(x) under grad", whole, plain, rtol=rtol, words=words)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         where = f"{what} in parameter {jax.tree_util.keystr(path)}"
-        common.require(jnp.isfinite(leaf), where, "numbers", leaf)
-        common.require(jnp.any(leaf != 0), where, "not 0 everywhere (it is used)", "0 everywhere")
+        leaf = np.asarray(leaf)
+        common.require(np.isfinite(leaf), where, "numbers", leaf)
+        common.require(np.any(leaf != 0), where, "not 0 everywhere (it is used)", "0 everywhere")
     if view.dtype is not None:
         return
     with jax.enable_x64(True):
-        wide, inputs = common.cast(view.params, jnp.float64), x.astype(jnp.float64)
+        wide, inputs = common.cast(jax.tree.map(np.asarray, (view.params, x)), jnp.float64)
         way = common.directions((wide, inputs), 3)
         # a layer's step is a constant to derivatives, so that kernels, which set it, are left out
         way = jax.tree.map(lambda d, p: d * (jnp.ndim(p) <= 1), way[0], wide), way[1]
-        parts = jax.tree.map(jnp.vdot, both(wide, inputs)[1], way)
+        parts = jax.tree.map(np.vdot, both(wide, inputs)[1], way)
         got = sum(jax.tree.leaves(parts))
         slope = common.slope(lambda point: both(*point)[0][0], (wide, inputs), way, 1e-5)
         words = "that of differences"

@@ -51,8 +51,7 @@ def check_prior(prior: Prior, shape: tuple[int, ...]) -> None:
             _check_conjugate(name, seen)
             _check_rise(name, wide, shape)
         _check_derivatives(name, wide, shape)
-        _check_dtypes(name, prior, shape)
-        _check_entries(name, wide, shape)
+        _check_kinds(name, prior, seen["two"], shape)
         problems.check_certificate(name, problems.expand_to_map(wide, shape))
 
 
@@ -79,12 +78,12 @@ def _at_points(prior: Prior, v: Array, w: Array, steps: Array) -> dict[str, Any]
     """The same in one program, in which each method is compiled once, for all its points."""
     some = _spread([0.5, 1.5, 4.0], common.normal(3, (2 * _POINTS, *v.shape[1:])))
     activated = jax.vmap(prior.pre_activation)(v, steps)
-    points = jnp.concatenate([some, v, w, v, activated])
+    points = jnp.concatenate([some, v, w, v, activated, _two_points(v.shape[1:])])
     half, ones = jnp.full(2 * _POINTS, 0.5), jnp.ones(_POINTS)
     images = jax.vmap(prior.prox)(
-        points, jnp.concatenate([half, steps, steps, half[:_POINTS], ones])
+        points, jnp.concatenate([half, steps, steps, half[:_POINTS], ones, half[:2]])
     )
-    q, others, u, u_w, loop, activated = images.reshape(6, *v.shape)
+    q, others, u, u_w, loop, activated = images[:-2].reshape(6, *v.shape)
     between = [u + t * (q - u) for t in (1.0, 0.1, 1e-2, 1e-3)]
     g = _over(prior.value, jnp.stack([u, v, others, *between]), 2)
 
@@ -103,6 +102,7 @@ def _at_points(prior: Prior, v: Array, w: Array, steps: Array) -> dict[str, Any]
 
     return {
         "u": u,
+        "two": images[-2:],
         "activated": activated,
         "value": g[0],
         "at v": g[1],
@@ -123,6 +123,13 @@ def _at_points(prior: Prior, v: Array, w: Array, steps: Array) -> dict[str, Any]
         "batched": (prior.prox(v, 0.5), prior.value(v)),
         "loop": (loop, jnp.sum(g[1])),
     }
+
+
+def _two_points(shape: tuple[int, ...]) -> np.ndarray:
+    """Points that differ in their first entry."""
+    points = np.stack([np.random.default_rng(8).normal(size=shape)] * 2)
+    points[1].flat[0] += 1.0
+    return points
 
 
 def _spread(sizes: list[float], points: Array) -> Array:
@@ -285,28 +292,24 @@ def _check_derivatives(name: str, prior: Prior, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_dtypes(name: str, prior: Prior, shape: tuple[int, ...]) -> None:
-    v = common.normal(8, shape)
-    exact = prior.prox(v, 0.5)
-    common.same_dtype(f"{name}.prox of float64", exact, jnp.float64)
-    for dtype in (jnp.float32, jnp.bfloat16):
-        narrow = v.astype(dtype)
-        what = f"{name}.prox of {jnp.dtype(dtype).name}"
-        got = common.attempt(what, prior.prox, narrow, 0.5)
-        common.same_dtype(what, got, jnp.float32)
-        value = prior.value(narrow)
-        common.same_dtype(f"{name}.value of {jnp.dtype(dtype).name}", value, jnp.float32)
-        rtol = 1e-3 if dtype == jnp.float32 else 2e-2
-        common.close(what, got, exact, rtol=rtol, words="about that of float64")
+def _check_kinds(name: str, prior: Prior, two: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Narrow dtypes, in one program; and of a separable prior the entries that have not changed."""
+    point = _two_points(shape)[0]
 
+    @jax.jit
+    def narrow(v):
+        kinds = {kind: v.astype(kind) for kind in ("float32", "bfloat16")}
+        return {kind: (prior.prox(v, 0.5), prior.value(v)) for kind, v in kinds.items()}
 
-def _check_entries(name: str, prior: Prior, shape: tuple[int, ...]) -> None:
-    if not prior.separable:
-        return
-    v = common.normal(9, shape).ravel()
-    both = jnp.stack([v, v.at[0].add(1.0)]).reshape(2, *shape)
-    before, after = prior.prox(both, 0.5).reshape(2, -1)
-    words = "those of before, as separable = True says"
-    what = f"{name}.prox at the other entries after one has changed"
-    if v.size > 1:
+    common.same_dtype(f"{name}.prox of float64", two, jnp.float64)
+    seen = common.attempt(f"{name}.prox of float32 and bfloat16", narrow, point)
+    for kind, rtol in (("float32", 1e-3), ("bfloat16", 2e-2)):
+        (u, value), what = seen[kind], f"{name}.prox of {kind}"
+        common.same_dtype(what, u, jnp.float32)
+        common.same_dtype(f"{name}.value of {kind}", value, jnp.float32)
+        common.close(what, u, two[0], rtol=rtol, words="about that of float64")
+    if prior.separable and point.size > 1:
+        before, after = two.reshape(2, -1)
+        words = "those of before, as separable = True says"
+        what = f"{name}.prox at the other entries after one has changed"
         common.close(what, after[1:], before[1:], words=words)

@@ -16,7 +16,16 @@ from stochsolvers import nnx as solver_nnx
 from stochsolvers._typing import Array
 from stochsolvers.problems import LayerProblem
 from stochsolvers.prox import L1
-from stochsolvers.solvers import Implicit, ProxGD, Remat, Solver, Status, Truncated, Unrolled
+from stochsolvers.solvers import (
+    Implicit,
+    ProxGD,
+    Remat,
+    Solution,
+    Solver,
+    Status,
+    Truncated,
+    Unrolled,
+)
 from stochsolvers.testing import _common as common
 from stochsolvers.testing import _problems as problems
 
@@ -60,8 +69,10 @@ def _check_all(name: str, solver: Solver, problem: LayerProblem, key: Array) -> 
     plain = dataclasses.replace(solver, tol=None, derivative=None)
     _check_static_numbers(name, solver)
     _check_solution(name, plain, problem, key)
-    _check_compilations(name, plain, problem, key)
-    _check_bad_values(name, plain, problem, key)
+    bad = _with_a_bad_example(problem)
+    jitted = _check_compilations(name, plain, problem, bad, key)
+    if bad is not None:
+        _check_bad_values(name, plain, problem, bad, key, jitted)
     _check_convergence(name, plain, problem)
     _check_derivatives(name, plain, problem, key)
     if not solver.stochastic:
@@ -95,8 +106,9 @@ def _check_solution(name: str, solver: Solver, problem: LayerProblem, key: Array
     common.same_shape(f"residuals of {what}", solution.residuals, (count, *batch))
     common.same_shape(f"finite of {what}", solution.finite, batch)
     common.require(solution.finite, f"iterates of {what}", "all finite", solution.finite)
-    traced = common.attempt(f"{what} with trace_objective", solve, trace_objective=True)
-    last = jax.jit(lambda p, z: p.objective(z))(problem, traced.value)
+    zero, both = jnp.zeros(problem.shape), f"{what} with init and trace_objective"
+    traced = common.attempt(both, solve, init=zero, trace_objective=True)
+    last = _objective(problem, traced.value)
     common.require(solution.objectives is None, f"objectives of {what}", None, "values")
     words = "P(z_K)"
     close = common.close
@@ -106,8 +118,8 @@ def _check_solution(name: str, solver: Solver, problem: LayerProblem, key: Array
         jnp.array_equal(again.value, solution.value), f"{what} with the same key", "the same value",
         f"a difference of {jnp.max(jnp.abs(again.value - solution.value)):.3g}",
     )  # fmt: skip
-    start = common.attempt(f"{what} with init", solve, init=jnp.zeros(problem.shape)).value
-    close(f"{what} with init = 0", start, solution.value, rtol=1e-9, words="that without init")
+    words = "that without init"
+    close(f"{what} with init = 0", traced.value, solution.value, rtol=1e-9, words=words)
     for dtype in (jnp.float32, jnp.bfloat16):
         narrow = common.cast(problem, dtype)
         kind = jnp.dtype(dtype).name
@@ -147,7 +159,10 @@ def _listen(event: str, duration_secs: float, **_: Any) -> None:
 jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
-def _check_compilations(name: str, solver: Solver, problem: LayerProblem, key: Array) -> None:
+def _check_compilations(
+    name: str, solver: Solver, problem: LayerProblem, bad: LayerProblem | None, key: Array
+) -> Solution:
+    """The last solution under jit, of the problem with a bad example if there is one."""
     cases = [
         (common.scaled(solver, f), jax.random.fold_in(key, i), common.scaled(problem, f))
         for i, f in enumerate((1.0, 0.9, 0.8))
@@ -160,47 +175,74 @@ def _check_compilations(name: str, solver: Solver, problem: LayerProblem, key: A
     words = "1 for other inputs, weights, keys and numbers of the solver"
     common.require(again == 0, f"compilations of {name}.solve", words, again + 1)
 
-    def value(solver, key, problem):
-        return solver.solve(key, problem).value
-
     path = [(common.scaled(solver, f), key, common.scaled(problem, f)) for f in (1.0, 0.9)]
-    jitted = common.traced_once(f"{name}.solve", value, path)
-    for case, got in zip(path, jitted, strict=True):
+    more = [] if bad is None else [(path[0][0], key, common.scaled(bad, 1.0))]
+    jitted = common.traced_once(f"{name}.solve", type(solver).solve, [*path, *more])
+    for (one, _, case), got in zip(path, jitted[:2], strict=True):
         words = "that without jit"
-        common.close(f"{name}.solve under jit", got, value(*case), rtol=1e-9, words=words)
+        value = one.solve(key, case).value
+        common.close(f"{name}.solve under jit", got.value, value, rtol=1e-9, words=words)
     keys = jax.random.split(key, 2)
     cases = [common.scaled(problem, f) for f in (1.0, 0.9)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cases)
     what = f"{name}.solve under vmap"
-    function = jax.jit(jax.vmap(functools.partial(value, solver)))
+    function = jax.jit(jax.vmap(lambda key, problem: solver.solve(key, problem).value))
     batched = common.attempt(what, function, keys, stacked)
-    loop = jnp.stack([solver.solve(k, p).value for k, p in zip(keys, cases, strict=True)])
+    loop = np.stack([solver.solve(k, p).value for k, p in zip(keys, cases, strict=True)])
     common.close(what, batched, loop, rtol=1e-9, words="that of a loop")
+    return jitted[-1]
 
 
-def _check_bad_values(name: str, solver: Solver, problem: LayerProblem, key: Array) -> None:
-    """The first example is NaN."""
-    batch = len(problem.batch_shape)
-    if not batch:
-        return
-    bad = dataclasses.replace(problem, inputs=problem.inputs.at[0].set(jnp.nan))
-    solve = jax.jit(lambda key, problem: solver.solve(key, problem))
-    good = solver.solve(key, problem)
-    for function, how in ((solver.solve, "without jit"), (solve, "under jit")):
-        what = f"{name}.solve at an input of NaN {how}"
-        solution = common.attempt(what, function, key, bad)
+def _with_a_bad_example(problem: LayerProblem) -> LayerProblem | None:
+    """The problem with NaN for its first example; None where it has one example alone."""
+    if not problem.batch_shape:
+        return None
+    inputs = np.array(problem.inputs)
+    inputs[0] = np.nan
+    return dataclasses.replace(problem, inputs=jnp.asarray(inputs))
+
+
+def _check_bad_values(
+    name: str,
+    solver: Solver,
+    problem: LayerProblem,
+    bad: LayerProblem,
+    key: Array,
+    jitted: Solution,
+) -> None:
+    good = np.asarray(solver.solve(key, problem).value)
+    what = f"{name}.solve at an input of NaN"
+    eager = common.attempt(f"{what} without jit", solver.solve, key, bad)
+    for solution, how in ((eager, "without jit"), (jitted, "under jit")):
         words = "finite=False for that example alone"
-        expected = jnp.ones(problem.batch_shape, bool).at[0].set(False)
-        common.require(solution.finite == expected, what, words, solution.finite)
+        expected = np.ones(problem.batch_shape, bool)
+        expected[0] = False
+        fine = np.asarray(solution.finite) == expected
+        common.require(fine, f"{what} {how}", words, solution.finite)
         words = "the values of the other examples, as without it"
-        common.close(what, solution.value[1:], good.value[1:], rtol=1e-9, words=words)
+        value = np.asarray(solution.value)[1:]
+        common.close(f"{what} {how}", value, good[1:], rtol=1e-9, words=words)
 
 
 @jax.jit
-def _reference(problem: LayerProblem) -> Array:
-    """argmin P to all digits."""
+def _objective(problem: LayerProblem, z: Array) -> Array:
+    return problem.objective(z)
+
+
+@jax.jit
+def _reference(problem: LayerProblem, weight: Array) -> tuple[Array, Array, Array]:
+    """argmin P to all digits, min P, and <w, sin z> there."""
     solver = ProxGD(num_iters=_ITERATIONS, momentum=True, form="literal")
-    return solver.solve(None, problem).value
+    z = solver.solve(None, problem).value
+    return z, problem.objective(z), _loss_of(z, weight)
+
+
+def _loss_of(z: Array, weight: Array) -> Array:
+    return jnp.vdot(jnp.sin(z), weight)
+
+
+def _weight(problem: LayerProblem) -> Array:
+    return common.normal(21, problem.shape)
 
 
 def _check_convergence(name: str, solver: Solver, problem: LayerProblem) -> None:
@@ -209,14 +251,14 @@ def _check_convergence(name: str, solver: Solver, problem: LayerProblem) -> None
     count = len(solver.solve(None, problem, deterministic=True).residuals)
     for _ in range(math.ceil(_ITERATIONS / count)):
         z = solver.solve(None, problem, init=z, deterministic=True).value
-    best = jax.jit(lambda p: p.objective(_reference(p)))(problem)
-    got = jax.jit(lambda p, z: p.objective(z))(problem, z)
+    best = np.asarray(_reference(problem, _weight(problem))[1])
+    got = np.asarray(_objective(problem, z))
     what = f"objective after {_ITERATIONS} iterations of {name} along ∇F"
-    scale = 1 + jnp.abs(best)
-    at = int(jnp.argmax(jnp.ravel(got - best)))
-    words = f"min P = {jnp.ravel(best)[at]:.8g}"
-    common.require(got - best <= 1e-5 * scale, what, words, f"{jnp.ravel(got)[at]:.8g}")
-    gap = problem.certificate(z)
+    scale = 1 + np.abs(best)
+    at = int(np.argmax(got - best))
+    words = f"min P = {best.flat[at]:.8g}"
+    common.require(got - best <= 1e-5 * scale, what, words, f"{got.flat[at]:.8g}")
+    gap = np.asarray(problem.certificate(z))
     what = f"certificate after {_ITERATIONS} iterations of {name} along ∇F"
     common.require(gap <= 1e-3 * scale, what, "about 0", gap)
 
@@ -224,31 +266,28 @@ def _check_convergence(name: str, solver: Solver, problem: LayerProblem) -> None
 def _check_derivatives(name: str, solver: Solver, problem: LayerProblem, key: Array) -> None:
     """Of <w, sin z> along a random direction of all arrays of the problem."""
     way = common.scaled(common.directions(problem), 0.1)
-    weight = common.normal(21, problem.shape)
-
-    def loss_of(z):
-        return jnp.vdot(jnp.sin(z), weight)
+    weight = _weight(problem)
 
     def loss(problem, derivative, run):
         one = dataclasses.replace(solver, derivative=derivative, **run)
-        return loss_of(one.solve(key, problem).value)
+        return _loss_of(one.solve(key, problem).value, weight)
 
     def along(derivative, **run):
         gradient = jax.jit(jax.grad(lambda p: loss(p, derivative, run)))
         what = f"derivative of {name}.solve ({type(derivative).__name__})"
-        parts = jax.tree.map(jnp.vdot, common.attempt(what, gradient, problem), way)
+        parts = jax.tree.map(np.vdot, common.attempt(what, gradient, problem), way)
         return what, sum(jax.tree.leaves(parts))
 
     def differences(function):
         return common.slope(function, problem, way, 1e-6)
 
     # of the values that users get, whose program is there
-    unrolled = differences(lambda p: loss_of(solver.solve(key, p).value))
+    unrolled = differences(lambda p: _loss_of(solver.solve(key, p).value, weight))
     for derivative in (Unrolled(), Remat(), Truncated(10**6)):
         what, got = along(derivative)
         common.close(what, got, unrolled, rtol=1e-4, words="that of differences")
     if not solver.stochastic:
-        exact = differences(jax.jit(lambda p: loss_of(_reference(p))))
+        exact = differences(lambda p: _reference(p, weight)[2])
         for count in ("num_iters", "num_outer"):
             if count in {field.name for field in dataclasses.fields(solver)}:
                 what, got = along(Implicit(tol=1e-9), **{count: _ITERATIONS})
@@ -269,7 +308,8 @@ def _check_tolerance(name: str, solver: Solver, problem: LayerProblem) -> None:
         f"residuals of {what}", solution.residuals, (_ITERATIONS, *problem.batch_shape)
     )
     words = "the optimum"
-    common.close(f"value of {what}", solution.value, _reference(problem), rtol=1e-4, words=words)
+    best = _reference(problem, _weight(problem))[0]
+    common.close(f"value of {what}", solution.value, best, rtol=1e-4, words=words)
     bad = dataclasses.replace(problem, inputs=jnp.full_like(problem.inputs, jnp.nan))
     solution = common.attempt(f"{what} at inputs of NaN", stops.solve, None, bad)
     words = f"{Status.DIVERGED} (DIVERGED)"
