@@ -237,8 +237,7 @@ def test_averaged_fixed_points(rng):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("solver", [ss.FixedPoint, ss.Anderson], ids=lambda s: s.__name__)
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("symmetric", "solver"), [(True, ss.FixedPoint), (False, ss.Anderson)])
 def test_memory_of_the_reverse_pass_does_not_grow_with_the_iterations(symmetric, solver):
     n, batch = 64, 32
     square = jax.ShapeDtypeStruct((n, n), jnp.float32)
