@@ -39,6 +39,8 @@ FEW = 1000
 MANY = 8000
 CAP, LONG_CAP = 30.0, 120.0
 """Seconds that a peer has, for up to `FEW` data and for more."""
+SLOW_SHARE = 0.03
+"""LandmarkADMM is not timed below: it takes minutes."""
 PEER = pathlib.Path(__file__).with_name("_convex_peer.py")
 PYTHONS = {"pyscnn": "SCNN_PYTHON", "adelie": "ADELIE_PYTHON"}
 THREADS = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -190,7 +192,7 @@ def _gated(size: tuple[int, int, int], options: Options, file: pathlib.Path) -> 
                             detail=detail,
                         )
                     )
-            if n > MANY:
+            if n > MANY and share >= SLOW_SHARE:
                 figures.append(_landmarks(data, beta, tol, what, rounds))
             for name, samples in theirs.items():
                 print(what, tol, name, samples, "ours", ours, "cold", cold, reached, flush=True)

@@ -15,6 +15,9 @@ from stochsolvers.convex._terms import Dual
 STALLED = 500
 """After so many iterations without a smaller gap of any program, at least, a solver ends."""
 
+MANY_PRODUCTS = 2**25
+"""n P d, from which on programs take fewer iterations by longer programs."""
+
 Progress = Callable[[Any, Any, Any], Any]
 """Called with the iteration, the objective and the gap of each program, as arrays."""
 
@@ -86,6 +89,12 @@ def start(problem: Any, init: Array | None) -> Iterate:
         iterations=jnp.zeros(problem.batch_shape, int),
         moved=none,
     )
+
+
+def is_large(problem: Any) -> bool:
+    """Whether n P d is such that fewer iterations are worth a longer compilation."""
+    X, mask = problem.gated_map._rows()
+    return mask.size * X.shape[1] >= MANY_PRODUCTS
 
 
 def objective_of(problem: Any, u: Array, penalty: Array) -> Array:

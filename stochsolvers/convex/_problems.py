@@ -109,13 +109,15 @@ class GatedProblem(Program, OfGatedData):
         assert isinstance(self.linear_map, GatedMap)
         return self.linear_map
 
-    def predict(self, V: Array, X: ArrayLike) -> Array:
+    def predict(self, V: Array, X: ArrayLike | None = None) -> Array:
         """Σ_i 1[x·g_i ≥ 0] x·v_i for new data, shape (n',) or (C, n').
 
         Args:
           V: weights, shaped as the variable.
-          X: shape (n', d) or (n', K, d).
+          X: shape (n', d) or (n', K, d); None for the data of the problem.
         """
+        if X is None:
+            return self.gated_map.adjoint(self._variable(V))
         X = _inputs.data_like("data of predict", X, self.X).astype(self.dtype)
         return self.gated_map._with(X, self.patterns.apply(X)).adjoint(self._variable(V))
 

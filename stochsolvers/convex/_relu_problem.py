@@ -72,13 +72,14 @@ class ReLUProblem(ConeProgram, OfGatedData):
         assert isinstance(self.base_map, GatedMap)
         return self.base_map
 
-    def predict(self, U: Array, X: ArrayLike) -> Array:
+    def predict(self, U: Array, X: ArrayLike | None = None) -> Array:
         r"""The network's function of new data, Σ_i (x·v_i)₊ − Σ_i (x·w_i)₊, shape (n',) or (C, n').
 
         Args:
           U: shaped as the variable.
-          X: shape (n', d) or (n', K, d), summed over patches.
+          X: shape (n', d) or (n', K, d), summed over patches; None for the data of the problem.
         """
+        X = self.X if X is None else X
         X = _inputs.data_like("data of predict", X, self.X).astype(self.dtype)
         U = self._variable(U)
         products = jnp.sum(jax.nn.relu(U @ X.reshape(-1, X.shape[-1]).T), axis=-2)

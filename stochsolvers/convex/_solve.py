@@ -27,7 +27,6 @@ from stochsolvers.solvers import Solution, Status
 
 _MOST_DATA = 8000
 """Beyond, the n × n kernel is not factored."""
-_FEW_DATA = 2048
 _FEW_PRODUCTS = 3 * 10**8
 """n² P d of cone programs, up to which a Newton step takes about a tenth of a second."""
 
@@ -91,7 +90,7 @@ def solve(
     concrete = _bound.is_concrete(problem, start, tol, traced)
     on_host = concrete and isinstance(problem, GatedProblem)
     on_host |= concrete and isinstance(solver, ConeADMM)
-    call = _solve if concrete and _is_small(problem) else _solve_within
+    call = _solve if concrete and jax.default_backend() == "cpu" else _solve_within
     solution, point = call(
         problem,
         traced,
@@ -159,11 +158,6 @@ def _default_of_cones(problem: ReLUProblem, init: Array | None, tol: Scalar) -> 
         if isinstance(problem.loss, Squares) and problem.X.ndim == 2:
             return ConeADMM()
     return FISTA()
-
-
-def _is_small(problem: Any) -> bool:
-    """Whether compiling takes longer than the iterations; on a CPU."""
-    return problem.inputs.shape[-1] <= _FEW_DATA and jax.default_backend() == "cpu"
 
 
 def _solve_program(

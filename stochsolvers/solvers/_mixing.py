@@ -72,6 +72,12 @@ def no_history(point: Array, unit: Array, memory: int) -> History:
 
 def mix(history: History, k: Array | int, y: Array, value: Array) -> tuple[History, Array]:
     """The pair (y, T(y)) of iteration k put in, and the next point."""
+    history, weights = weigh(history, k, y, value)
+    return history, combine(weights, history.values)
+
+
+def weigh(history: History, k: Array | int, y: Array, value: Array) -> tuple[History, Array]:
+    """The pair (y, T(y)) of iteration k put in, and α, shape (m, *batch)."""
     history, slot, refused = _put(history, k, y, value)
     each = jnp.expand_dims(jnp.arange(len(history.values)), range(1, 1 + history.unit.ndim))
     newest = jnp.where(refused, history.newest, slot)
@@ -80,7 +86,7 @@ def mix(history: History, k: Array | int, y: Array, value: Array) -> tuple[Histo
     wait = jnp.where(refused, history.patience, jnp.maximum(history.wait - 1, 0))
     easier = jnp.where(history.mixed, jnp.maximum(history.patience // 2, 1), history.patience)
     used = jnp.where(wait[None] > 0, last, valid)
-    weights = jnp.expand_dims(_weights(history.gram, used), range(1 + wait.ndim, 1 + y.ndim))
+    weights = _weights(history.gram, used)
     history = history._replace(
         valid=valid,
         newest=newest,
@@ -88,9 +94,15 @@ def mix(history: History, k: Array | int, y: Array, value: Array) -> tuple[Histo
         wait=wait,
         patience=jnp.where(refused, 2 * history.patience, easier),
     )
-    # one pair after the other: XLA's CPU backend takes several times as long over the stack
-    terms = [w * v for w, v in zip(weights, history.values, strict=True)]
-    return history, functools.reduce(jnp.add, terms)
+    return history, weights
+
+
+def combine(weights: Array, arrays: Array) -> Array:
+    """Σ_i α_i of arrays (m, *batch, ...) that a ring holds."""
+    weights = jnp.expand_dims(weights, range(weights.ndim, arrays.ndim))
+    # one after the other: XLA's CPU backend takes several times as long over the stack
+    terms = [w * v for w, v in zip(weights, arrays, strict=True)]
+    return functools.reduce(jnp.add, terms)
 
 
 def _put(history: History, k: Array | int, y: Array, value: Array) -> tuple[History, Array, Array]:

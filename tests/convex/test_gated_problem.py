@@ -228,6 +228,7 @@ def test_predictions_of_other_data(rng):
     expected = np.einsum("np,nd,cpd->cn", new @ gates >= 0, new, V)
     np.testing.assert_allclose(problem.predict(V, new), expected, atol=1e-13)
     np.testing.assert_allclose(problem.predict(V, problem.X), problem.linear_map.adjoint(V))
+    np.testing.assert_array_equal(problem.predict(V), problem.linear_map.adjoint(V))
 
 
 def test_solvers_of_the_library(rng):

@@ -245,7 +245,7 @@ def test_predictions_are_the_networks(rng):
     np.testing.assert_allclose(problem.predict(U, new), expected, atol=1e-12)
     inside = problem.project(U)
     fit = problem.linear_map.adjoint(inside)
-    np.testing.assert_allclose(problem.predict(inside, X), fit, atol=1e-12)
+    np.testing.assert_allclose(problem.predict(inside), fit, atol=1e-12)
 
 
 def test_batch_normalisation_is_whitening(rng):

@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 
 import stochsolvers as ss
 from stochsolvers import convex
-from stochsolvers.convex import _algorithm, _bound, _factor, _kernel_admm, _solve, _terms
+from stochsolvers.convex import _algorithm, _bound, _factor, _metric, _solve, _terms
 
 LOSSES = {
     "squares": (lambda u, y: 0.5 * np.sum((u - y) ** 2), lambda u, y: u - y),
@@ -70,18 +70,80 @@ def test_reaches_the_optimum_of_every_output(rng, solver):
     assert len(set(np.asarray(solution.iterations).tolist())) > 1  # each its own stop
 
 
-@pytest.mark.parametrize("max_iters", [3, 10_000])
-def test_more_data_begin_with_fista(rng, monkeypatch, max_iters):
-    monkeypatch.setattr(_kernel_admm, "_SMALL", 0)
-    X, y, patterns = instance(rng, n=25)
-    problem = convex.GatedProblem(X, jnp.asarray(y), patterns, 0.3)
-    solution = convex.solve(problem, solver=convex.KernelADMM(max_iters), tol=1e-8)
-    truth = oracle(X, y, np.asarray(patterns.mask, float), 0.3)
-    assert solution.certificate >= solution.objectives[-1] - truth - 1e-6
-    if max_iters == 3:
-        assert solution.iterations == 3
-    else:
-        np.testing.assert_allclose(solution.objectives[-1], truth, rtol=1e-7)
+@pytest.fixture
+def large(monkeypatch):
+    """All programs are taken for large ones; no other test's have these shapes."""
+    monkeypatch.setattr(_algorithm, "MANY_PRODUCTS", 0)
+
+
+@pytest.mark.parametrize(
+    "solver", [convex.KernelADMM(), convex.FISTA(), convex.LandmarkADMM(landmarks=8)]
+)
+def test_large_programs_reach_their_optima_in_fewer_iterations(rng, large, monkeypatch, solver):
+    X, y, patterns = instance(rng, n=60, d=2, num=12, outputs=2)
+    problem = convex.GatedProblem(X, jnp.asarray(y), patterns, 0.8)
+    solution = convex.solve(problem, solver=solver, tol=1e-8)
+    truth = np.array([oracle(X, row, np.asarray(patterns.mask, float), 0.8) for row in y])
+    np.testing.assert_allclose(solution.objectives[-1], truth, rtol=1e-7)
+    assert np.all(solution.certificate <= 1e-8 * solution.objectives[-1] * 1.01)
+    assert np.all(solution.certificate >= solution.objectives[-1] - truth - 1e-6)
+    again = convex.solve(problem, solver=solver, tol=1e-7, init=solution.value)
+    assert np.sum(again.iterations) < 0.5 * np.sum(solution.iterations)
+    monkeypatch.undo()
+    jax.clear_caches()
+    plain = convex.solve(problem, solver=solver, tol=1e-8)
+    assert np.sum(solution.iterations) < np.sum(plain.iterations)
+
+
+def test_large_programs_of_patches_and_other_losses(rng, large):
+    X = rng.standard_normal((26, 3, 2))
+    gates = rng.standard_normal((2, 9))
+    patterns = convex.Patterns(jnp.asarray(gates), jnp.asarray(X @ gates >= 0))
+    y = jnp.asarray(np.where(rng.standard_normal(26) > 0, 1.0, -1.0))
+    problem = convex.GatedProblem(X, y, patterns, 0.5)
+    first = convex.solve(problem, solver=convex.KernelADMM(), tol=1e-8)
+    second = convex.solve(problem, solver=convex.FISTA(), tol=1e-8)
+    np.testing.assert_allclose(first.objectives[-1], second.objectives[-1], rtol=2e-8)
+    X, y, patterns = instance(rng, n=50, d=2, num=10)
+    logistic = {"loss": ss.losses.Logistic()}
+    problem = convex.GatedProblem(X, jnp.asarray(y), patterns, 0.5, **logistic)
+    solution = convex.solve(problem, tol=1e-7)
+    truth = oracle(X, y, np.asarray(patterns.mask, float), 0.5, "logistic")
+    np.testing.assert_allclose(solution.objectives[-1], truth, rtol=1e-6)
+    assert 0 <= solution.certificate <= 1.01e-7 * solution.objectives[-1]
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_a_step_in_the_metric_is_the_prox_of_the_dense_one(rng, large, scale):
+    X, y, patterns = instance(rng, n=41, d=2, num=7, outputs=2)
+    problem = convex.GatedProblem(scale * X, jnp.asarray(y), patterns, 0.9 * scale)
+    metric = _metric.metric_of(problem)
+    mask = np.asarray(patterns.mask, float)
+    a, G = np.asarray(metric.direction), np.asarray(metric.root) @ np.asarray(metric.root).T
+    np.testing.assert_allclose(np.linalg.norm(a), 1)
+    rows = (mask @ a)[:, None] * scale * X
+    np.testing.assert_allclose(G, rows.T @ rows, rtol=1e-9)
+    assert abs(a @ np.linalg.svd(mask)[2][0]) > 0.999
+    c = np.array([3.0, 0.5]) * scale**2
+    Y, g = rng.standard_normal((2, 2, 7, 2)) / scale
+    g *= scale**2
+    V, value, _ = _metric.step(problem, metric, *map(jnp.asarray, (Y, g, c)), jnp.zeros((2, 2)))
+    V = np.asarray(V)
+    assert np.any(V == 0)
+    for one in range(2):
+        M = c[one] * np.eye(14) + np.kron(np.outer(a, a), G)
+        slope = g[one] + (M @ (V[one] - Y[one]).ravel()).reshape(7, 2)
+        norms = np.linalg.norm(V[one], axis=1, keepdims=True)
+        inside = np.linalg.norm(slope, axis=1) <= 0.9 * scale * (1 + 1e-9)
+        assert np.all(inside | (norms[:, 0] > 0))
+        wanted = -0.9 * scale * V[one] / np.where(norms > 0, norms, 1)
+        np.testing.assert_allclose(np.where(norms > 0, slope, 0), wanted, atol=1e-2 * scale)
+        np.testing.assert_allclose(value[one], 0.9 * scale * norms.sum(), rtol=1e-12)
+        length = (V[one] - Y[one]).ravel() @ M @ (V[one] - Y[one]).ravel()
+        own = c[one] * np.sum((V[one] - Y[one]) ** 2)
+        np.testing.assert_allclose(
+            own + np.sum(metric.coordinates(jnp.asarray(V - Y))[one] ** 2), length, rtol=1e-9
+        )
 
 
 PYSCNN = 13.254362725424699
@@ -235,7 +297,9 @@ def test_the_bound_within_jit_is_that_of_the_host(rng):
     )
 
 
-def test_the_blocked_factor_solves(rng):
+@pytest.mark.parametrize("large", [1024, 4])  # of a block, whose halves are inverted one by one
+def test_the_blocked_factor_solves(rng, monkeypatch, large):
+    monkeypatch.setattr(_factor, "BLOCK", large)
     M = rng.standard_normal((23, 23))
     M = M @ M.T
     b = rng.standard_normal((2, 23))
@@ -306,6 +370,7 @@ SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from stochsolvers import convex
+from stochsolvers.convex import _algorithm
 jax.config.update("jax_enable_x64", True)
 rng = np.random.default_rng(0)
 X, gates, y = rng.standard_normal((32, 3)), rng.standard_normal((3, 5)), rng.standard_normal(32)
@@ -317,17 +382,21 @@ values = {}
 for kind in ("Auto", "Explicit"):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
     with jax.set_mesh(mesh):
-        for split in (False, True) if kind == "Auto" else (True,):
+        for split, few in ((False, 0), (False, 2**25), (True, 2**25), (True, 0)):
+            if kind == "Explicit" and not split or kind == "Auto" and split and not few:
+                continue
+            _algorithm.MANY_PRODUCTS = few
+            jax.clear_caches()
             one = "data" if split else None
             patterns = convex.Patterns(put(gates), put(X @ gates >= 0, one))
             problem = convex.GatedProblem(put(X, one), put(y, one), patterns, 0.4)
             for solver in (convex.KernelADMM(), convex.FISTA()):
                 solution = convex.solve(problem, solver=solver, tol=1e-9)
                 assert solution.certificate <= 1.01e-9 * solution.objectives[-1]
-                value = np.asarray(solution.value)
-                np.testing.assert_allclose(value, values.setdefault(str(solver), value), atol=1e-9)
+                value, of = np.asarray(solution.value), f"{solver}, {few}"
+                np.testing.assert_allclose(value, values.setdefault(of, value), atol=1e-9)
             bounds = problem.beta_max(), problem.dual_value(solution.value), problem.certificate(value)
-            np.testing.assert_allclose(bounds, values.setdefault("bounds", bounds), 1e-9, 1e-12)
+            np.testing.assert_allclose(bounds, values.setdefault(few, bounds), 1e-9, 1e-12)
 """
 
 
