@@ -83,21 +83,26 @@ def test_solvers_and_stopping_do_not_change_the_derivative(make, rng):
 @every_problem
 def test_what_is_not_solved_is_nan(make, rng):
     problem = make(rng)
-    want = gradient(problem, EXACT)
-    short = gradient(problem, Implicit(1e-12, max_iters=2))
+
+    @functools.partial(jax.jit, static_argnames=("max_iters", "unsolved"))
+    def slope(problem, tol, scale=1.0, **options):
+        return jax.grad(lambda p: scale * loss(p, Implicit(tol, **options)))(problem)
+
+    want = slope(problem, 1e-12)
+    short = slope(problem, 1e-12, max_iters=2)
     for leaf in jax.tree.leaves(short):
         assert np.all(np.isnan(leaf))
-    kept = gradient(problem, Implicit(1e-12, max_iters=2, unsolved="keep"))
+    kept = slope(problem, 1e-12, max_iters=2, unsolved="keep")
     for leaf, exact in zip(jax.tree.leaves(kept), jax.tree.leaves(want), strict=True):
         assert np.all(np.isfinite(leaf))
         assert not np.allclose(leaf, exact)
     # round-off is no failure, and no tolerance is too small
-    close(gradient(problem, Implicit(1e-30)), want, rtol=1e-8, atol=1e-10)
-    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), problem)
-    close(gradient(narrow, Implicit(1e-30)), want, rtol=1e-3, atol=1e-4)
+    close(slope(problem, 1e-30), want, rtol=1e-8, atol=1e-10)
+    narrow = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), problem)
+    close(slope(narrow, 1e-30), want, rtol=1e-3, atol=1e-4)
     # nor is a small cotangent, whose square is zero
-    tiny = jax.jit(jax.grad(lambda p: 1e-30 * loss(p, Implicit(1e-5))))(narrow)
-    close(jax.tree.map(lambda leaf: 1e30 * leaf, tiny), want, rtol=1e-3, atol=1e-4)
+    tiny = slope(narrow, 1e-5, 1e-30)
+    close(jax.tree.map(lambda leaf: 1e30 * np.asarray(leaf), tiny), want, rtol=1e-3, atol=1e-4)
 
 
 def test_a_failure_is_that_of_one_example():
@@ -105,31 +110,35 @@ def test_a_failure_is_that_of_one_example():
     drive = jnp.array([[-1.0], [0.5]])
     problem = Shallow(jnp.eye(1), drive)  # the second has no equilibrium, and J = 1
 
-    def value(drive, unsolved):
+    @functools.partial(jax.jit, static_argnames="unsolved")
+    @jax.grad
+    def slope(drive, unsolved):
         moved = dataclasses.replace(problem, drive=drive)
         derivative = Implicit(unsolved=unsolved)
         return jnp.sum(solution(moved, derivative, num_iters=5))
 
-    got = jax.grad(value)(drive, None)
+    got = slope(drive, unsolved=None)
     np.testing.assert_array_equal(got[0], 0.0)
     assert np.isnan(got[1, 0])
-    assert np.all(np.isfinite(jax.grad(value)(drive, "keep")))
+    assert np.all(np.isfinite(slope(drive, unsolved="keep")))
 
 
 def test_unsolved_systems_of_layers_are_kept_unless_asked_otherwise(rng):
     kernel, x = jnp.asarray(rng.normal(size=(9, 5))), jnp.asarray(rng.normal(size=(4, 9)))
 
-    def slope(derivative):
+    @functools.partial(jax.jit, static_argnames=("max_iters", "unsolved"))
+    def slope(tol, **options):
         def value(kernel):
             problem = ss.LayerProblem(ss.Dense(kernel), x, ridge=0.1)
+            derivative = Implicit(tol, **options)
             return jnp.sum(ss.prox_gd(problem, num_iters=500, derivative=derivative).value)
 
-        return jax.jit(jax.grad(value))(kernel)
+        return jax.grad(value)(kernel)
 
-    assert np.all(np.isfinite(slope(Implicit(1e-12, max_iters=1))))
-    assert np.all(np.isnan(slope(Implicit(1e-12, max_iters=1, unsolved="nan"))))
+    assert np.all(np.isfinite(slope(1e-12, max_iters=1)))
+    assert np.all(np.isnan(slope(1e-12, max_iters=1, unsolved="nan")))
     for tol in (1e-12, 1e-30):
-        close(slope(Implicit(tol, unsolved="nan")), slope(Implicit(1e-12)), rtol=1e-9)
+        close(slope(tol, unsolved="nan"), slope(1e-12), rtol=1e-9)
 
 
 @every_problem
@@ -228,8 +237,7 @@ def test_averaged_fixed_points(rng):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("solver", [ss.FixedPoint, ss.Anderson], ids=lambda s: s.__name__)
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("symmetric", "solver"), [(True, ss.FixedPoint), (False, ss.Anderson)])
 def test_memory_of_the_reverse_pass_does_not_grow_with_the_iterations(symmetric, solver):
     n, batch = 64, 32
     square = jax.ShapeDtypeStruct((n, n), jnp.float32)
@@ -284,7 +292,7 @@ def test_implicit_on_a_mesh(kind, rng):
         problem = Shallow(weights[0], drive, True)
         return jax.grad(lambda p: loss(p, Implicit(1e-6), tol=1e-6))(problem)
 
-    on_mesh(kind, slopes, jnp.asarray(rng.normal(size=(2, 5))))
+    on_mesh(kind, jax.jit(slopes), rng.normal(size=(2, 5)))
 
 
 @every_problem

@@ -60,8 +60,8 @@ def conv_problem(rng, shape, kernel, dilation, groups, padding, *, batch=2, n1=4
         kernel_dilation=dilation,
         feature_group_count=groups,
     )
-    inputs = jnp.asarray(rng.normal(size=(batch, *shape, n1)))
-    return ss.LayerProblem(conv, inputs, bias=jnp.asarray(rng.normal(size=n2)), ridge=0.1)
+    inputs = rng.normal(size=(batch, *shape, n1))
+    return ss.LayerProblem(conv, inputs, bias=rng.normal(size=n2), ridge=0.1)
 
 
 def dense_problem(rng, n1=9, n2=6, batch=3, **options):
@@ -69,11 +69,10 @@ def dense_problem(rng, n1=9, n2=6, batch=3, **options):
     return ss.LayerProblem(ss.Dense(jnp.asarray(kernel)), jnp.asarray(inputs), **options)
 
 
-def matrix_of(linear_map):
-    """A as a dense matrix (outputs, inputs), column by column."""
+def columns(linear_map):
+    """A as a dense matrix (inputs, outputs), from its images of the unit vectors."""
     size = int(np.prod(linear_map.in_shape))
-    basis = jnp.eye(size).reshape(size, *linear_map.in_shape)
-    return np.asarray(jax.jit(lambda A, e: A(e))(linear_map, basis)).reshape(size, -1).T
+    return linear_map(jnp.eye(size).reshape(size, *linear_map.in_shape)).reshape(size, -1)
 
 
 @pytest.mark.parametrize(
@@ -89,20 +88,22 @@ def matrix_of(linear_map):
 )
 def test_conv_forms_are_the_dense_matrix(rng, shape, kernel, dilation, groups, padding):
     problem = conv_problem(rng, shape, kernel, dilation, groups, padding)
-    A = matrix_of(problem.linear_map)
     z = rng.normal(size=problem.shape)
+
+    @jax.jit
+    def evaluate(problem, z):
+        values = [forms.gradient_form(problem, form, num_calls=1) for form in forms.FORMS]
+        return columns(problem.linear_map), [(v(z), v.curvature(z), v.at_zero()) for v in values]
+
+    matrix, values = evaluate(problem, z)
+    A = np.asarray(matrix).T
     flat, x = z.reshape(2, -1), np.asarray(problem.inputs).reshape(2, -1)
     data = ((flat @ A - x) @ A.T).reshape(problem.shape)
     want = data - np.asarray(problem.bias) + 0.1 * z
     curvature = (flat @ A @ A.T).reshape(problem.shape) + 0.1 * z
     zero = -(x @ A.T).reshape(problem.shape) - np.asarray(problem.bias)
 
-    @jax.jit
-    def evaluate(problem, z):
-        values = [forms.gradient_form(problem, form, num_calls=1) for form in forms.FORMS]
-        return [(v(z), v.curvature(z), v.at_zero()) for v in values]
-
-    for value, curved, at_zero in evaluate(problem, z):
+    for value, curved, at_zero in values:
         np.testing.assert_allclose(value, want, atol=1e-10)
         np.testing.assert_allclose(curved, curvature, atol=1e-10)
         np.testing.assert_allclose(at_zero, zero, atol=1e-10)

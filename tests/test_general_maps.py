@@ -32,8 +32,8 @@ def assert_is_matrix(A, matrix, absolute=None):
     absolute = abs(matrix) if absolute is None else absolute
     inputs, outputs = math.prod(A.in_shape), math.prod(A.out_shape)
     assert matrix.shape == (outputs, inputs)
-    x = jnp.eye(inputs).reshape(inputs, *A.in_shape)
-    z = jnp.eye(outputs).reshape(outputs, *A.out_shape)
+    x = np.eye(inputs).reshape(inputs, *A.in_shape)
+    z = np.eye(outputs).reshape(outputs, *A.out_shape)
     features = jnp.asarray(np.arange(A.in_features)[::-2].copy())
     columns = matrix.reshape(outputs, -1, A.in_features)[:, :, features].reshape(outputs, -1)
     kept = jnp.asarray(np.arange(A.out_features)[::-2].copy())
@@ -178,9 +178,7 @@ each_map = pytest.mark.parametrize("name", NAMES)
 @each_map
 def test_adjoint_identity_and_batch_axes(rng, name):
     A = one_of_each(rng)[name]
-    x, z = (
-        jnp.asarray(rng.normal(size=(2, 3, *shape)), A.dtype) for shape in (A.in_shape, A.out_shape)
-    )
+    x, z = (rng.normal(size=(2, 3, *shape)) for shape in (A.in_shape, A.out_shape))
 
     @jax.jit
     def evaluate(A, x, z):
@@ -188,7 +186,7 @@ def test_adjoint_identity_and_batch_axes(rng, name):
         whole, part, none = (x, z), (x[1, 2], z[1]), (x[:0], z[:0])
         return [(A(x), A.adjoint(z)) for x, z in (whole, part, none)], gradient
 
-    ((image, pulled), part, none), gradient = evaluate(A, x, z)
+    ((image, pulled), part, none), gradient = jax.tree.map(np.asarray, evaluate(A, x, z))
     np.testing.assert_allclose(np.vdot(image, z), np.vdot(x, pulled), rtol=1e-10)
     np.testing.assert_allclose(image[1, 2], part[0], **TIGHT)
     np.testing.assert_allclose(pulled[1], part[1], **TIGHT)
@@ -201,22 +199,56 @@ def test_adjoint_identity_and_batch_axes(rng, name):
         A.adjoint(z[..., None])
 
 
+def along(function, point, way, weights):
+    """φ = <w, f> at a point, and along a way φ' in both modes and φ'' in all four."""
+
+    def value(point):
+        return tree_vdot(weights, function(*point))
+
+    def forward(function):
+        return lambda point: jax.jvp(function, (point,), (way,))[1]
+
+    def reverse(function):
+        return lambda point: tree_vdot(jax.grad(function)(point), way)
+
+    modes = forward, reverse
+    first = [mode(value) for mode in modes]
+    second = [mode(derivative) for mode in modes for derivative in first]
+    return value(point), *([derivative(point) for derivative in d] for d in (first, second))
+
+
+def tree_vdot(a, b):
+    return sum(jnp.vdot(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
 @each_map
 def test_jit_vmap_and_derivatives(rng, name):
     A = one_of_each(rng)[name]
-    x, z = (jnp.asarray(rng.normal(size=(2, *shape))) for shape in (A.in_shape, A.out_shape))
+    x, z = (rng.normal(size=(2, *shape)) for shape in (A.in_shape, A.out_shape))
 
     @jax.jit
     def product(A, x, z):
         return A(jnp.sin(x)), A.adjoint(z)
 
     want = product(A, x, z)
-    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), A)
-    both = jax.jit(jax.vmap(product, (0, None, None)))(stack, x, z)
+    stack = jax.tree.map(lambda leaf: np.stack([leaf, -np.asarray(leaf)]), A)
+    both = map(np.asarray, jax.jit(jax.vmap(product, (0, None, None)))(stack, x, z))
     for value, expected in zip(both, want, strict=True):
         np.testing.assert_allclose(value[0], expected, **TIGHT)
-        np.testing.assert_allclose(value[1], -expected, **TIGHT)
-    check_grads(product, (A, x, z), order=2, modes=["fwd", "rev"], eps=1e-4, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(-value[1], expected, **TIGHT)
+    way, weights = (
+        jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), tree) for tree in ((A, x, z), want)
+    )
+
+    @jax.jit
+    def evaluate(step):
+        point = jax.tree.map(lambda p, d: p + step * d, (A, x, z), way)
+        return along(product, point, way, weights)
+
+    before, (_, first, second), after = (evaluate(step) for step in (-1e-4, 0.0, 1e-4))
+    slope, (curve, _) = ((np.asarray(after[k]) - np.asarray(before[k])) / 2e-4 for k in (0, 1))
+    np.testing.assert_allclose(first, slope, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(second, curve, rtol=1e-6, atol=1e-6)
 
 
 @each_map
@@ -266,18 +298,19 @@ def test_symbolic_batches(rng, name):
     A = one_of_each(rng)[name]
     (batch,) = export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((batch, *A.in_shape), A.dtype)
-    saved = export.export(jax.jit(lambda x: A.adjoint(jnp.sin(A(x)))))(shape)
-    x = jnp.asarray(rng.normal(size=(3, *A.in_shape)))
-    np.testing.assert_allclose(saved.call(x), A.adjoint(jnp.sin(A(x))), **TIGHT)
+    product = jax.jit(lambda x: A.adjoint(jnp.sin(A(x))))
+    saved = export.export(product)(shape)
+    x = rng.normal(size=(3, *A.in_shape))
+    np.testing.assert_allclose(saved.call(x), product(x), **TIGHT)
 
 
 @each_map
 def test_a_solver_takes_every_map(rng, name):
     A = one_of_each(rng)[name]
-    x = jnp.asarray(rng.normal(size=(2, *A.in_shape)))
+    x = rng.normal(size=(2, *A.in_shape))
     problem = ss.LayerProblem(A, x, prior=ss.prox.Zero(), ridge=0.1)
     value = ss.prox_gd(problem, step_size=0.02, num_iters=4).value
-    matrix = np.asarray(linear_maps.written_out(A).kernel)
+    matrix = np.asarray(jax.jit(linear_maps.written_out)(A).kernel)
     want, flat = np.zeros((2, matrix.shape[1])), np.asarray(x).reshape(2, -1)
     for _ in range(4):
         want = want - 0.02 * ((want @ matrix.T - flat) @ matrix + 0.1 * want)
@@ -369,11 +402,13 @@ def test_conv_transpose_is_flax(rng, shape, taps, strides, dilation, padding, tr
         **options,
     )
     A = conv_transpose(kernel, shape, transpose_kernel=transpose_kernel, **options)
-    want = layer(x)
+    want, product, other = jax.jit(
+        lambda A, x: (layer(x), A(x), plain.apply({"params": {"kernel": kernel}}, x))
+    )(A, x)
     assert A.in_shape == x.shape[1:]
     assert A.out_shape == want.shape[1:]
-    np.testing.assert_allclose(jax.jit(lambda A, x: A(x))(A, x), want, **TIGHT)
-    np.testing.assert_allclose(plain.apply({"params": {"kernel": kernel}}, x), want, **TIGHT)
+    np.testing.assert_allclose(product, want, **TIGHT)
+    np.testing.assert_allclose(other, want, **TIGHT)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def adversaries():
     n = 20
     plain = rng.normal(size=(3, 3, n, n))
     left, right = rng.normal(size=(3, 3, n, 1)), rng.normal(size=(1, 1, 1, n))
-    delta, pair = np.zeros((3, 3, n, n)), np.zeros((1, 2, n, n))
+    delta, pair = np.zeros((2, 3, 3, n, n))
     delta[1, 1] = np.linalg.qr(rng.normal(size=(n, n)))[0]
     pair[0, 0], pair[0, 1] = np.eye(n), 1e-7 * rng.normal(size=(n, n))
     start = np.random.default_rng(0).normal(size=n)  # what a fixed start might be
@@ -65,7 +65,7 @@ def adversaries():
         "plain": (plain, (6, 6)),
         "rank one": (left * right, (6, 6)),
         "orthogonal: all singular values and frequencies are equal": (delta, (6, 6)),
-        "frequencies that nearly tie": (pair, (4, 8)),
+        "frequencies that nearly tie": (pair, (6, 6)),
         "hidden from the start vector": (hidden[None, None], (4, 4)),
         "graded": (graded, (6, 6)),
         "of one sign": (negative, (6, 6)),
@@ -95,23 +95,38 @@ def fast_and_bracket(kernel, shape):
     return lipschitz_constant(conv), lipschitz_bracket(conv)
 
 
+@functools.partial(jax.jit, static_argnames="shape")
+def three_numbers(kernel, shape):
+    """Those, and the strong convexity; on (6, 6) the latter makes the constant by itself."""
+    value, bracket = fast_and_bracket(kernel, shape)
+    circular = ss.Conv(kernel, shape, padding="CIRCULAR")
+    return value, bracket, strong_convexity(circular, upper=None if shape == (6, 6) else value)
+
+
 CASES = [pytest.param(name, jnp.float32, marks=pytest.mark.optimized) for name in ADVERSARIES] + [
     (name, jnp.float64) for name, (_, shape) in ADVERSARIES.items() if shape == (6, 6)
 ]
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda part: getattr(part, "__name__", part))
-def test_constant_and_bracket_of_adversaries(name, dtype):
+def test_constant_bracket_and_strong_convexity_of_adversaries(name, dtype):
     kernel, shape = ADVERSARIES[name]
-    kernel = jnp.asarray(kernel, dtype)
-    value, (lower, upper) = fast_and_bracket(kernel, shape)
+    kernel = np.asarray(kernel, dtype)
+    value, (lower, upper), certified = three_numbers(jnp.asarray(kernel), shape)
     exact = literal(kernel, shape)
     floats = jnp.finfo(dtype)
     assert float(lower) <= exact <= float(upper)
-    assert value.dtype == lower.dtype == upper.dtype == dtype
+    assert value.dtype == lower.dtype == upper.dtype == certified.dtype == dtype
     if floats.tiny < exact < floats.max:
         np.testing.assert_allclose(value, exact, rtol=RTOL[dtype])
         assert upper <= lower * (1.01 if dtype == jnp.float32 else 1 + 1e-8)
+    a_hat = np.fft.fft2(wrapped(kernel, shape), axes=(0, 1))
+    squares = np.linalg.svd(a_hat, compute_uv=False) ** 2
+    least = squares.min() if kernel.shape[2] >= kernel.shape[3] else 0.0
+    assert 0 <= float(certified) <= least * (1 + 1e-12)
+    if floats.tiny < squares.max() < floats.max:
+        slack = 2e-3 if dtype == jnp.float32 else 1e-8
+        assert least - float(certified) <= slack * squares.max()
 
 
 @pytest.mark.optimized
@@ -128,20 +143,6 @@ def test_brackets_hold_for_many_kernels(features, rng):
         np.testing.assert_allclose(value, exact, rtol=RTOL[jnp.float32])
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda part: getattr(part, "__name__", part))
-def test_strong_convexity_of_adversaries(name, dtype):
-    kernel, shape = ADVERSARIES[name]
-    kernel = jnp.asarray(kernel, dtype)
-    a_hat = np.fft.fft2(wrapped(kernel, shape), axes=(0, 1))
-    squares = np.linalg.svd(a_hat, compute_uv=False) ** 2
-    exact = squares.min() if kernel.shape[2] >= kernel.shape[3] else 0.0
-    certified = float(strong_convexity(ss.Conv(kernel, shape, padding="CIRCULAR")))
-    assert 0 <= certified <= exact * (1 + 1e-12)
-    if jnp.finfo(dtype).tiny < squares.max() < jnp.finfo(dtype).max:
-        slack = 2e-3 if dtype == jnp.float32 else 1e-8
-        assert exact - certified <= slack * squares.max()
-
-
 @pytest.mark.parametrize("dtype", [SINGLE, jnp.float64])
 @pytest.mark.parametrize("given", [None, 0.0, 1e3], ids=["search", "too small", "far above"])
 def test_strong_convexity_of_large_maps(dtype, given, rng):
@@ -149,13 +150,14 @@ def test_strong_convexity_of_large_maps(dtype, given, rng):
     square = rng.normal(size=(70, 70))
     kernels = [rng.normal(size=(150, 70)), orthogonal, orthogonal @ square]
     for kernel in kernels:
-        kernel = jnp.asarray(kernel, dtype)
+        kernel = kernel.astype(dtype)
         squares = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False) ** 2
         certified = float(strong_convexity(ss.Dense(kernel), upper=given))
         above = max(squares.max(), given or 0.0)
         slack = 2e-3 if dtype == jnp.float32 else 1e-8
         assert squares.min() - slack * above <= certified <= squares.min()
-    assert jnp.isnan(strong_convexity(ss.Dense(kernel.at[0, 0].set(jnp.nan))))
+    kernel[0, 0] = np.nan
+    assert np.isnan(strong_convexity(ss.Dense(kernel), upper=given))
 
 
 def test_strong_convexity_of_strides_and_groups(rng):
@@ -181,7 +183,7 @@ def test_strong_convexity_of_strides_and_groups(rng):
 @pytest.mark.optimized
 def test_large_layer_in_single_precision(rng):
     for kernel in (rng.normal(size=(3, 3, 160, 160)), low_pass(rng, 3, 160, 160)):
-        kernel = jnp.asarray(kernel, jnp.float32)
+        kernel = kernel.astype(np.float32)
         value, (lower, upper) = fast_and_bracket(kernel, (2, 2))
         exact = literal(kernel, (2, 2))
         np.testing.assert_allclose(value, exact, rtol=RTOL[jnp.float32])
@@ -210,8 +212,9 @@ def blocks_of_several_leaves():
 @pytest.mark.parametrize("dtype", [SINGLE, jnp.float64])
 def test_blocks_of_several_leaves(dtype):
     for kernel in blocks_of_several_leaves():
-        value, (lower, upper) = fast_and_bracket(jnp.asarray(kernel, dtype), (7, 6))
-        exact = literal(jnp.asarray(kernel, dtype), (7, 6))
+        kernel = kernel.astype(dtype)
+        value, (lower, upper) = fast_and_bracket(kernel, (7, 6))
+        exact = literal(kernel, (7, 6))
         assert float(lower) <= exact <= float(upper)
         if exact:
             np.testing.assert_allclose(value, exact, rtol=RTOL[dtype])
@@ -246,6 +249,12 @@ def test_most_frequencies_need_no_eigenvalue(name, factored, monkeypatch):
     assert 1 <= counts["cholesky_certificate"] <= factored * 514 + counts["lanczos"]
 
 
+@jax.jit
+def norms(linear_map):
+    bracket = lipschitz_bracket(linear_map)
+    return lipschitz_constant(linear_map), bracket, singular_values(linear_map)
+
+
 GEOMETRIES = {
     "strided": Geometry((6, 4), (3, 2), 20, 24, "CIRCULAR", strides=(3, 2)),
     "strided, many outputs": Geometry((4, 4), (3, 3), 5, 48, "CIRCULAR", strides=(2, 2)),
@@ -260,10 +269,9 @@ def test_geometries_against_the_dense_matrix(name, rng):
     kernel = geometry.kernel(rng)
     conv = ss.Conv(jnp.asarray(kernel), geometry.spatial_shape, **geometry.options)
     expected = np.linalg.svd(dense_matrix(geometry, kernel), compute_uv=False)
-    np.testing.assert_allclose(lipschitz_constant(conv), expected[0] ** 2, rtol=RTOL[jnp.float64])
-    lower, upper = lipschitz_bracket(conv)
+    value, (lower, upper), values = norms(conv)
+    np.testing.assert_allclose(value, expected[0] ** 2, rtol=RTOL[jnp.float64])
     assert lower <= expected[0] ** 2 <= upper <= lower * (1 + 1e-8)
-    values = singular_values(conv)
     assert values.shape == expected.shape
     np.testing.assert_allclose(values, expected, atol=1e-12 * expected[0])
 
@@ -272,9 +280,10 @@ def test_geometries_against_the_dense_matrix(name, rng):
 def test_dense_layers(shape, rng):
     kernel = rng.normal(size=shape)
     dense, expected = ss.Dense(jnp.asarray(kernel)), np.linalg.svd(kernel, compute_uv=False)
-    np.testing.assert_allclose(lipschitz_constant(dense), expected[0] ** 2, rtol=1e-9)
-    np.testing.assert_allclose(singular_values(dense), expected, rtol=1e-11)
-    for lower, upper in (lipschitz_bracket(dense), operator_bracket(dense)):
+    value, bracket, values = norms(dense)
+    np.testing.assert_allclose(value, expected[0] ** 2, rtol=1e-9)
+    np.testing.assert_allclose(values, expected, rtol=1e-11)
+    for lower, upper in (bracket, operator_bracket(dense)):
         assert lower <= expected[0] ** 2 <= upper <= lower * (1 + 1e-8)
 
 
@@ -305,21 +314,25 @@ def test_gradient_is_that_of_the_formula_and_of_finite_differences(spatial, rng)
 )
 def test_second_derivatives(features, options, rng):
     """Of as many kinds of blocks: by outputs, by inputs, small."""
-    kernel, direction = jnp.asarray(rng.normal(size=(2, 3, 3, *features)))
+    kernel, direction = rng.normal(size=(2, 3, 3, *features))
 
     def slope(kernel):
         constant = lambda kernel: lipschitz_constant(ss.Conv(kernel, (5, 4), **options))  # noqa: E731
         return jax.grad(constant)(kernel)
 
-    product = jax.jit(lambda kernel: jax.jvp(slope, (kernel,), (direction,))[1])(kernel)
+    @jax.jit
+    def slope_and_product(kernel, direction):
+        return jax.jvp(slope, (kernel,), (direction,))
+
+    _, product = slope_and_product(kernel, direction)
     reverse = jax.jit(jax.grad(lambda kernel: jnp.vdot(slope(kernel), direction)))(kernel)
     step = 1e-6
-    after, before = (jax.jit(slope)(kernel + sign * step * direction) for sign in (1, -1))
+    after, before = (
+        slope_and_product(kernel + sign * step * direction, direction)[0] for sign in (1, -1)
+    )
     np.testing.assert_allclose(product, (after - before) / (2 * step), atol=2e-6)
     np.testing.assert_allclose(reverse, product, atol=1e-9)
-    single = jax.jit(lambda *a: jax.jvp(slope, a[:1], a[1:])[1])(
-        kernel.astype(jnp.float32), direction.astype(jnp.float32)
-    )
+    _, single = slope_and_product(*(np.float32(array) for array in (kernel, direction)))
     assert single.dtype == jnp.float32
     np.testing.assert_allclose(single, product, atol=2e-3 * np.max(np.abs(product)))
 
@@ -346,17 +359,21 @@ def test_second_derivatives_beside_eigenvalues_that_repeat(dead, rng):
 
 
 def test_third_derivatives_and_vmapped_second_ones(rng):
-    kernels, direction = jnp.asarray(rng.normal(size=(3, 18, 18))), rng.normal(size=(18, 18))
+    kernels, direction = rng.normal(size=(3, 18, 18)), rng.normal(size=(18, 18))
 
     def second(kernel):
         constant = lambda k: lipschitz_constant(ss.Dense(k))  # noqa: E731
         return hessian_product(constant, kernel, jnp.asarray(direction))
 
+    @jax.jit
+    def second_and_third(kernel):
+        return jax.jvp(second, (kernel,), (jnp.asarray(direction),))
+
     mapped = jax.jit(jax.vmap(second))(kernels)
     for one, kernel in zip(mapped, kernels, strict=True):
-        np.testing.assert_allclose(one, jax.jit(second)(kernel), atol=1e-9)
-    third = jax.jit(lambda k: jax.jvp(second, (k,), (jnp.asarray(direction),))[1])(kernels[0])
-    after, before = (jax.jit(second)(kernels[0] + s * 1e-5 * direction) for s in (1, -1))
+        np.testing.assert_allclose(one, second_and_third(kernel)[0], atol=1e-9)
+    third = second_and_third(kernels[0])[1]
+    after, before = (second_and_third(kernels[0] + s * 1e-5 * direction)[0] for s in (1, -1))
     np.testing.assert_allclose(third, (after - before) / 2e-5, atol=1e-5 * np.max(np.abs(third)))
 
 
@@ -371,19 +388,22 @@ def test_stacked_layers_by_vmap(rng):
     kernels = jnp.asarray(rng.normal(size=(3, 3, 3, 20, 18)))
     values, brackets = jax.vmap(lambda kernel: fast_and_bracket(kernel, (4, 4)))(kernels)
     slopes = jax.vmap(jax.grad(lambda kernel: lipschitz_constant(ss.Conv(kernel, (4, 4)))))(kernels)
+    kernels, slopes = np.asarray(kernels), np.asarray(slopes)
     for k, kernel in enumerate(kernels):
         np.testing.assert_allclose(values[k], literal(kernel, (4, 4)), rtol=1e-9)
         assert brackets.lower[k] <= values[k] * (1 + 1e-9)
         assert values[k] <= brackets.upper[k]
-        np.testing.assert_allclose(jnp.vdot(slopes[k], kernel), 2 * values[k], rtol=1e-9)
+        np.testing.assert_allclose(np.vdot(slopes[k], kernel), 2 * values[k], rtol=1e-9)
 
 
 def test_numbers_that_are_not_finite_come_through():
     for bad in (jnp.nan, jnp.inf):
         for features in (3, 20):
-            conv = ss.Conv(jnp.ones((3, 3, features, features)).at[0, 1, 2, 0].set(bad), (4, 4))
-            assert not jnp.isfinite(lipschitz_constant(conv))
-            assert not jnp.isfinite(lipschitz_bracket(conv).upper)
+            kernel = np.ones((3, 3, features, features))
+            kernel[0, 1, 2, 0] = bad
+            value, bracket = fast_and_bracket(kernel, (4, 4))
+            assert not np.isfinite(value)
+            assert not np.isfinite(bracket.upper)
 
 
 def test_unknown_options_are_refused():
@@ -400,7 +420,7 @@ def test_unknown_options_are_refused():
 
 
 ZERO_PADDED = {
-    "same": Geometry((6, 5), (3, 3), 4, 5),
+    "same": Geometry((4, 3), (3, 3), 4, 5),
     "strided": Geometry((7, 6), (3, 3), 6, 3, "SAME", strides=(2, 3)),
     "explicit pads": Geometry((5, 4), (3, 2), 3, 4, ((2, 0), (1, 3)), dilation=(1, 2)),
 }
@@ -418,7 +438,8 @@ def test_operator_bracket_is_tight_for_small_layers(name, dtype, rng):
     assert upper <= lower * (1.003 if dtype == jnp.float32 else 1 + 1e-8)
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, jnp.float64])
+@pytest.mark.optimized  # the products of such matrices take ten seconds otherwise
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_operator_bracket_of_many_channels_on_few_pixels(dtype, rng):
     """The factors are of an order above a thousand."""
     geometry = Geometry((2, 2), (3, 3), 260, 257)
@@ -449,7 +470,8 @@ def test_operator_bracket_by_lanczos(geometry, dtype, loss, rng, monkeypatch):
     kernel = geometry.kernel(rng)
     matrix = dense_matrix(geometry, kernel)
     assert matrix.size > 2**20
-    exact = np.linalg.norm(matrix, 2) ** 2
+    gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+    exact = np.linalg.eigvalsh(gram)[-1]
     conv = ss.Conv(jnp.asarray(kernel, dtype), geometry.spatial_shape, **geometry.options)
     lower, upper = operator_bracket(conv, num_iters=40)
     rounded = exact * (1 + 1e-6 * (dtype == jnp.float32))

@@ -76,13 +76,13 @@ CIRCULAR = {
     "1-D strided": Case((9,), (4,), (2, 3), strides=(3,)),
     "1-D dilated, grouped": Case((8,), (3,), (4, 2), dilation=(2,), groups=2),
     "1-D wrapping": Case((3,), (5,), (2, 3)),
-    "1-D of many channels": Case((6,), (3,), (18, 20)),
-    "1-D of many points": Case((40,), (2,), (18, 17)),
+    "1-D of many channels": Case((4,), (3,), (18, 20)),
+    "1-D of many points": Case((8,), (2,), (18, 17)),  # whose blocks are interpolated from a few
     "2-D": Case((4, 3), (3, 2), (3, 2)),
     "3-D": Case((3, 4, 2), (2, 3, 2), (2, 3)),
     "3-D strided": Case((4, 2, 3), (2, 2, 3), (2, 3), strides=(2, 1, 3)),
     "3-D dilated, grouped": Case((4, 3, 2), (2, 1, 2), (4, 4), dilation=(2, 1, 1), groups=2),
-    "3-D of many channels": Case((2, 3, 2), (2, 2, 1), (17, 18)),
+    "3-D of many channels": Case((2, 2, 2), (2, 2, 1), (17, 18)),
 }
 PADDED = {
     "1-D same": Case((9,), (3,), (3, 4), padding="SAME"),
@@ -101,9 +101,12 @@ def by_input(matrix, n1):
     return np.array([squared(matrix[i::n1]) for i in range(n1)])
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "brief"))
-def everything(linear_map, grid="layer", brief=False):
-    """Every number; if `brief`, those that a transposed map does not simply take from its base."""
+@functools.partial(jax.jit, static_argnames=("grid", "brief", "operator"))
+def everything(linear_map, grid="layer", brief=False, operator=True):
+    """Every number; if `brief`, those that a transposed map does not simply take from its base.
+
+    `operator_bracket` is of the matrix, which is written out: of a circular convolution it sees nothing else.
+    """
     found = {
         "features": feature_lipschitz_constants(linear_map, grid=grid),
         "outputs": output_lipschitz_constants(linear_map, grid=grid),
@@ -111,19 +114,20 @@ def everything(linear_map, grid="layer", brief=False):
     }
     if brief:
         return found
+    if operator:
+        found["operator"] = operator_bracket(linear_map)
     return found | {
         "constant": lipschitz_constant(linear_map, grid=grid),
         "formula": lipschitz_constant(linear_map, grid=grid, method="formula"),
         "bracket": lipschitz_bracket(linear_map, grid=grid),
         "values": singular_values(linear_map, grid=grid),
-        "operator": operator_bracket(linear_map),
     }
 
 
-def check_exact(linear_map, matrix, dtype=np.float64, brief=False):
+def check_exact(linear_map, matrix, dtype=np.float64, **options):
     """Every number of a map whose matrix (inputs, outputs) is known."""
     tight = 1e-9 if dtype == np.float64 else 2e-5
-    found, norm = everything(linear_map, brief=brief), squared(matrix)
+    found, norm = everything(linear_map, **options), squared(matrix)
     n1, n2 = linear_map.in_features, linear_map.out_features
     np.testing.assert_allclose(found["features"], n1 * by_input(matrix, n1), rtol=tight)
     np.testing.assert_allclose(found["outputs"], by_input(matrix.T, n2), rtol=tight)
@@ -131,11 +135,11 @@ def check_exact(linear_map, matrix, dtype=np.float64, brief=False):
     least = values[-1] ** 2 if matrix.shape[1] <= matrix.shape[0] else 0.0
     assert 0 <= float(found["convexity"]) <= least + 1e-15 * norm
     assert float(found["convexity"]) >= least - (5e-3 if dtype == np.float32 else 1e-8) * norm
-    if brief:
+    if "constant" not in found:
         return
     for name in ("constant", "formula"):
         np.testing.assert_allclose(found[name], norm, rtol=tight)
-    for name in ("bracket", "operator"):
+    for name in {"bracket", "operator"} & set(found):
         lower, upper = found[name]
         assert float(lower) <= norm <= float(upper) <= float(lower) * (1 + 300 * tight)
         assert found[name].method == "exact"
@@ -149,7 +153,8 @@ def check_exact(linear_map, matrix, dtype=np.float64, brief=False):
 @pytest.mark.parametrize("name", CIRCULAR)
 def test_circular_convolutions_and_their_transposes(name, rng):
     conv, matrix = CIRCULAR[name].build(rng)
-    check_exact(conv, matrix)
+    operator = name in ("2-D", "3-D strided", "3-D dilated, grouped", "1-D of many channels")
+    check_exact(conv, matrix, operator=operator)
     check_exact(Transposed(conv), matrix.T, brief=name != "3-D strided")
 
 
@@ -157,7 +162,7 @@ def test_circular_convolutions_and_their_transposes(name, rng):
 @pytest.mark.parametrize("name", ["1-D of many channels", "3-D", "3-D strided"])
 def test_single_precision(name, rng):
     conv, matrix = CIRCULAR[name].build(rng, np.float32)
-    check_exact(conv, matrix, np.float32)
+    check_exact(conv, matrix, np.float32, operator=name == "3-D")
 
 
 @pytest.mark.parametrize("name", PADDED)
@@ -165,15 +170,18 @@ def test_zero_padding(name, rng):
     conv, matrix = PADDED[name].build(rng)
     norm, n1, n2 = squared(matrix), conv.in_features, conv.out_features
     for linear_map, known in ((conv, matrix), (conv.T, matrix.T)):
-        found = everything(linear_map, "padded")
-        assert norm <= found["constant"] * (1 + 1e-11)
-        np.testing.assert_allclose(found["constant"], found["formula"], rtol=1e-9)
-        lower, upper = found["operator"]
-        assert float(lower) <= norm <= float(upper) <= float(lower) * (1 + 1e-8)
-        assert norm <= found["bracket"].upper
+        brief = linear_map is not conv and name != "3-D strided"
+        found = everything(linear_map, "padded", brief=brief)
+        if not brief:
+            assert norm <= found["constant"] * (1 + 1e-11)
+            np.testing.assert_allclose(found["constant"], found["formula"], rtol=1e-9)
+            lower, upper = found["operator"]
+            assert float(lower) <= norm <= float(upper) <= float(lower) * (1 + 1e-8)
+            assert norm <= found["bracket"].upper
         assert found["convexity"] == 0
-        assert np.all(n1 * by_input(known, n1) <= found["features"] * (1 + 1e-11))
-        assert np.all(by_input(known.T, n2) <= found["outputs"] * (1 + 1e-11))
+        slack = 1 + 1e-11
+        assert np.all(n1 * by_input(known, n1) <= np.asarray(found["features"]) * slack)
+        assert np.all(by_input(known.T, n2) <= np.asarray(found["outputs"]) * slack)
         n1, n2 = n2, n1
 
 
@@ -491,6 +499,12 @@ def test_bfloat16_kernels(rng):
     def narrow(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
+    @jax.jit
+    def numbers(linear_map):
+        constants = [lipschitz_constant(linear_map, grid=grid) for grid in ("layer", "padded")]
+        others = strong_convexity(linear_map), feature_lipschitz_constants(linear_map)
+        return constants, operator_bracket(linear_map), others
+
     for linear_map in (
         ss.Conv(narrow(3, 2, 3), (5,)),
         ss.Conv(narrow(3, 2, 3), (5,)).T,
@@ -498,18 +512,13 @@ def test_bfloat16_kernels(rng):
         Diagonal(narrow(6)),
         Diagonal(narrow(2100)),
     ):
-        wide = linear_map.astype(jnp.float64)
-        for grid in ("layer", "padded"):
-            found = lipschitz_constant(linear_map, grid=grid)
-            assert found.dtype == jnp.float32
-            np.testing.assert_allclose(found, lipschitz_constant(wide, grid=grid), rtol=1e-3)
-        lower, upper = operator_bracket(linear_map)
-        exact = operator_bracket(wide)
+        constants, (lower, upper), others = numbers(linear_map)
+        wide, exact, _ = numbers(linear_map.astype(jnp.float64))
+        np.testing.assert_allclose(constants, wide, rtol=1e-3)
         assert float(lower) <= float(exact.upper)
         assert float(exact.lower) <= float(upper)
-        assert lower.dtype == upper.dtype == jnp.float32
-        assert strong_convexity(linear_map).dtype == jnp.float32
-        assert feature_lipschitz_constants(linear_map).dtype == jnp.float32
+        for found in (*constants, lower, upper, *others):
+            assert found.dtype == jnp.float32
 
 
 def test_strict_modes(rng):
@@ -593,18 +602,22 @@ def test_maps_that_are_not_finite(size, bad):
         assert not jnp.isfinite(lipschitz_constant(linear_map, grid="padded"))
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, jnp.float64])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(np.float32, marks=pytest.mark.optimized), np.float64]
+)
 @pytest.mark.parametrize("order", [3, 17, 64])
 def test_no_convexity_is_invented(order, dtype):
     """Zero, rank one, and round-off that leaves nothing: the least eigenvalue is 0."""
-    ones = jnp.ones((order, order), dtype)
-    for kernel in (0 * ones, ones, 1e-30 * ones, jnp.eye(order, dtype=dtype).at[0, 0].set(0.0)):
+    ones, identity = np.ones((order, order), dtype), np.eye(order, dtype=dtype)
+    identity[0, 0] = 0
+    for kernel in (0 * ones, ones, ones * dtype(1e-30), identity):
         assert strong_convexity(ss.Dense(kernel)) == 0
-        for upper in (jnp.finfo(dtype).tiny, 1.0, jnp.inf, jnp.nan):
-            assert strong_convexity(ss.Dense(kernel), upper=jnp.asarray(upper, dtype)) == 0
+        for upper in (np.finfo(dtype).tiny, 1.0, np.inf, np.nan):
+            assert strong_convexity(ss.Dense(kernel), upper=dtype(upper)) == 0
         assert strong_convexity(ss.Dense(kernel).T) == 0
-    images = ss.Conv(0 * ones[None, None], (3, 2), padding="CIRCULAR")
-    assert strong_convexity(images) == 0
+    if order < 64:  # as in one block of that order
+        images = ss.Conv(0 * ones[None, None], (3, 2), padding="CIRCULAR")
+        assert strong_convexity(images) == 0
 
 
 @pytest.mark.optimized

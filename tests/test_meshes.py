@@ -1,8 +1,11 @@
 """On meshes of both kinds, Auto and Explicit (`jax.make_mesh`'s default), everything runs and is the same.
 
-One device is enough for the types; eight compute the same values in a process of their own.
+One device is enough for the types; eight compute the same values in a process of their own. On an Auto
+mesh the types are those of no mesh, and so is the program.
 """
 
+import functools
+import re
 import subprocess
 import sys
 
@@ -18,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 import stochsolvers as ss
 
 KEY = jax.random.key(2)
+ZEROS = nnx.initializers.zeros
 EXACT, COLUMNS = ss.proxprop.Exact(0.5), ss.proxprop.Exact(0.5, "parameters")
 CG = ss.proxprop.ConjugateGradients(0.5, 2)
 KINDS = {"auto": (AxisType.Auto,), "explicit": (AxisType.Explicit,)}
@@ -33,7 +37,7 @@ def conv(x, kernel, **options):
 
 def linear_layer(x, kernel, **options):
     layer = ss.nnx.SolverLinear(
-        6, 5, solver=ss.ProxSG(2, 3), rngs=nnx.Rngs(0, dropout=1), **options
+        6, 5, solver=ss.ProxSG(2, 3), kernel_init=ZEROS, rngs=nnx.Rngs(0, dropout=1), **options
     )
     layer.kernel = nnx.Param(kernel)
     return layer(x)
@@ -46,6 +50,7 @@ def conv_layer(x, kernel, **options):
         (3, 3),
         solver=ss.ProxSG(2, 3),
         spatial_shape=(6, 5),
+        kernel_init=ZEROS,
         rngs=nnx.Rngs(0, dropout=1),
         **options,
     )
@@ -87,35 +92,66 @@ CONV = {
     "proxprop": lambda x, k: ss.proxprop.apply(ss.Conv(k, (6, 5)), x, jnp.ones(4), EXACT),
     "proxprop, cg": lambda x, k: ss.proxprop.apply(ss.Conv(k, (6, 5)), x, None, CG),
 }
-CASES = [((4, 6), (6, 5), f) for f in DENSE.values()] + [
-    ((4, 6, 5, 3), (3, 3, 3, 4), f) for f in CONV.values()
-]
-NAMES = [f"dense {name}" for name in DENSE] + [f"conv {name}" for name in CONV]
+CASES = {f"dense {name}": ((4, 6), (6, 5), f) for name, f in DENSE.items()} | {
+    f"conv {name}": ((4, 6, 5, 3), (3, 3, 3, 4), f) for name, f in CONV.items()
+}
 
 
-def run(function, x, kernel):
-    """The value and the derivatives, eager and jitted."""
+@functools.cache  # traced once for both kinds of meshes
+def value_and_slopes(name):
+    """f and the derivatives of Σ sin f, as one program."""
 
     def loss(x, kernel):
-        return jnp.sum(jnp.sin(function(x, kernel)))
+        value = CASES[name][-1](x, kernel)
+        return jnp.sum(jnp.sin(value)), value
 
-    return function(x, kernel), jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
+    @jax.jit
+    def run(x, kernel):
+        slopes, value = jax.grad(loss, (0, 1), has_aux=True)(x, kernel)
+        return value, slopes
+
+    return run
+
+
+def split_over(kind, array):
+    """An array whose first axis is split over a mesh, with the mesh."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=KINDS[kind])
+    with jax.set_mesh(mesh):
+        return jax.device_put(array, NamedSharding(mesh, P("data"))), mesh
+
+
+def program(function, *arguments):
+    """The functions that XLA gets, without numbers in their names and the shardings of arrays."""
+    text = function.lower(*arguments).as_text()
+    text = re.sub(r",? ?sdy\.sharding = #sdy\.sharding<[^>]*>", "", text)
+    text = re.sub(r".*sdy\.mesh.*\n| \{\}", "", text)
+    return set(re.sub(r"(@\w+?)_\d+\b", r"\1", text).split("func.func"))
+
+
+def assert_same_program(function, array, *rest):
+    """On an Auto mesh, and on none."""
+    placed, mesh = split_over("auto", array)
+    with jax.set_mesh(mesh):
+        there = program(function, placed, *rest)
+    assert there == program(function, array, *rest)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("shape", "kernel_shape", "function"), CASES, ids=NAMES)
-def test_values_and_gradients_on_a_mesh(kind, shape, kernel_shape, function, rng):
-    x, kernel = (jnp.asarray(rng.normal(size=s) / 2) for s in (shape, kernel_shape))
-    value, slopes = run(function, x, kernel)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=KINDS[kind])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_on_a_mesh(kind, name, rng):
+    x, kernel = (rng.normal(size=shape) / 2 for shape in CASES[name][:2])
+    run = value_and_slopes(name)
+    if kind == "auto":
+        assert_same_program(run, x, kernel)
+        return
+    placed, mesh = split_over(kind, x)
+    value, slopes = run(x, kernel)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(x, NamedSharding(mesh, P("data")))
         replicated = jax.device_put(kernel, NamedSharding(mesh, P()))
-        on_mesh, mesh_slopes = run(function, placed, replicated)
-        if kind == "explicit":
-            assert jax.typeof(on_mesh).sharding.spec[0] == "data"
-            assert jax.typeof(mesh_slopes[0]).sharding.spec[0] == "data"
-    np.testing.assert_allclose(on_mesh, value, rtol=1e-10, atol=1e-12)
+        there, mesh_slopes = run(placed, replicated)
+        assert jax.typeof(there).sharding.spec[0] == "data"
+        assert jax.typeof(mesh_slopes[0]).sharding.spec[0] == "data"
+    np.testing.assert_allclose(there, value, rtol=1e-10, atol=1e-12)
     for one, other in zip(mesh_slopes, slopes, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10)
 
@@ -134,7 +170,7 @@ def test_reports_on_a_mesh(kind, rng):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kernel_split_over_its_outputs(kind, rng):
-    kernel, x = jnp.asarray(rng.normal(size=(6, 4))), jnp.asarray(rng.normal(size=(3, 6)))
+    kernel, x = rng.normal(size=(6, 4)), rng.normal(size=(3, 6))
 
     def values(kernel):
         problem = ss.LayerProblem(ss.Dense(kernel), x, ridge=0.1)
@@ -161,7 +197,7 @@ def test_implicit_steps_of_a_kernel_split_over_its_outputs(kind, rng):
         def loss(kernel, bias):
             return jnp.sum(ss.proxprop.apply(ss.Dense(kernel), x, bias, step) ** 2)
 
-        return jax.grad(loss, (0, 1))(kernel, bias)
+        return jax.jit(jax.grad(loss, (0, 1)))(kernel, bias)
 
     mesh = jax.make_mesh((1,), ("model",), axis_types=KINDS[kind])
     for step in (EXACT, COLUMNS, CG):
@@ -245,11 +281,10 @@ def test_eight_devices_draw_and_compute_the_same(quick_environment):
 
 
 def on_mesh(kind, function, array):
-    """The function of an array, and that of the same array with its batch split over a mesh."""
-    mesh = jax.make_mesh((1,), ("data",), axis_types=KINDS[kind])
-    here = function(array)
+    """The function of an array is that of the same array with its batch split over a mesh."""
+    here, (placed, mesh) = function(array), split_over(kind, array)
     with jax.set_mesh(mesh):
-        there = function(jax.device_put(array, NamedSharding(mesh, P("data"))))
+        there = function(placed)
     for one, other in zip(jax.tree.leaves(there), jax.tree.leaves(here), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
@@ -266,21 +301,34 @@ def test_solvers_of_the_catalogue(kind, name):
         solution = solver.solve(KEY, moved, certify=True, trace_objective=True)
         return solution.value, solution.objectives, solution.certificate
 
-    on_mesh(kind, solve, problem.inputs)
+    if kind == "auto":
+        assert_same_program(jax.jit(solve), problem.inputs)
+    else:
+        on_mesh(kind, solve, problem.inputs)
+
+
+@functools.cache
+def everything_of(name):
+    A = catalogue.MAPS[name]
+
+    @jax.jit
+    def solve(x):
+        problem = ss.LayerProblem(A, x, ridge=0.5)
+        z = ss.prox_gd(problem, num_iters=3).value
+        return A(x), A.adjoint(z), z, problem.certificate(z), ss.lipschitz_constant(A)
+
+    return solve
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", catalogue.MAPS)
 def test_maps_of_the_catalogue(kind, name, rng):
     A = catalogue.MAPS[name]
-    x = jnp.asarray(rng.normal(size=(2, *A.in_shape)), A.dtype)
-
-    def solve(x):
-        problem = ss.LayerProblem(A, x, ridge=0.5)
-        z = ss.prox_gd(problem, num_iters=3).value
-        return A(x), A.adjoint(z), z, problem.certificate(z), ss.lipschitz_constant(A)
-
-    on_mesh(kind, solve, x)
+    x = rng.normal(size=(2, *A.in_shape)).astype(A.dtype)
+    if kind == "auto":
+        assert_same_program(everything_of(name), x)
+    else:
+        on_mesh(kind, everything_of(name), x)
 
 
 @pytest.mark.parametrize("kind", KINDS)

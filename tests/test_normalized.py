@@ -1,6 +1,7 @@
 """Problems and layers in normalised units, and outputs before the activation."""
 
 import dataclasses
+import functools
 
 import catalogue
 import jax
@@ -31,10 +32,14 @@ def normal(rng, *shape, dtype=jnp.float64):
     return jnp.asarray(rng.normal(size=shape), dtype)
 
 
-def dense_matrix(A):
+def columns(A):
     """The images of the unit vectors, one in a row."""
     n = int(np.prod(A.in_shape))
-    return np.asarray(A(jnp.eye(n, dtype=A.dtype).reshape(n, *A.in_shape))).reshape(n, -1)
+    return A(jnp.eye(n, dtype=A.dtype).reshape(n, *A.in_shape)).reshape(n, -1)
+
+
+def dense_matrix(A):
+    return np.asarray(jax.jit(columns)(A))
 
 
 # maps and losses times a number
@@ -43,14 +48,21 @@ def dense_matrix(A):
 @pytest.mark.parametrize("name", catalogue.MAPS)
 def test_maps_times_a_number(name):
     A = catalogue.MAPS[name].astype(jnp.float64)
-    matrix = dense_matrix(A)
-    for scaled, factor in ((3 * A, 3), (A * np.float64(-0.5), -0.5), (A / jnp.asarray(4.0), 0.25)):
-        np.testing.assert_allclose(dense_matrix(scaled), factor * matrix, atol=1e-14)
-    norm = ss.lipschitz_constant(2 * A, grid="padded") / ss.lipschitz_constant(A, grid="padded")
-    np.testing.assert_allclose(norm, 4, rtol=1e-6)
-    some = (2 * A).restrict(jnp.array([0])).restrict_outputs(jnp.array([0]))
-    again = A.restrict(jnp.array([0])).restrict_outputs(jnp.array([0]))
-    np.testing.assert_allclose(dense_matrix(some), 2 * dense_matrix(again), atol=1e-14)
+
+    @jax.jit
+    def run(A):
+        some, again = (
+            m.restrict(jnp.array([0])).restrict_outputs(jnp.array([0])) for m in (2 * A, A)
+        )
+        scaled = 3 * A, A * np.float64(-0.5), A / jnp.asarray(4.0)
+        norms = [ss.lipschitz_constant(m, grid="padded") for m in (2 * A, A)]
+        return [columns(m) for m in (A, *scaled, again, some)], norms
+
+    (matrix, *scaled, again, some), (double, norm) = run(A)
+    for found, factor in zip(scaled, (3, -0.5, 0.25), strict=True):
+        np.testing.assert_allclose(found, factor * np.asarray(matrix), atol=1e-14)
+    np.testing.assert_allclose(double / norm, 4, rtol=1e-6)
+    np.testing.assert_allclose(some, 2 * np.asarray(again), atol=1e-14)
     with pytest.raises(TypeError):
         A * jnp.ones(3)
     with pytest.raises(TypeError):
@@ -76,20 +88,30 @@ def test_a_normalised_problem_is_the_plain_one_in_other_units(name, rng):
     L = float(loss.smoothness) * np.linalg.norm(matrix, 2) ** 2 + 0.2
     z = normal(rng, *plain.shape)
     unbiased = ss.LayerProblem(A, x, loss=loss, ridge=0.2)
-    expected = L * unbiased.smooth(z / L) - plain.sum(jnp.broadcast_to(b, z.shape) * z)
-    np.testing.assert_allclose(problem.smooth(z), expected, rtol=1e-7)
-    np.testing.assert_allclose(
-        problem.gradient(z), jax.grad(lambda z: jnp.sum(problem.smooth(z)))(z), rtol=1e-9
-    )
-    first = ss.prox_gd(problem, step_size=1.0, num_iters=1).value
-    slope = A(loss.derivative(jnp.zeros_like(x), x))
-    image = jnp.broadcast_to(b, z.shape) - slope  # A x + b for squares
-    np.testing.assert_allclose(first, plain.prior.prox(image, 1.0), rtol=1e-12)
-    norm = ss.lipschitz_constant(problem.linear_map)
-    np.testing.assert_allclose(problem.smoothness(norm), 1, rtol=1e-6)
+
+    @jax.jit
+    def run(z):
+        image = jnp.broadcast_to(b, z.shape) - A(loss.derivative(jnp.zeros_like(x), x))
+        norm = ss.lipschitz_constant(problem.linear_map)
+        return {
+            "value": problem.smooth(z),
+            "again": problem.normalized().smooth(z),
+            "expected": L * unbiased.smooth(z / L) - plain.sum(jnp.broadcast_to(b, z.shape) * z),
+            "gradient": problem.gradient(z),
+            "derivative": jax.grad(lambda z: jnp.sum(problem.smooth(z)))(z),
+            "first": ss.prox_gd(problem, step_size=1.0, num_iters=1).value,
+            "layer": plain.prior.prox(image, 1.0),  # of A x + b for squares
+            "smoothness": problem.smoothness(norm),
+        }
+
+    found = run(z)
+    np.testing.assert_allclose(found["value"], found["expected"], rtol=1e-7)
+    np.testing.assert_allclose(found["gradient"], found["derivative"], rtol=1e-9)
+    np.testing.assert_allclose(found["first"], found["layer"], rtol=1e-12)
+    np.testing.assert_allclose(found["smoothness"], 1, rtol=1e-6)
+    np.testing.assert_allclose(found["again"], found["value"])
     solution = ss.prox_gd(problem, step_size=1.0, num_iters=300, momentum=True, certify=True)
     assert jnp.all(solution.certificate < 1e-6)
-    np.testing.assert_allclose(problem.normalized().smooth(z), problem.smooth(z))
 
 
 def test_maps_without_a_scale():
@@ -165,25 +187,31 @@ def test_layers_solve_the_normalised_problem(solver):
 @pytest.mark.parametrize("prior", [ss.prox.L1(0.2), ss.prox.LogBarrier(0.3)], ids=["L1", "barrier"])
 def test_pre_activations(solver, prior, rng):
     """prox_g(w_K) = z_K, the solution as without it, and derivatives by differences."""
-    A, x, b = ss.Dense(normal(rng, 4, 3)), normal(rng, 2, 4), normal(rng, 3)
+    A, x, b, direction = (rng.normal(size=shape) for shape in ((4, 3), (2, 4), (3,), (3,)))
+
+    def solve(b, **options):
+        problem = ss.LayerProblem(ss.Dense(A), x, bias=b, prior=prior, ridge=0.1)
+        return solver.solve(KEY, problem, **options)
 
     @jax.jit
-    def solve(b):
-        problem = ss.LayerProblem(A, x, bias=b, prior=prior, ridge=0.1)
-        return solver.solve(KEY, problem, pre_activation=True)
+    def run(b):
+        """The solution, its derivative, z_K alone and prox_g(w_K)."""
+        before = functools.partial(solve, pre_activation=True)
+        if isinstance(solver.derivative, ss.Truncated):
+            solution, tangent = before(b), None
+        else:
+            solution, tangent = jax.jvp(before, (b,), (direction,))
+        return solution, tangent, solve(b).value, prior.prox(solution.pre_activation, 1.0)
 
-    solution = solve(b)
-    problem = ss.LayerProblem(A, x, bias=b, prior=prior, ridge=0.1)
-    again = solver.solve(KEY, problem).value
+    solution, tangent, again, value = run(b)
     np.testing.assert_allclose(solution.value, again, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(
-        prior.prox(solution.pre_activation, 1.0), solution.value, rtol=1e-9, atol=1e-12
-    )
-    if not isinstance(solver.derivative, ss.Truncated):
-        direction = normal(rng, 3)
-        _, tangent = jax.jvp(lambda b: solve(b).pre_activation, (b,), (direction,))
-        ahead, behind = (solve(b + s * 1e-6 * direction).pre_activation for s in (1, -1))
-        np.testing.assert_allclose(tangent, (ahead - behind) / 2e-6, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(value, solution.value, rtol=1e-9, atol=1e-12)
+    if tangent is not None:
+        ahead, behind = (
+            np.asarray(run(b + s * direction)[0].pre_activation) for s in (1e-6, -1e-6)
+        )
+        slope = (ahead - behind) / 2e-6
+        np.testing.assert_allclose(tangent.pre_activation, slope, rtol=1e-4, atol=1e-6)
 
 
 def test_pre_activations_of_implicit_derivatives(rng):

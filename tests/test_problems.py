@@ -48,11 +48,56 @@ def conv_problem(rng, *, ridge=0.0, prior=None, padding="SAME", features=(2, 3))
     )
 
 
-def as_dense(problem):
+@jax.jit
+def columns(linear_map):
+    size = linear_map.in_shape
+    return linear_map(jnp.eye(np.prod(size)).reshape(-1, *size))
+
+
+def as_dense(linear_map):
     """Matrix K (inputs, outputs) of the layer, from its plain forward pass."""
-    A = problem.linear_map
-    size = int(np.prod(A.in_shape))
-    return np.asarray(A(jnp.eye(size).reshape(size, *A.in_shape))).reshape(size, -1)
+    matrix = np.asarray(columns(linear_map))
+    return matrix.reshape(len(matrix), -1)
+
+
+objective_of = jax.jit(lambda problem, z: problem.objective(z))
+
+
+def step_for(problem):
+    """1/L, L = ||A||² + λ."""
+    return 1 / (np.linalg.norm(as_dense(problem.linear_map), 2) ** 2 + problem.ridge)
+
+
+@functools.partial(jax.jit, static_argnames=("num_iters", "momentum"))
+def iterates(problem, step_size, counts, *, num_iters=1, momentum=False):
+    """z and P(z) after so many solves more, each of `num_iters` iterations from the last point."""
+
+    def solve(_, z):
+        options = {"num_iters": num_iters, "momentum": momentum, "step_size": step_size}
+        return ss.prox_gd(problem, init=z, **options).value
+
+    def after(z, count):
+        z = jax.lax.fori_loop(0, count, solve, z)
+        return z, (z, problem.objective(z))
+
+    return jax.lax.scan(after, jnp.zeros(problem.shape, problem.dtype), counts)[1]
+
+
+def certificates_of(problem, points):
+    """Of 25 points of a problem with two examples.
+
+    As (5, 10) examples, so that one program serves these tests and that of optima known exactly.
+    """
+    inputs = np.broadcast_to(problem.inputs, (25, *problem.inputs.shape))
+    bias = np.broadcast_to(problem.bias, (1, 10, *points.shape[2:]))
+    many = ss.LayerProblem(
+        problem.linear_map,
+        inputs.reshape(5, 10, *inputs.shape[2:]),
+        bias=bias,
+        prior=problem.prior,
+        ridge=problem.ridge,
+    )
+    return np.asarray(many.certificate(points.reshape(5, 10, *points.shape[2:]))).reshape(25, 2)
 
 
 def test_objective_matches_numpy(rng):
@@ -91,10 +136,15 @@ def test_gradient_by_finite_differences(rng, make):
 @pytest.mark.parametrize("batch", [(), (2, 3)])
 def test_batch_axes_are_problems_of_their_own(rng, batch):
     problem = dense_problem(rng, 5, 3, batch=batch)
-    z = jnp.abs(jnp.asarray(rng.normal(size=problem.shape)))
-    assert problem.objective(z).shape == batch
-    assert problem.certificate(z).shape == batch
-    assert problem.gradient(z).shape == z.shape
+    z = np.abs(rng.normal(size=problem.shape))
+
+    @jax.jit
+    def each(problem, z):
+        return problem.objective(z), problem.certificate(z), problem.gradient(z)
+
+    value, certificate, gradient = each(problem, z)
+    assert value.shape == certificate.shape == batch
+    assert gradient.shape == z.shape
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.5])
@@ -109,7 +159,7 @@ def test_certificate_bounds_the_gap_to_the_nnls_optimum(rng, ridge):
         )
         for scale in (1.0, 1e-2, 1e-4):
             z = np.maximum(best + scale * rng.normal(size=best.shape), 0)
-            gap = np.asarray(problem.objective(z)) - least
+            gap = np.asarray(objective_of(problem, z)) - least
             certificate = np.asarray(problem.certificate(z))
             assert np.all(certificate >= gap - 1e-13 * (1 + np.abs(least)))
             if ridge == 0.5:  # well conditioned: the bound is also a useful one
@@ -125,48 +175,39 @@ def test_certificate_without_any_curvature_is_a_duality_gap(rng):
     assert float(ss.lipschitz.strong_convexity(problem.linear_map)) == 0.0
     ridge = 1e-9  # the oracle's only, for its Cholesky factor
     best = np.array([nnls_layer(kernel, x, bias, ridge) for x in np.asarray(problem.inputs)])
-    least = np.asarray(problem.objective(best))
+    least = np.asarray(objective_of(problem, best))
     for scale in (1.0, 1e-2):
         z = np.maximum(best + scale * rng.normal(size=best.shape), 0)
         certificate = np.asarray(problem.certificate(z))
         assert np.all(np.isfinite(certificate))
-        assert np.all(certificate >= np.asarray(problem.objective(z)) - least - 1e-12)
+        assert np.all(certificate >= np.asarray(objective_of(problem, z)) - least - 1e-12)
     solved = ss.prox_gd(problem, num_iters=20_000, momentum=True)
     assert np.all(np.asarray(problem.certificate(solved.value)) < 1e-5)
 
 
 @pytest.mark.parametrize("name", PRIORS)
 def test_certificate_with_ridge_holds_for_every_prior(rng, name):
-    problem = conv_problem(rng, ridge=0.5, prior=PRIORS[name])
-
-    @jax.jit
-    def iterate(z, count):
-        """The iterate after so many more steps, P and the certificate there."""
-        z = jax.lax.fori_loop(
-            0, count, lambda _, z: ss.prox_gd(problem, num_iters=1, init=z).value, z
-        )
-        return z, problem.objective(z), problem.certificate(z)
-
-    start = jnp.zeros(problem.shape)
-    _, least, certificate = iterate(start, 4000)  # at least the minimum
-    assert np.all(certificate < 1e-6)
-    for num_iters in (1, 3, 30):
-        _, reached, certificate = iterate(start, num_iters)
-        gap = reached - least
-        assert np.all(np.isfinite(certificate))
-        assert np.all(certificate >= gap)
+    problem = conv_problem(rng, ridge=0.5, prior=PRIORS[name], features=(3, 2))
+    counts = np.array([1, 2, 27] + [40] * 6 + [200] * 15 + [1000])
+    points, reached = map(np.asarray, iterates(problem, step_for(problem), counts))
+    certificates = certificates_of(problem, points)
+    assert np.all(certificates[-1] < 1e-6)
+    assert np.all(np.isfinite(certificates))
+    gap, round_off = reached - reached[-1], 1e-13 * (1 + np.abs(reached))  # at most the gap
+    assert np.all(certificates[:3] >= gap[:3])
+    assert np.all(certificates >= gap - round_off)
 
 
 @pytest.mark.parametrize("name", ["Box", "SymmetricLogBarrier", "IntervalLogBarrier"])
 def test_bounded_priors_have_a_duality_gap_without_ridge(rng, name):
     problem = conv_problem(rng, prior=PRIORS[name], features=(2, 5))
-    solved = ss.prox_gd(problem, num_iters=4000, momentum=True)
-    least = np.asarray(problem.objective(solved.value))
-    assert np.all(np.asarray(problem.certificate(solved.value)) < 1e-3)
-    z = ss.prox_gd(problem, num_iters=3).value
-    certificate = np.asarray(problem.certificate(z))
-    assert np.all(np.isfinite(certificate))
-    assert np.all(certificate >= np.asarray(problem.objective(z)) - least)
+    step_size = step_for(problem)
+    points, reached = iterates(problem, step_size, np.array([4]), num_iters=1000, momentum=True)
+    early, value = iterates(problem, step_size, np.array([3]))
+    certificate = jax.jit(jax.vmap(problem.certificate))(jnp.concatenate([points, early]))
+    assert np.all(certificate[0] < 1e-3)
+    assert np.all(np.isfinite(certificate[1]))
+    assert np.all(certificate[1] >= value[0] - reached[0])
 
 
 @pytest.mark.parametrize("bias", [0.0, -0.05])
@@ -177,7 +218,7 @@ def test_certificate_of_an_expanding_layer_without_ridge(rng, bias):
     solved = ss.prox_gd(problem, num_iters=5000, momentum=True)
     certificate = np.asarray(problem.certificate(solved.value))
     best = np.array([nnls_layer(kernel, xi, np.full(24, bias), 1e-10) for xi in x])
-    gap = np.asarray(problem.objective(solved.value) - problem.objective(best))
+    gap = np.asarray(objective_of(problem, solved.value) - objective_of(problem, best))
     assert np.all(certificate >= gap)
     assert np.all(certificate < 1e-6)
 
@@ -232,11 +273,12 @@ def test_float32_certificates_of_wide_layers_are_small(rng, kind):
     kernel = (rng.normal(size=shape) / np.prod(shape[:-1]) ** 0.5).astype(np.float32)
     x = np.maximum(rng.normal(size=inputs), 0).astype(np.float32)
     problem = ss.LayerProblem(make(jnp.asarray(kernel)), x, ridge=2.0**-9)
-    z = ss.prox_gd(problem, num_iters=1500, momentum=True).value
-    certificate = np.asarray(problem.certificate(z), np.float64)
     wide = kernel.astype(np.float64)
     if kind != "dense":
         wide = convolution_matrix(wide, (6, 5), (1, 1), [(1, 1)] * 2, (1, 1), groups).T
+    step_size = 1 / (np.linalg.norm(wide, 2) ** 2 + 2.0**-9)
+    z = ss.prox_gd(problem, num_iters=1500, momentum=True, step_size=step_size).value
+    certificate = np.asarray(problem.certificate(z), np.float64)
     flat = (len(z), -1)
     rows = [a.astype(np.float64).reshape(flat) for a in (x, np.asarray(z))]
     for bound, inputs, found in zip(certificate, *rows, strict=True):
@@ -354,6 +396,7 @@ EXACT = {
 # whose round-off is tested as users have it
 SINGLE = pytest.param(np.float32, marks=pytest.mark.optimized)
 SCALES = (0.0, 1e-6, 1e-4, 1e-2, 1.0)
+near = jax.jit(lambda prior, v, step_size: prior.prox(v, step_size))
 
 
 @pytest.mark.parametrize("dtype", [np.float64, SINGLE])
@@ -367,7 +410,7 @@ def test_certificates_bound_the_gap_to_an_optimum_known_exactly(rng, name, dtype
     kernel = rng.integers(-4, 5, size=(3, 3, 3, 2)) / 4
     inputs = rng.integers(-8, 9, size=(1, 10, 4, 4, 3)) / 4
     best, subgradient, value = optimum(name, rng, (1, *shape[1:]))
-    matrix = as_dense(ss.LayerProblem(ss.Conv(jnp.asarray(kernel), (4, 4)), inputs))
+    matrix = as_dense(ss.Conv(jnp.asarray(kernel), (4, 4)))
     flat = (*best.shape[:2], -1)
     dual = ((best.reshape(flat) @ matrix.T) - inputs.reshape(flat)) @ matrix
     scales = np.reshape(SCALES, (-1, 1, 1, 1, 1))
@@ -375,8 +418,8 @@ def test_certificates_bound_the_gap_to_an_optimum_known_exactly(rng, name, dtype
         bias = dual.reshape(best.shape) + ridge * best + subgradient
         assert np.array_equal(bias, bias.astype(np.float32))
         start = (best + scales * rng.normal(size=shape)).astype(dtype)
-        z = prior.prox(start, 1e-9 if name.endswith("Barrier") else 1e-30)
-        z = jnp.where(scales > 0, z, best.astype(dtype))
+        z = near(prior, start, 1e-9 if name.endswith("Barrier") else 1e-30)
+        z = np.where(scales > 0, z, best.astype(dtype))
         problem = ss.LayerProblem(
             ss.Conv(jnp.asarray(kernel, dtype), (4, 4)),
             np.broadcast_to(inputs, (len(SCALES), *inputs.shape[1:])).astype(dtype),
@@ -411,7 +454,7 @@ def test_certificates_by_the_curvature_of_large_maps(rng, kind, dtype):
         size = (3, 2, 36, 20)
     kernel = rng.integers(-4, 5, size=size) / 4
     exact = make(jnp.asarray(kernel))
-    matrix = as_dense(ss.LayerProblem(exact, np.zeros((1, *exact.in_shape))))
+    matrix = as_dense(exact)
     eigenvalues, vectors = np.linalg.eigh(matrix.T @ matrix)
     assert eigenvalues[0] > 1e-2 * eigenvalues[-1]
     best = rng.integers(-4, 5, size=exact.out_shape) / 4
@@ -506,11 +549,11 @@ def test_certificates_without_ridge_go_to_zero_with_iterations(rng, name):
     problem = conv_problem(rng, prior=PRIORS[name], features=(3, 2), padding=padding)
     curvature = float(ss.lipschitz.strong_convexity(problem.linear_map))
     assert (curvature > 0) == (name == "Zero")
-    run = jax.jit(lambda z: ss.prox_gd(problem, num_iters=50, momentum=True, init=z).value)
-    iterates = [run(jnp.zeros(problem.shape))]
-    for _ in range(99):
-        iterates.append(run(iterates[-1]))
-    early, late, last = (np.max(problem.certificate(iterates[k])) for k in (0, 9, -1))
+    counts = np.array([1, 9] + [4] * 22 + [2])  # of solves with fifty iterations
+    options = {"num_iters": 50, "momentum": True}
+    points, _ = iterates(problem, step_for(problem), counts, **options)
+    certificates = certificates_of(problem, points)
+    early, late, last = (np.max(certificates[k]) for k in (0, 1, -1))
     assert late < 0.1 * early
     assert last < 1e-8
 

@@ -91,8 +91,9 @@ class LayerProblem(Objective):
         References:
           Nesterov 2018, theorem 2.1.10 (first bound); Rockafellar 1970, section 31 (the others).
         """
-        known = self._known(squared_norm, strong_convexity)
-        return self._certified(_certificate_of, *known, z=z)
+        z = self._variable(z)
+        known = {"squared_norm": squared_norm, "strong_convexity": strong_convexity}
+        return self.certifier(**known)(z)
 
     def certifier(
         self,
@@ -141,13 +142,6 @@ class LayerProblem(Objective):
 
 _constants = jax.jit(_certificate.constants)
 _bound = jax.jit(_certificate.bound)
-
-
-@jax.jit
-def _certificate_of(
-    problem: LayerProblem, squared_norm: Array | None, convexity: Array | None, z: Array
-) -> Array:
-    return _certificate.bound(problem, *_certificate.constants(problem, squared_norm, convexity), z)
 
 
 @value_object
