@@ -57,10 +57,11 @@ class KernelADMM(Algorithm):
     smaller.
 
     Args:
-      max_iters: the most iterations, those of FISTA with them, traced.
+      max_iters: the most iterations, traced.
 
     References:
-      Boyd et al., Distributed optimization and statistical learning via ADMM, 2011, section 3.4.
+      Boyd et al., Distributed optimization and statistical learning via ADMM, 2011, section 3.4;
+      Walker and Ni, Anderson acceleration for fixed-point iterations, 2011.
     """
 
     def check(self, problem: Any) -> None:
