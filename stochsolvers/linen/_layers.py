@@ -26,18 +26,10 @@ RECORDS = "solver_records"
 
 
 class SolverLayer(nn.Module, kw_only=True):
-    """What the solver layers share; not for use on its own.
+    """What the solver layers share, the attributes of `SolverDense`; not for use on its own.
 
     Attributes:
       plain_class: the layer of Linen that it is a twin of.
-      solver: a configuration such as `ProxSG(tau=0.5, num_iters=10)`.
-      prior: g, whose prox is the activation; ReLU by default.
-      ridge: λ.
-      loss: ℓ between A* z and the input; half the squared distance by default.
-      normalize, output: as in `stochsolvers.nnx.SolverLinear`.
-      deterministic: use the full gradient.
-      rng_collection: name of the random stream.
-      following: set by `replace_layers`: a batch normalisation behind the layer, with which it is one map.
     """
 
     plain_class: ClassVar[Any]
